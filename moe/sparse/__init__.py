@@ -1,1 +1,18 @@
+"""What makes a Mixtral sparse: router, balance losses, dispatch, experts, and the layer that joins them."""
 
+from moe.sparse.balance import BalanceLoss, balance_loss, max_violation, router_entropy
+from moe.sparse.experts import Experts, resolve_backend
+from moe.sparse.layer import SparseMLP
+from moe.sparse.router import RouterOutput, TopKRouter
+
+__all__ = [
+    "BalanceLoss",
+    "Experts",
+    "RouterOutput",
+    "SparseMLP",
+    "TopKRouter",
+    "balance_loss",
+    "max_violation",
+    "resolve_backend",
+    "router_entropy",
+]

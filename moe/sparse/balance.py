@@ -1,0 +1,76 @@
+"""Balance: the losses that keep experts in use, and the figures that show whether they are.
+
+Shapes: T tokens, E experts, L sparse layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.config import RouterConfig
+
+if TYPE_CHECKING:
+    from moe.sparse.router import RouterOutput
+
+
+def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
+    """E · Σᵢ fᵢ Pᵢ of one layer (Switch Transformer, arXiv 2101.03961, eq. 4–6), a scalar; 1.0 when usage is uniform.
+
+    fᵢ is the share of all T·k choices that went to expert i (before any dropping: a dropped choice is still demand), Pᵢ
+    the mean router probability. Only P carries a gradient. A router that sends everything to one expert scores E; 1.0 is
+    the least a router reaches whose choices follow its probabilities.
+    """
+    fractions_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
+    return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(0))
+
+
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """mean over tokens of logsumexp(logits)², a scalar (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small."""
+    return torch.logsumexp(logits_TE, dim=1).square().mean()
+
+
+class BalanceLoss(NamedTuple):
+    """`total` is what is added to the language-model loss; the other two are the unscaled means over layers."""
+
+    total: Tensor
+    load_balancing: Tensor
+    z: Tensor
+
+
+def balance_loss(
+    outputs: Sequence[RouterOutput], config: RouterConfig, *, num_layers: int | None = None
+) -> BalanceLoss:
+    """The balance losses of a sparse model's layers, each computed per layer and then averaged.
+
+    Pooling the layers first would score layers that collapsed onto *different* experts as perfectly balanced.
+    Raises ValueError when no output, or not one for each of `num_layers`, arrives: training a router without its
+    balance losses must be a choice (`router.aux_loss_coef=0`), never an accident.
+    """
+    if not outputs or (num_layers is not None and len(outputs) != num_layers):
+        expected = "≥ 1" if num_layers is None else str(num_layers)
+        raise ValueError(
+            f"router outputs={len(outputs)} must be {expected}, one per sparse layer: without them the balance losses are "
+            "lost (to train without them set router.aux_loss_coef=0 router.z_loss_coef=0)"
+        )
+    load_balancing = torch.stack([output.load_balancing_loss for output in outputs]).mean()
+    z = torch.stack([output.z_loss for output in outputs]).mean()
+    return BalanceLoss(config.aux_loss_coef * load_balancing + config.z_loss_coef * z, load_balancing, z)
+
+
+def max_violation(counts_LE: Tensor) -> Tensor:
+    """maxᵢ cᵢ / mean(c) − 1 over the last dim (arXiv 2408.15664, eq. 4): 0 when uniform, E − 1 when one expert has all.
+
+    Takes counts [..., E] of any integer or float dtype, returns float32 [...]; no choices at all count as uniform.
+    """
+    counts = counts_LE.float()
+    mean = counts.mean(-1)
+    return torch.where(mean > 0, counts.amax(-1) / mean.clamp(min=torch.finfo(torch.float32).tiny) - 1, 0.0)
+
+
+def router_entropy(probs_TE: Tensor) -> Tensor:
+    """Mean over tokens of the router distribution's entropy in nats, a scalar: ln E when indifferent, 0 when certain."""
+    return torch.special.entr(probs_TE).sum(-1).mean()

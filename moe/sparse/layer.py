@@ -1,0 +1,47 @@
+"""The sparse layer: router → dispatch → experts → combine, in place of a block's dense MLP.
+
+Shapes: B sequences, S positions, T = B·S tokens, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.config import ExpertsConfig, RouterConfig
+from moe.sparse.dispatch import combine_rows, gather_rows, sort_by_expert
+from moe.sparse.experts import Experts
+from moe.sparse.router import RouterOutput, TopKRouter
+
+
+class SparseMLP(nn.Module):
+    """Mixtral's sparse feed-forward (arXiv 2401.04088, §2.1). With an expert group of N ranks, rank r holds experts
+    [r·E/N, (r+1)·E/N). Raises ValueError when N doesn't divide E."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        router: RouterConfig,
+        experts: ExpertsConfig,
+        *,
+        expert_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        ranks = 1 if expert_group is None else dist.get_world_size(expert_group)
+        rank = 0 if expert_group is None else dist.get_rank(expert_group)
+        if router.num_experts % ranks:
+            raise ValueError(f"parallel.expert={ranks} must divide router.num_experts={router.num_experts}")
+        num_local = router.num_experts // ranks
+        self.num_experts = router.num_experts
+        self.expert_group = expert_group if ranks > 1 else None
+        self.gate = TopKRouter(hidden_size, router)
+        self.experts = Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local)
+
+    def forward(self, x_BSH: Tensor) -> tuple[Tensor, RouterOutput]:
+        """x [B, S, H] → (y [B, S, H], what the router did)."""
+        routed = self.gate(x_BSH)
+        order = sort_by_expert(routed.ids_TK, routed.keep_TK, self.num_experts)
+        x_NH = gather_rows(x_BSH.flatten(0, 1), order)
+        y_NH = self.experts(x_NH, order.counts_E)
+        return combine_rows(y_NH, routed.weights_TK, order).view_as(x_BSH), routed

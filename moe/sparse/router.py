@@ -1,0 +1,116 @@
+"""The router: which experts a token goes to, and with what weight.
+
+Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.config import DropPolicy, RouterConfig
+from moe.sparse.balance import load_balancing_loss, z_loss
+
+
+@dataclass(slots=True)
+class RouterOutput:
+    """What a sparse layer's router did with one micro-batch; returned by every sparse layer, never parked in a global.
+
+    Floats are float32 whatever the model's dtype (float64 in a float64 model). `counts_E` and the losses are this rank's
+    tokens'. `keep_TK` is None when dropless; a choice it marks False contributes zero to its token's output.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor  # softmax over all experts
+    ids_TK: Tensor  # int64, best first
+    weights_TK: Tensor  # renormalised over the K chosen, dropped ones included
+    counts_E: Tensor  # int64, choices per expert before any dropping
+    dropped: Tensor  # int64 scalar, choices dropped by capacity
+    load_balancing_loss: Tensor  # scalar, 1.0 = uniform
+    z_loss: Tensor  # scalar
+    keep_TK: Tensor | None = None  # bool
+
+
+class TopKRouter(nn.Module):
+    """Top-k token choice with Mixtral's weights: softmax over the k chosen logits (arXiv 2401.04088, eq. 2–3).
+
+    Softmax over all experts renormalised over the chosen is the same number; this form also yields the probabilities that
+    the balance loss needs. Arithmetic is float32 even under bf16 weights or autocast: a rounding error in a logit is
+    another expert, not a small difference.
+    """
+
+    def __init__(self, hidden_size: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x_BSH: Tensor) -> RouterOutput:
+        """Route x [B, S, H] of any float dtype. Differentiable through logits, probs, weights and both losses.
+
+        NOTE: `router.capacity_factor` acts in training mode only. In evaluation a token would otherwise lose experts
+        to its neighbours, and cached decoding (S = 1) would differ from recomputation.
+        """
+        config = self.config
+        dtype = torch.promote_types(x_BSH.dtype, torch.float32)
+        with torch.autocast(x_BSH.device.type, enabled=False):
+            logits_TE = F.linear(x_BSH.flatten(0, 1).to(dtype), self.weight.to(dtype))
+            probs_TE = torch.softmax(logits_TE, dim=-1)
+            top_TK, ids_TK = torch.topk(probs_TE, config.top_k, dim=-1)
+            weights_TK = top_TK / top_TK.sum(-1, keepdim=True)
+            flat_N = ids_TK.flatten()
+            counts_E = torch.zeros(config.num_experts, dtype=torch.int64, device=x_BSH.device)
+            counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N))
+            keep_TK, dropped = None, torch.zeros((), dtype=torch.int64, device=x_BSH.device)
+            if config.capacity_factor is not None and self.training:
+                capacity = expert_capacity(x_BSH.shape[1], config)
+                keep_TK = keep_choices(ids_TK, probs_TE.detach(), x_BSH.shape[0], capacity, config.drop_policy)
+                dropped = (~keep_TK).sum()
+            return RouterOutput(
+                logits_TE=logits_TE,
+                probs_TE=probs_TE,
+                ids_TK=ids_TK,
+                weights_TK=weights_TK,
+                counts_E=counts_E,
+                dropped=dropped,
+                load_balancing_loss=load_balancing_loss(probs_TE, counts_E),
+                z_loss=z_loss(logits_TE),
+                keep_TK=keep_TK,
+            )
+
+
+def expert_capacity(sequence_length: int, config: RouterConfig) -> int:
+    """ceil(S · k / E · factor): choices one expert takes from one sequence (GShard, arXiv 2006.16668, §2.2), at least 1.
+
+    Exact decimal arithmetic: in floats 100 · 1.1 is just above 110 and would round up to 111.
+    """
+    if config.capacity_factor is None:
+        raise ValueError("router.capacity_factor=null has no capacity: dropless routing takes every choice")
+    share = Fraction(sequence_length * config.top_k, config.num_experts)
+    return math.ceil(share * Fraction(str(config.capacity_factor)))
+
+
+def keep_choices(ids_TK: Tensor, probs_TE: Tensor, num_sequences: int, capacity: int, policy: DropPolicy) -> Tensor:
+    """Mark the choices that stay when an expert takes at most `capacity` of each sequence; bool [T, K].
+
+    Deciding per sequence makes the result independent of the batch, the ranks and the exchange. `position` keeps the
+    earliest tokens, so it is causal; `probability` keeps the most probable ones (ties: the earliest), so a token's fate
+    depends on later tokens of its sequence. Weights of the choices that stay are not renormalised.
+    """
+    tokens, experts = probs_TE.shape
+    ids_BSK = ids_TK.view(num_sequences, tokens // max(num_sequences, 1), -1)
+    chosen_BSE = torch.zeros(*ids_BSK.shape[:2], experts, dtype=torch.int64, device=ids_TK.device)
+    chosen_BSE.scatter_(2, ids_BSK, 1)
+    if policy is DropPolicy.position:
+        rank_BSE = chosen_BSE.cumsum(1)
+    else:
+        # A probability can underflow to 0, so what wasn't chosen sorts below it.
+        score_BSE = torch.where(chosen_BSE.bool(), probs_TE.view_as(chosen_BSE), -1.0)
+        order_BSE = score_BSE.argsort(dim=1, descending=True, stable=True)
+        rank_BSE = order_BSE.argsort(dim=1) + 1
+    return (rank_BSE <= capacity).gather(2, ids_BSK).view_as(ids_TK)
