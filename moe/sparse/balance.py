@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     """E · Σᵢ fᵢ Pᵢ of one layer (Switch Transformer, arXiv 2101.03961, eq. 4–6), a scalar; 1.0 when usage is uniform.
 
-    fᵢ is the share of all T·k choices that went to expert i (before any dropping: a dropped choice is still demand), Pᵢ
-    the mean router probability. Only P carries a gradient. A router that sends everything to one expert scores E; 1.0 is
-    the least a router reaches whose choices follow its probabilities.
+    fᵢ is the share of all T·k choices that went to expert i (before dropping: a dropped choice is still demand), Pᵢ the
+    mean router probability. Only P carries a gradient. A router that sends everything to one expert with certainty
+    scores E; 1.0 is the least for a router whose choices follow its probabilities.
     """
     fractions_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
     return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(0))
@@ -53,8 +53,8 @@ def balance_loss(
     if not outputs or (num_layers is not None and len(outputs) != num_layers):
         expected = "≥ 1" if num_layers is None else str(num_layers)
         raise ValueError(
-            f"router outputs={len(outputs)} must be {expected}, one per sparse layer: without them the balance losses are "
-            "lost (to train without them set router.aux_loss_coef=0 router.z_loss_coef=0)"
+            f"router outputs={len(outputs)} must be {expected}, one per sparse layer: without them the balance "
+            "losses are lost (to train without them set router.aux_loss_coef=0 router.z_loss_coef=0)"
         )
     load_balancing = torch.stack([output.load_balancing_loss for output in outputs]).mean()
     z = torch.stack([output.z_loss for output in outputs]).mean()
@@ -72,5 +72,5 @@ def max_violation(counts_LE: Tensor) -> Tensor:
 
 
 def router_entropy(probs_TE: Tensor) -> Tensor:
-    """Mean over tokens of the router distribution's entropy in nats, a scalar: ln E when indifferent, 0 when certain."""
+    """Mean over tokens of the router's entropy in nats, a scalar: ln E when indifferent, 0 when certain."""
     return torch.special.entr(probs_TE).sum(-1).mean()

@@ -35,7 +35,7 @@ class Experts(nn.Module):
     def reset_parameters(self, std: float, seed_for: Callable[[str, int], int]) -> None:
         """Fill with N(0, std²), each expert from its own generator `seed_for(parameter name, global expert index)`.
 
-        Drawn on the CPU in float32, so the values depend on neither the device, the dtype nor the expert-parallel degree.
+        Drawn on the CPU in float32, so the values depend on neither the device nor the expert-parallel degree.
         """
         generator = torch.Generator()
         for name in ("gate_up_proj", "down_proj"):
@@ -75,7 +75,7 @@ def resolve_backend(
 def grouped_ffn(
     x_NH: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, backend: ExpertBackend
 ) -> Tensor:
-    """down(silu(gate(x)) · up(x)) of each row's expert. x [N, H] sorted by expert, N = counts_E.sum(); returns [N, H]."""
+    """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum()."""
     if backend is ExpertBackend.loop:
         return loop_ffn(x_NH, counts_E, gate_up_proj, down_proj)
     offsets_E = counts_E.cumsum(0).to(torch.int32)

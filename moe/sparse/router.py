@@ -21,8 +21,8 @@ from moe.sparse.balance import load_balancing_loss, z_loss
 class RouterOutput:
     """What a sparse layer's router did with one micro-batch; returned by every sparse layer, never parked in a global.
 
-    Floats are float32 whatever the model's dtype (float64 in a float64 model). `counts_E` and the losses are this rank's
-    tokens'. `keep_TK` is None when dropless; a choice it marks False contributes zero to its token's output.
+    Floats are float32 whatever the model's dtype (float64 in a float64 model). `counts_E` and the losses are those of
+    this rank's tokens. `keep_TK` is None when dropless; a choice it marks False contributes zero to its token's output.
     """
 
     logits_TE: Tensor
@@ -39,8 +39,8 @@ class RouterOutput:
 class TopKRouter(nn.Module):
     """Top-k token choice with Mixtral's weights: softmax over the k chosen logits (arXiv 2401.04088, eq. 2–3).
 
-    Softmax over all experts renormalised over the chosen is the same number; this form also yields the probabilities that
-    the balance loss needs. Arithmetic is float32 even under bf16 weights or autocast: a rounding error in a logit is
+    Softmax over all experts renormalised over the chosen is the same number; this form also yields the probabilities
+    that the balance loss needs. Arithmetic is float32 even under bf16 weights or autocast: a rounding error in a logit is
     another expert, not a small difference.
     """
 
@@ -85,7 +85,7 @@ class TopKRouter(nn.Module):
 
 
 def expert_capacity(sequence_length: int, config: RouterConfig) -> int:
-    """ceil(S · k / E · factor): choices one expert takes from one sequence (GShard, arXiv 2006.16668, §2.2), at least 1.
+    """ceil(S · k / E · factor): choices one expert takes from one sequence, ≥ 1 (GShard, arXiv 2006.16668, §2.2).
 
     Exact decimal arithmetic: in floats 100 · 1.1 is just above 110 and would round up to 111.
     """
