@@ -1,0 +1,149 @@
+"""Batches for training and for held-out evaluation.
+
+Micro-batch j of a step is samples [j·m, (j+1)·m) of the step's stretch of the global order, whoever computes it: rank
+r of W takes j = a·W + r. So the tokens of a step, and the sets that per-micro-batch losses see, are the same at any
+number of ranks. A loader's whole state is `consumed`.
+
+Legend: B sequences of a micro-batch, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.data.corpora import DataError
+from moe.data.order import Mixture, quotas, shuffled
+from moe.data.packing import NO_TARGET, Sample, empty_sample, full_samples, pack
+from moe.data.prepare import Corpus
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch. `labels_BS[b, t]` is the target of position t, −100 for none (the next document's first token).
+
+    `sample_ids_B` is the sample's number in the run's global order (−1: padding of a held-out batch); `source_ids_B`
+    indexes `Corpus.source_names`.
+    """
+
+    input_ids_BS: Tensor  # int64
+    labels_BS: Tensor  # int64
+    document_ids_BS: Tensor  # int32, from 0 in each sequence, non-decreasing
+    sample_ids_B: Tensor  # int64
+    source_ids_B: Tensor  # int64
+
+
+class Loader:
+    """Endless training batches: weighted sources, a new permutation each epoch of a source.
+
+    `consumed` counts samples over all ranks together; setting it continues exactly from there. Raises DataError when
+    the batch doesn't divide or a source holds less than one sequence.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise DataError(
+                f"train.global_batch_size={global_batch_size} must be divisible by train.micro_batch_size="
+                f"{micro_batch_size} × {world_size} ranks"
+            )
+        self._corpus, self._streams = corpus, corpus.train
+        self._samples = [
+            full_samples(stream, sequence_length, name)
+            for stream, name in zip(corpus.train, corpus.source_names, strict=True)
+        ]
+        self._sequence_length, self._micro, self._global = sequence_length, micro_batch_size, global_batch_size
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._mixture = Mixture(corpus.weights, seed)
+        self.consumed = 0
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step; advances `consumed` by the global batch."""
+        first = self.consumed
+        stride = self._micro * self._world_size
+        starts = range(first + self._rank * self._micro, first + self._global, stride)
+        batches = [self._batch(range(start, start + self._micro)) for start in starts]
+        self.consumed = first + self._global
+        return batches
+
+    def _batch(self, sample_ids: range) -> Batch:
+        located = [self._mixture.locate(sample) for sample in sample_ids]
+        samples = [self._sample(source, nth) for source, nth in located]
+        return _collate(samples, list(sample_ids), [source for source, _ in located])
+
+    def _sample(self, source: int, nth: int) -> Sample:
+        epoch, place = divmod(nth, self._samples[source])
+        index = shuffled(place, self._samples[source], (self._seed, source, epoch))
+        return pack(self._streams[source], index, self._sequence_length, self._corpus.tokenizer.eos_id)
+
+
+def held_out_batches(
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    max_sequences: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Batch]:
+    """This rank's share of at most `max_sequences` held-out sequences, the same set at any number of ranks.
+
+    Sources share the number by weight (at least one each) and give sequences evenly spread over their held-out text;
+    what a small source can't give isn't replaced. Every rank gets the same number of batches, filled up with sequences
+    without targets. Raises DataError when `max_sequences` is less than the number of sources.
+    """
+    if max_sequences < len(corpus.source_names):
+        raise DataError(
+            f"train.eval_sequences={max_sequences} must be ≥ {len(corpus.source_names)}, the number of sources"
+        )
+    chosen: list[tuple[int, int]] = []
+    for source, quota in enumerate(quotas(np.asarray(corpus.weights), max_sequences)):
+        held = -(-(corpus.held_out[source].tokens - 1) // sequence_length)
+        count = min(quota, held)
+        chosen += [(source, i * held // count) for i in range(count)]
+    pad_id = corpus.tokenizer.eos_id
+    per_round = micro_batch_size * world_size
+    rounds = -(-len(chosen) // per_round)
+    batches = []
+    for number in range(rounds):
+        start = number * per_round + rank * micro_batch_size
+        mine = chosen[start : start + micro_batch_size]
+        samples = [pack(corpus.held_out[source], i, sequence_length, pad_id) for source, i in mine]
+        missing = micro_batch_size - len(mine)
+        samples += [empty_sample(sequence_length, pad_id)] * missing
+        sample_ids = [*range(start, start + len(mine)), *[-1] * missing]
+        batches.append(_collate(samples, sample_ids, [source for source, _ in mine] + [0] * missing))
+    return batches
+
+
+def _collate(samples: list[Sample], sample_ids: list[int], source_ids: list[int]) -> Batch:
+    return Batch(
+        input_ids_BS=torch.from_numpy(np.stack([sample.input_ids_L for sample in samples])),
+        labels_BS=torch.from_numpy(np.stack([sample.labels_L for sample in samples])),
+        document_ids_BS=torch.from_numpy(np.stack([sample.document_ids_L for sample in samples])),
+        sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
+        source_ids_B=torch.tensor(source_ids, dtype=torch.int64),
+    )
+
+
+def token_counts(batches: Iterable[Batch], vocab_size: int) -> Tensor:
+    """[V] int64: how often each id is a target. Summed over ranks, the entropy of its shares is the unigram entropy:
+    the loss of a model that knows only frequencies."""
+    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+    for batch in batches:
+        targets = batch.labels_BS[batch.labels_BS != NO_TARGET]
+        counts_V += torch.bincount(targets, minlength=vocab_size)
+    return counts_V

@@ -1,0 +1,364 @@
+"""Text to token ids and back, exactly: SentencePiece models, Hugging Face's tokenizer.json, Mistral's own.
+
+A model trained here splits no text from itself: `decode(encode(text)) == text` for every string, newlines, tabs, runs
+of spaces and any Unicode included. Existing tokenizers keep their own normalisation (Mistral's adds one space before a
+text and takes it away again). Nothing is unpickled and no code of a tokenizer folder is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+
+from moe.config import TokenizerConfig, TokenizerKind
+from moe.data.corpora import DataError
+
+SPACE = "▁"  # SentencePiece's sign for a space
+CARD = "moe_tokenizer.json"
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+SPECIAL_PIECES = 3  # unknown, BOS, EOS
+SAMPLE_BLOCK = 4096  # bytes of text that a tokenizer's sample takes or leaves together
+
+
+class Tokenizer(Protocol):
+    """`bos_id` opens and `eos_id` closes every stored document; ids are 0 … vocab_size − 1."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without BOS and EOS; text that looks like a special token stays text."""
+        ...
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def piece(self, token_id: int) -> str:
+        """What one id looks like, for people: its text, or `<0xE4>` for a part of a character."""
+        ...
+
+    def token_bytes(self) -> np.ndarray:
+        """[V] int64: the UTF-8 bytes of text that each id stands for; 0 for special tokens."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write into `folder` what `load_saved` reads."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with byte fallback (Llama's, Mistral's, or trained here)."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes, where: str) -> None:
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(f"{where}: not a SentencePiece model") from error
+        self._model, self._processor = model, processor
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id, self.eos_id = _document_ends(processor.bos_id(), processor.eos_id(), where)
+        self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if not all(processor.is_byte(token_id) for token_id in self._space_ids):
+            raise DataError(f"{where}: has no byte pieces, so text outside its pieces would be lost; use another model")
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_many([text], threads=1)[0]
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        if any(SPACE in text for text in texts):
+            return [self._encode_with_sign(text) for text in texts]
+        return self._processor.encode(texts, num_threads=threads)  # type: ignore[return-value]
+
+    def _encode_with_sign(self, text: str) -> list[int]:
+        """A literal '▁' would come back as a space: it goes in as its three bytes."""
+        ids: list[int] = []
+        for index, part in enumerate(text.split(SPACE)):
+            ids += self._space_ids * (index > 0) + self._processor.encode(part)  # type: ignore[operator]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode([int(token_id) for token_id in ids])  # type: ignore[return-value]
+
+    def piece(self, token_id: int) -> str:
+        piece = str(self._processor.id_to_piece(int(token_id)))
+        if self._processor.is_byte(int(token_id)):
+            byte = int(piece[3:5], 16)
+            return chr(byte) if byte < 0x80 else piece
+        return piece.replace(SPACE, " ")
+
+    def token_bytes(self) -> np.ndarray:
+        processor = self._processor
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token_id in range(self.vocab_size):
+            if processor.is_byte(token_id):
+                sizes[token_id] = 1
+            elif not (processor.is_control(token_id) or processor.is_unknown(token_id)):
+                sizes[token_id] = len(str(processor.id_to_piece(token_id)).replace(SPACE, " ").encode())
+        return sizes
+
+    def save(self, folder: Path) -> None:
+        _save(folder, self, self._model)
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` read by the `tokenizers` library: byte-level BPE, or SentencePiece-style with byte pieces."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: bytes, bos: int | None, eos: int | None, where: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError as error:
+            raise DataError(f"{where}: needs the `tokenizers` package: pip install tokenizers") from error
+        try:
+            self._backend = Backend.from_str(model.decode("utf-8"))
+            self._json = json.loads(model)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        self._backend.encode_special_tokens = True  # "</s>" inside a document is text and must not end it
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._model = model
+        self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id = _document_ends(bos, eos, where)
+        decoder = json.dumps(self._json.get("decoder"))
+        self._byte_level = '"ByteLevel"' in decoder
+        if not self._byte_level and '"ByteFallback"' not in decoder:
+            raise DataError(f"{where}: must be byte-level or have byte fallback, else text would be lost")
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def _added(self) -> dict[int, tuple[str, bool]]:
+        return {token["id"]: (token["content"], token["special"]) for token in self._json.get("added_tokens", [])}
+
+    def piece(self, token_id: int) -> str:
+        if token_id in (added := self._added()):
+            return added[token_id][0]
+        piece = self._backend.id_to_token(int(token_id)) or ""
+        if self._byte_level:
+            data = bytes(byte for character in piece if (byte := BYTE_OF.get(character)) is not None)
+        elif match := BYTE_PIECE.fullmatch(piece):
+            data = bytes([int(match[1], 16)])
+        else:
+            return piece.replace(SPACE, " ")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in data)
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self._added()
+        for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+            if token_id in added:
+                content, special = added[token_id]
+                sizes[token_id] = 0 if special else len(content.encode())
+            elif self._byte_level:
+                sizes[token_id] = len(piece)  # one character of its alphabet per byte
+            else:
+                sizes[token_id] = 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
+        return sizes
+
+    def save(self, folder: Path) -> None:
+        _save(folder, self, self._model)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's printable character for each byte: Latin-1's printable ones, then U+0100 onward for the rest."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+def _document_ends(bos: int | None, eos: int | None, where: str) -> tuple[int, int]:
+    """(BOS, EOS); a tokenizer without BOS opens documents with its EOS."""
+    if eos is None or eos < 0:
+        raise DataError(f"{where}: names no end-of-sequence token, which ends every document")
+    return (eos if bos is None or bos < 0 else bos), eos
+
+
+def _save(folder: Path, tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, model: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / tokenizer.file_name).write_bytes(model)
+    card = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
+    card |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def load_saved(folder: Path) -> Tokenizer:
+    """What `save` wrote. Raises DataError when a file is missing or its content isn't what was saved."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        model = (folder / card["file"]).read_bytes()
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: holds no saved tokenizer ({CARD}: {error})") from error
+    where = str(folder / card["file"])
+    if card["file"] == HuggingFaceTokenizer.file_name:
+        tokenizer: Tokenizer = HuggingFaceTokenizer(model, card["bos_id"], card["eos_id"], where)
+    else:
+        tokenizer = SentencePieceTokenizer(model, where)
+    if tokenizer.fingerprint != card["fingerprint"]:
+        raise DataError(f"{where}: its content is not what was saved (SHA-256 differs)")
+    return tokenizer
+
+
+def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """An existing tokenizer: every kind but `sentencepiece`, which is trained. Raises DataError."""
+    if config.kind is TokenizerKind.mistral:
+        path = _mistral_model()
+    else:
+        path = Path(config.path or "").expanduser()
+    if config.kind is TokenizerKind.huggingface:
+        return _open_huggingface(path)
+    if path.suffix == ".json":
+        raise DataError(f"tokenizer.path={path}: not a SentencePiece model; use tokenizer=huggingface with its folder")
+    return SentencePieceTokenizer(_read(path), f"tokenizer.path={path}")
+
+
+def tokenizer_files(config: TokenizerConfig) -> list[Path]:
+    """The files an existing tokenizer is read from, for a cheap check whether it changed."""
+    if config.kind is TokenizerKind.mistral:
+        return [_mistral_model()]
+    if config.path is None:
+        return []
+    path = Path(config.path).expanduser()
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+
+
+def _mistral_model() -> Path:
+    """The package's file, found without importing the package (which takes a second)."""
+    spec = importlib.util.find_spec("mistral_common")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    paths = [path for place in places if (path := Path(place) / "data" / "tokenizer.model.v1").is_file()]
+    if not paths:
+        raise DataError("tokenizer.kind=mistral: no tokenizer.model.v1 found: pip install mistral-common")
+    return paths[0]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer.path={path}: {error.strerror}") from error
+
+
+def _open_huggingface(folder: Path) -> Tokenizer:
+    """A tokenizer folder: tokenizer.json and the names of its special tokens, or a bare SentencePiece model."""
+    where = f"tokenizer.path={folder}"
+    if not folder.is_dir():
+        raise DataError(f"{where}: must be a local folder with a tokenizer.json (nothing is downloaded)")
+    if not (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():
+            return SentencePieceTokenizer(_read(folder / "tokenizer.model"), where)
+        raise DataError(f"{where}: holds neither tokenizer.json nor tokenizer.model")
+    names: dict[str, Any] = {}
+    for file_name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
+        if (folder / file_name).is_file():
+            try:
+                names |= {key: value for key, value in json.loads(_read(folder / file_name)).items() if value}
+            except (ValueError, AttributeError) as error:
+                raise DataError(f"{folder / file_name}: broken JSON: {error}") from error
+    model = _read(folder / "tokenizer.json")
+    probe = HuggingFaceTokenizer(model, 0, 0, where)
+    ids = []
+    for key in ("bos_token", "eos_token"):
+        name = names.get(key)
+        text = name.get("content") if isinstance(name, dict) else name
+        ids.append(probe._backend.token_to_id(text) if text else None)
+    return HuggingFaceTokenizer(model, ids[0], ids[1], where)
+
+
+def sample_blocks(texts: Iterator[str], share: float) -> Iterator[str]:
+    """An even sample of `share` of the text, in blocks of whole lines, from one end of the corpus to the other."""
+    seen = taken = 0
+    for text in texts:
+        block: list[str] = []
+        size = 0
+        for line in text.splitlines(keepends=True):
+            block.append(line)
+            size += len(line)
+            if size >= SAMPLE_BLOCK:
+                seen += size
+                if taken < share * seen:
+                    taken += size
+                    yield "".join(block)
+                block, size = [], 0
+        seen += size
+        if size and taken < share * seen:
+            taken += size
+            yield "".join(block)
+
+
+def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str], None]) -> SentencePieceTokenizer:
+    """BPE with byte fallback over `blocks` of text; the same text gives the same model.
+
+    A text too short for `vocab_size` pieces gives a smaller vocabulary, and `log` says so. Raises DataError when the
+    text is empty.
+    """
+    counts = Counter(character for block in blocks for character in block if not character.isspace())
+    if not counts:
+        raise DataError("tokenizer.kind=sentencepiece: the training split holds no text to train on")
+    # Characters get at most a quarter of the pieces (the rest are merges); rarer ones are spelt in bytes. This also
+    # keeps a small vocabulary trainable on a corpus with thousands of characters.
+    room = max(1, (vocab_size - 256 - SPECIAL_PIECES) // 4)
+    covered = sum(count for _, count in counts.most_common(room))
+    coverage = min(0.9995, covered / sum(counts.values()))
+    try:
+        model = _train(blocks, vocab_size, coverage)
+    except RuntimeError as error:
+        limit = re.search(r"value <= (\d+)", str(error))
+        if not limit:
+            raise DataError(f"tokenizer.vocab_size={vocab_size}: {str(error).splitlines()[0]}") from error
+        log(f"tokenizer: the text is enough for {limit[1]} pieces, not tokenizer.vocab_size={vocab_size}")
+        model = _train(blocks, int(limit[1]), coverage)
+    return SentencePieceTokenizer(model, "trained tokenizer")
+
+
+def _train(blocks: list[str], vocab_size: int, coverage: float) -> bytes:
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # NOTE: its null character ends a sentence for the trainer, which would then drop the rest.
+        sentence_iterator=(line for block in blocks for line in block.replace(SPACE, " ").split("\n") if line),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=coverage,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        max_sentence_length=1 << 24,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return writer.getvalue()
