@@ -1,0 +1,244 @@
+"""DeepSpeed behind one adapter: the only file that imports it. The version is pinned and the seam is tested
+(tests/distributed/test_engine.py), for these reasons:
+
+- DeepSpeed treats a parameter as an expert's if `param.allreduce is False` and it has a `group_name`, but switches its
+  expert paths on only when it finds an instance of its own `MoE` module. `_ExpertMarker` is that instance: it has no
+  parameters and no forward pass; our sparse layer knows nothing of DeepSpeed.
+- Expert gradients are summed over the ranks that hold copies of the same experts and divided by the *full*
+  data-parallel size, so the loss needs no scaling for expert parallelism.
+- `engine.backward` divides by the accumulation steps and the reduction averages over ranks: the caller passes losses
+  whose mean over all micro-batches of the step is the step's loss.
+- Without `communication_data_type: fp32`, bf16 gradients are reduced in bf16; without an explicit
+  `gradient_clipping`, DeepSpeed clips at 1.0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import Config, Precision
+from moe.dist.topology import Topology
+from moe.sparse.experts import Experts
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import (
+    groups,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from deepspeed.utils import logger as deepspeed_logger
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _ExpertMarker(MoE):
+    """Tells DeepSpeed that the model has expert-parallel parameters. See the module's docstring."""
+
+    def __init__(self, num_experts: int, expert: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+        self.ep_size = expert
+        self.expert_group_name = _group_name(expert)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        del use_data_before_expert_parallel_  # the groups exist: `start` made them
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`grad_norm` is the norm before clipping over all parameters; `applied` is False when it was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+def _group_name(expert: int) -> str:
+    return f"ep_size_{expert}"
+
+
+def expert_groups(topology: Topology) -> tuple[Any, Any]:
+    """(expert-parallel group, group of the ranks that hold copies of the same experts); (None, None) at degree 1.
+
+    Expert-parallel ranks are consecutive, so that on several nodes their exchange stays inside a node.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    # NOTE: this op would be compiled for 45 s at first use, needs a compiler and sums in another order than gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
+    if topology.expert == 1:
+        return None, None
+    name = _group_name(topology.expert)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(topology.expert)
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on matrices only: norms (and any other vector) are left alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
+        {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+
+
+def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_clipping": config.optim.max_grad_norm,
+        "communication_data_type": "fp32",
+        # Expert parameters need contiguous gradients and reduce-scatter in both stages.
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+        },
+        "steps_per_print": 10**9,
+    }
+    if config.train.precision is Precision.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+class Engine:
+    """ZeRO, precision, accumulation, clipping and expert-gradient reduction around one model.
+
+    Per optimizer step: for each of `accumulation` micro-batches `backward(loss)` then `step(lr)`; the last `step` of
+    the step returns a `StepResult`, the others None.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, topology: Topology) -> None:
+        self.topology = topology
+        self.accumulation = config.accumulation(topology.world_size)
+        experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+        self.expert_names = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
+        parameter_groups = _parameter_groups(model, config.optim.weight_decay)
+        if topology.expert > 1:
+            for name, parameter in model.named_parameters():
+                if name in self.expert_names:
+                    parameter.allreduce = False
+                    parameter.group_name = _group_name(topology.expert)
+            model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, topology.expert))
+            parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+        optimizer = torch.optim.AdamW(
+            parameter_groups,
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
+            fused=True,
+        )
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(config, topology.world_size),
+            dist_init_required=False,
+        )
+        assert self._engine.has_moe_layers == (topology.expert > 1)
+        self._backwards = 0
+
+    @property
+    def model(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps refused because a gradient was not finite, on all ranks together."""
+        return int(self._engine.skipped_steps)
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's forward pass, for training."""
+        return self._engine(*inputs, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult | None:
+        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._backwards += 1
+        self._engine.step()
+        if self._backwards % self.accumulation:
+            return None
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(float(norm) if norm is not None else float("nan"), self._engine.was_step_applied())
+
+    # State, for checkpoints. Every call below is a collective: all ranks, same order.
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._engine.module.named_parameters())
+
+    def master_state(self) -> dict[str, dict[str, Tensor]]:
+        """{"weights" | "exp_avg" | "exp_avg_sq": {parameter name: float32 tensor}}; experts are this rank's slice.
+
+        Only after the first step: before it the moments don't exist and DeepSpeed's accessors hang.
+        """
+        # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+        state: dict[str, dict[str, Tensor]] = {"weights": {}, **{moment: {} for moment in ADAM_MOMENTS}}
+        for name, parameter in self._named_parameters():
+            state["weights"][name] = _required(safe_get_full_fp32_param(parameter), name).detach().cpu().clone()
+            for moment in ADAM_MOMENTS:
+                value = _required(safe_get_full_optimizer_state(parameter, moment), f"{name} {moment}")
+                state[moment][name] = value.detach().cpu().clone()
+        return state
+
+    def empty_state(self) -> dict[str, dict[str, Tensor]]:
+        """Zeros in the shape of `master_state`, for a reader to fill. No collective."""
+        shapes = {name: parameter.shape for name, parameter in self._named_parameters()}
+        return {
+            kind: {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
+            for kind in ("weights", *ADAM_MOMENTS)
+        }
+
+    def load_master_state(self, state: dict[str, dict[str, Tensor]], adam_steps: int, skipped_steps: int) -> None:
+        """Put back what `master_state` gave, at any topology, before the first step.
+
+        `adam_steps` counts applied updates. Each omission here is silent: without zero moments first there is
+        nothing to link, without `update_lp_params` the model computes with old weights, and a group without its
+        step restarts Adam's bias correction.
+        """
+        optimizer = self._zero.optimizer
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                slot = optimizer.state[parameter]
+                slot["step"] = torch.tensor(float(adam_steps), device=parameter.device)
+                for moment in ADAM_MOMENTS:
+                    slot[moment] = torch.zeros_like(parameter)
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._named_parameters():
+            device = parameter.device
+            safe_set_full_fp32_param(parameter, state["weights"][name].to(device))
+            for moment in ADAM_MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[moment][name].to(device), moment)
+        self._zero.update_lp_params()
+        self._engine.global_steps = adam_steps + skipped_steps
+        self._engine.skipped_steps = skipped_steps
+
+
+def _required(value: Tensor | None, what: str) -> Tensor:
+    if value is None:
+        raise RuntimeError(f"DeepSpeed has no {what}: its optimizer states were not linked")
+    return value

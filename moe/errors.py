@@ -1,0 +1,20 @@
+"""Which exceptions are messages for the user, and which are faults whose traceback must be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def for_user(error: BaseException) -> bool:
+    """True for a ValueError that a `raise` in this package made: its text is one line for the user.
+
+    A ValueError from inside a library is a fault of ours and keeps its traceback.
+    """
+    if not isinstance(error, ValueError):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(_PACKAGE)

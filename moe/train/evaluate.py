@@ -1,0 +1,75 @@
+"""The held-out split: loss, bits per byte, the unigram yardstick, and where each token of one text was sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.data.loader import Batch, token_counts
+from moe.data.prepare import Corpus
+from moe.dist.topology import Topology
+from moe.model.transformer import Transformer
+from moe.train.metrics import bits_per_byte, entropy_nats
+
+ROUTED_TOKENS = 400  # of the text that the report colours by expert
+
+
+class Evaluation:
+    """Scores the same held-out sequences every time; the yardsticks are counted once."""
+
+    def __init__(self, corpus: Corpus, batches: list[Batch], topology: Topology, vocab_size: int) -> None:
+        self._tokenizer, self._names = corpus.tokenizer, corpus.source_names
+        self._batches, self._topology = batches, topology
+        counts_V = topology.sum_(token_counts(batches, vocab_size).to(topology.device, torch.float64)).cpu()
+        self.unigram_entropy = entropy_nats(counts_V)
+        lengths_V = torch.zeros(vocab_size, dtype=torch.float64)
+        token_bytes = torch.from_numpy(self._tokenizer.token_bytes()).double()
+        lengths_V[: len(token_bytes)] = token_bytes
+        self._bytes = float(counts_V @ lengths_V)
+
+    @torch.no_grad()
+    def __call__(self, model: Transformer) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """(figures of the evaluation step, routing of one held-out text or None for a dense model). A collective."""
+        model.eval()
+        device = self._topology.device
+        sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)  # [source, (nats, targets)]
+        routing = None
+        for index, batch in enumerate(self._batches):
+            labels_BS = batch.labels_BS.to(device)
+            output = model(batch.input_ids_BS.to(device), document_ids_BS=batch.document_ids_BS.to(device))
+            loss_B = _loss_by_sequence(output.logits_BSV, labels_BS)
+            pairs = torch.stack([loss_B, (labels_BS != -100).sum(-1).double()], dim=-1)
+            sums.index_add_(0, batch.source_ids_B.to(device), pairs)
+            if index == 0 and output.routers:
+                length = min(ROUTED_TOKENS, batch.input_ids_BS.shape[1])
+                routing = {
+                    "tokens": [self._tokenizer.piece(int(token)) for token in batch.input_ids_BS[0, :length]],
+                    "experts": [router.ids_TK[:length, 0].tolist() for router in output.routers],
+                    "num_experts": output.routers[0].counts_E.numel(),
+                }
+        model.train()
+        sums = self._topology.sum_(sums).cpu()
+        nats, targets = sums.sum(0).tolist()
+        figures = {
+            "val_loss": nats / targets,
+            "val_bits_per_byte": bits_per_byte(nats, self._bytes),
+            "val_unigram_entropy": self.unigram_entropy,
+            "val_loss_by_source": {
+                name: loss / count for name, (loss, count) in zip(self._names, sums.tolist(), strict=True) if count
+            },
+        }
+        return figures, routing
+
+
+def _loss_by_sequence(logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
+    """Summed cross-entropy of each sequence in nats, float64 [B]; one sequence at a time to bound memory."""
+    assert logits_BSV is not None
+    return torch.stack(
+        [
+            F.cross_entropy(logits_SV.float(), labels_S, ignore_index=-100, reduction="sum").double()
+            for logits_SV, labels_S in zip(logits_BSV, labels_BS, strict=True)
+        ]
+    )

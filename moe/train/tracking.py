@@ -1,0 +1,126 @@
+"""Where figures go: always RUN_DIR/metrics.jsonl, and W&B. The only file that imports wandb.
+
+W&B must never cost a training run: no key or no network means offline (sync later with `wandb sync`), and a failure
+while logging ends W&B's part with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from moe.config import Config, TrackingBackend
+
+PANELS = {  # figure → W&B section; sections are shown in alphabetical order, so balance comes first
+    "balance": ("load_balancing_loss", "max_violation", "router_entropy", "router_z_loss", "dead_experts"),
+    "train": ("loss", "lm_loss", "grad_norm", "lr", "dropped_fraction", "tokens"),
+    "speed": ("tokens_per_second", "step_seconds", "mfu"),
+    "val": ("val_loss", "val_bits_per_byte", "val_unigram_entropy"),
+}
+
+
+def plain(value: Any) -> Any:
+    """Dataclass dictionaries with enums by name, as JSON and W&B take them."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl (or samples.jsonl) up to `step`: a resume writes the later ones again.
+
+    Also drops a torn last line.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+class Tracker:
+    """Rank 0's writer. `log` takes the step's figures."""
+
+    def __init__(self, config: Config, run_dir: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._warn = warn
+        self._run = None
+        if config.tracking.backend is TrackingBackend.wandb:
+            self._run = self._start(config, run_dir, resumed)
+
+    def _start(self, config: Config, run_dir: Path, resumed: bool) -> Any:
+        import wandb
+        from wandb.errors import CommError, UsageError
+
+        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        identity = run_dir / "wandb_id"
+        if not (resumed and identity.exists()):
+            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+        for attempt in (mode, "offline"):
+            try:
+                run = wandb.init(
+                    project=config.tracking.project,
+                    name=config.tracking.name or run_dir.name,
+                    id=identity.read_text(encoding="utf-8").strip(),
+                    resume="allow" if attempt == "online" else None,
+                    config=plain(asdict(config)),
+                    dir=str(run_dir),
+                    mode=attempt,  # type: ignore[arg-type]  # what the user put into WANDB_MODE is wandb's to judge
+                    settings=wandb.Settings(silent=True, console="off", x_disable_stats=False, init_timeout=30),
+                )
+            except (CommError, UsageError, OSError) as error:
+                if attempt == "offline":
+                    self._warn(f"W&B is off: {str(error).splitlines()[0]}; metrics.jsonl has every figure")
+                    return None
+                self._warn(f"W&B can't be reached ({str(error).splitlines()[0]}): logging offline into {run_dir}/wandb")
+                continue
+            if attempt == "offline":
+                self._warn(f"W&B is offline (no key or no network): `wandb sync {run_dir}/wandb/offline-run-*` uploads")
+            return run
+        return None
+
+    def log(self, figures: dict[str, Any]) -> None:
+        """One JSON line; the same to W&B under its sections, the load-balancing loss per layer beside the total."""
+        self._file.write(json.dumps(figures) + "\n")
+        if self._run is None:
+            return
+        panels = {
+            f"{section}/{name}": figures[name]
+            for section, names in PANELS.items()
+            for name in names
+            if figures.get(name) is not None
+        }
+        for layer, value in enumerate(figures["load_balancing_loss_layers"]):
+            panels[f"balance/load_balancing_loss_layer_{layer:02d}"] = value
+        for layer, shares in enumerate(figures["expert_shares"]):
+            for expert, share in enumerate(shares):
+                panels[f"experts/layer_{layer:02d}/share_{expert:02d}"] = share
+        for name, value in figures.get("val_loss_by_source", {}).items():
+            panels[f"val/loss_{name}"] = value
+        try:
+            self._run.log(panels, step=figures["step"])
+        except Exception as error:  # whatever it is, it must not cost the run; said once, W&B's part ends
+            self._warn(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            self._run = None
+
+    def close(self) -> None:
+        self._file.close()
+        if self._run is not None:
+            self._run.finish()

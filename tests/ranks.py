@@ -1,0 +1,75 @@
+"""Real ranks for tests: forked processes that talk gloo, each under one hard timeout."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """`function(*arguments)` in `world_size` forked ranks with torchrun's environment; their results by rank.
+
+    The first rank that raises ends the others; AssertionError with its traceback. AssertionError too on a timeout.
+    """
+    torch.set_num_threads(1)  # NOTE: a fork after multi-threaded torch operations hangs without this
+    context = multiprocessing.get_context("fork")
+    port, queue = free_port(), context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(results) < world_size:
+            assert time.monotonic() < deadline, f"ranks {set(range(world_size)) - set(results)} hung for {timeout} s"
+            if queue.empty():
+                dead = [p for i, p in enumerate(processes) if i not in results and p.exitcode not in (None, 0)]
+                assert not dead or not queue.empty(), f"a rank died with exit code {dead[0].exitcode}"
+                time.sleep(0.02)
+                continue
+            rank, failed, value = queue.get()
+            assert not failed, f"rank {rank}:\n{value}"
+            results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+    finally:
+        for process in processes:
+            if process.is_alive() and len(results) < world_size:
+                process.kill()
+            process.join(10)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        buffer = io.BytesIO()
+        torch.save(function(*arguments), buffer)  # as bytes: a tensor in a queue lives only as long as its sender
+        queue.put((rank, False, buffer.getvalue()))
+    except BaseException:
+        queue.put((rank, True, traceback.format_exc()))
+    queue.close()
+    queue.join_thread()
