@@ -1,6 +1,7 @@
 """The sparse layer: router → dispatch → experts → combine, in place of a block's dense MLP.
 
-Shapes: B sequences, S positions, T = B·S tokens, H hidden, E experts.
+Shapes: B sequences, S positions, T = B·S tokens, N rows to compute (choices), M rows received from the expert group,
+H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.config import ExpertsConfig, RouterConfig
-from moe.sparse.dispatch import combine_rows, gather_rows, sort_by_expert
+from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
+from moe.sparse import dispatch, megablocks
+from moe.sparse.dispatch import from_experts, plan_exchange, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
 from moe.sparse.router import RouterOutput, TopKRouter
 
@@ -33,15 +35,21 @@ class SparseMLP(nn.Module):
         if router.num_experts % ranks:
             raise ValueError(f"parallel.expert={ranks} must divide router.num_experts={router.num_experts}")
         num_local = router.num_experts // ranks
-        self.num_experts = router.num_experts
         self.expert_group = expert_group if ranks > 1 else None
         self.gate = TopKRouter(hidden_size, router)
         self.experts = Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local)
 
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, RouterOutput]:
-        """x [B, S, H] → (y [B, S, H], what the router did)."""
+        """x [B, S, H] → (y [B, S, H], what the router did). Every rank of the expert group must call it together."""
         routed = self.gate(x_BSH)
-        order = sort_by_expert(routed.ids_TK, routed.keep_TK, self.num_experts)
-        x_NH = gather_rows(x_BSH.flatten(0, 1), order)
-        y_NH = self.experts(x_NH, order.counts_E)
-        return combine_rows(y_NH, routed.weights_TK, order).view_as(x_BSH), routed
+        order = sort_by_expert(routed.ids_TK, routed.keep_TK, routed.counts_E)
+        on_megablocks = self.experts.backend_for(x_BSH) is ExpertBackend.megablocks and order.keep_TK is None
+        rows = megablocks if on_megablocks else dispatch
+        x_NH = rows.gather_rows(x_BSH.flatten(0, 1), order)
+        if self.expert_group is None:
+            y_NH = self.experts(x_NH, order.counts_E)
+        else:
+            exchange = plan_exchange(order.counts_E, self.expert_group)
+            y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)
+            y_NH = from_experts(y_MH, exchange)
+        return rows.combine_rows(y_NH, routed.weights_TK, order).view_as(x_BSH), routed

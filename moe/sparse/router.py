@@ -40,8 +40,8 @@ class TopKRouter(nn.Module):
     """Top-k token choice with Mixtral's weights: softmax over the k chosen logits (arXiv 2401.04088, eq. 2–3).
 
     Softmax over all experts renormalised over the chosen is the same number; this form also yields the probabilities
-    that the balance loss needs. Arithmetic is float32 even under bf16 weights or autocast: a rounding error in a logit is
-    another expert, not a small difference.
+    that the balance loss needs. Arithmetic is float32 even under bf16 weights or autocast: a rounding error in a logit
+    is another expert, not a small difference.
     """
 
     def __init__(self, hidden_size: int, config: RouterConfig) -> None:
