@@ -1,16 +1,31 @@
 """Rotary position embedding (arXiv 2104.09864), Hugging Face's `rotate_half` pairing: dimension i turns with i + D/2.
 
-Legend: B batch, S sequence, N heads, D head dimension.
+Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, H hidden.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def rotary_table(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions start … start+length−1, float32 [length, head_dim / 2].
+@dataclass(slots=True)
+class RotaryTable:
+    """cos and sin of each position's angles, [S, 1, D]: both halves hold the same angles, the first sin is negated."""
+
+    cos_S1D: Tensor
+    sin_S1D: Tensor
+
+
+def rotary_table(
+    start: int, length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> RotaryTable:
+    """Positions start … start+length−1; angle i is position · theta^(−2i/D).
 
     The angles are float32 products, as in transformers, so that weights trained there see the same rotation here.
     """
@@ -18,11 +33,62 @@ def rotary_table(start: int, length: int, head_dim: int, theta: float, device: t
     frequencies_D = (1.0 / theta**exponents_D).to(device)
     positions_S = torch.arange(start, start + length, device=device).float()
     angles_SD = positions_S[:, None] * frequencies_D
-    return angles_SD.cos(), angles_SD.sin()
+    cos_SD, sin_SD = angles_SD.cos().to(dtype), angles_SD.sin().to(dtype)
+    return RotaryTable(torch.cat((cos_SD, cos_SD), 1)[:, None], torch.cat((-sin_SD, sin_SD), 1)[:, None])
 
 
-def rotate(x_BSND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Every head turned by its position's angle; same shape and dtype as `x_BSND`."""
-    cos_SD, sin_SD = (table.to(x_BSND.dtype)[:, None, :] for table in (cos_SD, sin_SD))
-    first, second = x_BSND.chunk(2, dim=-1)
-    return torch.cat((first * cos_SD - second * sin_SD, second * cos_SD + first * sin_SD), dim=-1)
+def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tensor | None = None) -> Tensor:
+    """Every head turned by its position's angle, or back by it; no autograd. Writes into `out` where given."""
+    half, sign = x_BSND.shape[-1] // 2, -1.0 if back else 1.0
+    out = torch.mul(x_BSND, table.cos_S1D, out=out) if out is not None else x_BSND * table.cos_S1D
+    out[..., :half].addcmul_(x_BSND[..., half:], table.sin_S1D[..., :half], value=sign)
+    out[..., half:].addcmul_(x_BSND[..., :half], table.sin_S1D[..., half:], value=sign)
+    return out
+
+
+class _ProjectRotated(torch.autograd.Function):
+    """One matrix product for q, k and v, then one rotation of q and k together; the backward mirrors it.
+
+    The three weights stay three parameters (their names are Hugging Face's); joining them per call is a small copy next to
+    the activations and saves two products and two gradient sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSH: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, table: RotaryTable
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x_BSH, q_weight, k_weight, v_weight)
+        ctx.table = table
+        head_dim = table.cos_S1D.shape[-1]
+        joined = F.linear(x_BSH, torch.cat((q_weight, k_weight, v_weight)))
+        heads_BSND = joined.view(*x_BSH.shape[:2], -1, head_dim)
+        query_heads, rotated_heads = len(q_weight) // head_dim, (len(q_weight) + len(k_weight)) // head_dim
+        turned_BSND = rotate(heads_BSND[:, :, :rotated_heads], table)
+        return turned_BSND[:, :, :query_heads], turned_BSND[:, :, query_heads:], heads_BSND[:, :, rotated_heads:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x_BSH, q_weight, k_weight, v_weight = ctx.saved_tensors
+        q_BSND, k_BSGD, v_BSGD = grads
+        head_dim, dims = q_BSND.shape[-1], (len(q_weight), len(k_weight), len(v_weight))
+        heads = [dim // head_dim for dim in dims]
+        joined_BSND = q_BSND.new_empty(*x_BSH.shape[:2], sum(heads), head_dim)
+        rotate(q_BSND, ctx.table, back=True, out=joined_BSND[:, :, : heads[0]])
+        rotate(k_BSGD, ctx.table, back=True, out=joined_BSND[:, :, heads[0] : heads[0] + heads[1]])
+        joined_BSND[:, :, heads[0] + heads[1] :] = v_BSGD
+        joined_TD = joined_BSND.view(-1, sum(dims))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (joined_TD @ torch.cat((q_weight, k_weight, v_weight))).view_as(x_BSH)
+        grad_weights: tuple[Tensor | None, ...] = (None, None, None)
+        if any(ctx.needs_input_grad[1:4]):
+            grad_weights = (joined_TD.T @ x_BSH.reshape(joined_TD.shape[0], -1)).split(dims)
+        return grad_x, *grad_weights, None
+
+
+def project_rotated(
+    x_BSH: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, table: RotaryTable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [B, S, N, D], rotated keys and plain values [B, S, G, D]; weights are [heads · D, H]."""
+    return _ProjectRotated.apply(x_BSH, q_weight, k_weight, v_weight, table)  # type: ignore[return-value]

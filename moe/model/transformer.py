@@ -1,28 +1,27 @@
 """The decoder: Mistral with `model.mlp=dense`, Mixtral with `model.mlp=sparse` (arXiv 2310.06825, 2401.04088).
 
 Parameter names are those of transformers 5's `MistralForCausalLM` and `MixtralForCausalLM`.
-Legend: B batch, S sequence, H hidden, V vocabulary.
+Legend: B batch, S sequence, H hidden, V vocabulary, N query heads, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moe.config import ExpertsConfig, Mlp, ModelConfig, RouterConfig
-from moe.model.attention import Attention, build_mask
+from moe.model.attention import Attend, make_attend, resolve_attention
+from moe.model.cache import KVCache
+from moe.model.loss import linear_cross_entropy
 from moe.model.mlp import DenseMLP
 from moe.model.norm import RMSNorm
-from moe.model.rope import rotary_table
-
-if TYPE_CHECKING:
-    from moe.sparse.router import RouterOutput
+from moe.model.rope import RotaryTable, project_rotated, rotary_table
+from moe.sparse import Experts, RouterOutput, SparseMLP
 
 
 @dataclass(slots=True)
@@ -32,27 +31,66 @@ class ModelOutput:
     routers: list[RouterOutput]  # one per sparse layer, in order; [] for a dense model
 
 
+@dataclass(slots=True)
+class Context:
+    """What all layers of one forward pass share."""
+
+    table: RotaryTable
+    attend: Attend | None  # over the tokens of this pass; None when earlier ones are cached
+    cache: KVCache | None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.layer = layer
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x_BSH: Tensor, context: Context) -> Tensor:
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        q_BSND, k_BSGD, v_BSGD = project_rotated(x_BSH, *weights, context.table)
+        cache = context.cache
+        if context.attend is None:
+            assert cache is not None
+            return self.o_proj(cache.attend(self.layer, q_BSND, k_BSGD, v_BSGD))
+        if cache is not None:
+            cache.write(self.layer, k_BSGD, v_BSGD)
+        return self.o_proj(context.attend(q_BSND, k_BSGD, v_BSGD))
+
+
 class Block(nn.Module):
     def __init__(
-        self, model: ModelConfig, router: RouterConfig, experts: ExpertsConfig, expert_group: ProcessGroup | None
+        self,
+        layer: int,
+        model: ModelConfig,
+        router: RouterConfig,
+        experts: ExpertsConfig,
+        expert_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
-        self.self_attn = Attention(model)
-        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
-        self.sparse = model.mlp is Mlp.sparse
-        if self.sparse:
-            from moe.sparse.layer import SparseMLP
-
-            self.mlp = SparseMLP(model.hidden_size, model.intermediate_size, router, experts, expert_group=expert_group)
+        hidden, intermediate = model.hidden_size, model.intermediate_size
+        self.input_layernorm = RMSNorm(hidden, model.rms_norm_eps)
+        self.self_attn = Attention(model, layer)
+        self.post_attention_layernorm = RMSNorm(hidden, model.rms_norm_eps)
+        self.mlp: SparseMLP | DenseMLP
+        if model.mlp is Mlp.sparse:
+            self.mlp = SparseMLP(hidden, intermediate, router, experts, expert_group=expert_group)
         else:
-            self.mlp = DenseMLP(model.hidden_size, model.intermediate_size)
+            self.mlp = DenseMLP(hidden, intermediate)
 
-    def forward(self, x_BSH: Tensor, *attention: Any) -> tuple[Tensor, RouterOutput | None]:
-        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), *attention)
-        out = self.mlp(self.post_attention_layernorm(x_BSH))
-        y_BSH, routed = out if self.sparse else (out, None)
-        return x_BSH + y_BSH, routed
+    def forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
+        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), context)
+        normed_BSH = self.post_attention_layernorm(x_BSH)
+        if isinstance(self.mlp, SparseMLP):
+            y_BSH, routed = self.mlp(normed_BSH)
+            return x_BSH + y_BSH, routed
+        return x_BSH + self.mlp(normed_BSH), None
 
 
 class Decoder(nn.Module):
@@ -63,12 +101,26 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.layers = nn.ModuleList(Block(model, router, experts, expert_group) for _ in range(model.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(layer, model, router, experts, expert_group) for layer in range(model.num_hidden_layers)
+        )
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps)
+
+    def forward(self, input_ids_BS: Tensor, context: Context) -> tuple[Tensor, list[RouterOutput]]:
+        x_BSH, routers = self.embed_tokens(input_ids_BS), []
+        for block in self.layers:
+            x_BSH, routed = block(x_BSH, context)
+            if routed is not None:
+                routers.append(routed)
+        return self.norm(x_BSH), routers
 
 
 class Transformer(nn.Module):
-    """The language model. With an `expert_group` of N ranks each holds 1/N of every layer's experts."""
+    """The language model. With an `expert_group` of N ranks each holds 1/N of every layer's experts.
+
+    Weights are torch's defaults until `init_weights` or a checkpoint sets them. Raises ValueError, at the first forward
+    pass, when `model.attention` names a back-end that can't run on the model's device and dtype.
+    """
 
     def __init__(
         self,
@@ -79,7 +131,7 @@ class Transformer(nn.Module):
         expert_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.expert_group = model, expert_group
+        self.config = model
         self.model = Decoder(model, router, experts, expert_group)
         self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         if model.tie_word_embeddings:
@@ -91,21 +143,17 @@ class Transformer(nn.Module):
 
         So the same model starts at any number of ranks, any expert degree, on any device.
         """
-        rank = torch.distributed.get_rank(self.expert_group) if self.expert_group is not None else 0
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif ".experts." in name:
-                first = rank * parameter.shape[0]
-                for index, expert in enumerate(parameter):
-                    self._fill(expert, seed, f"{name}.{first + index}")
-            else:
-                self._fill(parameter, seed, name)
-
-    def _fill(self, weight: Tensor, seed: int, name: str) -> None:
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        weight.copy_(torch.randn(weight.shape, generator=generator).mul_(self.config.initializer_range))
+        std = self.config.initializer_range
+        for prefix, module in self.named_modules():
+            if isinstance(module, Experts):
+                module.reset_parameters(std, partial(_expert_seed, seed, prefix))
+                continue
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if isinstance(module, RMSNorm):
+                    parameter.fill_(1.0)
+                elif not (self.config.tie_word_embeddings and module is self.lm_head):  # set as the embedding
+                    generator = torch.Generator().manual_seed(_seed(seed, name))
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
     def forward(
         self,
@@ -113,21 +161,37 @@ class Transformer(nn.Module):
         *,
         document_ids_BS: Tensor | None = None,
         labels_BS: Tensor | None = None,
-        cache: None = None,
+        cache: KVCache | None = None,
     ) -> ModelOutput:
-        """`document_ids_BS` never falls along S; tokens see their own document only (None: one document)."""
-        config, length = self.config, input_ids_BS.shape[1]
+        """Logits, or the loss where labels (already shifted, −100 for no target) are given.
+
+        `document_ids_BS` never falls along S; tokens see their own document only (None: one document). With a `cache`
+        the tokens follow those of earlier calls; it is filled and moved on.
+        """
+        config, (batch, count) = self.config, input_ids_BS.shape
         assert config.head_dim is not None
-        x_BSH = self.model.embed_tokens(input_ids_BS)
-        cos_SD, sin_SD = rotary_table(0, length, config.head_dim, config.rope_theta, x_BSH.device)
-        mask = build_mask(length, config.sliding_window, document_ids_BS, x_BSH.device)
-        routers = []
-        for block in self.model.layers:
-            x_BSH, routed = block(x_BSH, cos_SD, sin_SD, mask)
-            if routed is not None:
-                routers.append(routed)
-        logits_BSV = self.lm_head(self.model.norm(x_BSH))
+        weight = self.model.embed_tokens.weight
+        device, dtype = weight.device, weight.dtype
+        start = 0 if cache is None else cache.length
+        if cache is not None:
+            cache.begin(count, document_ids_BS)
+        attend = None
+        if start == 0:
+            backend, _ = resolve_attention(config.attention, device, dtype, config.head_dim)
+            attend = make_attend(backend, (batch, count), config.sliding_window, document_ids_BS, device)
+        table = rotary_table(start, count, config.head_dim, config.rope_theta, device, dtype)
+        x_BSH, routers = self.model(input_ids_BS, Context(table, attend, cache))
+        if cache is not None:
+            cache.commit()
         if labels_BS is None:
-            return ModelOutput(logits_BSV, None, routers)
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="sum")
+            return ModelOutput(self.lm_head(x_BSH), None, routers)
+        loss = linear_cross_entropy(x_BSH.flatten(0, 1), self.lm_head.weight, labels_BS.flatten())
         return ModelOutput(None, loss, routers)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
+
+
+def _expert_seed(seed: int, prefix: str, name: str, expert: int) -> int:
+    return _seed(seed, f"{prefix}.{name}/{expert}")

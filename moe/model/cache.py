@@ -1,0 +1,85 @@
+"""The rolling key/value cache: as many slots as the window has keys, whatever the length of the text.
+
+Legend: B batch, C new tokens, L slots, K keys, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from moe.model.attention import sdpa, visible
+
+
+class KVCache:
+    """Keys and values of the last `slots` positions of every layer; position p lies in slot p mod slots.
+
+    One forward pass is `begin`, then `attend` once per layer, then `commit`. All rows are at the same position: prompts of
+    different lengths are padded on the left, with the padding as a document of its own. Inference only (no gradients).
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        assert config.head_dim is not None
+        self.window, self.max_length, self.length = config.sliding_window, max_length, 0
+        self.slots = max_length if self.window is None else min(self.window, max_length)
+        shape = (config.num_hidden_layers, batch, self.slots, config.num_key_value_heads, config.head_dim)
+        self._keys, self._values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self._positions_L = torch.full((self.slots,), -1, device=device)
+        self._documents_BL = torch.zeros(batch, self.slots, dtype=torch.int64, device=device)
+        self._mask: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+    def begin(self, count: int, document_ids_BC: Tensor | None) -> None:
+        """Make room for `count` tokens. Raises ValueError past max_length."""
+        end = self.length + count
+        if end > self.max_length:
+            raise ValueError(f"cache holds max_length={self.max_length} positions, position {end - 1} doesn't fit")
+        device, batch = self._positions_L.device, self._documents_BL.shape[0]
+        new_C = torch.arange(self.length, end, device=device)
+        documents_BC = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        if document_ids_BC is not None:
+            documents_BC = document_ids_BC.long()
+        # Until the cache is full nothing is overwritten, and a single token overwrites only what it can't see. Several
+        # tokens would overwrite keys that the first of them still sees: they look at old and new side by side.
+        self._in_place = end <= self.slots or count == 1
+        old_positions, old_documents = self._positions_L.clone(), self._documents_BL.clone()
+        self._kept = min(count, self.slots)
+        self._where = new_C[-self._kept :] % self.slots
+        self._positions_L[self._where] = new_C[-self._kept :]
+        self._documents_BL[:, self._where] = documents_BC[:, -self._kept :]
+        if self._in_place:
+            keys_K, documents_BK = self._positions_L, self._documents_BL
+            self._used = min(end, self.slots)
+            keys_K, documents_BK = keys_K[: self._used], documents_BK[:, : self._used]
+        else:
+            keys_K = torch.cat((old_positions, new_C))
+            documents_BK = torch.cat((old_documents, documents_BC), dim=1)
+        seen_CK = visible(new_C, keys_K, self.window) & (keys_K >= 0)
+        self._mask = (seen_CK & (documents_BC[:, :, None] == documents_BK[:, None, :]))[:, None]
+        self._count = count
+
+    def write(self, layer: int, k_BCGD: Tensor, v_BCGD: Tensor) -> None:
+        self._keys[layer][:, self._where] = k_BCGD[:, -self._kept :]
+        self._values[layer][:, self._where] = v_BCGD[:, -self._kept :]
+
+    def attend(self, layer: int, q_BCND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor) -> Tensor:
+        """The new tokens' attention over what is cached and themselves, [B, C, N·D]; stores their keys and values."""
+        assert self._mask is not None
+        if self._in_place:
+            self.write(layer, k_BCGD, v_BCGD)
+            keys, values = self._keys[layer][:, : self._used], self._values[layer][:, : self._used]
+        else:
+            keys = torch.cat((self._keys[layer], k_BCGD), dim=1)
+            values = torch.cat((self._values[layer], v_BCGD), dim=1)
+            self.write(layer, k_BCGD, v_BCGD)
+        return sdpa(q_BCND, keys, values, self._mask).flatten(2)
+
+    def commit(self) -> None:
+        self.length += self._count
+        self._mask = None
