@@ -7,15 +7,26 @@ doesn't grow with the corpus. What can't be read raises `DataError`, one line th
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moe.config import DataConfig, SourceConfig, SourceFormat
 from moe.data import stdlib
+from moe.data.readers import (
+    DataError,
+    Piece,
+    as_piece,
+    column,
+    first_line,
+    no_field,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
 
 MAX_PIECE_BYTES = 1 << 20
 MIN_PIECE_BYTES = 1 << 10
@@ -25,19 +36,6 @@ PARQUET_SUFFIXES = (".parquet",)
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class DataError(ValueError):
-    """Data that can't be used: one line naming the file, the place, the rule and what to do."""
-
-
-@dataclass(slots=True)
-class Piece:
-    """A stretch of text. `starts` opens a document; else it continues the piece before it (of one text file)."""
-
-    text: str
-    data: bytes  # the same in UTF-8
-    starts: bool = True
 
 
 @dataclass(slots=True)
@@ -66,6 +64,11 @@ def open_sources(data: DataConfig) -> list[Source]:
     return sources
 
 
+def stated_weights(data: DataConfig) -> dict[str, float]:
+    """The weights that the configuration states, by source; empty where they follow the tokens."""
+    return {name: source.weight for name, source in data.all_sources().items() if source.weight is not None}
+
+
 def _open(name: str, key: str, config: SourceConfig) -> Source:
     if config.format is SourceFormat.stdlib:
         return _open_stdlib(name, key, config.path)
@@ -88,8 +91,16 @@ def _open_stdlib(name: str, key: str, domain: str) -> Source:
         )
     identity, modified = _stat(key, paths)
 
+    @cache
+    def texts() -> list[str]:  # a few megabytes, parsed once for the several readings of a preparation
+        return list(stdlib.documents(domain))
+
     def read() -> Iterator[Piece]:
-        return (Piece(text, text.encode()) for text in stdlib.documents(domain))
+        try:
+            for text in texts():
+                yield Piece(text, text.encode())
+        except (OSError, SyntaxError, UnicodeError) as error:
+            raise DataError(f"{key}.path={domain}: this Python's library can't be read: {error}") from error
 
     return Source(name, f"stdlib:{domain}", ["stdlib", domain, *identity], modified, read)
 
@@ -143,11 +154,11 @@ def _open_files(name: str, key: str, config: SourceConfig, paths: list[Path]) ->
     def read() -> Iterator[Piece]:
         for path, reader in zip(paths, readers, strict=True):
             if reader is SourceFormat.jsonl:
-                yield from _read_jsonl(path, key, config.text_field)
+                yield from read_jsonl(path, key, config.text_field)
             elif reader is SourceFormat.parquet:
-                yield from _read_parquet(path, key, config.text_field)
+                yield from read_parquet(path, key, config.text_field)
             else:
-                yield from _read_text(path, piece_bytes)
+                yield from read_text(path, piece_bytes)
 
     kinds = sorted({reader.value for reader in readers})
     settings = ["files", config.format.value, config.text_field]
@@ -163,117 +174,18 @@ def _format_of(stated: SourceFormat, path: Path) -> SourceFormat:
     return SourceFormat.parquet if suffix in PARQUET_SUFFIXES else SourceFormat.text
 
 
-def _read_text(path: Path, piece_bytes: int) -> Iterator[Piece]:
-    """One document per file, in pieces of `piece_bytes` that end with a line (or, in a very long one, a character)."""
-    starts, position = True, 0
-    try:
-        with path.open("rb") as file:
-            tail = b""
-            while block := file.read(piece_bytes):
-                block = tail + block + file.readline(piece_bytes)
-                # A line longer than a piece is cut anywhere: bytes of an unfinished character wait for the rest.
-                tail = _unfinished(block) if not block.endswith(b"\n") else b""
-                block = block[: len(block) - len(tail)]
-                yield Piece(_decode(block, path, position), block, starts)
-                starts, position = False, position + len(block)
-            if tail:
-                _decode(tail, path, position)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-
-
-def _unfinished(block: bytes) -> bytes:
-    """The 0 to 3 bytes at the end of `block` that begin a UTF-8 character without ending it."""
-    for length in range(1, min(3, len(block)) + 1):
-        lead = block[-length]
-        if lead >= 0xC0:
-            need = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            return block[-length:] if need > length else b""
-        if lead < 0x80:
-            break
-    return b""
-
-
-def _decode(block: bytes, path: Path, position: int) -> str:
-    try:
-        return block.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = position + error.start
-        raise DataError(f"{path}: byte {place} (0x{block[error.start]:02x}) is not UTF-8: {error.reason}") from error
-
-
-def _read_jsonl(path: Path, key: str, field: str) -> Iterator[Piece]:
-    """One document per line, its `field`; blank lines are skipped."""
-    position = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = _decode(line, path, position)
-                position += len(line)
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text.removeprefix("\ufeff"))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}: broken JSON at column {error.colno}: {error.msg}") from error
-                except RecursionError as error:
-                    raise DataError(f"{path}:{number}: broken JSON: nested too deeply") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: must be a JSON object, is a {type(row).__name__}")
-                if field not in row:
-                    raise DataError(f"{path}:{number}: {_no_field(key, field, list(row))}")
-                yield _row(row[field], field, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-
-
-def _no_field(key: str, field: str, names: list[str]) -> str:
-    return f"no field {field!r}; it has {', '.join(map(str, names)) or 'none'}: set {key}.text_field"
-
-
-def _row(value: Any, field: str, place: str) -> Piece:
-    """A row's text as a document. Raises DataError naming the place when it isn't text."""
-    if not isinstance(value, str):
-        shown = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{place}: field {field!r} must be a string, is {shown}")
-    try:
-        return Piece(value, value.encode("utf-8"))
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        wrong = f"U+{ord(value[error.start]):04X}"
-        raise DataError(f"{place}: field {field!r} holds a lone surrogate ({wrong}), which is not text") from error
-
-
-def _read_parquet(path: Path, key: str, field: str) -> Iterator[Piece]:
-    """One document per row, its column `field`."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise DataError(f"{path}: {_no_field(key, field, names)}")
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _row(value, field, f"{path}: row {number}")
-                    number += 1
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from error
-
-
 def _open_dataset(name: str, key: str, config: SourceConfig, path: Path) -> Source:
     """A folder that `save_to_disk` wrote, or what `load_dataset` finds by name (the Hub) or folder."""
     rows = _load_dataset(key, config, path)
     column_names = list(rows.column_names)
     if config.text_field not in column_names:
-        raise DataError(f"{key}.path={config.path}: {_no_field(key, config.text_field, column_names)}")
+        raise DataError(f"{key}.path={config.path}: {no_field(key, config.text_field, column_names)}")
     rows = rows.select_columns([config.text_field])  # so that images and audio beside the text are never decoded
     place = f"{config.path} ({config.split})"
 
     def read() -> Iterator[Piece]:
-        for number, row in enumerate(rows):
-            yield _row(row[config.text_field], config.text_field, f"{place}: row {number}")
+        for number, text in enumerate(column(rows, config.text_field, place)):
+            yield as_piece(text, config.text_field, f"{place}: row {number}")
 
     identity: list[Any] = ["dataset", config.path, config.subset, config.split, config.text_field]
     files, modified = _stat(key, sorted({Path(file["filename"]) for file in rows.cache_files}))
@@ -297,5 +209,4 @@ def _load_dataset(key: str, config: SourceConfig, path: Path) -> Any:
         raise
     # `datasets` raises whatever its readers raise, from ConnectionError to StopIteration: all of it is bad input here.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{key}.path={config.path}: `datasets` can't load it: {reason}") from error
+        raise DataError(f"{key}.path={config.path}: `datasets` can't load it: {first_line(error)}") from error

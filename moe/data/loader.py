@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from moe.data.corpora import DataError
+from moe.data.corpus import Corpus
 from moe.data.order import Mixture, quotas, shuffled
 from moe.data.packing import NO_TARGET, Sample, empty_sample, full_samples, pack
-from moe.data.prepare import Corpus
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ def held_out_batches(
             f"train.eval_sequences={max_sequences} must be ≥ {len(corpus.source_names)}, the number of sources"
         )
     chosen: list[tuple[int, int]] = []
-    for source, quota in enumerate(quotas(np.asarray(corpus.weights), max_sequences)):
+    for source, quota in enumerate(quotas(corpus.weights, max_sequences)):
         held = -(-(corpus.held_out[source].tokens - 1) // sequence_length)
         count = min(quota, held)
         chosen += [(source, i * held // count) for i in range(count)]

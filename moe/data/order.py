@@ -7,9 +7,9 @@ closed form of (seed, g), so resuming is instant and the number of ranks doesn't
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import accumulate
 
 MIN_BLOCK = 1 << 10
 MAX_BLOCK = 1 << 20
@@ -52,41 +52,35 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        shares = np.asarray(weights, np.float64) / np.sum(weights)
+        total = sum(weights)
+        shares = [weight / total for weight in weights]
         block = MIN_BLOCK
-        while block < MAX_BLOCK and block * shares.min() < SMALLEST_QUOTA:
+        while block < MAX_BLOCK and block * min(shares) < SMALLEST_QUOTA:
             block *= 2
         self._seed, self.block = seed, block
         self.quotas = quotas(shares, block)
-        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._ends = list(accumulate(self.quotas))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(source, n): sample number `sample` of the run is the nth of that source, n from 0."""
+        """(source, n): sample `sample` of the run is number n of that source. Every n comes once, block by block."""
         number, place = divmod(sample, self.block)
-        sources, nths = self._block(number)
-        source = int(sources[place])
-        return source, number * self.quotas[source] + int(nths[place])
-
-    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place in a block: its source, and how many of that source came before it in the block."""
-        if self._cached is None or self._cached[0] != number:
-            sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
-            np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, number]))).shuffle(sources)
-            nths = np.empty_like(sources)
-            for source, quota in enumerate(self.quotas):
-                nths[sources == source] = np.arange(quota)
-            self._cached = (number, sources, nths)
-        return self._cached[1], self._cached[2]
+        slot = shuffled(place, self.block, (self._seed, number))
+        source = bisect_right(self._ends, slot)
+        within = slot - (self._ends[source] - self.quotas[source])
+        return source, number * self.quotas[source] + within
 
 
-def quotas(shares: np.ndarray, total: int) -> list[int]:
+def quotas(shares: Sequence[float], total: int) -> list[int]:
     """`total` divided by shares (which sum to 1): largest remainders, at least 1 each. Raises ValueError when total
     is less than the number of shares."""
     if total < len(shares):
         raise ValueError(f"{total} samples can't hold {len(shares)} sources")
-    counts = np.maximum(1, np.floor(shares * total)).astype(int)
-    while counts.sum() < total:
-        counts[np.argmax(shares * total - counts)] += 1
-    while counts.sum() > total:
-        counts[np.argmax(np.where(counts > 1, counts - shares * total, -np.inf))] -= 1
-    return counts.tolist()
+    counts = [max(1, int(share * total)) for share in shares]
+    missing = [share * total - count for share, count in zip(shares, counts, strict=True)]
+    for _ in range(total - sum(counts)):
+        index = max(range(len(counts)), key=missing.__getitem__)
+        counts[index], missing[index] = counts[index] + 1, missing[index] - 1
+    for _ in range(sum(counts) - total):  # the minimum of 1 took more than there is
+        index = min((i for i, count in enumerate(counts) if count > 1), key=missing.__getitem__)
+        counts[index], missing[index] = counts[index] - 1, missing[index] + 1
+    return counts

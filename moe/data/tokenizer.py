@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +23,6 @@ from moe.data.corpora import DataError
 SPACE = "▁"  # SentencePiece's sign for a space
 CARD = "moe_tokenizer.json"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-SPECIAL_PIECES = 3  # unknown, BOS, EOS
-SAMPLE_BLOCK = 4096  # bytes of text that a tokenizer's sample takes or leaves together
 
 
 class Tokenizer(Protocol):
@@ -136,6 +131,8 @@ class HuggingFaceTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._model = model
+        added = self._json.get("added_tokens", [])
+        self._added = {token["id"]: (token["content"], token["special"]) for token in added}
         self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = _document_ends(bos, eos, where)
@@ -153,12 +150,9 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
 
-    def _added(self) -> dict[int, tuple[str, bool]]:
-        return {token["id"]: (token["content"], token["special"]) for token in self._json.get("added_tokens", [])}
-
     def piece(self, token_id: int) -> str:
-        if token_id in (added := self._added()):
-            return added[token_id][0]
+        if token_id in self._added:
+            return self._added[token_id][0]
         piece = self._backend.id_to_token(int(token_id)) or ""
         if self._byte_level:
             data = bytes(byte for character in piece if (byte := BYTE_OF.get(character)) is not None)
@@ -173,10 +167,9 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self) -> np.ndarray:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        added = self._added()
         for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items():
-            if token_id in added:
-                content, special = added[token_id]
+            if token_id in self._added:
+                content, special = self._added[token_id]
                 sizes[token_id] = 0 if special else len(content.encode())
             elif self._byte_level:
                 sizes[token_id] = len(piece)  # one character of its alphabet per byte
@@ -287,78 +280,15 @@ def _open_huggingface(folder: Path) -> Tokenizer:
             except (ValueError, AttributeError) as error:
                 raise DataError(f"{folder / file_name}: broken JSON: {error}") from error
     model = _read(folder / "tokenizer.json")
-    probe = HuggingFaceTokenizer(model, 0, 0, where)
-    ids = []
-    for key in ("bos_token", "eos_token"):
-        name = names.get(key)
-        text = name.get("content") if isinstance(name, dict) else name
-        ids.append(probe._backend.token_to_id(text) if text else None)
-    return HuggingFaceTokenizer(model, ids[0], ids[1], where)
+    bos, eos = (_special_id(model, names.get(key)) for key in ("bos_token", "eos_token"))
+    return HuggingFaceTokenizer(model, bos, eos, where)
 
 
-def sample_blocks(texts: Iterator[str], share: float) -> Iterator[str]:
-    """An even sample of `share` of the text, in blocks of whole lines, from one end of the corpus to the other."""
-    seen = taken = 0
-    for text in texts:
-        block: list[str] = []
-        size = 0
-        for line in text.splitlines(keepends=True):
-            block.append(line)
-            size += len(line)
-            if size >= SAMPLE_BLOCK:
-                seen += size
-                if taken < share * seen:
-                    taken += size
-                    yield "".join(block)
-                block, size = [], 0
-        seen += size
-        if size and taken < share * seen:
-            taken += size
-            yield "".join(block)
-
-
-def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str], None]) -> SentencePieceTokenizer:
-    """BPE with byte fallback over `blocks` of text; the same text gives the same model.
-
-    A text too short for `vocab_size` pieces gives a smaller vocabulary, and `log` says so. Raises DataError when the
-    text is empty.
-    """
-    counts = Counter(character for block in blocks for character in block if not character.isspace())
-    if not counts:
-        raise DataError("tokenizer.kind=sentencepiece: the training split holds no text to train on")
-    # Characters get at most a quarter of the pieces (the rest are merges); rarer ones are spelt in bytes. This also
-    # keeps a small vocabulary trainable on a corpus with thousands of characters.
-    room = max(1, (vocab_size - 256 - SPECIAL_PIECES) // 4)
-    covered = sum(count for _, count in counts.most_common(room))
-    coverage = min(0.9995, covered / sum(counts.values()))
+def _special_id(model: bytes, name: Any) -> int | None:
+    """The id of a special token, named by its text or by a mapping with its `content`."""
+    text = name.get("content") if isinstance(name, dict) else name
     try:
-        model = _train(blocks, vocab_size, coverage)
-    except RuntimeError as error:
-        limit = re.search(r"value <= (\d+)", str(error))
-        if not limit:
-            raise DataError(f"tokenizer.vocab_size={vocab_size}: {str(error).splitlines()[0]}") from error
-        log(f"tokenizer: the text is enough for {limit[1]} pieces, not tokenizer.vocab_size={vocab_size}")
-        model = _train(blocks, int(limit[1]), coverage)
-    return SentencePieceTokenizer(model, "trained tokenizer")
-
-
-def _train(blocks: list[str], vocab_size: int, coverage: float) -> bytes:
-    writer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        # NOTE: its null character ends a sentence for the trainer, which would then drop the rest.
-        sentence_iterator=(line for block in blocks for line in block.replace(SPACE, " ").split("\n") if line),
-        model_writer=writer,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=coverage,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        max_sentence_length=1 << 24,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return writer.getvalue()
+        added = json.loads(model).get("added_tokens", [])
+    except ValueError:
+        return None  # the reader of the file says what is wrong with it
+    return next((token["id"] for token in added if token["content"] == text), None)

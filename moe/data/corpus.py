@@ -1,0 +1,94 @@
+"""A prepared corpus: the shards of every source, their tokenizer, and whether they fit a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe.data.corpora import DataError
+from moe.data.shards import TokenStream, token_dtype
+from moe.data.tokenizer import Tokenizer, load_saved
+
+FORMAT = 1  # of the shards; another number never opens older folders
+SPLITS = ("train", "held_out")
+META = "meta.json"
+
+
+@dataclass(slots=True)
+class Corpus:
+    """Prepared shards and their tokenizer. `weights` are the sources' shares of samples, summing to 1."""
+
+    tokenizer: Tokenizer
+    fingerprint: str
+    folder: Path
+    source_names: list[str]
+    descriptions: list[str]
+    weights: list[float]
+    train: list[TokenStream]
+    held_out: list[TokenStream]
+
+    def describe(self) -> str:
+        """A few lines for a terminal: where, which, and what each source holds."""
+        lines = [
+            f"corpus {self.fingerprint[:16]} in {self.folder}",
+            f"tokenizer {self.tokenizer.fingerprint[:16]}: {self.tokenizer.vocab_size} pieces",
+            f"{'source':<14}{'split':<10}{'documents':>10}{'tokens':>14}{'bytes':>14}{'bytes/token':>13}{'share':>8}",
+        ]
+        for index, name in enumerate(self.source_names):
+            for split, stream in (("train", self.train[index]), ("held-out", self.held_out[index])):
+                share = f"{self.weights[index]:>8.1%}" if split == "train" else ""
+                lines.append(
+                    f"{name:<14}{split:<10}{stream.documents:>10,}{stream.tokens:>14,}{stream.bytes:>14,}"
+                    f"{stream.bytes / stream.tokens:>13.2f}{share}"
+                )
+        return "\n".join(lines)
+
+
+def check_vocab(corpus: Corpus, vocab_size: int) -> None:
+    """Raises DataError when the corpus has ids that a model with `vocab_size` rows doesn't."""
+    pieces = corpus.tokenizer.vocab_size
+    if pieces > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} must be ≥ {pieces}, the pieces of the corpus's tokenizer: a token id "
+            "without an embedding can't be trained"
+        )
+
+
+def check_tokenizer(corpus: Corpus, tokenizer: Tokenizer, where: str) -> None:
+    """Raises DataError when `tokenizer` (a run's or checkpoint's, named by `where`) isn't the one of the shards."""
+    if tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+        raise DataError(
+            f"{where}: tokenizer {tokenizer.fingerprint[:16]} doesn't match the shards' "
+            f"{corpus.tokenizer.fingerprint[:16]} in {corpus.folder}: the same ids would mean other text"
+        )
+
+
+def open_corpus(folder: Path, weights: dict[str, float] | None = None) -> Corpus:
+    """A prepared folder, its files checked against meta.json. Raises DataError when something is missing, cut short,
+    or the tokenizer there isn't the one that wrote the shards."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        names = list(meta["sources"])
+        vocab_size, stated = int(meta["tokenizer"]["vocab_size"]), meta["tokenizer"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / META}: unreadable ({error}): the cache is damaged") from error
+    tokenizer = load_saved(folder / "tokenizer")
+    if tokenizer.fingerprint != stated:
+        raise DataError(f"{folder}: tokenizer {tokenizer.fingerprint[:16]} doesn't match the shards' {stated[:16]}")
+    dtype = token_dtype(vocab_size)
+    train, held_out = (
+        [TokenStream(folder / name / split, meta["sources"][name][split], dtype, vocab_size) for name in names]
+        for split in SPLITS
+    )
+    sizes = [(weights or {}).get(name, float(stream.tokens)) for name, stream in zip(names, train, strict=True)]
+    return Corpus(
+        tokenizer=tokenizer,
+        fingerprint=meta["fingerprint"],
+        folder=folder,
+        source_names=names,
+        descriptions=[meta["sources"][name]["description"] for name in names],
+        weights=[size / sum(sizes) for size in sizes],
+        train=train,
+        held_out=held_out,
+    )
