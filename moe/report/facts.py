@@ -1,0 +1,60 @@
+"""The model in figures and the run in a line, from its config.yaml alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.report.reader import Run
+from moe.report.scales import count
+
+
+@dataclass(slots=True)
+class Parameters:
+    total: int
+    active: int  # per token: `top_k` of the experts
+
+
+def parameters(run: Run) -> Parameters | None:
+    """Exact counts, embeddings included. None where config.yaml doesn't hold the shapes (an older or foreign run)."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values = [run.setting(f"model.{name}") for name in (*names, "num_key_value_heads")]
+    if not all(type(value) is int for value in values):
+        return None
+    vocab, hidden, ffn, layers, heads, kv_heads = values
+    head_dim = run.setting("model.head_dim") or hidden // heads
+    mlp = 3 * hidden * ffn
+    attention = 2 * hidden * head_dim * (heads + kv_heads)
+    embeddings = vocab * hidden * (1 if run.setting("model.tie_word_embeddings") else 2)
+    rest = embeddings + hidden + layers * (attention + 2 * hidden)
+    experts, top_k = run.setting("router.num_experts"), run.setting("router.top_k")
+    if run.setting("model.mlp") == "dense" or type(experts) is not int or type(top_k) is not int:
+        return Parameters(rest + layers * mlp, rest + layers * mlp)
+    router = hidden * experts
+    return Parameters(rest + layers * (experts * mlp + router), rest + layers * (top_k * mlp + router))
+
+
+def brief(run: Run) -> list[str]:
+    """Short phrases for the page's head, most telling first."""
+    found = parameters(run)
+    phrases = []
+    if found is not None and found.active < found.total:
+        phrases.append(f"{count(found.total)} parameters, {count(found.active)} active per token")
+    elif found is not None:
+        phrases.append(f"{count(found.total)} parameters")
+    if run.sparse:
+        experts, top_k = run.setting("router.num_experts"), run.setting("router.top_k")
+        phrases.append(f"{experts} experts, top-{top_k}" if experts else "sparse")
+    else:
+        phrases.append("dense")
+    for key, form in (
+        ("model.num_hidden_layers", "{} layers"),
+        ("model.hidden_size", "hidden size {}"),
+        ("model.sliding_window", "window {}"),
+        ("model.vocab_size", "vocabulary {:,}"),
+        ("train.sequence_length", "sequences of {} tokens"),
+        ("train.global_batch_size", "{} sequences a step"),
+    ):
+        value = run.setting(key)
+        if type(value) is int:
+            phrases.append(form.format(value))
+    return phrases

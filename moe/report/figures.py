@@ -1,0 +1,209 @@
+"""Which figures the page shows: the tiles at its head and the charts of each section."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+import numpy as np
+
+from moe.report.plots import Chart, Reference, Series, finite, line_chart
+from moe.report.reader import WORST_LAYER, Run
+from moe.report.scales import count, downsample, short
+
+RECENT = 20  # steps whose mean steadies a figure that is noisy from step to step
+STYLES = 6  # line styles of page.css: colours and dashes
+
+
+def tiles(run: Run) -> str:
+    """The final figures as a definition list."""
+    val, unigram, violation = run.last("val_loss"), run.last("val_unigram_entropy"), run.last("max_violation")
+    rate = finite(run.series["tokens_per_second"])
+    asked, done = run.setting("train.steps"), int(run.steps[-1])
+    gap = unigram - val
+    entries = [
+        ("Validation loss", short(val), "nats per token", _best(run)),
+        ("Bits per byte", short(run.last("val_bits_per_byte")), "", "held-out text, any tokenizer"),
+        (
+            "Below unigram",
+            short(gap),
+            "nats",
+            f"unigram entropy {short(unigram)}"
+            if gap >= 0 or math.isnan(gap)
+            else "worse than token frequencies alone",
+        ),
+        ("MaxVio", short(violation), "", _recent_violation(run)),
+        (
+            "Speed",
+            count(float(np.median(rate))) if len(rate) else "–",
+            "tokens/s",
+            _mfu(run),
+        ),
+        ("Steps", f"{done:,}", f"of {asked:,}" if type(asked) is int else "", _tokens(run)),
+    ]
+    return "<dl class=tiles>" + "".join(_tile(*entry) for entry in entries) + "</dl>"
+
+
+def _tile(name: str, value: str, unit: str, note: str) -> str:
+    unit = f" <small>{escape(unit)}</small>" if unit else ""
+    return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{unit}<span>{escape(note)}</span></dd></div>"
+
+
+def _best(run: Run) -> str:
+    values = run.series["val_loss"]
+    if not np.isfinite(values).any():
+        return "no evaluation yet"
+    best = int(np.nanargmin(values))
+    last = int(np.flatnonzero(np.isfinite(values))[-1])
+    at = f"at step {run.steps[last]:,}"
+    return at if best == last else f"{at}; best {short(float(values[best]))} at {run.steps[best]:,}"
+
+
+def _recent_violation(run: Run) -> str:
+    if not run.sparse:
+        return "dense model: no router"
+    recent = finite(run.series["max_violation"])[-RECENT:]
+    return f"0 is even; mean of last {len(recent)}: {short(float(recent.mean()))}" if len(recent) else ""
+
+
+def _mfu(run: Run) -> str:
+    mfu = finite(run.series["mfu"])
+    return f"median; {100 * float(np.median(mfu)):.3g} % of peak FLOP/s" if len(mfu) else "median over steps"
+
+
+def _tokens(run: Run) -> str:
+    tokens = run.last("tokens")
+    return f"{count(tokens)} tokens" if math.isfinite(tokens) else ""
+
+
+def _series(run: Run, key: str, name: str, style: str = "s0", *, evaluations: bool = False) -> Series:
+    return Series(name, downsample(run.steps, run.series[key], sparse=evaluations), style, dots=evaluations)
+
+
+def _gaps(run: Run, key: str) -> str:
+    """Says that steps are missing from a curve: a NaN must not vanish without a word."""
+    missing = int((~np.isfinite(run.series[key])).sum())
+    return f"{missing:,} of {len(run.steps):,} steps have no finite value here." if 0 < missing < len(run.steps) else ""
+
+
+def _reference(name: str, value: float) -> list[Reference]:
+    return [Reference(name, value)] if math.isfinite(value) else []
+
+
+def loss_charts(run: Run) -> str:
+    main = Chart(
+        "Loss",
+        "nats per token",
+        [_series(run, "lm_loss", "training"), _series(run, "val_loss", "validation", "s1", evaluations=True)],
+        _reference("unigram entropy", run.last("val_unigram_entropy")),
+        note="The unigram line is what token frequencies alone reach on the held-out text. " + _gaps(run, "lm_loss"),
+        tall=True,
+    )
+    by_source = [
+        Series(name, downsample(run.steps, values, sparse=True), f"s{index % STYLES}", dots=True)
+        for index, (name, values) in enumerate(run.val_by_source.items())
+    ]
+    bits = [_series(run, "val_bits_per_byte", "validation", "s1", evaluations=True)]
+    charts = [
+        line_chart(Chart("Validation loss by source", "nats per token", by_source), "by-source")
+        if len(by_source) > 1
+        else "",
+        line_chart(Chart("Bits per byte", "bits per byte of held-out text", bits), "bits-per-byte"),
+    ]
+    return line_chart(main, "loss") + _grid(charts, "pair")
+
+
+def training_charts(run: Run) -> str:
+    clip = run.setting("optim.max_grad_norm")
+    norm = Chart(
+        "Gradient norm",
+        "before clipping",
+        [_series(run, "grad_norm", "gradient norm")],
+        _reference("clipped at", float(clip)) if isinstance(clip, (int, float)) else [],
+        note=_gaps(run, "grad_norm"),
+        floor=0.0,
+        may_log=True,
+    )
+    speed = Chart(
+        "Tokens per second", "tokens/s, all ranks", [_series(run, "tokens_per_second", "tokens/s")], floor=0.0
+    )
+    rate = Chart("Learning rate", "AdamW", [_series(run, "lr", "learning rate")], floor=0.0)
+    return _grid([line_chart(rate, "lr"), line_chart(norm, "grad-norm"), line_chart(speed, "speed")])
+
+
+def balance_charts(run: Run) -> str:
+    experts = run.setting("router.num_experts")
+    if not experts and run.frames:
+        experts = len(run.frames[-1][0])
+    balance = Chart(
+        "Load-balancing loss",
+        "E Σ fᵢPᵢ, unscaled",
+        [_series(run, "load_balancing_loss", "mean of layers"), _series(run, WORST_LAYER, "worst layer", "s1")],
+        [Reference("even load", 1.0)],
+        note="1.0 is the formula's minimum for an even load.",
+        least_span=0.02,
+    )
+    entropy = Chart(
+        "Router entropy",
+        "nats per token",
+        [_series(run, "router_entropy", "router entropy")],
+        _reference("undecided, ln E", math.log(experts)) if type(experts) is int and experts > 1 else [],
+        note="0: every token is sure of one expert.",
+        floor=0.0,
+    )
+    charts = [
+        Chart(
+            "MaxVio",
+            "mean over layers",
+            [_series(run, "max_violation", "MaxVio")],
+            note="The fullest expert's load over an even one, minus 1.",
+            floor=0.0,
+            least_span=0.1,
+        ),
+        balance,
+        entropy,
+        Chart(
+            "Dead experts",
+            "expert–layer pairs without a token",
+            [_series(run, "dead_experts", "dead experts")],
+            note=_dead(run),
+            floor=0.0,
+            least_span=1.0,
+            integer=True,
+        ),
+        Chart(
+            "Dropped choices",
+            "share",
+            [_series(run, "dropped_fraction", "dropped")],
+            note="Dropless: no capacity limit." if _dropless(run) else "Choices over an expert's capacity.",
+            floor=0.0,
+            least_span=0.01,
+            percent=True,
+        ),
+        Chart(
+            "Router z-loss",
+            "mean of squared log-sum-exp",
+            [_series(run, "router_z_loss", "z-loss")],
+            note="Keeps the router's logits small.",
+            floor=0.0,
+            may_log=True,
+        ),
+    ]
+    return _grid([line_chart(chart, f"balance-{index}") for index, chart in enumerate(charts)])
+
+
+def _dead(run: Run) -> str:
+    dead = finite(run.series["dead_experts"])
+    if not len(dead):
+        return ""
+    return f"Never more than {int(dead.max())} in a step." if dead.max() else "None in any step."
+
+
+def _dropless(run: Run) -> bool:
+    dropped = finite(run.series["dropped_fraction"])
+    return "router" in run.config and run.setting("router.capacity_factor") is None and not dropped.any()
+
+
+def _grid(charts: list[str], kind: str = "") -> str:
+    shown = [chart for chart in charts if chart]
+    return f'<div class="grid-of-charts {kind}">{"".join(shown)}</div>' if shown else ""

@@ -1,0 +1,72 @@
+"""Expert shares, layer × expert, as a table: a screen reader can walk it and a phone can show it.
+
+A cell's colour is its load relative to an even share 1/E: neutral when even, blue towards nothing, orange towards twice
+the even share and more. Load − 1 of the fullest expert is its layer's MaxVio (arXiv 2408.15664).
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from moe.report.plots import embed
+
+WIDE = 16  # experts a phone or a column can still show with figures in the cells
+SHARE_UNIT = 10_000  # shares travel to page.js as integers of 1/100 %
+
+
+def _tint(share: float, experts: int) -> tuple[str, int]:
+    """(class, strength in %) of a cell; page.js computes the same when the slider moves."""
+    load = share * experts
+    return ("over" if load > 1 else "under"), round(100 * min(1.0, abs(load - 1)))
+
+
+def _cell(share: float, experts: int) -> str:
+    style, strength = _tint(share, experts)
+    dead = " dead" if share == 0 else ""
+    return f'<td class="{style}{dead}" style="--p:{strength}%">{100 * share:.1f}</td>'
+
+
+def _verdict(shares_LE: np.ndarray, even: float) -> str:
+    layer, expert = np.unravel_index(int(shares_LE.argmax()), shares_LE.shape)
+    most = float(shares_LE[layer, expert])
+    return (
+        f"Fullest: expert {expert} of layer {layer} with {100 * most:.1f} % of its layer's choices, "
+        f"{most / even:.2f} × its even share of {100 * even:.3g} %."
+    )
+
+
+def heatmap(steps: list[int], frames: list[list[list[float]]]) -> str:
+    """A figure of the last frame, with a slider over the earlier ones. `frames` is [frame][L][E]."""
+    shares_LE = np.array(frames[-1], dtype=float)
+    layers, experts = shares_LE.shape
+    even = 1 / experts
+    compact = " compact" if experts > WIDE else ""
+    head = "".join(f'<th scope="col">{expert}</th>' for expert in range(experts))
+    rows = "".join(
+        f'<tr><th scope="row">{layer}</th>{"".join(_cell(float(share), experts) for share in shares_LE[layer])}</tr>'
+        for layer in range(layers)
+    )
+    slider = data = ""
+    if len(frames) > 1:
+        last = len(frames) - 1
+        slider = (
+            f'<label class="slider js-only">Step <input type="range" min="0" max="{last}" value="{last}" '
+            f'aria-valuetext="step {steps[-1]}"> <output>{steps[-1]:,}</output></label>'
+        )
+        numbers = [np.round(np.array(frame, dtype=float) * SHARE_UNIT).astype(int).ravel().tolist() for frame in frames]
+        data = (
+            f'<script type="application/json">{embed({"steps": steps, "frames": numbers, "unit": SHARE_UNIT})}</script>'
+        )
+    return f"""<figure class="heat" id="heat" data-experts="{experts}">
+<figcaption><h3>Expert share</h3> <span class="unit">% of a layer's choices, one optimizer step</span>
+<p class="note">{escape(_verdict(shares_LE, even))} (Last step.)</p></figcaption>
+<div class="heatbar">{slider}
+<div class="scale" aria-hidden="true"><span>none</span><i></i><span>even {100 * even:.3g} %</span><i class="up"></i>\
+<span>≥ {200 * even:.3g} %</span></div></div>
+<div class="scroll" tabindex="0" role="region" aria-label="Expert share by layer and expert">
+<table class="heatmap{compact}" style="--columns:{experts}">
+<caption>Rows are layers, columns are experts; figures are per cent.</caption>
+<thead><tr><th scope="col" class="corner">layer</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+{data}</figure>"""

@@ -1,0 +1,123 @@
+"""Numbers for an axis: round ticks, their labels, and long series made short without hiding a spike."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+POINTS = 480  # per series: about one for every two pixels of the widest chart
+
+
+@dataclass(slots=True)
+class Points:
+    """A series ready to draw. `low` and `high` bound the steps that one point stands for (equal to it if only one)."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    stride: int  # steps per point
+
+    @property
+    def empty(self) -> bool:
+        return not np.isfinite(self.values).any()
+
+
+def downsample(steps: np.ndarray, values: np.ndarray, *, sparse: bool = False, limit: int = POINTS) -> Points:
+    """At most `limit` points: each the mean, minimum and maximum of a run of neighbours.
+
+    `sparse`: the series has a value now and then (an evaluation), so steps without one are no gap.
+    """
+    if sparse:
+        keep = np.isfinite(values)
+        steps, values = steps[keep], values[keep]
+    if len(steps) <= limit:
+        return Points(steps, values, values, values, 1)
+    edges = np.linspace(0, len(steps), limit + 1).round().astype(int)
+    mean, low, high = (np.full(limit, math.nan) for _ in range(3))
+    for index, (start, end) in enumerate(itertools.pairwise(edges)):
+        chunk = values[start:end]
+        chunk = chunk[np.isfinite(chunk)]
+        if len(chunk):
+            mean[index], low[index], high[index] = chunk.mean(), chunk.min(), chunk.max()
+    middles = steps[(edges[:-1] + edges[1:] - 1) // 2].copy()
+    middles[0], middles[-1] = steps[0], steps[-1]  # the curve spans the whole run
+    return Points(middles, mean, low, high, math.ceil(len(steps) / limit))
+
+
+def nice_step(span: float, count: int) -> float:
+    """The step of {1, 2, 2.5, 5} × 10^n that cuts `span` into about `count` pieces."""
+    raw = span / max(1, count)
+    power = 10.0 ** math.floor(math.log10(raw))
+    return power * min((1, 2, 2.5, 5, 10), key=lambda factor: abs(math.log(factor * power / raw)))
+
+
+def linear_ticks(low: float, high: float, count: int = 5, *, integer: bool = False) -> list[float]:
+    """Round numbers within [low, high]."""
+    if high <= low:
+        return [low]
+    step = nice_step(high - low, count)
+    if integer:
+        step = max(1.0, round(step))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(index * step, 12) + 0.0 for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten within [low, high], with 2 and 5 between them where that gives no crowd."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= 6:
+            break
+    return ticks[:: math.ceil(len(ticks) / 6)]
+
+
+def tick_label(value: float, ticks: list[float]) -> str:
+    """As short as tells this tick from its neighbours: 0.25, 12k, 1.5M, 5e-4."""
+    top = max(abs(tick) for tick in ticks)
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
+    step = min(gaps) if gaps else abs(value) or 1.0
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if top >= 10 * size or (top >= size and size > 1e3):
+            return "0" if value == 0 else f"{value / size:.{_decimals(step / size)}f}{suffix}"
+    if 0 < top < 2e-3:
+        return "0" if value == 0 else scientific(value)
+    return f"{value:,.{_decimals(step)}f}"
+
+
+def _decimals(step: float) -> int:
+    """Digits after the point that write multiples of `step` exactly (up to 6)."""
+    return next((digits for digits in range(6) if abs(step * 10**digits - round(step * 10**digits)) < 1e-6), 6)
+
+
+def scientific(value: float, digits: int = 2) -> str:
+    """5e-4, 2.5e-4: without the zeros of Python's own format."""
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
+
+
+def short(value: float) -> str:
+    """One figure for reading: four significant digits, thousands separated; – where there is none."""
+    if not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1000 or value == round(value):
+        return f"{value:,.0f}"
+    if size < 1e-3:
+        return scientific(value)
+    return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}"
+
+
+def count(value: float) -> str:
+    """A large count in words' size: 812, 46.7 B, 1.89 M."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            unit = 1e3 if suffix == "k" else size
+            return f"{value / unit:.3g} {suffix}" if value / unit < 999.5 else f"{value / unit:,.0f} {suffix}"
+    return short(value)

@@ -1,0 +1,94 @@
+"""Parts of the page that are the run's own words: text coloured by expert, samples, configuration. All is escaped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from html import escape
+
+import numpy as np
+
+from moe.report.palette import expert_class
+from moe.report.plots import embed
+from moe.report.reader import Routing, Run, Sample
+
+TOKENS_SHOWN = 1500
+CHIPS = 64  # experts with a button of their own
+SAMPLES_SHOWN = 12
+SAMPLE_CHARACTERS = 3000
+CONFIG_CHARACTERS = 100_000
+
+
+def coloured_text(routing: Routing) -> str:
+    """One held-out text; each token on the colour of its first expert in the chosen layer (the first at the start)."""
+    shown = min(len(routing.tokens), TOKENS_SHOWN)
+    experts = [ids[:shown] for ids in routing.experts]
+    counts = Counter(experts[0])
+    spans = "".join(
+        f'<span class="t {expert_class(expert)}" data-e="{expert}">{_visible(token)}</span>'
+        for token, expert in zip(routing.tokens[:shown], experts[0], strict=True)
+    )
+    radios = "".join(
+        f'<label><input type="radio" name="layer" value="{layer}"{" checked" if layer == 0 else ""}>'
+        f"<span>{layer}</span></label>"
+        for layer in range(len(experts))
+    )
+    chips = "".join(
+        f'<button type="button" class="chip {expert_class(expert)}" data-e="{expert}" aria-pressed="false">'
+        f"{expert}<small>{100 * counts[expert] / shown:.0f} %</small></button>"
+        for expert in range(min(routing.num_experts, CHIPS))
+    )
+    cut = (
+        f"the first {shown:,} of {len(routing.tokens):,} tokens" if shown < len(routing.tokens) else f"{shown:,} tokens"
+    )
+    step = f" at step {routing.step:,}" if routing.step is not None else ""
+    return f"""<figure class="routed" id="routed">
+<figcaption><h3>First expert of each token</h3> <span class="unit">held-out text, {cut}{step}</span></figcaption>
+<fieldset class="layers js-only"><legend>Layer</legend>{radios}</fieldset>
+<div class="chips" role="group" aria-label="Experts: press one to see only its tokens">{chips}
+<label class="numbers js-only"><input type="checkbox"> show numbers</label></div>
+<p class="tokens">{spans}</p>
+<script type="application/json">{embed(experts)}</script>
+</figure>"""
+
+
+def _visible(token: str) -> str:
+    """A token as HTML: line ends are seen and kept, control characters are named."""
+    kept = "".join(one if one.isprintable() or one in "\n\t " else f"\\x{ord(one):02x}" for one in token)
+    return escape(kept).replace("\n", "<i>⏎</i>\n").replace("\t", "<i>⇥</i>\t")
+
+
+def samples(found: list[Sample]) -> str:
+    """Evenly chosen over the run, newest first."""
+    if len(found) > SAMPLES_SHOWN:
+        picked = np.linspace(0, len(found) - 1, SAMPLES_SHOWN).round().astype(int)
+        shown, note = (
+            [found[index] for index in picked],
+            f"{SAMPLES_SHOWN} of {len(found)}, evenly chosen; newest first.",
+        )
+    else:
+        shown, note = found, "Newest first."
+    return f'<p class="note">{note}</p><div class="samples">{"".join(map(_sample, reversed(shown)))}</div>'
+
+
+def _sample(sample: Sample) -> str:
+    rest = sample.text.removeprefix(sample.prompt)  # the text may or may not repeat its prompt
+    cut = "…" if len(rest) > SAMPLE_CHARACTERS else ""
+    step = f"Step {sample.step:,}" if sample.step is not None else "Step unknown"
+    prompt = f"<b>{escape(sample.prompt[:SAMPLE_CHARACTERS])}</b>" if sample.prompt else ""
+    return f"<article><h3>{step}</h3><pre>{prompt}{escape(rest[:SAMPLE_CHARACTERS])}{cut}</pre></article>"
+
+
+def configuration(run: Run) -> str:
+    text, cut = run.config_text[:CONFIG_CHARACTERS], len(run.config_text) > CONFIG_CHARACTERS
+    lines = [_yaml_line(line) for line in text.splitlines()]
+    more = "\n…" if cut else ""
+    return (
+        f"<details><summary>config.yaml, {len(lines)} lines</summary><pre>{chr(10).join(lines)}{more}</pre></details>"
+    )
+
+
+def _yaml_line(line: str) -> str:
+    """`key:` in another tone than its value; anything else as it is."""
+    key, colon, value = line.partition(":")
+    plain = colon and key.strip().replace("_", "").replace("-", "").isalnum()
+    return f"<b>{escape(key)}</b>:{escape(value)}" if plain else escape(line)
