@@ -1,12 +1,12 @@
 """Dispatch: bring each token to its experts and the results back, on one rank or on several.
 
-One rank: choices are sorted by expert (stably), token rows are copied into that order, and after the experts each token
-sums its rows by weight. With expert parallelism two exchanges surround the experts:
+One rank: choices are sorted by expert (stably), token rows are copied into that order, and after the experts each
+token sums its rows by weight. With expert parallelism two exchanges surround the experts:
 
-1. every rank tells every other how many rows each of its experts will get (one small all-to-all, then read on the host);
+1. every rank tells every other how many rows each of its experts will get (one small all-to-all, read on the host);
 2. the rows themselves (one all-to-all with exact counts: nothing is padded or dropped);
-3. received rows lie rank after rank; a second stable sort puts them expert after expert, so inside an expert rows are in
-   the order (source rank, token), the order of the whole batch;
+3. received rows lie rank after rank; a second stable sort puts them expert after expert, so that inside an expert
+   they are in the order (source rank, token), the order of the whole batch;
 4. after the experts the same way back. The backward pass mirrors it: gradients travel by the opposite exchange.
 
 Every rank takes part in every exchange, also with no row to send or receive, or the others would wait for ever. Both
