@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,9 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from deepspeed.utils import logger as deepspeed_logger
+
+# Renamed collectives that the pinned DeepSpeed still calls by their old names; nothing that a user could change.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 

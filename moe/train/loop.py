@@ -28,6 +28,7 @@ from moe.dist.engine import Engine, StepResult, expert_groups
 from moe.dist.topology import Topology
 from moe.generate import sample_text
 from moe.model.transformer import Transformer
+from moe.plan import flops_per_token
 from moe.report.page import write_report
 from moe.sparse.balance import balance_loss
 from moe.train import rundir
@@ -35,7 +36,7 @@ from moe.train.evaluate import Evaluation
 from moe.train.metrics import StepSums
 from moe.train.optim import learning_rate
 from moe.train.progress import Display
-from moe.train.startup import describe_run
+from moe.train.startup import choose_backends, describe_run, peak_flops
 from moe.train.tracking import Tracker, cut_back
 
 
@@ -111,15 +112,14 @@ def _set_up(config: Config, topology: Topology, folder: Path, display: Display) 
     changes = topology.agree(lambda: rundir.check_resumable(checkpoint, config) if checkpoint else [], "resume")
 
     expert_group, _ = expert_groups(topology)
-    model = topology.agree(
-        lambda: Transformer(config.model, config.router, config.experts, expert_group=expert_group), ""
-    )
+    model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
     model.init_weights(train.seed)
     model.to(topology.device)
-    flops_per_token, peak_flops, lines = topology.agree(lambda: describe_run(config, topology, model), "start-up")
+    backends = topology.agree(lambda: choose_backends(config, topology), "back-ends")
+    peak = peak_flops(config, topology)
     engine = Engine(model, config, topology)
     state = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
-    for line in (*corpus.describe().splitlines(), *lines):
+    for line in (*corpus.describe().splitlines(), *describe_run(config, topology, peak), *backends):
         display.line(line)
     if checkpoint is not None:
         data, tokenizer = state.data, state.tokenizer
@@ -141,8 +141,8 @@ def _set_up(config: Config, topology: Topology, folder: Path, display: Display) 
         evaluation=Evaluation(corpus, held_out, topology, config.model.vocab_size),
         checkpoints=checkpoints,
         state=state,
-        flops_per_token=flops_per_token,
-        peak_flops=peak_flops,
+        flops_per_token=flops_per_token(config),
+        peak_flops=peak,
     )
     if topology.is_main:
         _write_run_files(run, resumed=checkpoint is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
@@ -68,11 +69,10 @@ class Tracker:
         import wandb
         from wandb.errors import CommError, UsageError
 
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         identity = run_dir / "wandb_id"
         if not (resumed and identity.exists()):
-            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         for attempt in (mode, "offline"):
             try:
                 run = wandb.init(

@@ -1,0 +1,65 @@
+"""What a run says before its first step: its size, its cost, and which back-ends it will use."""
+
+from __future__ import annotations
+
+import torch
+
+from moe.config import Config, Mlp, Precision
+from moe.dist.topology import Topology
+from moe.model.attention import resolve_attention
+from moe.plan import count_parameters, estimate_memory, flops_per_token
+from moe.sparse.experts import resolve_backend
+from moe.train.metrics import measure_peak_flops
+
+
+def choose_backends(config: Config, topology: Topology) -> list[str]:
+    """Lines that name the attention and expert back-ends and why.
+
+    Raises ValueError if an explicitly chosen one can't run here.
+    """
+    model, dtype = config.model, _dtype(config)
+    assert model.head_dim is not None
+    attention, reason = resolve_attention(model.attention, topology.device, dtype, model.head_dim)
+    lines = [f"attention: {attention.name} ({reason})"]
+    if model.mlp is Mlp.sparse:
+        shapes = (model.hidden_size, model.intermediate_size)
+        backend, reason = resolve_backend(config.experts, topology.device, dtype, shapes)
+        router = config.router
+        lines.append(f"experts: {router.num_experts}, top-{router.top_k}, {backend.name} ({reason})")
+        if router.aux_loss_coef == 0:
+            lines.append("warning: router.aux_loss_coef=0: nothing keeps the experts balanced in this run")
+    return lines
+
+
+def peak_flops(config: Config, topology: Topology) -> float:
+    """FLOP/s of one rank: `train.peak_tflops`, else the mean over ranks of what a matrix product reaches. Collective."""
+    if config.train.peak_tflops is not None:
+        return config.train.peak_tflops * 1e12
+    topology.barrier()  # all ranks time theirs at once, as they will compute at once
+    peak = torch.tensor(
+        measure_peak_flops(topology.device, _dtype(config)), dtype=torch.float64, device=topology.device
+    )
+    return float(topology.sum_(peak)) / topology.world_size
+
+
+def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
+    """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
+    train, world = config.train, topology.world_size
+    total, active = count_parameters(config)
+    memory = estimate_memory(config, world)
+    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    stated = "measured" if train.peak_tflops is None else "stated"
+    return [
+        f"model: {total:,} parameters, {active:,} active per token, "
+        f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
+        f"ranks: {world}, expert-parallel degree {topology.expert}, ZeRO-{config.parallel.zero_stage}, "
+        f"{train.precision.name} on {topology.device.type}, {torch.get_num_threads()} threads a rank",
+        f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
+        f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
+        f"memory: about {sum(memory.values()) / 1e9:.2f} GB a rank ({kinds})",
+        f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is against it",
+    ]
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision is Precision.bfloat16 else torch.float32
