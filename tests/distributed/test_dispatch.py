@@ -1,0 +1,126 @@
+"""Expert parallelism over forked gloo ranks equals one process on the whole batch; one launch per world size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, RouterConfig
+from moe.sparse import SparseMLP
+from tests.ranks import run_ranks
+
+HIDDEN, INNER, LENGTH, EXPERTS = 16, 24, 12, 8
+
+
+@dataclass(slots=True)
+class Case:
+    """`closed`: experts nobody may choose; `closed_on_first`: experts that rank 0's tokens may not choose."""
+
+    router: dict[str, Any] = field(default_factory=dict)
+    closed: tuple[int, ...] = ()
+    closed_on_first: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    backend: ExpertBackend = ExpertBackend.auto
+
+    def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
+        config = RouterConfig(**{"num_experts": EXPERTS, **self.router})
+        layer = SparseMLP(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
+        layer.experts.reset_parameters(0.3, lambda name, expert: len(name) * 100 + expert)
+        torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():  # x's first feature is 1 everywhere, its second on rank 0 only
+            layer.gate.weight[:, :2] = 0
+            layer.gate.weight[list(self.closed), 0] = -1e3
+            layer.gate.weight[list(self.closed_on_first), 1] = -1e3
+        return layer.to(self.dtype)
+
+    def batch(self, ranks: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Every rank's input and output gradient; the last rank has one sequence more."""
+        generator = torch.Generator().manual_seed(7)
+        sizes = [2] * (ranks - 1) + [3]
+        xs = [torch.randn(size, LENGTH, HIDDEN, generator=generator).to(self.dtype) for size in sizes]
+        for rank, x_BSH in enumerate(xs):
+            x_BSH[..., 0], x_BSH[..., 1] = 1, float(rank == 0)
+        return xs, [torch.randn(x.shape, generator=generator).to(self.dtype) for x in xs]
+
+
+CASES = {
+    "dropless": Case(),
+    "float64": Case(dtype=torch.float64),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "loop": Case(backend=ExpertBackend.loop),
+    "top 1": Case({"top_k": 1}),
+    "all experts": Case({"top_k": EXPERTS}),
+    "an expert idle on one rank": Case(closed_on_first=(3,)),
+    "an expert idle on all ranks": Case(closed=(2,)),
+    "all experts of the last rank idle": Case(closed=(4, 5, 6, 7)),
+    "the first rank sends nothing to itself": Case(closed_on_first=(0, 1, 2, 3)),
+    "all on one expert": Case({"top_k": 1}, closed=(0, 1, 2, 3, 4, 6, 7)),
+    "capacity by position": Case({"capacity_factor": 0.75}),
+    "capacity by probability": Case({"capacity_factor": 0.75, "drop_policy": DropPolicy.probability}),
+    "capacity, rank idle": Case({"capacity_factor": 0.75}, closed=(4, 5, 6, 7)),
+    "loop, rank idle": Case(closed=(4, 5, 6, 7), backend=ExpertBackend.loop),
+}
+
+
+def _step(layer: SparseMLP, x_BSH: Tensor, grad_BSH: Tensor) -> dict[str, Tensor]:
+    x_BSH = x_BSH.clone().requires_grad_()
+    y_BSH, routed = layer(x_BSH)
+    y_BSH.backward(grad_BSH)
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert all(gradient is not None for gradient in grads.values())
+    return {"y": y_BSH.detach(), "x": x_BSH.grad, "counts": routed.counts_E, "dropped": routed.dropped, **grads}
+
+
+def _rank_runs_all_cases(store: str, ranks: int) -> dict[str, dict[str, Tensor]]:
+    import os
+
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        results = {}
+        for name, case in CASES.items():
+            xs, grads = case.batch(ranks)
+            results[name] = _step(case.layer(dist.group.WORLD), xs[rank], grads[rank])
+        with pytest.raises(ValueError, match=f"parallel.expert={ranks} must divide router.num_experts=9"):
+            SparseMLP(HIDDEN, INNER, RouterConfig(num_experts=9), ExpertsConfig(), expert_group=dist.group.WORLD)
+        return results
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    store = tmp_path_factory.mktemp("store") / "rendezvous"
+    return run_ranks(request.param, _rank_runs_all_cases, str(Path(store)), request.param, timeout=90)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", CASES)
+def test_expert_parallel_equals_one_process(name: str, runs: list[dict[str, Any]]) -> None:
+    case, results = CASES[name], [run[name] for run in runs]
+    xs, grads = case.batch(len(runs))
+    expected = _step(case.layer(None), torch.cat(xs), torch.cat(grads))
+    ours = {
+        key: torch.cat([r[key] for r in results]) for key in ("y", "x", "experts.gate_up_proj", "experts.down_proj")
+    }
+    ours |= {key: torch.stack([r[key] for r in results]).sum(0) for key in ("counts", "dropped", "gate.weight")}
+    tolerance = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 1e-2}[case.dtype]
+    assert set(ours) == set(expected)
+    for key in ("counts", "dropped"):
+        assert torch.equal(ours[key], expected[key]), key
+    for key in ("y", "x", "gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+        error = (ours[key] - expected[key]).double().norm() / expected[key].double().norm().clamp(min=1e-12)
+        assert error <= tolerance, f"{key}: {error}"
+    # The cases are what they claim to be.
+    assert (expected["dropped"] > 0) == ("capacity_factor" in case.router)
+    for expert in case.closed:
+        assert expected["counts"][expert] == 0
+        assert expected["experts.down_proj"][expert].count_nonzero() == 0
+    for expert in case.closed_on_first:
+        assert results[0]["counts"][expert] == 0 < expected["counts"][expert]

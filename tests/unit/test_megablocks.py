@@ -1,0 +1,119 @@
+"""The MegaBlocks adapter against stand-ins that hold to the packages' published interface, strictly, on a CPU.
+
+They check what the CUDA kernels demand (dtypes, host or device, contiguity) and leave unwritten what those leave
+unwritten. Whether the real kernels compute right is for a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.config import ExpertBackend, ExpertsConfig
+from moe.sparse import dispatch, megablocks
+from moe.sparse.experts import loop_ffn, resolve_backend
+from moe.sparse.swiglu import GroupedSwiGLU
+
+
+def _gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
+    assert batch_sizes.dtype == torch.int64
+    assert batch_sizes.device.type == "cpu"
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    groups = a.split(batch_sizes.tolist())
+    if trans_a:
+        result = torch.full((len(groups), a.shape[1], b.shape[1]), torch.nan, dtype=a.dtype)
+        for expert, (left, right) in enumerate(zip(groups, b.split(batch_sizes.tolist()), strict=True)):
+            if len(left):  # the real one leaves an empty group's result unwritten
+                result[expert] = left.t() @ right
+        return result
+    return torch.cat([rows @ (weight.t() if trans_b else weight) for rows, weight in zip(groups, b, strict=True)])
+
+
+def _check_bins(indices: Tensor, bin_ids: Tensor, bins: Tensor) -> None:
+    assert indices.dtype == bin_ids.dtype == bins.dtype == torch.int32
+    assert indices.ndim == bin_ids.ndim == bins.ndim == 1
+    assert torch.equal(torch.bincount(bin_ids, minlength=len(bins)).cumsum(0), bins)
+
+
+def _gather(x: Tensor, indices: Tensor, bin_ids: Tensor, bins: Tensor, top_k: int) -> Tensor:
+    _check_bins(indices, bin_ids, bins)
+    assert len(indices) == len(x) * top_k
+    return x[indices.long() // top_k]
+
+
+def _scatter(x: Tensor, indices: Tensor, bin_ids: Tensor, weights: Tensor | None, bins: Tensor, top_k: int) -> Tensor:
+    _check_bins(indices, bin_ids, bins)
+    assert weights is None
+    slots = torch.zeros(len(indices), x.shape[1], dtype=x.dtype).index_copy(0, indices.long(), x)
+    return slots.view(-1, top_k, x.shape[1]).sum(1)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("megablocks", "megablocks.ops", "grouped_gemm", "grouped_gemm.backend")
+    modules = {name: ModuleType(name) for name in names}
+    modules["megablocks.ops"].__dict__.update(
+        gather=_gather, scatter=_scatter, inclusive_cumsum=lambda x, dim: x.cumsum(dim, dtype=x.dtype)
+    )
+    modules["grouped_gemm.backend"].__dict__.update(gmm=_gmm)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    megablocks._packages.cache_clear()
+    yield
+    megablocks._packages.cache_clear()
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("counts", [[3, 4, 5], [0, 7, 0, 2], [6]])
+def test_products_give_the_oracles_results(counts: list[int]) -> None:
+    shapes = (sum(counts), 8), (len(counts), 12, 8), (len(counts), 8, 6)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    grad = torch.randn(sum(counts), 8, dtype=torch.float64)
+    y = GroupedSwiGLU.apply(*tensors, counts, megablocks.products(counts))
+    x, gate_up, down = tensors
+    expected = loop_ffn(x, counts, gate_up, down)
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, tensors, grad), torch.autograd.grad(expected, tensors, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (5, 1), (1, 1)])
+def test_permutation_equals_ours(experts: int, top_k: int) -> None:
+    ids_TK = torch.rand(9, experts).argsort(1)[:, :top_k]
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=experts)
+    order = dispatch.sort_by_expert(ids_TK, None, counts_E)
+    x_TH = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    weights_TK = torch.rand(9, top_k, dtype=torch.float64, requires_grad=True)
+    results = []
+    for rows in (dispatch, megablocks):
+        x_NH = rows.gather_rows(x_TH, order)
+        y_TH = rows.combine_rows(x_NH.tanh(), weights_TK, order)
+        results.append((x_NH, y_TH, *torch.autograd.grad(y_TH.square().sum(), (x_TH, weights_TK))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_needs_bfloat16_on_cuda() -> None:
+    config = ExpertsConfig(backend=ExpertBackend.megablocks)
+    with pytest.raises(ValueError, match=r"must have bfloat16 on CUDA .*, not float32 on cpu"):
+        resolve_backend(config, torch.device("cpu"), torch.float32, (256, 896))
+    backend, _ = resolve_backend(config, torch.device("cuda"), torch.bfloat16, (256, 896))
+    assert backend is ExpertBackend.megablocks
+
+
+def test_without_the_packages_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megablocks", None)  # import of it now fails, installed or not
+    monkeypatch.setitem(sys.modules, "megablocks.ops", None)
+    megablocks._packages.cache_clear()
+    with pytest.raises(ValueError, match=r"experts.backend=megablocks must have its packages .*pip install") as error:
+        megablocks.require(torch.device("cuda"), torch.bfloat16)
+    assert "\n" not in str(error.value)
