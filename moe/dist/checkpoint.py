@@ -9,8 +9,8 @@
 
 Order of a save, so that a folder without the `.partial` ending is always whole: every rank writes its shards into
 `step_N.partial`; all agree that they could; rank 0 fsyncs every file, writes and fsyncs the manifest, renames the
-folder, fsyncs its parent, and only then moves `latest`. Experts are DTensors over a (replicas, expert) mesh, which is what lets
-torch.distributed.checkpoint cut them anew for another topology.
+folder, fsyncs its parent, and only then moves `latest`. Experts are DTensors over a (replicas, expert) mesh, which is
+what lets torch.distributed.checkpoint cut them anew for another topology.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,10 @@ def load_model(folder: Path) -> Transformer:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     _read(folder / "model", weights, alone=True)  # in place: the tensors share the parameters' memory
     return model.eval()
+
+
+# Loading in one process is what is meant where torch says it assumes that.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _read(folder: Path, into: dict[str, Tensor], *, alone: bool) -> None:

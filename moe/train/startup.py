@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
 from moe.config import Config, Mlp, Precision
@@ -18,8 +20,7 @@ def choose_backends(config: Config, topology: Topology) -> list[str]:
     Raises ValueError if an explicitly chosen one can't run here.
     """
     model, dtype = config.model, _dtype(config)
-    assert model.head_dim is not None
-    attention, reason = resolve_attention(model.attention, topology.device, dtype, model.head_dim)
+    attention, reason = resolve_attention(model.attention, topology.device, dtype, model.head_size)
     lines = [f"attention: {attention.name} ({reason})"]
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.intermediate_size)
@@ -32,7 +33,7 @@ def choose_backends(config: Config, topology: Topology) -> list[str]:
 
 
 def peak_flops(config: Config, topology: Topology) -> float:
-    """FLOP/s of one rank: `train.peak_tflops`, else the mean over ranks of what a matrix product reaches. Collective."""
+    """FLOP/s of one rank: `train.peak_tflops`, else what a matrix product reaches, averaged over ranks."""
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops * 1e12
     topology.barrier()  # all ranks time theirs at once, as they will compute at once
@@ -45,18 +46,17 @@ def peak_flops(config: Config, topology: Topology) -> float:
 def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
     """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
     train, world = config.train, topology.world_size
-    total, active = count_parameters(config)
-    memory = estimate_memory(config, world)
-    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    parameters, memory = count_parameters(config), estimate_memory(config, world)
+    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
     stated = "measured" if train.peak_tflops is None else "stated"
     return [
-        f"model: {total:,} parameters, {active:,} active per token, "
+        f"model: {parameters.total:,} parameters, {parameters.active:,} active per token, "
         f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
         f"ranks: {world}, expert-parallel degree {topology.expert}, ZeRO-{config.parallel.zero_stage}, "
         f"{train.precision.name} on {topology.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
-        f"memory: about {sum(memory.values()) / 1e9:.2f} GB a rank ({kinds})",
+        f"memory: about {memory.total / 1e9:.2f} GB a rank ({kinds})",
         f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is against it",
     ]
 
