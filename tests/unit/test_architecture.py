@@ -1,0 +1,66 @@
+"""Who may import whom (docs/architecture.md), held against the code's own imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "moe"
+EVERYTHING = {"config", "compose", "errors", "sparse", "model", "dist", "data", "plan", "interop", "generate", "report"}
+ALLOWED = {
+    "errors": set(),
+    "config": set(),
+    "compose": {"config", "errors"},
+    "sparse": {"config"},
+    "model": {"sparse", "config"},
+    "dist": {"model", "sparse", "config", "compose", "errors"},
+    "data": {"config", "errors"},
+    "plan": {"model", "sparse", "config"},
+    "generate": {"model", "data", "dist", "config"},
+    "report": {"model", "data", "dist", "config", "compose"},
+    "train": EVERYTHING,
+    "bench": EVERYTHING | {"train"},
+    "cli": EVERYTHING | {"train", "bench"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+ONLY_IN = {
+    "deepspeed": {"dist/engine.py"},
+    "wandb": {"train/tracking.py"},
+    "hydra": {"compose.py"},
+    "megablocks": {"sparse/megablocks.py"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "moe" else {node.module or ""}
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] == "moe" and len(parts) > 1 and parts[1] != room and parts[1] != "__version__":
+            assert parts[1] in ALLOWED[room], f"{path}: {room} may not import moe.{parts[1]}"
+        if parts[0] in ONLY_IN:
+            assert str(path.relative_to(PACKAGE)) in ONLY_IN[parts[0]], f"{path}: {parts[0]} belongs to {ONLY_IN[parts[0]]}"
+        if room in ("model", "sparse"):
+            assert parts[0] not in ("hydra", "omegaconf", "wandb", "deepspeed"), f"{path} imports {name}"
+
+
+def test_every_room_is_listed() -> None:
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms <= ALLOWED.keys()
