@@ -72,7 +72,7 @@ def read_jsonl(path: Path, key: str, field: str) -> Iterator[Piece]:
                 if not text.strip():
                     continue
                 try:
-                    row = json.loads(text.removeprefix("\ufeff"))
+                    row = json.loads(text.removeprefix("\ufeff").rstrip("\r\n"))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}: broken JSON at column {error.colno}: {error.msg}") from error
                 except RecursionError as error:

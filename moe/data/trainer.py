@@ -47,7 +47,7 @@ def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str],
     counts = Counter(character for block in blocks for character in block if character not in ("\n", SPACE))
     if not counts:
         raise DataError("tokenizer.kind=sentencepiece: the training split holds no text to train on")
-    rare = _rare(counts, (vocab_size - RESERVED) // 4)
+    rare = _rare(counts, (vocab_size - RESERVED) // 2)
     lines = [line for block in blocks for line in block.translate(rare).split("\n") if line]
     try:
         model = _train(lines, vocab_size)
@@ -63,7 +63,7 @@ def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str],
 def _rare(counts: Counter[str], room: int) -> dict[int, str]:
     """Characters that get no piece of their own and are spelt in bytes, mapped to a line end for the trainer.
 
-    A quarter of the pieces is the most that single characters may take: so a small vocabulary can be trained on text
+    Half of the learnt pieces is the most that single characters may take: so a small vocabulary can be trained on text
     with thousands of characters, and there are merges left to learn.
     """
     limit = COVERAGE * sum(counts.values())

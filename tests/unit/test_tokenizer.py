@@ -1,0 +1,248 @@
+"""Tokenizers: exact round trips, bytes per id, saving, and what is refused."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from moe.config import TokenizerConfig, TokenizerKind
+from moe.data.corpora import DataError
+from moe.data.stdlib import arithmetic
+from moe.data.tokenizer import SentencePieceTokenizer, load_saved, open_tokenizer
+from moe.data.trainer import sample_blocks, train_sentencepiece
+
+HARD_TEXTS = [
+    "def f(x):\n\tif x  ==   1:\r\n        return 'é中😀'\n\n\n",
+    "   leading and trailing   ",
+    " ",
+    "\n",
+    "▁ a literal ▁▁ sign ▁",
+    "</s><s><unk><0x0A>",
+    "\x00\x07\ufeff\u2028\u3000\xa0\t\t",
+    "e\u0301 is not é; ﬁ is not fi; Å is not Å",
+]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [text for text, _ in zip(arithmetic(), range(300), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def trained(texts):
+    return train_sentencepiece([*texts, "def f(x):\n\treturn x\n"], 400, print)
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    return open_tokenizer(TokenizerConfig(kind=TokenizerKind.mistral))
+
+
+def huggingface_folder(folder, texts, *, byte_level=True):
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=not byte_level))
+    specials = ["<s>", "</s>"]
+    if byte_level:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    else:
+        specials += [f"<0x{byte:02X}>" for byte in range(256)]
+        backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        backend.decoder = tokenizers.decoders.Sequence(
+            [
+                tokenizers.decoders.Replace("▁", " "),
+                tokenizers.decoders.ByteFallback(),
+                tokenizers.decoders.Fuse(),
+            ]
+        )
+        alphabet = []
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    folder.mkdir()
+    saved = json.loads(backend.to_str())
+    if not byte_level:  # the byte pieces are ordinary pieces, as in Llama's file
+        saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["content"].startswith("<0x")]
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>"})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_trained_round_trip_is_exact(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert all(trained.eos_id != i != trained.bos_id for i in ids)
+
+
+def test_trained_round_trip_of_random_unicode(trained):
+    generator = random.Random(0)
+    for _ in range(200):
+        length = generator.randrange(40)
+        codes = (generator.choice([generator.randrange(0xD800), generator.randrange(128)]) for _ in range(length))
+        text = "".join(map(chr, codes))
+        assert trained.decode(trained.encode(text)) == text
+
+
+def test_many_texts_at_once_equal_one_by_one(trained):
+    assert trained.encode_many(HARD_TEXTS, threads=2) == [trained.encode(text) for text in HARD_TEXTS]
+    plain = [text for text in HARD_TEXTS if "▁" not in text]
+    assert trained.encode_many(plain, threads=2) == [trained.encode(text) for text in plain]
+
+
+def test_token_bytes_add_up_to_the_text(trained, mistral):
+    for text in HARD_TEXTS:
+        size = len(text.encode())
+        assert trained.token_bytes()[trained.encode(text)].sum() == size
+        if not text.startswith("▁"):
+            assert mistral.token_bytes()[mistral.encode(text)].sum() in (size, size + 1)  # its own leading space
+    assert trained.token_bytes()[[0, trained.bos_id, trained.eos_id]].tolist() == [0, 0, 0]
+    assert trained.token_bytes().dtype == np.int64
+
+
+def test_pieces_are_readable(trained):
+    text = "12 + 30 = 42\n"
+    assert "".join(trained.piece(i) for i in trained.encode(text)) == text
+    assert trained.piece(trained.encode("é")[0]) == "<0xC3>"
+    assert trained.piece(trained.bos_id) == "<s>"
+
+
+def test_training_is_deterministic_and_smaller_when_the_text_is(texts):
+    first, second = (train_sentencepiece(texts, 350, print) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 350
+    said = []
+    small = train_sentencepiece(["a b a b a b a b c\n"] * 5, 2048, said.append)
+    assert small.vocab_size < 2048
+    assert said == [f"tokenizer: the text is enough for {small.vocab_size} pieces, not tokenizer.vocab_size=2048"]
+    assert small.decode(small.encode("zzz")) == "zzz"
+
+
+def test_thousands_of_characters_fit_a_small_vocabulary():
+    text = "".join(chr(0x4E00 + i * 7919 % 20000) for i in range(20000))
+    tokenizer = train_sentencepiece([text], 300, print)
+    assert tokenizer.decode(tokenizer.encode(text[:500])) == text[:500]
+
+
+def test_digits_are_split(trained):
+    assert len([i for i in trained.encode("123456") if trained.piece(i).strip()]) == 6
+
+
+def test_no_text_to_train_on_is_one_line():
+    with pytest.raises(DataError, match="holds no text to train on"):
+        train_sentencepiece(["\n\n"], 300, print)
+
+
+def test_sample_is_even_over_the_corpus():
+    texts = [f"{i:04d} {'x' * 250}\n" * 4 for i in range(1000)]
+    taken = list(sample_blocks(iter(texts), 0.25))
+    size = sum(map(len, taken))
+    assert abs(size / sum(map(len, texts)) - 0.25) < 0.01
+    places = [int(block[:4]) for block in taken]
+    assert min(places) < 20
+    assert max(places) > 980
+    assert list(sample_blocks(iter(texts), 1.0)) == texts
+
+
+def test_save_and_load(trained, texts, tmp_path):
+    folder = huggingface_folder(tmp_path / "hf", texts)
+    reread = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+    for name, tokenizer in (("trained", trained), ("hf", reread)):
+        tokenizer.save(tmp_path / "saved" / name)
+        loaded = load_saved(tmp_path / "saved" / name)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (
+            tokenizer.vocab_size,
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+        )
+        assert loaded.encode("1 + 1 = 2\n") == tokenizer.encode("1 + 1 = 2\n")
+
+
+def test_saved_tokenizer_with_other_content_is_refused(trained, tmp_path):
+    trained.save(tmp_path)
+    other = train_sentencepiece(["entirely other text, again and again\n"] * 9, 300, lambda line: None)
+    other.save(tmp_path / "other")
+    (tmp_path / "tokenizer.model").write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
+    with pytest.raises(DataError, match="its content is not what was saved"):
+        load_saved(tmp_path)
+    with pytest.raises(DataError, match="holds no saved tokenizer"):
+        load_saved(tmp_path / "nowhere")
+
+
+def test_mistral_is_the_published_one(mistral):
+    assert (mistral.vocab_size, mistral.bos_id, mistral.eos_id) == (32000, 1, 2)
+    for text in HARD_TEXTS[:4]:
+        assert mistral.decode(mistral.encode(text)) == text
+
+
+def test_model_file(trained, tmp_path):
+    trained.save(tmp_path)
+    path = tmp_path / "tokenizer.model"
+    opened = open_tokenizer(TokenizerConfig(kind=TokenizerKind.model_file, path=str(path)))
+    assert opened.fingerprint == trained.fingerprint
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_huggingface_folder(tmp_path, texts, byte_level):
+    folder = huggingface_folder(tmp_path / "hf", texts, byte_level=byte_level)
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    sizes = tokenizer.token_bytes()
+    for text in (*HARD_TEXTS[:4], HARD_TEXTS[6], HARD_TEXTS[7], "an injected </s> stays text"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert sizes[ids].sum() == len(text.encode())
+        assert tokenizer.eos_id not in ids
+    assert tokenizer.encode_many(["1 + 1", "2"], 1) == [tokenizer.encode("1 + 1"), tokenizer.encode("2")]
+    assert sizes[[0, 1]].tolist() == [0, 0]
+    assert "".join(tokenizer.piece(i) for i in tokenizer.encode("12 + 30\n")) == "12 + 30\n"
+
+
+def test_huggingface_equals_transformers(tmp_path, texts):
+    transformers = pytest.importorskip("transformers")
+    folder = huggingface_folder(tmp_path / "hf", texts)
+    ours = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    text = "".join(texts[:5])
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_broken_tokenizers_are_one_line(tmp_path, texts):
+    def refusal(kind, path):
+        with pytest.raises(DataError) as caught:
+            open_tokenizer(TokenizerConfig(kind=kind, path=str(path)))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    model, huggingface = TokenizerKind.model_file, TokenizerKind.huggingface
+    (tmp_path / "not.model").write_bytes(b"plain text")
+    assert "not a SentencePiece model" in refusal(model, tmp_path / "not.model")
+    assert "No such file" in refusal(model, tmp_path / "missing.model")
+    assert "must be a local folder" in refusal(huggingface, "mistralai/Mixtral-8x7B-v0.1")
+    (tmp_path / "empty").mkdir()
+    assert "neither tokenizer.json nor tokenizer.model" in refusal(huggingface, tmp_path / "empty")
+    folder = huggingface_folder(tmp_path / "hf", texts)
+    assert "use tokenizer=huggingface" in refusal(model, folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert "names no end-of-sequence token" in refusal(huggingface, folder)
+    (folder / "tokenizer_config.json").write_text("{")
+    assert "broken JSON" in refusal(huggingface, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").unlink()
+    assert "not a tokenizer.json" in refusal(huggingface, folder)
+
+
+def test_model_without_byte_pieces_is_refused(tmp_path, texts):
+    prefix = tmp_path / "plain"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(prefix), vocab_size=200, model_type="bpe", minloglevel=2
+    )
+    with pytest.raises(DataError, match="has no byte pieces"):
+        SentencePieceTokenizer(prefix.with_suffix(".model").read_bytes(), "plain.model")
