@@ -135,19 +135,23 @@ class ModelConfig:
             heads % kv_heads == 0,
             f"model.num_attention_heads={heads} must be divisible by model.num_key_value_heads={kv_heads}",
         )
-        if self.head_dim is None:
-            _require(
-                self.hidden_size % heads == 0,
-                f"model.hidden_size={self.hidden_size} must be divisible by model.num_attention_heads={heads}, "
-                "or model.head_dim set",
-            )
-            self.head_dim = self.hidden_size // heads
-        _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        _require(
+            self.head_dim is not None or self.hidden_size % heads == 0,
+            f"model.hidden_size={self.hidden_size} must be divisible by model.num_attention_heads={heads}, "
+            "or model.head_dim set",
+        )
+        _require(self.head_size % 2 == 0, f"model.head_dim={self.head_size} must be even: RoPE rotates pairs")
         window = self.sliding_window
         _require(
             window is None or window >= 1,
             f"model.sliding_window={window} must be ≥ 1: it counts the query's own key (null means full attention)",
         )
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of one head. NOTE: not stored into `head_dim`, or the default model's would become every model's:
+        the schema is an instance, and YAML that says nothing of head_dim would inherit its number."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,9 +1,9 @@
 """Causal attention over packed documents, with grouped queries and a sliding window: one function, four back-ends.
 
-Query i sees key j when both are in one document and 0 ≤ i − j < W: the window counts the query's own key. (The published
-reference code let it see one key more.) `W = None` is full causal attention.
+Query i sees key j when both are in one document and 0 ≤ i − j < W: the window counts the query's own key. (The
+published reference code let it see one key more.) `W = None` is full causal attention.
 
-Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window, C queries of one block, K keys.
+Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window, C queries of a block, K keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe.model.norm import widen
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, N, D], k and v [B, S, G, D] → [B, S, N·D]
 
-# Queries per block on a CPU. Its SDPA skips only whole spans of 512 keys, so up to there, cutting the queries saves work.
+# Queries per block on a CPU. Its SDPA skips only whole spans of 512 keys: up to there, cutting the queries saves work.
 CAUSAL_BLOCK, CAUSAL_SPAN = 128, 512
 BAND_BLOCKS = 4  # a window's queries are cut in so many blocks: each then sees W + C keys for the W it needs
 MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
@@ -31,7 +31,7 @@ MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 def resolve_attention(
     wanted: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[AttentionBackend, str]:
-    """The back-end that will run, and why. Raises ValueError when an explicit one can't run on this device and dtype."""
+    """The back-end that will run, and why. Raises ValueError when an explicit one can't run on the device and dtype."""
     if wanted in (AttentionBackend.naive, AttentionBackend.block):
         return wanted, "chosen"
     obstacles = {
@@ -135,8 +135,8 @@ def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
     """Lengths of all documents of the batch in order, rows one after another; None when every row is one document."""
     if document_ids_BS is None or bool((document_ids_BS[:, 0] == document_ids_BS[:, -1]).all()):
         return None
-    bounds = document_bounds(document_ids_BS, *document_ids_BS.shape, document_ids_BS.device)
-    return bounds.diff().tolist()
+    batch, length = document_ids_BS.shape
+    return document_bounds(document_ids_BS, batch, length, document_ids_BS.device).diff().tolist()
 
 
 def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int] | None, window: int | None) -> Tensor:
@@ -175,8 +175,8 @@ def _band(queries: int, keys: int, first_query: int, window: int | None, like: T
 def _banded(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int) -> Tensor:
     """Blocks of C queries; block b sees its own keys and those of the `back` blocks before it, which hold its window.
 
-    All blocks that have `back` blocks before them are one SDPA call over a batch of blocks with one [C, K] mask; the few
-    at the start, which have fewer, are a call each.
+    All blocks that have `back` blocks before them are one SDPA call over a batch of blocks with one [C, K] mask; the
+    few at the start, which have fewer, are a call each.
     """
     batch, length, _, head_dim = q_BSND.shape
     block = min(max(-(-window // BAND_BLOCKS // 8) * 8, MIN_BAND_BLOCK), MAX_BAND_BLOCK)
@@ -202,7 +202,7 @@ def _banded(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int) -> Tens
     return torch.cat(outs, 1)[:, :length]
 
 
-# --- varlen and flex: CUDA ---------------------------------------------------------------------------------------------
+# --- varlen and flex: CUDA --------------------------------------------------------------------------------------------
 
 
 def document_bounds(document_ids_BS: Tensor | None, batch: int, length: int, device: Any) -> Tensor:

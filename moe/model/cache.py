@@ -15,17 +15,17 @@ from moe.model.attention import sdpa, visible
 class KVCache:
     """Keys and values of the last `slots` positions of every layer; position p lies in slot p mod slots.
 
-    One forward pass is `begin`, then `attend` once per layer, then `commit`. All rows are at the same position: prompts of
-    different lengths are padded on the left, with the padding as a document of its own. Inference only (no gradients).
+    One forward pass is `begin`, then `attend` or `write` once per layer, then `commit`. All rows are at the same
+    position: prompts of different lengths are padded on the left, with the padding as a document of its own.
+    Inference only (no gradients).
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        assert config.head_dim is not None
         self.window, self.max_length, self.length = config.sliding_window, max_length, 0
         self.slots = max_length if self.window is None else min(self.window, max_length)
-        shape = (config.num_hidden_layers, batch, self.slots, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, batch, self.slots, config.num_key_value_heads, config.head_size)
         self._keys, self._values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self._positions_L = torch.full((self.slots,), -1, device=device)
         self._documents_BL = torch.zeros(batch, self.slots, dtype=torch.int64, device=device)

@@ -21,7 +21,7 @@ def widen(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """y = x·r·w with r = (mean(x²) + eps)^−½, so dx = r·(g·w) − x·r³/H·Σ(g·w·x) and dw = Σ_T g·x·r.
 
-    By hand because autograd's chain of element-wise steps costs three times as long on CPU, where each is a pass over memory.
+    By hand because autograd's chain of element-wise steps, each a pass over memory, takes twice as long on a CPU.
     """
 
     @staticmethod

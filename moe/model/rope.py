@@ -40,7 +40,9 @@ def rotary_table(
 def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tensor | None = None) -> Tensor:
     """Every head turned by its position's angle, or back by it; no autograd. Writes into `out` where given."""
     half, sign = x_BSND.shape[-1] // 2, -1.0 if back else 1.0
-    out = torch.mul(x_BSND, table.cos_S1D, out=out) if out is not None else x_BSND * table.cos_S1D
+    if out is None:
+        out = torch.empty_like(x_BSND)
+    torch.mul(x_BSND, table.cos_S1D, out=out)
     out[..., :half].addcmul_(x_BSND[..., half:], table.sin_S1D[..., :half], value=sign)
     out[..., half:].addcmul_(x_BSND[..., :half], table.sin_S1D[..., half:], value=sign)
     return out
@@ -49,8 +51,8 @@ def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tenso
 class _ProjectRotated(torch.autograd.Function):
     """One matrix product for q, k and v, then one rotation of q and k together; the backward mirrors it.
 
-    The three weights stay three parameters (their names are Hugging Face's); joining them per call is a small copy next to
-    the activations and saves two products and two gradient sums.
+    The three weights stay three parameters (their names are Hugging Face's); joining them per call is a small copy
+    next to the activations and saves two products and two gradient sums.
     """
 
     @staticmethod

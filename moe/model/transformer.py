@@ -43,9 +43,8 @@ class Context:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        assert config.head_dim is not None
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
+        queries = config.num_attention_heads * config.head_size
+        keys = config.num_key_value_heads * config.head_size
         self.layer = layer
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -169,7 +168,6 @@ class Transformer(nn.Module):
         the tokens follow those of earlier calls; it is filled and moved on.
         """
         config, (batch, count) = self.config, input_ids_BS.shape
-        assert config.head_dim is not None
         weight = self.model.embed_tokens.weight
         device, dtype = weight.device, weight.dtype
         start = 0 if cache is None else cache.length
@@ -177,9 +175,9 @@ class Transformer(nn.Module):
             cache.begin(count, document_ids_BS)
         attend = None
         if start == 0:
-            backend, _ = resolve_attention(config.attention, device, dtype, config.head_dim)
+            backend, _ = resolve_attention(config.attention, device, dtype, config.head_size)
             attend = make_attend(backend, (batch, count), config.sliding_window, document_ids_BS, device)
-        table = rotary_table(start, count, config.head_dim, config.rope_theta, device, dtype)
+        table = rotary_table(start, count, config.head_size, config.rope_theta, device, dtype)
         x_BSH, routers = self.model(input_ids_BS, Context(table, attend, cache))
         if cache is not None:
             cache.commit()

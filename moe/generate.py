@@ -1,0 +1,263 @@
+"""Text from a model: a batch of prompts, a rolling cache, and the usual ways to pick the next token.
+
+    moe generate checkpoint=runs/tiny-stdlib prompt='def '
+    moe generate checkpoint=runs/tiny-stdlib prompts_file=prompts.txt temperature=0     # one JSON object a line
+
+Prompts of different lengths are padded on the left; the padding is a document of its own, which no prompt sees. A
+prompt's random numbers come from (seed, its index), so its text depends on no other prompt.
+Legend: B prompts, P longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from moe.data.tokenizer import Tokenizer
+from moe.model.cache import KVCache
+from moe.model.transformer import Transformer
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(kw_only=True, slots=True)
+class Sampling:
+    """How the next token is picked and when to stop.
+
+    `temperature=0` takes the most probable token. `top_k=null` and `top_p=1` keep all; `repetition_penalty` divides the
+    positive logits of tokens already in the text and multiplies the negative ones (arXiv 1909.05858, §4.1). Text ends
+    at the end-of-document token, before `stop`, or after `max_new_tokens`. `prefill_chunk` bounds the prompt tokens per
+    forward pass, and so the memory that a long prompt takes.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: str | None = None
+    seed: int = 0
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "prefill_chunk", "top_k"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}={value} must be ≥ 1")
+        for name in ("temperature", "seed"):
+            _require(0 <= getattr(self, name) < float("inf"), f"{name}={getattr(self, name)} must be ≥ 0")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+        _require(
+            0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty} must be > 0"
+        )
+        _require(self.stop != "", "stop='' must have a character: null means no stop text")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(Sampling):
+    """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8)."""
+
+    checkpoint: str = ""
+    prompt: str | None = None
+    prompts_file: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)  # super() doesn't work in a class that slots=True made anew
+        _require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
+        given = (self.prompt is not None) + (self.prompts_file is not None)
+        _require(
+            given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
+        )
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
+
+
+@dataclass(slots=True)
+class Piece:
+    """A stretch of one prompt's continuation, ready to be shown: whole characters, never part of the stop text."""
+
+    prompt: int
+    text: str
+    done: bool
+
+
+def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[str], settings: Sampling) -> list[str]:
+    """The prompts' continuations (without the prompts)."""
+    texts = [""] * len(prompts)
+    for piece in stream(model, tokenizer, prompts, settings):
+        texts[piece.prompt] += piece.text
+    return texts
+
+
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], settings: Sampling, *, all_steps: bool = False
+) -> Iterator[Piece]:
+    """The continuations as they come. Raises ValueError when the tokenizer or the lengths don't fit the model.
+
+    `all_steps` makes exactly `max_new_tokens` passes even when every text has ended: ranks that share experts must pass
+    equally often, and rounding could make one rank's text end before another's.
+    """
+    config = model.config
+    _require(
+        tokenizer.vocab_size <= config.vocab_size,
+        f"the tokenizer's {tokenizer.vocab_size} pieces must be ≤ model.vocab_size={config.vocab_size}",
+    )
+    texts = [_Text(tokenizer, index, prompt, settings) for index, prompt in enumerate(prompts)]
+    width = max(len(text.ids) for text in texts)
+    total = width + settings.max_new_tokens
+    _require(
+        total <= config.max_position_embeddings,
+        f"{width} prompt tokens + max_new_tokens={settings.max_new_tokens} must be ≤ "
+        f"model.max_position_embeddings={config.max_position_embeddings}",
+    )
+    weight = model.model.embed_tokens.weight
+    cache = KVCache(config, len(texts), total, weight.device, weight.dtype)
+    was_training = model.training
+    model.eval()
+    try:
+        logits_BV = _prefill(model, cache, [text.ids for text in texts], settings.prefill_chunk, tokenizer.bos_id)
+        for step in range(settings.max_new_tokens):
+            rows_BV = logits_BV[:, : tokenizer.vocab_size].float().cpu()
+            chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
+            last = step == settings.max_new_tokens - 1
+            for text, token in zip(texts, chosen, strict=True):
+                if not text.done and (piece := text.add(token, last)) is not None:
+                    yield piece
+            if last or (not all_steps and all(text.done for text in texts)):
+                return
+            logits_BV = _step(model, cache, torch.tensor(chosen)[:, None])
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], chunk: int, filler: int) -> Tensor:
+    """Feeds the prompts into the cache; the logits [B, V] that follow their last tokens."""
+    width = max(map(len, prompts))
+    ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts])
+    documents_BP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    device, logits = model.model.embed_tokens.weight.device, None
+    for ids, documents in zip(ids_BP.split(chunk, 1), documents_BP.split(chunk, 1), strict=True):
+        logits = model(ids.to(device), document_ids_BS=documents.to(device), cache=cache).logits_BSV
+    assert logits is not None
+    return logits[:, -1]
+
+
+@torch.no_grad()
+def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
+    device = model.model.embed_tokens.weight.device
+    documents_B1 = torch.ones_like(ids_B1, device=device)
+    logits_B1V = model(ids_B1.to(device), document_ids_BS=documents_B1, cache=cache).logits_BSV
+    assert logits_B1V is not None
+    return logits_B1V[:, -1]
+
+
+class _Text:
+    """One prompt and what has been made of it."""
+
+    def __init__(self, tokenizer: Tokenizer, index: int, prompt: str, settings: Sampling) -> None:
+        self.tokenizer, self.index, self.settings = tokenizer, index, settings
+        self.prompt_ids = tokenizer.encode(prompt)
+        self.ids = [tokenizer.bos_id, *self.prompt_ids]
+        self.new_ids: list[int] = []
+        self.shown, self.done = 0, False
+        # Decoded together with the prompt: a tokenizer may drop the space that opens a text.
+        self.prompt_length = len(tokenizer.decode(self.prompt_ids))
+        digest = hashlib.sha256(f"{settings.seed}/{index}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+    def choose(self, logits_V: Tensor) -> int:
+        return pick(logits_V, self.ids, self.settings, self.generator)
+
+    def add(self, token: int, last: bool) -> Piece | None:
+        """Takes the next token; what can be shown now, if anything."""
+        self.done = last or token == self.tokenizer.eos_id
+        if token != self.tokenizer.eos_id:
+            self.ids.append(token)
+            self.new_ids.append(token)
+        text = self.tokenizer.decode(self.prompt_ids + self.new_ids)[self.prompt_length :]
+        stop = self.settings.stop
+        if stop is not None and (at := text.find(stop)) >= 0:
+            self.done, text = True, text[:at]
+        end = len(text) if self.done else len(text) - _unsettled(text, stop)
+        start, self.shown = self.shown, max(end, self.shown)
+        return Piece(self.index, text[start:end], self.done) if self.done or end > start else None
+
+
+def _unsettled(text: str, stop: str | None) -> int:
+    """Characters at the end that the next token may still change: a partial character, the stop text's beginning."""
+    partial = len(text) - len(text.rstrip("\ufffd"))
+    begun = 0
+    if stop is not None:
+        begun = next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+    return max(partial, begun)
+
+
+def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.Generator) -> int:
+    """The next token after `ids`, from float32 logits [V] (not changed)."""
+    if settings.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(ids)))
+        values = logits_V[seen]
+        penalty = settings.repetition_penalty
+        logits_V = logits_V.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    if settings.temperature == 0:
+        return int(logits_V.argmax())
+    values_V, order_V = logits_V.sort(descending=True, stable=True)
+    probs_V = torch.softmax(values_V / settings.temperature, dim=-1)
+    if settings.top_k is not None:
+        probs_V[settings.top_k :] = 0
+    if settings.top_p < 1:  # of what top_k left: the fewest tokens that hold the share top_p
+        probs_V /= probs_V.sum()
+        probs_V[probs_V.cumsum(0) - probs_V >= settings.top_p] = 0
+    return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
+
+
+def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
+    """A continuation of `prompt` for a look at a training model. With expert parallelism every rank must call it."""
+    settings = Sampling(max_new_tokens=tokens, seed=seed)
+    return "".join(piece.text for piece in stream(model, tokenizer, [prompt], settings, all_steps=True))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that aren't blank. Raises ValueError naming the file (and the byte)."""
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"prompts_file={path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts_file={path}: byte {error.start} isn't UTF-8; save the file as UTF-8") from error
+    prompts = [line for line in lines if line.strip()]
+    _require(bool(prompts), f"prompts_file={path}: has no prompt; write one a line")
+    return prompts
+
+
+def run_generate(config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, out: TextIO | None = None) -> None:
+    """`moe generate`: one prompt streams as it comes; a file's become one JSON object a line, in the file's order.
+
+    Writes to `out`, or to standard output.
+    """
+    sink: TextIO = sys.stdout if out is None else out
+    if config.prompt is not None:
+        sink.write(config.prompt)
+        for piece in stream(model, tokenizer, [config.prompt], config):
+            sink.write(piece.text)
+            sink.flush()
+        sink.write("\n")
+        return
+    assert config.prompts_file is not None
+    prompts = read_prompts(Path(config.prompts_file))
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
+        for prompt, text in zip(batch, generate(model, tokenizer, batch, config), strict=True):
+            sink.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+        sink.flush()

@@ -1,0 +1,105 @@
+"""Parameters, FLOPs and memory of a run, from its configuration alone.
+
+Legend: B micro-batch, S sequence, H hidden, F feed-forward, L layers, N query heads, G key/value heads, D head
+dimension, E experts, k choices per token, V vocabulary, W window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.config import Config, Mlp, Precision
+
+
+def count_parameters(config: Config) -> tuple[int, int]:
+    """(total, active) weights of the whole model, whatever the number of ranks.
+
+    Active is what one token's forward pass uses: k of the E experts, and everything else.
+    """
+    parts = parameter_parts(config)
+    return parts.shared + parts.experts, parts.shared + parts.active_experts
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterParts:
+    shared: int  # all but the experts: embedding, head, attention, norms, routers, and a dense model's MLPs
+    experts: int  # all experts of all layers; 0 for a dense model
+    active_experts: int  # those a token uses
+    embedding: int  # of the shared: the input embedding
+    norms: int  # of the shared
+
+
+def parameter_parts(config: Config) -> ParameterParts:
+    model, router = config.model, config.router
+    hidden, layers = model.hidden_size, model.num_hidden_layers
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads  # q and o, k and v
+    embedding = model.vocab_size * hidden
+    norms = (2 * layers + 1) * hidden
+    mlp = 3 * hidden * model.intermediate_size
+    shared = (1 if model.tie_word_embeddings else 2) * embedding + norms + layers * heads * model.head_size * hidden
+    if model.mlp is Mlp.dense:
+        return ParameterParts(shared + layers * mlp, 0, 0, embedding, norms)
+    shared += layers * router.num_experts * hidden  # the routers
+    return ParameterParts(
+        shared=shared,
+        experts=layers * router.num_experts * mlp,
+        active_experts=layers * router.top_k * mlp,
+        embedding=embedding,
+        norms=norms,
+    )
+
+
+def visible_keys(sequence_length: int, window: int | None) -> float:
+    """Mean keys a query sees, itself included: (S + 1) / 2, or with a window W < S: W − W(W − 1) / 2S."""
+    width = sequence_length if window is None else min(window, sequence_length)
+    return width - width * (width - 1) / (2 * sequence_length)
+
+
+def flops_per_token(config: Config) -> float:
+    """Training FLOPs of one token: 6 · (active weights that are multiplied) + 12 · L · N · D · (mean visible keys).
+
+    A multiply-add is 2 FLOPs; the backward pass is twice the forward pass. Counted is what the mathematics needs:
+    one document per sequence, no dropped choices, nothing masked or recomputed; norms and softmax not.
+    """
+    model, parts = config.model, parameter_parts(config)
+    looked_up = 0 if model.tie_word_embeddings else parts.embedding  # a tied embedding is multiplied as the head
+    weights = parts.shared + parts.active_experts - parts.norms - looked_up
+    keys = visible_keys(config.train.sequence_length, model.sliding_window)
+    return 6 * weights + 12 * model.num_hidden_layers * model.num_attention_heads * model.head_size * keys
+
+
+def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
+    """Bytes per rank: experts are cut over `parallel.expert` ranks, Adam's state over the data-parallel ranks.
+
+    weights: 4 bytes each, 2 in bfloat16. gradients: float32, cut like Adam's state under ZeRO-2. optimizer: float32
+    master weight and two moments, 12 bytes each; over all ranks for shared weights, over world / expert ranks for
+    experts. activations: what one micro-batch keeps for its backward pass, with perfectly balanced experts.
+    Temporary buffers, fragmentation and the frameworks themselves come on top.
+    """
+    parts, expert = parameter_parts(config), config.parallel.expert
+    shared, local = parts.shared, parts.experts // expert
+    cut = shared / world_size + local / (world_size // expert)
+    size = 2 if config.train.precision is Precision.bfloat16 else 4
+    gradients = cut if config.parallel.zero_stage == 2 else shared + local
+    return {
+        "weights": size * (shared + local),
+        "gradients": round(4 * gradients),
+        "optimizer": round(12 * cut),
+        "activations": _activations(config, size),
+    }
+
+
+def _activations(config: Config, size: int) -> int:
+    """Per token and layer: both norms' inputs and outputs (4H), q, k, v and the attention's output, and the MLP's part;
+    then the last norm, and the head's gradient, which the loss already computes in its forward pass."""
+    model, router = config.model, config.router
+    hidden, feed, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+    attention = (2 * heads + 2 * model.num_key_value_heads) * model.head_size * size + 4 * heads  # and log-sum-exp
+    if model.mlp is Mlp.dense:
+        mlp = 3 * feed * size
+    else:  # per choice: its row in, gate and up, its row out; per token: logits and probabilities
+        mlp = router.top_k * (2 * hidden + 2 * feed) * size + 2 * 4 * router.num_experts
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    layer = 4 * hidden * size + attention + mlp
+    head = 2 * hidden * size
+    return tokens * (model.num_hidden_layers * layer + head) + 4 * model.vocab_size * hidden
