@@ -78,7 +78,11 @@ def to_config(node: DictConfig, overrides: list[str] | None = None) -> Any:
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         raise ConfigError(_one_line(cause, overrides or [])) from error
-    except (ValueError, AttributeError) as error:  # AttributeError: slots refuse a key that `+key=` added
+    except AttributeError as error:  # slots refuse a key that `+key=` added
+        key = str(error).rpartition(" attribute ")[2].strip("'")
+        given = next((word for word in overrides or [] if re.search(rf"(^|[.+]){key}=", word)), key)
+        raise ConfigError(f"{given.lstrip('+')}: no such key; `moe train --cfg job` lists them all") from error
+    except ValueError as error:
         raise ConfigError(str(error)) from error
 
 

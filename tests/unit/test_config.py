@@ -1,0 +1,109 @@
+"""Every rule names key, value and rule; every composed preset passes; nothing unknown slips through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe.compose import ConfigError, choices, load_config, read_config, to_yaml
+from moe.config import Config
+
+BAD = [
+    # (words, what the line must hold)
+    (["router.top_k=9"], "router.top_k=9 must be ≤ router.num_experts=8"),
+    (["router.topk=2"], "router.topk=2: no such key"),
+    (["+router.topk=2"], "router.topk=2: no such key"),
+    (["+foo=1"], "foo=1: no such key"),
+    (["modle=tiny"], "modle=tiny: no such key"),
+    (["model=big"], "model=big must be one of mistral_7b, mixtral_8x22b, mixtral_8x7b, small, tiny"),
+    (["model.hidden_size=abc"], "model.hidden_size=abc"),
+    (["train.steps=1.5"], "train.steps=1.5"),
+    (["train.steps=null"], "train.steps=null"),
+    (["train.steps=0"], "train.steps=0 must be > 0"),
+    (["model.mlp=foo"], "expected one of [dense, sparse]"),
+    (["model.num_key_value_heads=3"], "model.num_attention_heads=4 must be divisible by model.num_key_value_heads=3"),
+    (["model.head_dim=15"], "model.head_dim=15 must be even"),
+    (["model.hidden_size=130"], "model.hidden_size=130 must be divisible by model.num_attention_heads=4"),
+    (["model.sliding_window=0"], "model.sliding_window=0 must be ≥ 1"),
+    (["model.vocab_size=1000", "tokenizer.vocab_size=2000"], "tokenizer.vocab_size=2000 must be ≤ model.vocab_size=1000"),
+    (["tokenizer.vocab_size=100"], "tokenizer.vocab_size=100 must be ≥ 300"),
+    (["tokenizer.path=x"], "tokenizer.path=x must be null for tokenizer.kind=sentencepiece"),
+    (["tokenizer=model_file"], "tokenizer.path"),
+    (["parallel.zero_stage=0"], "parallel.zero_stage=0 must be 1 or 2: DeepSpeed's stage 0 reports a wrong gradient norm"),
+    (["parallel.zero_stage=3"], "parallel.zero_stage=3 must be 1 or 2: stage 3"),
+    (["data=files"], "data.path"),
+    (["data.path=x"], "data.path=x and data.sources can't both be set"),
+    (["+data.sources.x.path=a"], "must be stated for every source or for none"),
+    (["+data.sources.x.pth=a"], "Key 'pth' not in 'SourceConfig'"),
+    (["data.held_out=1"], "data.held_out=1.0 must be between 0 and 1"),
+    (["optim.lr=nan"], "optim.lr=nan must be > 0"),
+    (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers"),
+    (["optim.decay_steps=3"], "needs optim.schedule=warmup_stable_decay"),
+    (["optim.warmup_steps=500"], "must be ≤ train.steps=300"),
+    (["train.sequence_length=100000"], "must be ≤ model.max_position_embeddings=32768"),
+    (["router.aux_loss_coef=-1"], "router.aux_loss_coef=-1.0 must be ≥ 0"),
+    (["router.capacity_factor=0"], "router.capacity_factor=0.0 must be > 0"),
+    (["=3"], ""),
+    (["model"], "model"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_configuration_is_one_line_with_key_value_and_rule(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(words)
+    text = str(caught.value)
+    assert expected in text
+    assert len(text.splitlines()) == 1
+    assert len(text) > 10
+
+
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_preset_composes_and_survives_its_own_yaml(model: str, tmp_path: Path) -> None:
+    config = load_config([f"model={model}"])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert read_config(path) == config
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {hidden_size: 12, heads: 3}\n")
+    with pytest.raises(ConfigError, match="config.yaml"):
+        read_config(path)
+
+
+def test_defaults_are_the_quickstarts_parts() -> None:
+    config = load_config([])
+    assert isinstance(config, Config)
+    assert config.run_dir == "runs/tiny-stdlib"
+    assert (config.router.num_experts, config.router.top_k) == (8, 2)
+    assert config.router.aux_loss_coef > 0
+    assert config.parallel.zero_stage == 1
+    assert config.tokenizer.vocab_size == config.model.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("words", "world", "expected"),
+    [
+        (["train.global_batch_size=12"], 2, "train.global_batch_size=12 must be divisible by train.micro_batch_size=8 × 2"),
+        (["parallel.expert=2"], 1, "parallel.expert=2 must divide the number of ranks, 1"),
+        (["parallel.expert=2"], 3, "must be divisible"),
+        (["parallel.expert=2", "router.num_experts=3"], 2, "parallel.expert=2 must divide router.num_experts=3"),
+        (["parallel.expert=2", "model.mlp=dense"], 2, "parallel.expert=2 must be 1 with model.mlp=dense"),
+    ],
+)
+def test_rules_that_need_the_number_of_ranks(words: list[str], world: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected.replace(".", r"\.")):
+        load_config(words).check_world(world)
+
+
+def test_accumulation_counts_micro_batches_per_rank() -> None:
+    config = load_config(["train.micro_batch_size=2", "train.global_batch_size=16"])
+    assert [config.accumulation(world) for world in (1, 2, 4)] == [8, 4, 2]
+
+
+def test_a_source_added_on_the_command_line_is_typed() -> None:
+    config = load_config(["data=files", "data.path=null", "+data.sources.code.path=src", "+data.sources.code.weight=2"])
+    assert config.data.all_sources()["code"].weight == 2.0

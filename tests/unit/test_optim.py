@@ -1,0 +1,46 @@
+"""The learning rate is a function of the step, with the shapes its names promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from moe.config import OptimConfig, Schedule
+from moe.train.optim import learning_rate
+
+
+def _rates(steps: int, **values: object) -> list[float]:
+    config = OptimConfig(lr=1.0, min_lr_ratio=0.1, **values)  # type: ignore[arg-type]
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
+    rates = _rates(100, warmup_steps=10)
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert max(rates) == rates[10] == 1.0
+
+
+def test_cosine_ends_at_the_floor_and_halves_the_range_midway() -> None:
+    rates = _rates(101, warmup_steps=0)
+    assert rates[0] == 1.0
+    assert rates[50] == pytest.approx(0.55)
+    assert rates[25] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_warmup_stable_decay_is_flat_then_linear() -> None:
+    rates = _rates(100, warmup_steps=10, schedule=Schedule.warmup_stable_decay, decay_steps=20)
+    assert set(rates[10:80]) == {1.0}
+    drops = [a - b for a, b in zip(rates[80:], rates[81:], strict=False)]
+    assert drops == pytest.approx([drops[0]] * len(drops))
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_constant_stays() -> None:
+    assert set(_rates(30, warmup_steps=5, schedule=Schedule.constant)[5:]) == {1.0}
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_one_step_runs(schedule: Schedule) -> None:
+    assert 0 < _rates(1, warmup_steps=0, schedule=schedule)[0] <= 1.0
