@@ -27,8 +27,8 @@ def _packages() -> tuple[Any, Any]:
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"experts.backend=megablocks must have its packages ({reason}): pip install --no-build-isolation "
-            "grouped_gemm megablocks (needs nvcc), or use experts.backend=auto"
+            f"experts.backend=megablocks must have its packages ({reason}): pip install --no-build-isolation --no-deps "
+            "megablocks grouped_gemm stanford-stk (compiles with nvcc), or use experts.backend=auto"
         ) from error
 
 
