@@ -21,7 +21,7 @@ from moe.data.shards import StreamWriter, sync_folder, token_dtype
 from moe.data.tokenizer import Tokenizer
 from moe.data.trainer import sample_blocks, train_sentencepiece
 
-ENCODE_BYTES = 1 << 20  # text handed to the tokenizer at once
+ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once, so that every core gets some
 PROGRESS_BYTES = 1 << 28
 
 
@@ -152,7 +152,7 @@ def _encode_source(
 
 
 def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
-    """Pieces with their ids, encoded about a mebibyte at a time on all of this process's cores."""
+    """Pieces with their ids, encoded a few mebibytes at a time on all of this process's cores."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batch: list[Piece] = []
     size = 0
