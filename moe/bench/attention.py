@@ -1,0 +1,90 @@
+"""Is windowed attention linear in the sequence length? Counted multiply-adds and measured time per token.
+
+    moe bench attention
+
+Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe.config import AttentionBackend
+from moe.model.attention import make_attend
+
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 32
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """q kᵀ and p v, from the shapes [B, N, S, D]: every key of the call counts, masked or not."""
+    batch, heads, queries, dim = q
+    return 4 * batch * heads * queries * k[2] * dim
+
+
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """q kᵀ once more, then the gradients of p, v, q and k: five products where the forward pass has two."""
+    return _forward_flops(q, k, v) * 5 // 2
+
+
+CPU_SDPA = {  # torch's counter knows the GPU's SDPA operators only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+}
+
+
+def pass_over(length: int, window: int | None, device: torch.device) -> Callable[[], None]:
+    """One forward and backward pass of `block` attention over one sequence, ready to be called."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (HEADS, KV_HEADS, KV_HEADS)
+    tensors: list[Tensor] = [
+        torch.randn(1, length, heads, HEAD_DIM, generator=generator).to(device).requires_grad_() for heads in sizes
+    ]
+    upstream = torch.randn(1, length, HEADS * HEAD_DIM, generator=generator).to(device)
+
+    def run() -> None:
+        attend = make_attend(AttentionBackend.block, (1, length), window, None, device)
+        torch.autograd.grad(attend(*tensors), tensors, upstream)
+
+    return run
+
+
+def multiply_adds_per_token(length: int, window: int | None) -> float:
+    """Counted while the passes run on the CPU, forward and backward, all heads of one layer."""
+    run = pass_over(length, window, torch.device("cpu"))
+    with FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
+        run()
+    return counter.get_total_flops() / 2 / length
+
+
+def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> list[float]:
+    """Medians over `runs`; the lengths take turns, so that a busy machine disturbs all of them alike."""
+    device = torch.device("cpu")
+    passes = [pass_over(length, window, device) for length in lengths]
+    times: list[list[float]] = [[] for _ in lengths]
+    for turn in range(runs + 1):
+        for index, run in enumerate(passes):
+            start = time.perf_counter()
+            run()
+            if turn:  # the first turn warms up
+                times[index].append((time.perf_counter() - start) / lengths[index])
+    return [statistics.median(seconds) for seconds in times]
+
+
+def bench_attention(window: int = 512, out: Callable[[str], None] = print) -> None:
+    """Both figures at the lengths of the project's claims, one line each."""
+    out(f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim {HEAD_DIM}")
+    short, long = (multiply_adds_per_token(length, window) for length in (2048, 16384))
+    out(f"multiply-adds per token: {short:,.0f} at 2,048, {long:,.0f} at 16,384; ratio {long / short:.3f}")
+    short, long = seconds_per_token([4096, 16384], window)
+    out(f"time per token: {short * 1e6:.2f} µs at 4,096, {long * 1e6:.2f} µs at 16,384; ratio {long / short:.3f}")
+
+
+if __name__ == "__main__":
+    bench_attention()

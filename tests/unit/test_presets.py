@@ -1,0 +1,54 @@
+"""Parameter counts of the shipped presets, on the meta device, against the published integers."""
+
+import pytest
+import torch
+
+from moe.compose import load_config
+from moe.config import Config
+from moe.model.transformer import Transformer
+from moe.plan import count_parameters
+
+PUBLISHED = {  # Mixtral's and Mistral's own checkpoints
+    "mixtral_8x7b": (46_702_792_704, 12_879_925_248),
+    "mixtral_8x22b": (140_630_071_296, None),
+    "mistral_7b": (7_241_732_096, 7_241_732_096),
+}
+
+
+def compose(*words: str) -> Config:
+    return load_config(["tokenizer=mistral", *words])
+
+
+def on_meta(config: Config) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config.model, config.router, config.experts)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_integers(preset):
+    config = compose(f"model={preset}")
+    model = on_meta(config)
+    total, active = PUBLISHED[preset]
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == total
+    assert count_parameters(config)[0] == total
+    assert active is None or count_parameters(config)[1] == active
+
+
+@pytest.mark.parametrize(
+    "words", [["model=tiny", "tokenizer=sentencepiece"], ["model=small", "tokenizer=sentencepiece"]]
+)
+def test_small_presets_build(words):
+    config = load_config(words)
+    assert sum(p.numel() for p in on_meta(config).parameters()) == count_parameters(config)[0]
+
+
+def test_presets_share_no_head_dim():
+    """The schema's default model has a head dimension of its own, which no preset may inherit."""
+    assert compose("model=mixtral_8x7b").model.head_size == 128
+    assert compose("model=mixtral_8x7b", "model.head_dim=64").model.head_size == 64
+
+
+def test_windows_are_the_published_ones():
+    assert compose("model=mistral_7b").model.sliding_window == 4096
+    assert compose("model=mixtral_8x7b").model.sliding_window is None
