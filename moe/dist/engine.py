@@ -29,6 +29,7 @@ from moe.sparse.experts import Experts
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain single process
 
 import deepspeed
 import deepspeed.comm

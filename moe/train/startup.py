@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
 from moe.config import Config, Mlp, Precision
@@ -46,17 +44,17 @@ def peak_flops(config: Config, topology: Topology) -> float:
 def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
     """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
     train, world = config.train, topology.world_size
-    parameters, memory = count_parameters(config), estimate_memory(config, world)
-    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(memory).items())
+    (total, active), memory = count_parameters(config), estimate_memory(config, world)
+    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     stated = "measured" if train.peak_tflops is None else "stated"
     return [
-        f"model: {parameters.total:,} parameters, {parameters.active:,} active per token, "
+        f"model: {total:,} parameters, {active:,} active per token, "
         f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
         f"ranks: {world}, expert-parallel degree {topology.expert}, ZeRO-{config.parallel.zero_stage}, "
         f"{train.precision.name} on {topology.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
-        f"memory: about {memory.total / 1e9:.2f} GB a rank ({kinds})",
+        f"memory: about {sum(memory.values()) / 1e9:.2f} GB a rank ({kinds})",
         f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is against it",
     ]
 

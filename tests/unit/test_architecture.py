@@ -41,7 +41,9 @@ def _imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "moe" else {node.module or ""}
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "moe" else {node.module or ""}
+            )
     return names
 
 
@@ -56,7 +58,9 @@ def test_imports_run_one_way(path: Path) -> None:
         if parts[0] == "moe" and len(parts) > 1 and parts[1] != room and parts[1] != "__version__":
             assert parts[1] in ALLOWED[room], f"{path}: {room} may not import moe.{parts[1]}"
         if parts[0] in ONLY_IN:
-            assert str(path.relative_to(PACKAGE)) in ONLY_IN[parts[0]], f"{path}: {parts[0]} belongs to {ONLY_IN[parts[0]]}"
+            assert str(path.relative_to(PACKAGE)) in ONLY_IN[parts[0]], (
+                f"{path}: {parts[0]} belongs to {ONLY_IN[parts[0]]}"
+            )
         if room in ("model", "sparse"):
             assert parts[0] not in ("hydra", "omegaconf", "wandb", "deepspeed"), f"{path} imports {name}"
 

@@ -1,0 +1,5 @@
+"""Tests fork ranks: a fork after multi-threaded torch operations hangs, so the parent keeps to one thread."""
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,63 @@
+"""The command line as a user has it: real processes, real torchrun, a small corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "model.vocab_size=512", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
+    "model.sliding_window=24", "router.num_experts=4", "train.sequence_length=64", "train.micro_batch_size=2",
+    "train.global_batch_size=4", "train.steps=40", "train.eval_every=20", "train.eval_sequences=8",
+    "train.sample_every=20", "train.sample_tokens=8", "checkpoint.every=5", "optim.warmup_steps=2", "optim.lr=0.003",
+    "tracking=none", "train.peak_tflops=0.1",
+]  # fmt: skip
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def command(words: tuple[str, ...], ranks: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, "-m", "moe", *words]
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MASTER"))}
+    return inherited | {"OMP_NUM_THREADS": "1"} | (more or {})
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a small corpus of text, cached for the whole session of tests."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = (f"{a} plus {b} makes {a + b}, and {a} times {b} makes {a * b}.\n" for a in range(40) for b in range(25))
+    for index in range(20):
+        (folder / f"text_{index:02d}.txt").write_text("".join(line for _, line in zip(range(50), lines, strict=False)))
+    cache = tmp_path_factory.mktemp("cache")
+    return ["data=files", f"data.path={folder}", "data.held_out=0.2", f"data.cache_dir={cache}"]
+
+
+@pytest.fixture(scope="session")
+def moe() -> Run:
+    """`moe(*words, ranks=N)`: the finished process; N > 1 goes through torchrun."""
+
+    def run(
+        *words: str, ranks: int = 1, timeout: float = 120, more: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(words, ranks), capture_output=True, text=True, timeout=timeout, env=environment(more), check=False
+        )
+
+    return run
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,128 @@
+"""The wrong command: one line that names what to change, an exit code that isn't zero, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe import cli
+from tests.e2e.conftest import SMALL, Run
+
+
+def _main(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """(exit code, stderr) of `moe WORDS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["moe", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err
+
+
+def _files(folder: Path) -> dict[str, list[str]]:
+    """Bad inputs by name → the words that name them."""
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 3)
+    (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "torn\n')
+    (folder / "other.jsonl").write_text('{"body": "a"}\n')
+    (folder / "short").mkdir()
+    for name in ("one", "two", "three"):
+        (folder / "short" / f"{name}.txt").write_text(f"{name} is too short for the sequences\n" * 12)
+    data = "data=files"
+    return {
+        "empty": [data, f"data.path={folder / 'empty.txt'}"],
+        "latin": [data, f"data.path={folder / 'latin.txt'}"],
+        "broken": [data, f"data.path={folder / 'broken.jsonl'}"],
+        "field": [data, f"data.path={folder / 'other.jsonl'}"],
+        "absent": [data, f"data.path={folder / 'nothing*.txt'}"],
+        "short": [data, f"data.path={folder / 'short'}", "tokenizer.vocab_size=300"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("empty", "empty.txt"),
+        ("latin", "latin.txt: byte 3"),
+        ("broken", "broken.jsonl:2"),
+        ("field", "other.jsonl:1"),
+        ("absent", "nothing*.txt"),
+    ],
+)
+def test_bad_data_is_one_line(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", *_files(tmp_path)[name], f"data.cache_dir={tmp_path / 'cache'}"]
+    code, error = _main(words, monkeypatch, capsys)
+    assert code == 2
+    assert error.startswith("moe: ")
+    assert len(error.splitlines()) == 1
+    assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "router.top_k=9"], "router.top_k=9 must be ≤ router.num_experts=8"),
+        (["train", "router.topk=1"], "router.topk=1: no such key"),
+        (["train", "parallel.expert=2"], "parallel.expert=2 must divide the number of ranks, 1"),
+        (["train", "train.global_batch_size=9"], "train.global_batch_size=9 must be divisible by"),
+        (["train", "--fast"], "--fast: no such option"),
+        (["trian"], "moe trian: no such verb"),
+        (["report", "nowhere"], "nowhere"),
+        (["report"], "give one run directory"),
+        (["generate", "prompt=x"], "checkpoint"),
+        (["generate", "checkpoint=nowhere", "prompt=x"], "checkpoint=nowhere: no checkpoint there"),
+        (["generate", "checkpoint=x", "prompt=x", "temperature=-1"], "temperature=-1.0 must be ≥ 0"),
+        (["bench", "nothing"], "nothing"),
+    ],
+)
+def test_bad_words_are_one_line(
+    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, error = _main(words, monkeypatch, capsys)
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert expected in error
+
+
+def test_under_torchrun_rank_0_alone_prints_the_line(moe: Run) -> None:
+    done = moe("train", "router.top_k=9", ranks=2)
+    assert done.returncode == 1
+    assert done.stderr.count("moe: router.top_k=9 must be ≤ router.num_experts=8") == 1
+    assert "router.py" not in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sequences_longer_than_the_shards_hold(moe: Run, ranks: int, tmp_path: Path) -> None:
+    words = [*_files(tmp_path)["short"], f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    done = moe("train", *words, *SMALL, "train.sequence_length=4096", ranks=ranks)
+    assert done.returncode == (2 if ranks == 1 else 1)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moe: ")]
+    assert len(lines) == 1, done.stderr
+    assert "sequence_length=4096" in lines[0]
+    assert "loop.py" not in done.stderr, "a traceback of ours"
+
+
+def test_a_tokenizer_larger_than_the_model(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    words = ["tokenizer=mistral", "tokenizer.vocab_size=null", f"run_dir={tmp_path}"]
+    done = moe("train", *corpus, *SMALL, *words)
+    assert done.returncode == 2, done.stderr
+    assert "32000" in done.stderr
+    assert "model.vocab_size=512" in done.stderr
+
+
+def test_help_is_useful(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, expected in (
+        (["train", "--help"], ["model=mistral_7b|mixtral_8x22b", "router.top_k=2", "train.micro_batch_size"]),
+        (["generate", "--help"], ["temperature", "checkpoint"]),
+        (["--help"], ["moe train", "moe report RUN_DIR"]),
+        (["train", "--cfg", "job", "model=small"], ["hidden_size: 256", "run_dir: runs/small-stdlib"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["moe", *words])
+        cli.main()
+        output = capsys.readouterr().out
+        for text in expected:
+            assert text in output

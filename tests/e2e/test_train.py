@@ -1,0 +1,159 @@
+"""`moe train` from the outside: what it writes, that it resumes exactly, that the ranks don't change the curve."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import SMALL, Run, command, environment, read_metrics
+
+KEYS = {
+    "step", "tokens", "loss", "lm_loss", "load_balancing_loss", "router_z_loss", "grad_norm", "lr", "mfu",
+    "tokens_per_second", "step_seconds", "max_violation", "router_entropy", "dead_experts", "dropped_fraction",
+    "expert_shares", "load_balancing_loss_layers",
+}  # fmt: skip
+EVALUATION = {"val_loss", "val_bits_per_byte", "val_unigram_entropy", "val_loss_by_source"}
+TIMED = {"tokens_per_second", "step_seconds", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def whole(moe: Run, corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 40 steps in one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = moe("train", f"run_dir={folder}", *corpus, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "experts: 4, top-2, grouped_mm" in done.stdout
+    assert "validation loss" in done.stdout
+    return folder
+
+
+def test_the_run_directory_holds_everything(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples.jsonl", "routing.json", "report.html"} <= names
+    assert [path.name for path in sorted((whole / "checkpoints").glob("step_*"))] == ["step_00000035", "step_00000040"]
+    assert (whole / "checkpoints" / "latest").read_text().strip() == "step_00000040"
+    routing = json.loads((whole / "routing.json").read_text())
+    assert len(routing["experts"]) == 2
+    assert len(routing["experts"][0]) == len(routing["tokens"])
+
+
+def test_every_step_has_every_figure(whole: Path) -> None:
+    metrics = read_metrics(whole)
+    assert [line["step"] for line in metrics] == list(range(1, 41))
+    for line in metrics:
+        assert line.keys() >= KEYS
+        assert (EVALUATION <= line.keys()) == (line["step"] in (20, 40))
+        shares = line["expert_shares"]
+        assert [len(layer) for layer in shares] == [4, 4]
+        assert [sum(layer) for layer in shares] == pytest.approx([1, 1])
+        # The issue's definition: the mean over layers, from the whole global batch's counts.
+        violations = [max(layer) * len(layer) - 1 for layer in shares]
+        assert line["max_violation"] == pytest.approx(sum(violations) / 2, abs=1e-6)
+        assert line["loss"] == pytest.approx(
+            line["lm_loss"] + 0.01 * line["load_balancing_loss"] + 0.001 * line["router_z_loss"], rel=1e-5
+        )
+    assert metrics[-1]["tokens"] == 40 * 4 * 64
+    assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
+
+
+def _same_curve(one: Path, other: Path, tolerance: float) -> None:
+    for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - TIMED - {"expert_shares", "load_balancing_loss_layers", "val_loss_by_source"}:
+            # The norm and the entropy are further from the loss's plain sums: ten times the room.
+            room = tolerance if "loss" in key else 10 * tolerance
+            assert a[key] == (b[key] if tolerance == 0 else pytest.approx(b[key], rel=room)), key
+        assert a["expert_shares"] == b["expert_shares"]
+
+
+def test_the_same_command_resumes_after_a_kill_and_the_curve_is_bitwise_the_same(
+    moe: Run, corpus: list[str], whole: Path, tmp_path: Path
+) -> None:
+    words = ("train", f"run_dir={tmp_path}", *corpus, *SMALL)
+    metrics = tmp_path / "metrics.jsonl"
+    with subprocess.Popen(command(words), env=environment(), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 12):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    done = moe(*words)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    _same_curve(tmp_path, whole, 0.0)
+    again = moe(*words)
+    assert again.returncode == 0
+    assert "is finished at step 40" in again.stdout
+
+
+@pytest.mark.parametrize("words", [["parallel.expert=1"], ["parallel.expert=2", "parallel.zero_stage=2"]])
+def test_two_ranks_give_the_same_curve(
+    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, words: list[str]
+) -> None:
+    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *words, ranks=2)
+    assert done.returncode == 0, done.stderr
+    _same_curve(tmp_path, whole, 1e-6)
+    assert done.stdout.count("validation loss") == 2, "rank 0 alone talks"
+
+
+def test_dense_and_capacity_run_too(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    dense = moe("train", f"run_dir={tmp_path / 'dense'}", *corpus, *SMALL, "model.mlp=dense", "train.steps=3")
+    assert dense.returncode == 0, dense.stderr
+    last = read_metrics(tmp_path / "dense")[-1]
+    assert last["max_violation"] is None
+    assert last["expert_shares"] == []
+    words = [*SMALL, "router.capacity_factor=0.5", "train.precision=bfloat16", "train.steps=3"]
+    tight = moe("train", f"run_dir={tmp_path / 'tight'}", *corpus, *words)
+    assert tight.returncode == 0, tight.stderr
+    # Half the capacity that balance needs: at least half of the choices are dropped.
+    assert read_metrics(tmp_path / "tight")[-1]["dropped_fraction"] >= 0.5
+
+
+def test_generate_and_report_take_the_run(moe: Run, whole: Path) -> None:
+    words = ["generate", f"checkpoint={whole}", "prompt=3 plus 4", "max_new_tokens=8", "temperature=0"]
+    first, second = moe(*words), moe(*words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("3 plus 4")
+    assert first.stdout == second.stdout
+    report = moe("report", str(whole))
+    assert report.returncode == 0, report.stderr
+    assert Path(report.stdout.strip()).read_text().startswith("<!doctype html>")
+
+
+def test_a_second_job_on_the_same_run_is_refused(moe: Run, corpus: list[str], whole: Path) -> None:
+    import fcntl
+
+    with (whole / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = moe("train", f"run_dir={whole}", *corpus, *SMALL)
+    _one_line(refused, 2, "is in use by process")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(moe: Run, corpus: list[str], whole: Path) -> None:
+    refused = moe("train", f"run_dir={whole}", *corpus, *SMALL, "model.hidden_size=64", "train.steps=9")
+    _one_line(refused, 2, "model.hidden_size=64, but the checkpoint")
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    """From step 6 on no file may grow past 200 kB: older checkpoints stay, training goes on, the exit code tells."""
+    words = ["train", f"run_dir={tmp_path}", *corpus, *SMALL]
+    assert moe(*words, "train.steps=5").returncode == 0
+    full = moe(*words, "train.steps=12", more={"PYTHONPATH": str(Path(__file__).parent / "full_disk")})
+    _one_line(full, 2, "the last checkpoint could not be saved")
+    assert "step_00000010: not saved" in full.stdout
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 13))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000005"]
+
+
+def _one_line(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("moe:")]
+    assert len(lines) == 1, done.stderr
+    assert text in lines[0]
+    assert "Traceback" not in done.stderr
