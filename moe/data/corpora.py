@@ -209,4 +209,5 @@ def _load_dataset(key: str, config: SourceConfig, path: Path) -> Any:
         raise
     # `datasets` raises whatever its readers raise, from ConnectionError to StopIteration: all of it is bad input here.
     except Exception as error:
-        raise DataError(f"{key}.path={config.path}: `datasets` can't load it: {first_line(error)}") from error
+        missing = "" if path.exists() else "no such file or folder, and "
+        raise DataError(f"{key}.path={config.path}: {missing}`datasets` can't load it: {first_line(error)}") from error

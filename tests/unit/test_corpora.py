@@ -78,13 +78,16 @@ def test_dataset_folder_that_load_dataset_reads(tmp_path, monkeypatch):
 
 
 def test_dataset_code_and_unknown_names_are_refused(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no test waits for a network
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "evil").mkdir()
     script = tmp_path / "evil" / "evil.py"
     script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     assert "`datasets` can't load it" in refusal(script, format=SourceFormat.dataset)
     assert not (tmp_path / "ran").exists()
+    message = "data.path=no-such/name: no such file or folder, and `datasets` can't load it: "
+    assert refusal("no-such/name").startswith(message)
     with pytest.raises(ValueError, match="trust_remote_code"):
         DataConfig(sources={"x": {"path": "a", "trust_remote_code": True}})
 

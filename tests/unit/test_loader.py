@@ -82,6 +82,9 @@ def test_mixture_gives_every_source_its_share_and_every_number_once(weights):
         assert sorted(numbers) == list(range(3 * mixture.quotas[source]))
         share = weight / sum(weights)
         assert abs(len(numbers) / len(located) - share) <= 0.01 * share
+    if len(weights) > 1:
+        first_block, second_block = ([s for s, _ in located[i * mixture.block :][: mixture.block]] for i in (0, 1))
+        assert first_block != second_block
     first = Counter(source for source, _ in located[:256])
     for source, weight in enumerate(weights):
         share = weight / sum(weights)
