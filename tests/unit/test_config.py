@@ -26,11 +26,17 @@ BAD = [
     (["model.head_dim=15"], "model.head_dim=15 must be even"),
     (["model.hidden_size=130"], "model.hidden_size=130 must be divisible by model.num_attention_heads=4"),
     (["model.sliding_window=0"], "model.sliding_window=0 must be ≥ 1"),
-    (["model.vocab_size=1000", "tokenizer.vocab_size=2000"], "tokenizer.vocab_size=2000 must be ≤ model.vocab_size=1000"),
+    (
+        ["model.vocab_size=1000", "tokenizer.vocab_size=2000"],
+        "tokenizer.vocab_size=2000 must be ≤ model.vocab_size=1000",
+    ),
     (["tokenizer.vocab_size=100"], "tokenizer.vocab_size=100 must be ≥ 300"),
     (["tokenizer.path=x"], "tokenizer.path=x must be null for tokenizer.kind=sentencepiece"),
     (["tokenizer=model_file"], "tokenizer.path"),
-    (["parallel.zero_stage=0"], "parallel.zero_stage=0 must be 1 or 2: DeepSpeed's stage 0 reports a wrong gradient norm"),
+    (
+        ["parallel.zero_stage=0"],
+        "parallel.zero_stage=0 must be 1 or 2: DeepSpeed's stage 0 reports a wrong gradient norm",
+    ),
     (["parallel.zero_stage=3"], "parallel.zero_stage=3 must be 1 or 2: stage 3"),
     (["data=files"], "data.path"),
     (["data.path=x"], "data.path=x and data.sources can't both be set"),
@@ -87,7 +93,11 @@ def test_defaults_are_the_quickstarts_parts() -> None:
 @pytest.mark.parametrize(
     ("words", "world", "expected"),
     [
-        (["train.global_batch_size=12"], 2, "train.global_batch_size=12 must be divisible by train.micro_batch_size=8 × 2"),
+        (
+            ["train.global_batch_size=12"],
+            2,
+            "train.global_batch_size=12 must be divisible by train.micro_batch_size=8 × 2",
+        ),
         (["parallel.expert=2"], 1, "parallel.expert=2 must divide the number of ranks, 1"),
         (["parallel.expert=2"], 3, "must be divisible"),
         (["parallel.expert=2", "router.num_experts=3"], 2, "parallel.expert=2 must divide router.num_experts=3"),

@@ -1,0 +1,46 @@
+"""Every configuration dataclass, its types, defaults and rules.
+
+The YAML under ``configs/`` holds chosen values; this package owns what is allowed. A broken rule raises ``ValueError``
+whose text names the key, its value and the rule; `moe.compose` turns it into one line on stderr and exit code 2.
+Field names are Hugging Face's wherever Hugging Face has one.
+"""
+
+from moe.config.choices import (
+    AttentionBackend,
+    DropPolicy,
+    ExpertBackend,
+    Mlp,
+    Precision,
+    Schedule,
+    SourceFormat,
+    TokenizerKind,
+    TrackingBackend,
+)
+from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config.run import Config
+from moe.config.train import CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
+
+__all__ = [
+    "AttentionBackend",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DropPolicy",
+    "ExpertBackend",
+    "ExpertsConfig",
+    "Mlp",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Precision",
+    "RouterConfig",
+    "Schedule",
+    "SourceConfig",
+    "SourceFormat",
+    "TokenizerConfig",
+    "TokenizerKind",
+    "TrackingBackend",
+    "TrackingConfig",
+    "TrainConfig",
+,]

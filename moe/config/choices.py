@@ -1,0 +1,78 @@
+"""What a key may name. Members are written in YAML and on the command line by their names."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Mlp(Enum):
+    """What follows attention in a block: one SwiGLU (Mistral) or a router over many (Mixtral)."""
+
+    dense = "dense"
+    sparse = "sparse"
+
+
+class AttentionBackend(Enum):
+    """`auto` is `varlen` or `flex` on CUDA and `block` on CPU; `naive` is the quadratic reference."""
+
+    auto = "auto"
+    naive = "naive"
+    block = "block"
+    varlen = "varlen"
+    flex = "flex"
+
+
+class ExpertBackend(Enum):
+    """`auto` takes the fastest that runs here and says which; an explicit one that can't run is an error."""
+
+    auto = "auto"
+    loop = "loop"
+    grouped_mm = "grouped_mm"
+    megablocks = "megablocks"
+
+
+class DropPolicy(Enum):
+    """Which choices an expert over its capacity loses: the latest in the sequence, or the least probable."""
+
+    position = "position"
+    probability = "probability"
+
+
+class SourceFormat(Enum):
+    """`auto` looks at the file names; `dataset` is anything `datasets` loads from disk or the Hub."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    dataset = "dataset"
+    stdlib = "stdlib"
+
+
+class TokenizerKind(Enum):
+    """`sentencepiece` trains one on the corpus; the others read an existing one."""
+
+    sentencepiece = "sentencepiece"
+    model_file = "model_file"
+    huggingface = "huggingface"
+    mistral = "mistral"
+
+
+class Schedule(Enum):
+    """Learning rate after warm-up: half a cosine, flat with a decay at the end (WSD), or flat."""
+
+    cosine = "cosine"
+    warmup_stable_decay = "warmup_stable_decay"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Arithmetic of the model; master weights, accumulation, communication and the router stay float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class TrackingBackend(Enum):
+    wandb = "wandb"
+    none = "none"

@@ -1,0 +1,81 @@
+"""The backbone, its router and its experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.config.choices import AttentionBackend, DropPolicy, ExpertBackend, Mlp
+from moe.config.rules import not_negative, positive, require
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The backbone. `head_dim=None` means hidden_size / num_attention_heads; `sliding_window=None` means full."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    mlp: Mlp = Mlp.sparse
+    attention: AttentionBackend = AttentionBackend.auto
+
+    def __post_init__(self) -> None:
+        positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        positive("model", self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        positive("model", self, "rope_theta", "rms_norm_eps", "initializer_range")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        require(
+            heads % kv_heads == 0,
+            f"model.num_attention_heads={heads} must be divisible by model.num_key_value_heads={kv_heads}",
+        )
+        require(
+            self.head_dim is not None or self.hidden_size % heads == 0,
+            f"model.hidden_size={self.hidden_size} must be divisible by model.num_attention_heads={heads}, "
+            "or model.head_dim set",
+        )
+        require(self.head_size % 2 == 0, f"model.head_dim={self.head_size} must be even: RoPE rotates pairs")
+        window = self.sliding_window
+        require(
+            window is None or window >= 1,
+            f"model.sliding_window={window} must be ≥ 1: it counts the query's own key (null means full attention)",
+        )
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of one head. NOTE: not stored into `head_dim`, or the default model's would become every model's:
+        the schema is an instance, and YAML that says nothing of head_dim would inherit its number."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+
+@dataclass(kw_only=True, slots=True)
+class RouterConfig:
+    """Top-k token-choice router. `capacity_factor=None` is dropless; coefficients scale losses, not metrics."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    aux_loss_coef: float = 0.01
+    z_loss_coef: float = 0.001
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = DropPolicy.position
+
+    def __post_init__(self) -> None:
+        positive("router", self, "num_experts", "top_k", "capacity_factor")
+        not_negative("router", self, "aux_loss_coef", "z_loss_coef")
+        require(
+            self.top_k <= self.num_experts,
+            f"router.top_k={self.top_k} must be ≤ router.num_experts={self.num_experts}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ExpertsConfig:
+    backend: ExpertBackend = ExpertBackend.auto

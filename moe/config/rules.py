@@ -1,0 +1,25 @@
+"""Checks whose failure is one line for the user."""
+
+from __future__ import annotations
+
+import math
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` (key, value, rule) unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def positive(prefix: str, owner: object, *names: str) -> None:
+    """Fields that must be finite and > 0 where they are set."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value is None or (value > 0 and math.isfinite(value)), f"{prefix}.{name}={value} must be > 0")
+
+
+def not_negative(prefix: str, owner: object, *names: str) -> None:
+    """Fields that must be finite and ≥ 0."""
+    for name in names:
+        value = getattr(owner, name)
+        require(math.isfinite(value) and value >= 0, f"{prefix}.{name}={value} must be ≥ 0")

@@ -1,0 +1,69 @@
+"""One training run: all sections and the rules between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.choices import Mlp, Schedule, TokenizerKind
+from moe.config.data import DataConfig, TokenizerConfig
+from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config.rules import require
+from moe.config.train import CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One training run. `run_dir` receives config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html."""
+
+    run_dir: str = "runs/default"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind=TokenizerKind.mistral))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        train, model, optim = self.train, self.model, self.optim
+        require(bool(self.data.all_sources()), "data.path=null must name a file, folder, glob or data set")
+        require(
+            train.sequence_length <= model.max_position_embeddings,
+            f"train.sequence_length={train.sequence_length} must be ≤ "
+            f"model.max_position_embeddings={model.max_position_embeddings}",
+        )
+        pieces = self.tokenizer.vocab_size
+        require(
+            pieces is None or pieces <= model.vocab_size,
+            f"tokenizer.vocab_size={pieces} must be ≤ model.vocab_size={model.vocab_size}",
+        )
+        tail = (optim.decay_steps or 0) + optim.warmup_steps
+        require(
+            optim.schedule is Schedule.constant or tail <= train.steps,
+            f"optim.warmup_steps={optim.warmup_steps} plus decay_steps={optim.decay_steps} must be ≤ "
+            f"train.steps={train.steps}",
+        )
+
+    def check_world(self, world_size: int) -> None:
+        """Rules that need the number of ranks. Raises ValueError."""
+        train, expert = self.train, self.parallel.expert
+        micro = train.micro_batch_size * world_size
+        require(
+            train.global_batch_size % micro == 0,
+            f"train.global_batch_size={train.global_batch_size} must be divisible by train.micro_batch_size="
+            f"{train.micro_batch_size} × {world_size} ranks = {micro}",
+        )
+        if self.model.mlp is Mlp.dense:
+            require(expert == 1, f"parallel.expert={expert} must be 1 with model.mlp=dense: there are no experts")
+        require(world_size % expert == 0, f"parallel.expert={expert} must divide the number of ranks, {world_size}")
+        require(
+            self.router.num_experts % expert == 0,
+            f"parallel.expert={expert} must divide router.num_experts={self.router.num_experts}",
+        )
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)

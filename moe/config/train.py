@@ -1,0 +1,103 @@
+"""How it is trained: optimizer, ranks, tracking, checkpoints, steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.choices import Precision, Schedule, TrackingBackend
+from moe.config.rules import not_negative, positive, require
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW; `min_lr_ratio` is where a decay ends, `decay_steps` the length of WSD's last stretch (null: a fifth)."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 20
+    decay_steps: int | None = None
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive("optim", self, "lr", "eps", "max_grad_norm", "decay_steps")
+        not_negative("optim", self, "weight_decay", "warmup_steps")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={self.betas} must be two numbers in [0, 1)",
+        )
+        require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
+        require(
+            self.decay_steps is None or self.schedule is Schedule.warmup_stable_decay,
+            f"optim.decay_steps={self.decay_steps} needs optim.schedule=warmup_stable_decay",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """`expert` ranks share one set of experts; every rank is data-parallel for the rest."""
+
+    expert: int = 1
+    zero_stage: int = 1
+
+    def __post_init__(self) -> None:
+        positive("parallel", self, "expert")
+        reasons = {
+            0: "DeepSpeed's stage 0 reports a wrong gradient norm with experts, so clipping would be wrong",
+            3: "stage 3 gathers parameters inside the expert exchange and hangs when routing differs between ranks",
+        }
+        stage = self.zero_stage
+        require(
+            stage in (1, 2),
+            f"parallel.zero_stage={stage} must be 1 or 2" + (f": {reasons[stage]}" if stage in reasons else ""),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """W&B: `project`, `name` and `mode` are wandb.init's; the key comes from the environment only."""
+
+    backend: TrackingBackend = TrackingBackend.wandb
+    project: str = "moe"
+    name: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Save `every` so many steps and at the end; keep the newest `keep` of them."""
+
+    every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Batch sizes are in sequences; `eval_sequences` bounds the held-out sequences scored at each evaluation.
+
+    `peak_tflops` is the hardware's stated peak for MFU, per rank (null: a matrix product is timed at start-up).
+    """
+
+    steps: int = 300
+    seed: int = 0
+    sequence_length: int = 256
+    micro_batch_size: int = 8
+    global_batch_size: int = 16
+    precision: Precision = Precision.float32
+    eval_every: int = 50
+    eval_sequences: int = 128
+    sample_every: int = 100
+    sample_prompt: str = "def "
+    sample_tokens: int = 64
+    log_every: int = 10
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("train", self, "steps", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every")
+        positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
+        not_negative("train", self, "seed")
