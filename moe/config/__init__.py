@@ -43,4 +43,4 @@ __all__ = [
     "TrackingBackend",
     "TrackingConfig",
     "TrainConfig",
-,]
+]
