@@ -19,7 +19,7 @@ def positive(prefix: str, owner: object, *names: str) -> None:
 
 
 def not_negative(prefix: str, owner: object, *names: str) -> None:
-    """Fields that must be finite and ≥ 0."""
+    """Fields that must be finite and ≥ 0 where they are set."""
     for name in names:
         value = getattr(owner, name)
-        require(math.isfinite(value) and value >= 0, f"{prefix}.{name}={value} must be ≥ 0")
+        require(value is None or (math.isfinite(value) and value >= 0), f"{prefix}.{name}={value} must be ≥ 0")

@@ -40,10 +40,10 @@ class Config:
             pieces is None or pieces <= model.vocab_size,
             f"tokenizer.vocab_size={pieces} must be ≤ model.vocab_size={model.vocab_size}",
         )
-        tail = (optim.decay_steps or 0) + optim.warmup_steps
+        tail = (optim.decay_steps or 0) + (optim.warmup_steps or 0)
         require(
             optim.schedule is Schedule.constant or tail <= train.steps,
-            f"optim.warmup_steps={optim.warmup_steps} plus decay_steps={optim.decay_steps} must be ≤ "
+            f"optim.warmup_steps={optim.warmup_steps} plus optim.decay_steps={optim.decay_steps} must be ≤ "
             f"train.steps={train.steps}",
         )
 

@@ -10,7 +10,8 @@ from moe.config.rules import not_negative, positive, require
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW; `min_lr_ratio` is where a decay ends, `decay_steps` the length of WSD's last stretch (null: a fifth)."""
+    """AdamW. `warmup_steps` null is a twentieth of train.steps, WSD's `decay_steps` null a fifth; a decay ends at
+    `lr × min_lr_ratio`."""
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -18,7 +19,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     schedule: Schedule = Schedule.cosine
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
     decay_steps: int | None = None
     min_lr_ratio: float = 0.1
 

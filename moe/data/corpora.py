@@ -75,10 +75,7 @@ def _open(name: str, key: str, config: SourceConfig) -> Source:
     path = Path(config.path).expanduser()
     if config.format is SourceFormat.dataset or (config.format is SourceFormat.auto and _is_saved_dataset(path)):
         return _open_dataset(name, key, config, path)
-    paths = _expand(key, config, path)
-    if paths is None:
-        return _open_dataset(name, key, config, path)
-    return _open_files(name, key, config, paths)
+    return _open_files(name, key, config, _expand(key, config, path))
 
 
 def _open_stdlib(name: str, key: str, domain: str) -> Source:
@@ -109,8 +106,8 @@ def _is_saved_dataset(path: Path) -> bool:
     return any((path / marker).is_file() for marker in SAVED_DATASET_FILES)
 
 
-def _expand(key: str, config: SourceConfig, path: Path) -> list[Path] | None:
-    """The files a path, folder or glob names, sorted; None where it looks like a data set on the Hub instead."""
+def _expand(key: str, config: SourceConfig, path: Path) -> list[Path]:
+    """The files a path, folder or glob names, sorted."""
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -124,10 +121,9 @@ def _expand(key: str, config: SourceConfig, path: Path) -> list[Path] | None:
         if not found:
             raise DataError(f"{key}.path={config.path}: the glob matches no file (working folder: {Path.cwd()})")
         return found
-    looks_like_file = path.suffix in (".txt", ".md", ".py", *JSONL_SUFFIXES, *PARQUET_SUFFIXES, *PICKLE_SUFFIXES)
-    if config.format is SourceFormat.auto and HUB_NAME.fullmatch(config.path) and not looks_like_file:
-        return None
-    raise DataError(f"{key}.path={config.path}: no such file or folder (working folder: {Path.cwd()})")
+    # A mistyped folder must fail at once, not after a search of the Hub: a name there is asked for by its format.
+    hint = f"; a data set on the Hub needs {key}.format=dataset" if HUB_NAME.fullmatch(config.path) else ""
+    raise DataError(f"{key}.path={config.path}: no such file or folder (working folder: {Path.cwd()}){hint}")
 
 
 def _stat(key: str, paths: list[Path]) -> tuple[list[Any], int]:

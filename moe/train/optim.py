@@ -10,18 +10,19 @@ from moe.config import OptimConfig, Schedule
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (0-based) of `steps`.
 
-    Linear warm-up over `warmup_steps`, then: `cosine` falls along half a cosine to `lr × min_lr_ratio` at the last
+    Linear warm-up over `warmup_steps` (null: a twentieth of `steps`), then: `cosine` falls along half a cosine to `lr × min_lr_ratio` at the last
     step; `warmup_stable_decay` stays at `lr` and falls linearly to the same over the last `decay_steps`
-    (arXiv 2404.06395); `constant` stays.
+    (null: a fifth; arXiv 2404.06395); `constant` stays.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warmup_steps = config.warmup_steps if config.warmup_steps is not None else steps // 20
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
     floor = config.lr * config.min_lr_ratio
     if config.schedule is Schedule.constant:
         return config.lr
     if config.schedule is Schedule.cosine:
-        span = max(1, steps - 1 - config.warmup_steps)
-        progress = min(1.0, (step - config.warmup_steps) / span)
+        span = max(1, steps - 1 - warmup_steps)
+        progress = min(1.0, (step - warmup_steps) / span)
         return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     decay_steps = config.decay_steps if config.decay_steps is not None else max(1, steps // 5)
     remaining = steps - 1 - step

@@ -87,7 +87,8 @@ def test_dataset_code_and_unknown_names_are_refused(tmp_path, monkeypatch):
     assert "`datasets` can't load it" in refusal(script, format=SourceFormat.dataset)
     assert not (tmp_path / "ran").exists()
     message = "data.path=no-such/name: no such file or folder, and `datasets` can't load it: "
-    assert refusal("no-such/name").startswith(message)
+    assert refusal("no-such/name", format=SourceFormat.dataset).startswith(message)
+    assert refusal("no-such/name").endswith("a data set on the Hub needs data.format=dataset")
     with pytest.raises(ValueError, match="trust_remote_code"):
         DataConfig(sources={"x": {"path": "a", "trust_remote_code": True}})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -32,7 +33,7 @@ def test_cosine_ends_at_the_floor_and_halves_the_range_midway() -> None:
 def test_warmup_stable_decay_is_flat_then_linear() -> None:
     rates = _rates(100, warmup_steps=10, schedule=Schedule.warmup_stable_decay, decay_steps=20)
     assert set(rates[10:80]) == {1.0}
-    drops = [a - b for a, b in zip(rates[80:], rates[81:], strict=False)]
+    drops = [a - b for a, b in itertools.pairwise(rates[80:])]
     assert drops == pytest.approx([drops[0]] * len(drops))
     assert rates[-1] == pytest.approx(0.1)
 
@@ -44,3 +45,8 @@ def test_constant_stays() -> None:
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_one_step_runs(schedule: Schedule) -> None:
     assert 0 < _rates(1, warmup_steps=0, schedule=schedule)[0] <= 1.0
+
+
+def test_an_unstated_warm_up_is_a_twentieth_of_the_steps() -> None:
+    assert _rates(100)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert _rates(5)[0] == 1.0
