@@ -47,9 +47,9 @@ def _prepare(words: list[str]) -> None:
 
 def _generate(words: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
-    from moe.generate import GenerateConfig, run_generate
+    from moe.generate import GenerateConfig, quote_texts, run_generate
 
-    config = load_config(words, "generate", GenerateConfig)
+    config = load_config(quote_texts(words), "generate", GenerateConfig)
     from moe.data.tokenizer import load_saved
     from moe.dist.checkpoint import load_model, resolve
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,6 +81,25 @@ class GenerateConfig(Sampling):
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
+
+
+def quote_texts(words: list[str]) -> list[str]:
+    """Command-line words with `prompt=` and `stop=` quoted for Hydra, so that they arrive as they were typed.
+
+    Unquoted, Hydra trims `prompt=def ` and refuses `prompt=Once, twice`. What is already in quotes, and `null`, stays.
+    """
+    return [_quoted(word) if word.startswith(("prompt=", "stop=")) else word for word in words]
+
+
+def _quoted(word: str) -> str:
+    key, _, value = word.partition("=")
+    already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if already or value == "null":
+        return word
+    # In Hydra's quotes a backslash counts before a quote only, in OmegaConf's text before an interpolation only.
+    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
+    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return f"{key}='{value}'"
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from moe.generate import (
     Sampling,
     generate,
     pick,
+    quote_texts,
     read_prompts,
     run_generate,
     sample_text,
@@ -271,3 +272,33 @@ def test_bad_keys_are_one_line(words, message):
 def test_the_shipped_defaults_compose():
     config = load_config(["checkpoint=x", "prompt=a", "top_k=5"], "generate", GenerateConfig)
     assert config == GenerateConfig(checkpoint="x", prompt="a", top_k=5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def ",
+        "Once, twice",
+        "x=[1, {2}]",
+        "it's",
+        "'half",
+        "a\\",
+        "\\'",
+        "${HOME}",
+        "\\${x}",
+        "two\nlines",
+        "é 🙂",
+        "1",
+        "true",
+    ],
+)
+def test_a_prompt_arrives_as_it_was_typed(text):
+    words = quote_texts(["checkpoint=x", f"prompt={text}", f"stop={text}"])
+    config = load_config(words, "generate", GenerateConfig)
+    assert (config.prompt, config.stop) == (text, text)
+
+
+def test_quoted_prompts_and_null_stay_hydras():
+    words = ["checkpoint=x", "prompt='a b '", "stop=null", "prompts_file=null"]
+    assert quote_texts(words) == words
+    assert load_config(words, "generate", GenerateConfig).prompt == "a b "
