@@ -51,10 +51,11 @@ def brief(run: Run) -> list[str]:
         ("model.hidden_size", "hidden size {}"),
         ("model.sliding_window", "window {}"),
         ("model.vocab_size", "vocabulary {:,}"),
-        ("train.sequence_length", "sequences of {} tokens"),
-        ("train.global_batch_size", "{} sequences a step"),
     ):
         value = run.setting(key)
         if type(value) is int:
             phrases.append(form.format(value))
+    batch, length = run.setting("train.global_batch_size"), run.setting("train.sequence_length")
+    if type(batch) is int and type(length) is int:
+        phrases.append(f"batch {batch:,} × {length:,} tokens")
     return phrases

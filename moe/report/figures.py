@@ -22,7 +22,7 @@ def tiles(run: Run) -> str:
     asked, done = run.setting("train.steps"), int(run.steps[-1])
     gap = unigram - val
     entries = [
-        ("Validation loss", short(val), "nats per token", _best(run)),
+        ("Validation loss", short(val), "nats", _best(run)),
         ("Bits per byte", short(run.last("val_bits_per_byte")), "", "held-out text, any tokenizer"),
         (
             "Below unigram",
@@ -55,7 +55,7 @@ def _best(run: Run) -> str:
         return "no evaluation yet"
     best = int(np.nanargmin(values))
     last = int(np.flatnonzero(np.isfinite(values))[-1])
-    at = f"at step {run.steps[last]:,}"
+    at = f"per token, at step {run.steps[last]:,}"
     return at if best == last else f"{at}; best {short(float(values[best]))} at {run.steps[best]:,}"
 
 
@@ -105,12 +105,19 @@ def loss_charts(run: Run) -> str:
     ]
     bits = [_series(run, "val_bits_per_byte", "validation", "s1", evaluations=True)]
     charts = [
-        line_chart(Chart("Validation loss by source", "nats per token", by_source), "by-source")
+        _draw(run, Chart("Validation loss by source", "nats per token", by_source), "by-source")
         if len(by_source) > 1
         else "",
-        line_chart(Chart("Bits per byte", "bits per byte of held-out text", bits), "bits-per-byte"),
+        _draw(run, Chart("Bits per byte", "bits per byte of held-out text", bits), "bits-per-byte"),
     ]
-    return line_chart(main, "loss") + _grid(charts, "pair")
+    return _condensed(run) + _draw(run, main, "loss") + _grid(charts, "pair")
+
+
+def _condensed(run: Run) -> str:
+    """What a point of a curve stands for, where it isn't one step."""
+    stride = downsample(run.steps, run.steps.astype(float)).stride
+    text = f"In every curve of this page a point is the mean of about {stride:,} steps, and the band is their range."
+    return f'<p class="note condensed">{text}</p>' if stride > 1 else ""
 
 
 def training_charts(run: Run) -> str:
@@ -128,7 +135,7 @@ def training_charts(run: Run) -> str:
         "Tokens per second", "tokens/s, all ranks", [_series(run, "tokens_per_second", "tokens/s")], floor=0.0
     )
     rate = Chart("Learning rate", "AdamW", [_series(run, "lr", "learning rate")], floor=0.0)
-    return _grid([line_chart(rate, "lr"), line_chart(norm, "grad-norm"), line_chart(speed, "speed")])
+    return _grid([_draw(run, rate, "lr"), _draw(run, norm, "grad-norm"), _draw(run, speed, "speed")])
 
 
 def balance_charts(run: Run) -> str:
@@ -137,8 +144,8 @@ def balance_charts(run: Run) -> str:
         experts = len(run.frames[-1][0])
     balance = Chart(
         "Load-balancing loss",
-        "E Σ fᵢPᵢ, unscaled",
-        [_series(run, "load_balancing_loss", "mean of layers"), _series(run, WORST_LAYER, "worst layer", "s1")],
+        "E Σ f·P, unscaled",
+        [_series(run, "load_balancing_loss", "mean"), _series(run, WORST_LAYER, "worst layer", "s1")],
         [Reference("even load", 1.0)],
         note="1.0 is the formula's minimum for an even load.",
         least_span=0.02,
@@ -164,7 +171,7 @@ def balance_charts(run: Run) -> str:
         entropy,
         Chart(
             "Dead experts",
-            "expert–layer pairs without a token",
+            "expert–layer pairs",
             [_series(run, "dead_experts", "dead experts")],
             note=_dead(run),
             floor=0.0,
@@ -189,19 +196,26 @@ def balance_charts(run: Run) -> str:
             may_log=True,
         ),
     ]
-    return _grid([line_chart(chart, f"balance-{index}") for index, chart in enumerate(charts)])
+    return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(charts)])
 
 
 def _dead(run: Run) -> str:
     dead = finite(run.series["dead_experts"])
     if not len(dead):
         return ""
-    return f"Never more than {int(dead.max())} in a step." if dead.max() else "None in any step."
+    most = int(dead.max())
+    return f"Pairs without a token; never more than {most:,} in a step." if most else "None in any step."
 
 
 def _dropless(run: Run) -> bool:
     dropped = finite(run.series["dropped_fraction"])
     return "router" in run.config and run.setting("router.capacity_factor") is None and not dropped.any()
+
+
+def _draw(run: Run, chart: Chart, key: str) -> str:
+    """Every chart shows the whole run, so that a step stands at the same place in all of them."""
+    chart.span = (int(run.steps[0]), int(run.steps[-1]))
+    return line_chart(chart, key)
 
 
 def _grid(charts: list[str], kind: str = "") -> str:

@@ -46,6 +46,7 @@ class Chart:
     references: list[Reference] = field(default_factory=list)
     note: str = ""
     floor: float | None = None
+    span: tuple[int, int] | None = None  # steps the axis shows (default: those of the series)
     least_span: float = 0.0  # the axis spans at least this: noise on a constant must not look like news
     percent: bool = False
     integer: bool = False
@@ -83,7 +84,7 @@ def value_axis(chart: Chart) -> Axis:
             return Axis(low, high, ticks, log=True)
     if chart.floor is not None:
         low, high = min(low, chart.floor), max(high, chart.floor)
-    missing = max(chart.least_span, 1e-9 * abs(high), 1e-12) - (high - low)
+    missing = max(chart.least_span, 1e-3 * abs(high), 1e-12) - (high - low)
     if missing > 0:
         up = missing if chart.floor == low else missing / 2
         low, high = low - (missing - up), high + up
@@ -96,8 +97,8 @@ def value_axis(chart: Chart) -> Axis:
     return Axis(bottom, top, linear_ticks(bottom, top, integer=chart.integer))
 
 
-def step_axis(series: list[Series]) -> Axis:
-    steps = np.concatenate([one.points.steps for one in series])
+def step_axis(chart: Chart) -> Axis:
+    steps = np.concatenate([chart.span or [], *(one.points.steps for one in chart.series)])
     low, high = float(steps.min()), float(steps.max())
     if low == high:
         low, high = low - 1, high + 1
@@ -155,7 +156,7 @@ def line_chart(chart: Chart, key: str) -> str:
     chart.series = [one for one in chart.series if not one.points.empty]
     if not chart.series:
         return ""
-    x, y = step_axis(chart.series), value_axis(chart)
+    x, y = step_axis(chart), value_axis(chart)
     scale, unit = (100.0, "%") if chart.percent else (1.0, chart.unit)
     ticks = [tick * scale for tick in y.ticks]
     grid = "".join(f'<path class="grid" d="M0 {_at(y, tick, flip=True)}H{SIZE}"/>' for tick in y.ticks)
@@ -171,9 +172,7 @@ def line_chart(chart: Chart, key: str) -> str:
             drawing.append(f'<path class="dots {one.style}" d="{_dot_path(one.points, x, y)}"/>')
     if len(chart.series) + len(chart.references) > 1:
         legend = [f'<li><i class="key {one.style}"></i>{escape(one.name)}</li>' for one in chart.series] + legend
-    stride = max(one.points.stride for one in chart.series)
-    note = chart.note + (f" Each point is the mean of {stride} steps, the band their range." if stride > 1 else "")
-    note += " Logarithmic axis." if y.log else ""
+    note = chart.note + (" Logarithmic axis." if y.log else "")
     labels = "".join(
         f'<span style="top:{100 * (1 - y.place(tick)):.2f}%">{escape(tick_label(tick * scale, ticks))}</span>'
         for tick in y.ticks

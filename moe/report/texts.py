@@ -46,7 +46,7 @@ def coloured_text(routing: Routing) -> str:
 <fieldset class="layers js-only"><legend>Layer</legend>{radios}</fieldset>
 <div class="chips" role="group" aria-label="Experts: press one to see only its tokens">{chips}
 <label class="numbers js-only"><input type="checkbox"> show numbers</label></div>
-<p class="tokens">{spans}</p>
+<div class="tokens" tabindex="0" role="region" aria-label="The text, token by token">{spans}</div>
 <script type="application/json">{embed(experts)}</script>
 </figure>"""
 

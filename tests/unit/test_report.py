@@ -99,8 +99,8 @@ def fake_run(
                 json.dumps({"step": step, "prompt": "def ", "text": f"def read_{step}(path):\n    return path"}) + "\n"
             )
     if not dense:
-        tokens = re.findall(r"\s|\w+|[^\w\s]", WORDS * 8)
-        ids = [[(len(token) * 3 + ord(token[0]) + layer) % experts for token in tokens] for layer in range(layers)]
+        tokens = re.findall(r" ?\w+|\s|[^\w\s]", WORDS * 8)
+        ids = [[(len(token) * 3 + ord(token[-1]) + layer) % experts for token in tokens] for layer in range(layers)]
         routing = {"step": steps, "tokens": tokens, "experts": ids, "num_experts": experts}
         (folder / "routing.json").write_text(json.dumps(routing), encoding="utf-8")
     return folder
@@ -365,6 +365,7 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
     text, page = report(folder)
     assert len(text.encode()) < 2_000_000
     assert "100,000" in page.words
+    assert "mean of about 209 steps" in page.words
     assert "highest 31.25" in page.words, "one spike among 100,000 steps is still told and drawn"
 
 
@@ -428,6 +429,8 @@ def test_axis_holds_curve_and_reference_and_quiet_series_stay_flat() -> None:
     chart = Chart("t", "u", [Series("a", downsample(steps, noise))], [Reference("r", 1.0)], least_span=0.02)
     axis = value_axis(chart)
     assert axis.high - axis.low >= 0.02
+    constant = value_axis(Chart("t", "u", [Series("a", downsample(steps[:1], np.array([1.5423])))]))
+    assert len({tick_label(tick, constant.ticks) for tick in constant.ticks}) == len(constant.ticks) > 1
     loss = Chart("t", "u", [Series("a", downsample(steps, np.linspace(7, 3, 10)))], [Reference("r", 9.0)])
     assert value_axis(loss).low < 3 < 9 < value_axis(loss).high
     assert Axis(1, 100, [], log=True).place(10) == pytest.approx(0.5)
