@@ -146,8 +146,8 @@ def balance_charts(run: Run) -> str:
         "Load-balancing loss",
         "E Σ f·P, unscaled",
         [_series(run, "load_balancing_loss", "mean"), _series(run, WORST_LAYER, "worst layer", "s1")],
-        [Reference("even load", 1.0)],
-        note="1.0 is the formula's minimum for an even load.",
+        [Reference("minimum", 1.0)],
+        note="1.0 is an even load, the formula's minimum.",
         least_span=0.02,
     )
     entropy = Chart(

@@ -17,6 +17,7 @@ import numpy as np
 from moe.report.scales import Points, linear_ticks, log_ticks, nice_step, short, tick_label
 
 SIZE = 1000  # the SVG's own units, along both axes
+EDGE = 0.97  # a label this far right would leave its card if it were centred
 SPIKY = 30  # a curve whose maximum is this many times its median is drawn on a logarithmic axis
 
 
@@ -84,7 +85,7 @@ def value_axis(chart: Chart) -> Axis:
             return Axis(low, high, ticks, log=True)
     if chart.floor is not None:
         low, high = min(low, chart.floor), max(high, chart.floor)
-    missing = max(chart.least_span, 1e-3 * abs(high), 1e-12) - (high - low)
+    missing = max(chart.least_span, 0.02 * abs(high), 1e-12) - (high - low)
     if missing > 0:
         up = missing if chart.floor == low else missing / 2
         low, high = low - (missing - up), high + up
@@ -178,7 +179,9 @@ def line_chart(chart: Chart, key: str) -> str:
         for tick in y.ticks
     )
     below = "".join(
-        f'<span style="left:{100 * x.place(tick):.2f}%">{escape(tick_label(tick, x.ticks))}</span>' for tick in x.ticks
+        f'<span{" class=edge" if x.place(tick) > EDGE else ""} style="left:{100 * x.place(tick):.2f}%">'
+        f"{escape(tick_label(tick, x.ticks))}</span>"
+        for tick in x.ticks
     )
     title = escape(chart.title)
     return f"""<figure class="chart{" tall" if chart.tall else ""}" id="{key}">

@@ -163,7 +163,7 @@ def test_page_shows_the_runs_figures(tmp_path: Path) -> None:
     for title in ("Router entropy", "Dead experts", "Dropped choices", "Validation loss by source", "Expert share"):
         assert f"<h3>{title}</h3>" in text
     assert "unigram entropy 6.020" in page.words
-    assert "even load 1" in page.words
+    assert "minimum 1" in page.words
     assert "def read_300(path)" in page.words
     assert "num_key_value_heads" in page.words
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [], "nothing left beside"
