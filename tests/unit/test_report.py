@@ -448,7 +448,7 @@ def test_axis_holds_curve_and_reference_and_quiet_series_stay_flat() -> None:
 )
 def test_parameter_counts_are_the_published_ones(tmp_path: Path, model: str, total: int, active: int) -> None:
     folder = fake_run(tmp_path / "run", steps=1)
-    (folder / "config.yaml").write_text(to_yaml(load_config([f"model={model}", "model.head_dim=null"])))
+    (folder / "config.yaml").write_text(to_yaml(load_config([f"model={model}"])))
     found = facts.parameters(read_run(folder))
     assert found is not None
     assert (found.total, found.active) == (total, active)
