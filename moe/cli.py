@@ -124,7 +124,7 @@ def _indented(node: Any, prefix: str = "") -> str:
 
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return
     verb, words = arguments[0], arguments[1:]
     if verb not in VERBS:

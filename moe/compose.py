@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import Config
@@ -71,7 +71,7 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     return composed
 
 
-def to_config(node: DictConfig, overrides: list[str] | None = None) -> Any:
+def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None) -> Any:
     """Runs every dataclass's rules. Raises ConfigError."""
     try:
         return OmegaConf.to_object(node)

@@ -62,7 +62,7 @@ class RouterConfig:
 
     num_experts: int = 8
     top_k: int = 2
-    aux_loss_coef: float = 0.01
+    aux_loss_coef: float = 0.02
     z_loss_coef: float = 0.001
     capacity_factor: float | None = None
     drop_policy: DropPolicy = DropPolicy.position

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -124,7 +124,7 @@ class Checkpoints:
                     ("optimizer", _moments(tensors), moment_experts),
                 ):
                     writer = HuggingFaceStorageWriter(str(partial / part), save_distributed=True)
-                    dcp.save(_sharded(values, sharded, self._mesh), storage_writer=writer)
+                    state_dict_saver.save(_sharded(values, sharded, self._mesh), storage_writer=writer)
             except CheckpointException as error:  # raised on all ranks when any failed; not an Exception
                 first = next(iter(error.failures.values()))[0]
                 raise OSError(f"{partial}: could not be written ({first})") from error
@@ -257,7 +257,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def _read(folder: Path, into: dict[str, Tensor], *, alone: bool) -> None:
     try:
-        dcp.load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        state_dict_loader.load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise ValueError(f"{folder}: does not fit this model ({first})") from error

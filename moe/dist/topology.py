@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from moe.errors import for_user
 
@@ -102,10 +103,10 @@ def start(expert: int) -> Topology:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # Under torchrun the agent owns the store and every rank is its client.
             owns = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            store: dist.Store = dist.TCPStore(address, port, world_size, is_master=owns, timeout=COLLECTIVE_TIMEOUT)
-            store = dist.PrefixStore(f"attempt_{attempt}", store)
+            store: Store = TCPStore(address, port, world_size, is_master=owns, timeout=COLLECTIVE_TIMEOUT)
+            store = PrefixStore(f"attempt_{attempt}", store)
         else:
-            store = dist.HashStore()
+            store = HashStore()
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
             store=store,

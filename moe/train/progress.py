@@ -38,15 +38,16 @@ class Display:
         """Training begins after `first_step` finished steps."""
         self._started, self._first_step = time.perf_counter(), first_step
         if self._live:
-            self._bar = Progress(
+            bar = Progress(
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._bar.add_task("train", total=self._steps, completed=first_step, figures="")
-            self._bar.start()
+            bar.add_task("train", total=self._steps, completed=first_step, figures="")
+            bar.start()
+            self._bar = bar
 
     def step(self, figures: dict[str, Any]) -> None:
         step = figures["step"]

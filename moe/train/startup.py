@@ -45,7 +45,7 @@ def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
     """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
     train, world = config.train, topology.world_size
     (total, active), memory = count_parameters(config), estimate_memory(config, world)
-    kinds = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    kinds = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     stated = "measured" if train.peak_tflops is None else "stated"
     return [
         f"model: {total:,} parameters, {active:,} active per token, "
@@ -54,10 +54,18 @@ def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
         f"{train.precision.name} on {topology.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
-        f"memory: about {sum(memory.values()) / 1e9:.2f} GB a rank ({kinds})",
+        f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",
         f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is against it",
     ]
 
 
 def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.train.precision is Precision.bfloat16 else torch.float32
+
+
+def _size(count: float) -> str:
+    """Bytes for a reader: 3 digits."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"

@@ -7,6 +7,7 @@ while logging ends W&B's part with one warning.
 from __future__ import annotations
 
 import json
+import netrc
 import os
 import secrets
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from moe.config import Config, TrackingBackend
 
@@ -55,6 +57,16 @@ def cut_back(path: Path, step: int) -> None:
     beside.replace(path)
 
 
+def _has_key() -> bool:
+    """Whether W&B would find an API key; asks no server."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return bool(os.environ.get("WANDB_API_KEY") or known)
+
+
 class Tracker:
     """Rank 0's writer. `log` takes the step's figures."""
 
@@ -67,29 +79,27 @@ class Tracker:
 
     def _start(self, config: Config, run_dir: Path, resumed: bool) -> Any:
         import wandb
-        from wandb.errors import CommError, UsageError
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         identity = run_dir / "wandb_id"
         if not (resumed and identity.exists()):
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
-        for attempt in (mode, "offline"):
+        run_id = identity.read_text(encoding="utf-8").strip()
+        for attempt, attempt_id in ((mode, run_id), ("offline", secrets.token_hex(4))):
             try:
                 run = wandb.init(
                     project=config.tracking.project,
                     name=config.tracking.name or run_dir.name,
-                    id=identity.read_text(encoding="utf-8").strip(),
+                    id=attempt_id,
                     resume="allow" if attempt == "online" else None,
                     config=plain(asdict(config)),
                     dir=str(run_dir),
                     mode=attempt,  # type: ignore[arg-type]  # what the user put into WANDB_MODE is wandb's to judge
-                    settings=wandb.Settings(silent=True, console="off", x_disable_stats=False, init_timeout=30),
+                    settings=wandb.Settings(silent=True, console="off", init_timeout=15),
                 )
-            except (CommError, UsageError, OSError) as error:
-                if attempt == "offline":
-                    self._warn(f"W&B is off: {str(error).splitlines()[0]}; metrics.jsonl has every figure")
-                    return None
-                self._warn(f"W&B can't be reached ({str(error).splitlines()[0]}): logging offline into {run_dir}/wandb")
+            except Exception as error:  # its own errors, its service's, the network's: none may cost the run
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self._warn(f"W&B can't start in mode {attempt} ({reason}); metrics.jsonl has every figure")
                 continue
             if attempt == "offline":
                 self._warn(f"W&B is offline (no key or no network): `wandb sync {run_dir}/wandb/offline-run-*` uploads")

@@ -76,7 +76,7 @@ def test_every_preset_composes_and_survives_its_own_yaml(model: str, tmp_path: P
 def test_a_changed_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("model: {hidden_size: 12, heads: 3}\n")
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         read_config(path)
 
 

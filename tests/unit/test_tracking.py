@@ -1,0 +1,89 @@
+"""Every figure reaches metrics.jsonl and W&B's own file, the load-balancing loss first; W&B can't cost the run."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from moe.compose import load_config
+from moe.train.tracking import Tracker
+
+FIGURES = {
+    "step": 1, "tokens": 64, "loss": 3.5, "lm_loss": 3.4, "load_balancing_loss": 1.25, "router_z_loss": 0.5,
+    "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 10.0, "mfu": 0.1, "step_seconds": 6.4, "max_violation": 0.3,
+    "router_entropy": 0.7, "dead_experts": 0, "dropped_fraction": 0.0, "expert_shares": [[0.25, 0.75], [0.5, 0.5]],
+    "load_balancing_loss_layers": [1.5, 1.0], "val_loss": 3.0, "val_loss_by_source": {"prose": 2.5},
+}  # fmt: skip
+
+
+def _records(data: bytes) -> list[bytes]:
+    """W&B's file is a LevelDB log behind a 7-byte header: blocks of 32 KiB, chunks of crc, length, type and payload."""
+    records, part, at = [], b"", 7
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block that a chunk header doesn't fit in
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(part)
+            part = b""
+    return records
+
+
+def logged(run_dir: Path) -> dict[str, float]:
+    """History of the offline run as W&B itself would upload it."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    values: dict[str, float] = {}
+    for data in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return values
+
+
+def test_wandb_gets_the_balance_in_total_and_per_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    warnings: list[str] = []
+    tracker = Tracker(load_config(["tracking=wandb"]), tmp_path, resumed=False, warn=warnings.append)
+    tracker.log(FIGURES)
+    tracker.close()
+    history = logged(tmp_path)
+    assert history["balance/load_balancing_loss"] == 1.25
+    assert history["balance/load_balancing_loss_layer_00"] == 1.5
+    assert history["balance/load_balancing_loss_layer_01"] == 1.0
+    assert history["experts/layer_00/share_01"] == 0.75
+    assert history["val/loss_prose"] == 2.5
+    sections = sorted({key.partition("/")[0] for key in history if "/" in key})
+    assert sections[0] == "balance", "W&B shows sections in alphabetical order"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == FIGURES
+    assert len(warnings) == 1
+    assert "wandb sync" in warnings[0]
+
+
+def test_a_failing_wandb_is_one_warning_and_metrics_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    warnings: list[str] = []
+    tracker = Tracker(load_config(["tracking=wandb"]), tmp_path, resumed=False, warn=warnings.append)
+    assert tracker._run is not None
+    tracker._run.finish()  # logging to a finished run is refused by W&B
+    for step in (1, 2):
+        tracker.log(FIGURES | {"step": step})
+    tracker.close()
+    assert len([text for text in warnings if text.startswith("W&B stopped")]) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_tracking_none_writes_metrics_alone(tmp_path: Path) -> None:
+    tracker = Tracker(load_config(["tracking=none"]), tmp_path, resumed=False, warn=pytest.fail)
+    tracker.log(FIGURES)
+    tracker.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
