@@ -22,6 +22,14 @@ class AttentionBackend(Enum):
     flex = "flex"
 
 
+class Recompute(Enum):
+    """Activations that the backward pass computes again instead of keeping: none, each MLP's, or each block's."""
+
+    none = "none"
+    mlp = "mlp"
+    block = "block"
+
+
 class ExpertBackend(Enum):
     """`auto` takes the fastest that runs here and says which; an explicit one that can't run is an error."""
 

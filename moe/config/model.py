@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config.choices import AttentionBackend, DropPolicy, ExpertBackend, Mlp
+from moe.config.choices import AttentionBackend, DropPolicy, ExpertBackend, Mlp, Recompute
 from moe.config.rules import not_negative, positive, require
 
 
@@ -27,6 +27,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     mlp: Mlp = Mlp.sparse
     attention: AttentionBackend = AttentionBackend.auto
+    recompute: Recompute = Recompute.none
 
     def __post_init__(self) -> None:
         positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")

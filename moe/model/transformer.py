@@ -7,14 +7,17 @@ Legend: B batch, S sequence, H hidden, V vocabulary, N query heads, G key/value 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
-from moe.config import ExpertsConfig, Mlp, ModelConfig, RouterConfig
+from moe.config import ExpertsConfig, Mlp, ModelConfig, Recompute, RouterConfig
 from moe.model.attention import Attend, make_attend, resolve_attention
 from moe.model.cache import KVCache
 from moe.model.loss import linear_cross_entropy
@@ -82,14 +85,36 @@ class Block(nn.Module):
             self.mlp = SparseMLP(hidden, intermediate, router, experts, expert_group=expert_group)
         else:
             self.mlp = DenseMLP(hidden, intermediate)
+        self.recompute = model.recompute
 
     def forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
+        if self.recompute is Recompute.block:
+            return _recomputed(self._whole, x_BSH, context)
+        return self._whole(x_BSH, context)
+
+    def _whole(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
         x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), context)
+        if self.recompute is Recompute.mlp:
+            y_BSH, routed = _recomputed(self._feed_forward, x_BSH)
+        else:
+            y_BSH, routed = self._feed_forward(x_BSH)
+        return x_BSH + y_BSH, routed
+
+    def _feed_forward(self, x_BSH: Tensor) -> tuple[Tensor, RouterOutput | None]:
         normed_BSH = self.post_attention_layernorm(x_BSH)
         if isinstance(self.mlp, SparseMLP):
-            y_BSH, routed = self.mlp(normed_BSH)
-            return x_BSH + y_BSH, routed
-        return x_BSH + self.mlp(normed_BSH), None
+            return self.mlp(normed_BSH)
+        return self.mlp(normed_BSH), None
+
+
+def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, whose backward pass runs it again. Nothing in a block draws random numbers.
+
+    With expert parallelism the exchange runs again too: every rank's backward pass meets the blocks in the same order.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Decoder(nn.Module):

@@ -12,7 +12,7 @@ from moe.config import Config
 
 # What a checkpoint's tensors and token ids depend on: another value can't continue the run.
 FIXED = ("model", "router.num_experts", "tokenizer")
-NOT_FIXED = ("model.attention",)  # back-ends compute the same function
+NOT_FIXED = ("model.attention", "model.recompute")  # the same function, computed in another way
 
 
 def lock(run_dir: Path) -> IO[str]:
