@@ -6,61 +6,34 @@ import json
 import resource
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from moe.compose import to_yaml
-from moe.dist import topology as topology_module
 from moe.dist.checkpoint import Checkpoints, TrainState, committed, load_model, resolve, verify
-from moe.dist.engine import Engine, expert_groups
-from moe.model.transformer import Transformer
-from tests.distributed.test_engine import _config, _loss, _micro_batches
+from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
 BEFORE, AFTER = 3, 3
 
 
-def _build(overrides: list[str]) -> tuple[Any, ...]:
-    config = _config(*overrides)
-    topology = topology_module.start(config.parallel.expert)
-    torch.set_num_threads(1)
-    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
-    model.init_weights(config.train.seed)
-    return config, topology, Engine(model, config, topology)
-
-
-def _steps(config: Any, topology: Any, engine: Engine, first: int, count: int) -> list[float]:
-    losses = []
-    for step in range(first, first + count):
-        batches = _micro_batches(config, step)
-        targets = sum(int((labels != -100).sum()) for _, labels in batches)
-        total = torch.zeros((), dtype=torch.float64)
-        for ids, labels in batches[topology.rank :: topology.world_size]:
-            loss = _loss(config, engine(ids, labels_BS=labels), targets, len(batches))
-            engine.backward(loss)
-            total += loss.detach().double()
-            engine.step(config.optim.lr)
-        losses.append(topology.sum_(total).item() / len(batches))
-    return losses
-
-
 def _save_and_go_on(folder: Path, overrides: list[str]) -> list[float]:
-    config, topology, engine = _build(overrides)
-    _steps(config, topology, engine, 0, BEFORE)
+    config = config_of(overrides)
+    topology, engine = build(config)
+    engine_steps(config, topology, engine, 0, BEFORE)
     state = TrainState(step=BEFORE, consumed=BEFORE * 8, tokens=BEFORE * 128, tokenizer="t", data="d")
     Checkpoints(folder, topology, keep=2).save(engine, state, to_yaml(config))
-    return _steps(config, topology, engine, BEFORE, AFTER)
+    return engine_steps(config, topology, engine, BEFORE, AFTER).losses
 
 
 def _resume(folder: Path, overrides: list[str]) -> tuple[list[float], TrainState]:
-    config, topology, engine = _build(overrides)
+    config = config_of(overrides)
+    topology, engine = build(config)
     checkpoints = Checkpoints(folder, topology, keep=2)
     newest = checkpoints.newest(print)
     assert newest is not None
     state = checkpoints.load(newest, engine)
-    return _steps(config, topology, engine, state.step, AFTER), state
+    return engine_steps(config, topology, engine, state.step, AFTER).losses, state
 
 
 CASES = [
@@ -126,11 +99,12 @@ def test_every_damage_is_found_and_the_file_named(tmp_path: Path) -> None:
 
 
 def _save_twice_the_second_into_a_full_disk(folder: Path) -> str:
-    config, topology, engine = _build([])
+    config = config_of([])
+    topology, engine = build(config)
     checkpoints = Checkpoints(folder, topology, keep=2)
-    _steps(config, topology, engine, 0, 1)
+    engine_steps(config, topology, engine, 0, 1)
     checkpoints.save(engine, TrainState(step=1), to_yaml(config))
-    _steps(config, topology, engine, 1, 1)
+    engine_steps(config, topology, engine, 1, 1)
     # A limit on file size fails a write just as a full disk does (EFBIG for ENOSPC), without root's rights.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))

@@ -1,0 +1,148 @@
+"""Optimizer steps through the engine on this rank, and the same in plain PyTorch, for tests that compare them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.compose import load_config
+from moe.config import Config
+from moe.dist import topology as topology_module
+from moe.dist.engine import Engine, expert_groups
+from moe.dist.topology import Topology
+from moe.model.transformer import Transformer
+from moe.sparse.balance import balance_loss
+
+SMALL = [
+    "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
+    "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=8", "optim.lr=3e-3",
+    "optim.max_grad_norm=0.5", "router.num_experts=4", "model.initializer_range=0.2",
+]  # fmt: skip
+
+
+@dataclass
+class Training:
+    """What a run is judged by. `counts` is [step, layer, expert] over the global batch."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    counts: list[list[list[int]]] = field(default_factory=list)
+    idle_here: bool = False  # some expert had no token from this rank in some micro-batch
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    experts: set[str] = field(default_factory=set)
+
+
+def config_of(words: list[str]) -> Config:
+    return load_config([*SMALL, *words])
+
+
+def micro_batches(config: Config, step: int) -> list[tuple[Tensor, Tensor]]:
+    """All of a step's micro-batches in global order; a fifth of the targets is masked, and the whole last micro-batch:
+    on four ranks one rank has no target at all."""
+    generator = torch.Generator().manual_seed(step)
+    train = config.train
+    count, batches = train.global_batch_size // train.micro_batch_size, []
+    for index in range(count):
+        shape = (train.micro_batch_size, train.sequence_length)
+        ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        labels = torch.where(torch.rand(shape, generator=generator) < 0.2, -100, ids.roll(-1, 1))
+        batches.append((ids, torch.full_like(labels, -100) if index == count - 1 else labels))
+    return batches
+
+
+def loss_of(config: Config, output: Any, targets: int, count: int) -> Tensor:
+    return output.lm_loss_sum * (count / targets) + balance_loss(output.routers, config.router).total
+
+
+def starve(model: Transformer, idle: list[int]) -> None:
+    """Make every layer's router pass the experts `idle` over, by a hidden dimension that is large for all tokens."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 3.0
+        for name, weight in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                weight[:, 0] = 0.0
+                weight[idle, 0] = -20.0
+
+
+def build(config: Config, idle: list[int] | None = None) -> tuple[Topology, Engine]:
+    topology = topology_module.start(config.parallel.expert)
+    torch.set_num_threads(1)
+    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
+    model.init_weights(config.train.seed)
+    starve(model, idle or []) if idle else None
+    return topology, Engine(model, config, topology)
+
+
+def engine_steps(config: Config, topology: Topology, engine: Engine, first: int, count: int) -> Training:
+    """Steps `first` … `first + count − 1` on this rank's micro-batches; figures are over all ranks."""
+    done = Training(experts=engine.expert_names)
+    for step in range(first, first + count):
+        batches = micro_batches(config, step)
+        targets = sum(int((labels != -100).sum()) for _, labels in batches)
+        total, counts = torch.zeros((), dtype=torch.float64), torch.tensor(0)
+        result = None
+        for ids, labels in batches[topology.rank :: topology.world_size]:
+            output = engine(ids, labels_BS=labels)
+            loss = loss_of(config, output, targets, len(batches))
+            engine.backward(loss)
+            total += loss.detach().double()
+            counts_LE = torch.stack([router.counts_E for router in output.routers])
+            done.idle_here |= bool((counts_LE == 0).any())
+            counts = counts + counts_LE
+            result = engine.step(config.optim.lr)
+        assert result is not None
+        assert result.applied
+        done.losses.append(topology.sum_(total).item() / len(batches))
+        done.counts.append(topology.sum_(counts).tolist())
+        done.norms.append(result.grad_norm)
+    return done
+
+
+def plain_steps(config: Config, count: int, idle: list[int] | None = None) -> Training:
+    """The same without DeepSpeed and without ranks: PyTorch's AdamW and clipping."""
+    model = Transformer(config.model, config.router, config.experts)
+    model.init_weights(config.train.seed)
+    starve(model, idle) if idle else None
+    optim = config.optim
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+    done = Training()
+    for step in range(count):
+        batches = micro_batches(config, step)
+        targets = sum(int((labels != -100).sum()) for _, labels in batches)
+        optimizer.zero_grad()
+        total, counts = 0.0, torch.tensor(0)
+        for ids, labels in batches:
+            output = model(ids, labels_BS=labels)
+            loss = loss_of(config, output, targets, len(batches)) / len(batches)
+            loss.backward()
+            total += loss.item()
+            counts = counts + torch.stack([router.counts_E for router in output.routers])
+        done.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)))
+        done.losses.append(total)
+        done.counts.append(counts.tolist())
+        optimizer.step()
+    names = dict(model.named_parameters())
+    done.state = {"weights": {name: p.detach() for name, p in names.items()}}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        done.state[moment] = {name: optimizer.state[p][moment] for name, p in names.items()}
+    return done
+
+
+def gathered(results: list[Training], expert: int) -> dict[str, dict[str, Tensor]]:
+    """Whole tensors from the first `expert` ranks' slices."""
+    return {
+        kind: {
+            name: torch.cat([result.state[kind][name] for result in results[:expert]])
+            if name in results[0].experts and expert > 1
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        for kind, tensors in results[0].state.items()
+    }
