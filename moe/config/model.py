@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe.config.choices import AttentionBackend, DropPolicy, ExpertBackend, Mlp, Recompute
-from moe.config.rules import not_negative, positive, require
+from moe.config.rules import not_negative, positive, require, share
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The backbone. `head_dim=None` means hidden_size / num_attention_heads; `sliding_window=None` means full."""
+    """The backbone. `head_dim=None` means hidden_size / num_attention_heads; `sliding_window=None` means full.
+
+    `hidden_dropout` drops from what attention and MLP add to the residual stream, in training only.
+    """
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -25,6 +28,7 @@ class ModelConfig:
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    hidden_dropout: float = 0.0
     mlp: Mlp = Mlp.sparse
     attention: AttentionBackend = AttentionBackend.auto
     recompute: Recompute = Recompute.none
@@ -33,6 +37,7 @@ class ModelConfig:
         positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
         positive("model", self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
         positive("model", self, "rope_theta", "rms_norm_eps", "initializer_range")
+        share("model", self, "hidden_dropout")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(
             heads % kv_heads == 0,
@@ -59,18 +64,23 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RouterConfig:
-    """Top-k token-choice router. `capacity_factor=None` is dropless; coefficients scale losses, not metrics."""
+    """Top-k token-choice router. `capacity_factor=None` is dropless; coefficients scale losses, not metrics.
+
+    `jitter_noise` multiplies the router's input by uniform noise in [1 − ε, 1 + ε), in training only.
+    """
 
     num_experts: int = 8
     top_k: int = 2
     aux_loss_coef: float = 0.02
     z_loss_coef: float = 0.001
+    jitter_noise: float = 0.0
     capacity_factor: float | None = None
     drop_policy: DropPolicy = DropPolicy.position
 
     def __post_init__(self) -> None:
         positive("router", self, "num_experts", "top_k", "capacity_factor")
         not_negative("router", self, "aux_loss_coef", "z_loss_coef")
+        share("router", self, "jitter_noise")
         require(
             self.top_k <= self.num_experts,
             f"router.top_k={self.top_k} must be ≤ router.num_experts={self.num_experts}",

@@ -23,3 +23,10 @@ def not_negative(prefix: str, owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         require(value is None or (math.isfinite(value) and value >= 0), f"{prefix}.{name}={value} must be ≥ 0")
+
+
+def share(prefix: str, owner: object, *names: str) -> None:
+    """Fields that must be in [0, 1)."""
+    for name in names:
+        value = getattr(owner, name)
+        require(0 <= value < 1, f"{prefix}.{name}={value} must be in [0, 1)")

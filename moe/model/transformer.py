@@ -24,7 +24,7 @@ from moe.model.loss import linear_cross_entropy
 from moe.model.mlp import DenseMLP
 from moe.model.norm import RMSNorm
 from moe.model.rope import RotaryTable, project_rotated, rotary_table
-from moe.sparse import Experts, RouterOutput, SparseMLP
+from moe.sparse import Experts, Randomness, RouterOutput, SparseMLP
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class Context:
     table: RotaryTable
     attend: Attend | None  # over the tokens of this pass; None when earlier ones are cached
     cache: KVCache | None
+    randomness: Randomness | None = None
 
 
 class Attention(nn.Module):
@@ -85,7 +86,7 @@ class Block(nn.Module):
             self.mlp = SparseMLP(hidden, intermediate, router, experts, expert_group=expert_group)
         else:
             self.mlp = DenseMLP(hidden, intermediate)
-        self.recompute = model.recompute
+        self.layer, self.recompute, self.dropout = layer, model.recompute, model.hidden_dropout
 
     def forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
         if self.recompute is Recompute.block:
@@ -93,22 +94,38 @@ class Block(nn.Module):
         return self._whole(x_BSH, context)
 
     def _whole(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
-        x_BSH = x_BSH + self.self_attn(self.input_layernorm(x_BSH), context)
+        x_BSH = x_BSH + self._attention(x_BSH, context)
         if self.recompute is Recompute.mlp:
-            y_BSH, routed = _recomputed(self._feed_forward, x_BSH)
+            y_BSH, routed = _recomputed(self._feed_forward, x_BSH, context)
         else:
-            y_BSH, routed = self._feed_forward(x_BSH)
+            y_BSH, routed = self._feed_forward(x_BSH, context)
         return x_BSH + y_BSH, routed
 
-    def _feed_forward(self, x_BSH: Tensor) -> tuple[Tensor, RouterOutput | None]:
-        normed_BSH = self.post_attention_layernorm(x_BSH)
+    def _attention(self, x_BSH: Tensor, context: Context) -> Tensor:
+        return self._dropped(self.self_attn(self.input_layernorm(x_BSH), context), context, 0)
+
+    def _feed_forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
+        normed_BSH, routed = self.post_attention_layernorm(x_BSH), None
         if isinstance(self.mlp, SparseMLP):
-            return self.mlp(normed_BSH)
-        return self.mlp(normed_BSH), None
+            y_BSH, routed = self.mlp(normed_BSH, self._randomness(context, 1))
+        else:
+            y_BSH = self.mlp(normed_BSH)
+        return self._dropped(y_BSH, context, 2), routed
+
+    def _randomness(self, context: Context, place: int) -> Randomness | None:
+        return None if context.randomness is None else context.randomness.fork(self.layer).fork(place)
+
+    def _dropped(self, x_BSH: Tensor, context: Context, place: int) -> Tensor:
+        if not (self.dropout and self.training):
+            return x_BSH
+        randomness = self._randomness(context, place)
+        if randomness is None:
+            raise ValueError(f"model.hidden_dropout={self.dropout} needs the batch's randomness")
+        return randomness.dropout(x_BSH, self.dropout)
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function(*inputs)`, whose backward pass runs it again. Nothing in a block draws random numbers.
+    """`function(*inputs)`, whose backward pass runs it again, with the same numbers from `Randomness`.
 
     With expert parallelism the exchange runs again too: every rank's backward pass meets the blocks in the same order.
     """
@@ -186,11 +203,13 @@ class Transformer(nn.Module):
         document_ids_BS: Tensor | None = None,
         labels_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        randomness: Randomness | None = None,
     ) -> ModelOutput:
         """Logits, or the loss where labels (already shifted, −100 for no target) are given.
 
         `document_ids_BS` never falls along S; tokens see their own document only (None: one document). With a `cache`
-        the tokens follow those of earlier calls; it is filled and moved on.
+        the tokens follow those of earlier calls; it is filled and moved on. Dropout and jitter, where configured, take
+        their numbers from `randomness` in training.
         """
         config, (batch, count) = self.config, input_ids_BS.shape
         weight = self.model.embed_tokens.weight
@@ -203,7 +222,7 @@ class Transformer(nn.Module):
             backend, _ = resolve_attention(config.attention, device, dtype, config.head_size)
             attend = make_attend(backend, (batch, count), config.sliding_window, document_ids_BS, device)
         table = rotary_table(start, count, config.head_size, config.rope_theta, device, dtype)
-        x_BSH, routers = self.model(input_ids_BS, Context(table, attend, cache))
+        x_BSH, routers = self.model(input_ids_BS, Context(table, attend, cache, randomness))
         if cache is not None:
             cache.commit()
         if labels_BS is None:

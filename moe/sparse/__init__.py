@@ -3,11 +3,13 @@
 from moe.sparse.balance import BalanceLoss, balance_loss, max_violation, router_entropy
 from moe.sparse.experts import Experts, resolve_backend
 from moe.sparse.layer import SparseMLP
+from moe.sparse.randomness import Randomness
 from moe.sparse.router import RouterOutput, TopKRouter
 
 __all__ = [
     "BalanceLoss",
     "Experts",
+    "Randomness",
     "RouterOutput",
     "SparseMLP",
     "TopKRouter",

@@ -13,6 +13,7 @@ from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
 from moe.sparse import dispatch, megablocks
 from moe.sparse.dispatch import from_experts, plan_exchange, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
+from moe.sparse.randomness import Randomness
 from moe.sparse.router import RouterOutput, TopKRouter
 
 
@@ -39,9 +40,9 @@ class SparseMLP(nn.Module):
         self.gate = TopKRouter(hidden_size, router)
         self.experts = Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local)
 
-    def forward(self, x_BSH: Tensor) -> tuple[Tensor, RouterOutput]:
+    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> tuple[Tensor, RouterOutput]:
         """x [B, S, H] → (y [B, S, H], what the router did). Every rank of the expert group must call it together."""
-        routed = self.gate(x_BSH)
+        routed = self.gate(x_BSH, randomness)
         order = sort_by_expert(routed.ids_TK, routed.keep_TK, routed.counts_E)
         on_megablocks = self.experts.backend_for(x_BSH) is ExpertBackend.megablocks and order.keep_TK is None
         rows = megablocks if on_megablocks else dispatch

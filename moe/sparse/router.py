@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from moe.config import DropPolicy, RouterConfig
 from moe.sparse.balance import load_balancing_loss, z_loss
+from moe.sparse.randomness import Randomness
 
 
 @dataclass(slots=True)
@@ -50,16 +51,22 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x_BSH: Tensor) -> RouterOutput:
+    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
         """Route x [B, S, H] of any float dtype. Differentiable through logits, probs, weights and both losses.
 
         NOTE: `router.capacity_factor` acts in training mode only. In evaluation a token would otherwise lose experts
-        to its neighbours, and cached decoding (S = 1) would differ from recomputation.
+        to its neighbours, and cached decoding (S = 1) would differ from recomputation. So does `router.jitter_noise`,
+        which needs `randomness`: ValueError without.
         """
         config = self.config
         dtype = torch.promote_types(x_BSH.dtype, torch.float32)
         with torch.autocast(x_BSH.device.type, enabled=False):
-            logits_TE = F.linear(x_BSH.flatten(0, 1).to(dtype), self.weight.to(dtype))
+            input_BSH = x_BSH.to(dtype)
+            if config.jitter_noise and self.training:
+                if randomness is None:
+                    raise ValueError(f"router.jitter_noise={config.jitter_noise} needs the batch's randomness")
+                input_BSH = randomness.jitter(input_BSH, config.jitter_noise)
+            logits_TE = F.linear(input_BSH.flatten(0, 1), self.weight.to(dtype))
             probs_TE = torch.softmax(logits_TE, dim=-1)
             top_TK, ids_TK = torch.topk(probs_TE, config.top_k, dim=-1)
             weights_TK = top_TK / top_TK.sum(-1, keepdim=True)

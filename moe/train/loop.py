@@ -30,6 +30,7 @@ from moe.generate import Sampling, stream
 from moe.model.transformer import Transformer
 from moe.plan import flops_per_token
 from moe.report.page import write_report
+from moe.sparse import Randomness
 from moe.sparse.balance import balance_loss
 from moe.train import rundir
 from moe.train.evaluate import Evaluation
@@ -213,6 +214,7 @@ def _step(run: Run) -> dict[str, Any]:
             batch.input_ids_BS.to(topology.device),
             document_ids_BS=batch.document_ids_BS.to(topology.device),
             labels_BS=batch.labels_BS.to(topology.device),
+            randomness=Randomness.of(config.train.seed, state.step, batch.sample_ids_B.to(topology.device)),
         )
         # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
         loss = output.lm_loss_sum * (micro_batches / max(1, targets))

@@ -14,6 +14,7 @@ from moe.dist import topology as topology_module
 from moe.dist.engine import Engine, expert_groups
 from moe.dist.topology import Topology
 from moe.model.transformer import Transformer
+from moe.sparse import Randomness
 from moe.sparse.balance import balance_loss
 
 SMALL = [
@@ -39,7 +40,7 @@ def config_of(words: list[str]) -> Config:
     return load_config([*SMALL, *words])
 
 
-def micro_batches(config: Config, step: int) -> list[tuple[Tensor, Tensor]]:
+def micro_batches(config: Config, step: int) -> list[tuple[Tensor, Tensor, Randomness]]:
     """All of a step's micro-batches in global order; a fifth of the targets is masked, and the whole last micro-batch:
     on four ranks one rank has no target at all."""
     generator = torch.Generator().manual_seed(step)
@@ -49,7 +50,10 @@ def micro_batches(config: Config, step: int) -> list[tuple[Tensor, Tensor]]:
         shape = (train.micro_batch_size, train.sequence_length)
         ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
         labels = torch.where(torch.rand(shape, generator=generator) < 0.2, -100, ids.roll(-1, 1))
-        batches.append((ids, torch.full_like(labels, -100) if index == count - 1 else labels))
+        labels = torch.full_like(labels, -100) if index == count - 1 else labels
+        first = step * train.global_batch_size + index * train.micro_batch_size
+        samples_B = torch.arange(first, first + train.micro_batch_size)
+        batches.append((ids, labels, Randomness.of(train.seed, step, samples_B)))
     return batches
 
 
@@ -81,11 +85,11 @@ def engine_steps(config: Config, topology: Topology, engine: Engine, first: int,
     done = Training(experts=engine.expert_names)
     for step in range(first, first + count):
         batches = micro_batches(config, step)
-        targets = sum(int((labels != -100).sum()) for _, labels in batches)
+        targets = sum(int((labels != -100).sum()) for _, labels, _ in batches)
         total, counts = torch.zeros((), dtype=torch.float64), torch.tensor(0)
         result = None
-        for ids, labels in batches[topology.rank :: topology.world_size]:
-            output = engine(ids, labels_BS=labels)
+        for ids, labels, randomness in batches[topology.rank :: topology.world_size]:
+            output = engine(ids, labels_BS=labels, randomness=randomness)
             loss = loss_of(config, output, targets, len(batches))
             engine.backward(loss)
             total += loss.detach().double()
@@ -115,11 +119,11 @@ def plain_steps(config: Config, count: int, idle: list[int] | None = None) -> Tr
     done = Training()
     for step in range(count):
         batches = micro_batches(config, step)
-        targets = sum(int((labels != -100).sum()) for _, labels in batches)
+        targets = sum(int((labels != -100).sum()) for _, labels, _ in batches)
         optimizer.zero_grad()
         total, counts = 0.0, torch.tensor(0)
-        for ids, labels in batches:
-            output = model(ids, labels_BS=labels)
+        for ids, labels, randomness in batches:
+            output = model(ids, labels_BS=labels, randomness=randomness)
             loss = loss_of(config, output, targets, len(batches)) / len(batches)
             loss.backward()
             total += loss.item()
