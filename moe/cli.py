@@ -21,7 +21,7 @@ from typing import Any
 
 from moe.compose import ConfigError, choices, compose_dict, groups, load_config
 from moe.config import Config
-from moe.errors import for_user
+from moe.errors import StartError, for_user
 
 
 def _train(words: list[str]) -> None:
@@ -158,7 +158,8 @@ def main() -> None:
     except ValueError as error:
         if not for_user(error):
             raise
-        if world_from_environment()[0] == 0:
+        # What all ranks agree on is said once a machine; a rank that never joined speaks for itself.
+        if world_from_environment()[2] == 0 or (isinstance(error, StartError) and error.speaks):
             print(f"moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

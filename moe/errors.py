@@ -18,3 +18,14 @@ def for_user(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(_PACKAGE)
+
+
+class StartError(ValueError):
+    """A rank could not join the others. `speaks`: this rank's process prints it, whatever its rank.
+
+    A failure that all ranks share is told by one of them; here there may be nobody else to tell it.
+    """
+
+    def __init__(self, text: str, *, speaks: bool = False) -> None:
+        super().__init__(text)
+        self.speaks = speaks

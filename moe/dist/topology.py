@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -11,8 +11,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from moe.errors import for_user
+from moe.dist.join import meet, start_timeout
+from moe.errors import StartError, for_user
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -84,37 +86,72 @@ def world_from_environment() -> tuple[int, int, int, int]:
     )
 
 
-def start(expert: int) -> Topology:
-    """Join the process group and choose the device and the number of threads.
+def start(expert: int, config: Mapping[str, object] | None = None) -> Topology:
+    """Meet the other ranks, join the process group, choose the device and the number of threads.
 
-    A restarted worker group gets a store namespace of its own: torchrun keeps its store between attempts, and gloo
-    would read the dead attempt's addresses from it ("connectFullMesh refused").
+    `config` is the run's flat configuration ({dotted key: value}), the same on every rank. Raises StartError, one line
+    that names the ranks that never came or the keys that differ.
     """
     rank, world_size, local_rank, local_world_size = world_from_environment()
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise StartError(
+                f"{local_world_size} processes on this machine but {gpus} GPU{'s' * (gpus > 1)}: "
+                f"NPROC (torchrun --nproc-per-node) must be ≤ {gpus}",
+                speaks=local_rank == gpus,
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     if not dist.is_initialized():
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         if world_size > 1:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # Under torchrun the agent owns the store and every rank is its client.
-            owns = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            store: Store = TCPStore(address, port, world_size, is_master=owns, timeout=COLLECTIVE_TIMEOUT)
-            store = PrefixStore(f"attempt_{attempt}", store)
+            _join(backend, rank, world_size, config or {})
         else:
-            store = HashStore()
-        dist.init_process_group(
-            "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return Topology(rank, world_size, local_rank, local_world_size, expert, device)
+
+
+def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]) -> None:
+    timeout = start_timeout()
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise StartError(
+            f"WORLD_SIZE={world_size} but MASTER_ADDR={address or ''} and MASTER_PORT={port or ''}: "
+            "start with torchrun (launch/torchrun.sh), or set both",
+            speaks=True,
+        )
+    # Under torchrun the agent owns the store and every rank is its client.
+    owns = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store: Store = TCPStore(
+            address, int(port), is_master=owns, timeout=timedelta(seconds=timeout), wait_for_workers=False
+        )
+    except (dist.DistError, OSError) as error:
+        verb, hint = ("open", "is the port taken?") if owns else ("reach", f"is rank 0 of {world_size} running there?")
+        raise StartError(
+            f"rank {rank} could not {verb} MASTER_ADDR={address} MASTER_PORT={port} within {timeout:g} s: {hint}",
+            speaks=True,
+        ) from error
+    session = meet(store, rank, world_size, config, timeout, owns_store=owns)
+    # gloo would read a dead attempt's addresses from torchrun's store: each session has keys of its own.
+    store = PrefixStore(session, store)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    try:
+        # All ranks are here, so connecting takes moments, or never succeeds; and gloo waits five times as long as told.
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout / 5)
+        )
+    except RuntimeError as error:
+        raise StartError(
+            f"rank {rank} could not connect to the other ranks ({' '.join(str(error).split())}): on several nodes set "
+            "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network between them, as `ip -brief address` names it",
+            speaks=True,
+        ) from error
+    _set_pg_timeout(COLLECTIVE_TIMEOUT)
 
 
 def stop() -> None:

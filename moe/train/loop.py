@@ -62,7 +62,7 @@ class Run:
 
 def train(config: Config) -> None:
     """Runs to `train.steps`. Raises ValueError with one line for the user."""
-    topology = topology_module.start(config.parallel.expert)
+    topology = topology_module.start(config.parallel.expert, rundir.flatten(config))
     try:
         display = Display(is_main=topology.is_main, steps=config.train.steps, log_every=config.train.log_every)
         folder = Path(config.run_dir)

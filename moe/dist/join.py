@@ -1,0 +1,151 @@
+"""All ranks meet before any of them waits in a collective: who never came, who came with another configuration.
+
+The meeting is held in the store, in this order. Rank 0 names a session and waits; every other rank leaves a word of its
+own (`hello/RANK`); rank 0 answers each word with the session's name (`welcome/WORD`); every rank lays down its
+configuration under that name; rank 0 compares them and gives the verdict, which all ranks follow.
+
+NOTE: keys outlive a restart, since torchrun keeps its store. Session and words are drawn anew by every process, so
+nothing of a dead attempt can be mistaken for this one's. torchrun's own TORCHELASTIC_RESTART_COUNT can't replace them:
+on several nodes only the node whose worker died counts the restart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from moe.errors import StartError
+
+TIMEOUT_VARIABLE = "MOE_START_TIMEOUT"  # seconds
+DEFAULT_TIMEOUT = 300.0
+POLL_SECONDS = 0.02
+GRACE = 10.0  # seconds in which the others must have read a verdict, or rank 0 have given it after its own time-out
+SHOWN_KEYS = 3
+
+
+def start_timeout() -> float:
+    """Seconds that a rank waits for the others at the start. Raises StartError."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        seconds = float(text or DEFAULT_TIMEOUT)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise StartError(f"{TIMEOUT_VARIABLE}={text} must be a number of seconds > 0")
+    return seconds
+
+
+def meet(
+    store: Store, rank: int, world_size: int, config: Mapping[str, object], timeout: float, *, owns_store: bool
+) -> str:
+    """The session's name, the same on all ranks, once each has come with the same `config`.
+
+    Raises StartError on every rank that came: the ranks that didn't within `timeout` seconds, or the keys that differ.
+    `owns_store`: the others' connection ends with this process, so it leaves last.
+    """
+    meeting = PrefixStore("meeting", store)
+    laid_down = json.dumps({key: str(value) for key, value in config.items()})
+    if rank == 0:
+        return _host(meeting, world_size, laid_down, timeout, owns_store)
+    return _attend(meeting, rank, world_size, laid_down, timeout)
+
+
+def _host(store: Store, world_size: int, laid_down: str, timeout: float, owns_store: bool) -> str:
+    session = uuid.uuid4().hex
+    store.set(f"{session}/0", laid_down)
+    missing, welcomed = set(range(1, world_size)), set()
+    deadline = time.monotonic() + timeout
+    while missing and time.monotonic() < deadline:
+        for rank in sorted(missing):
+            if store.check([f"{session}/{rank}"]):
+                missing.remove(rank)
+            elif store.check([f"hello/{rank}"]):
+                word = store.get(f"hello/{rank}").decode()
+                if word not in welcomed:
+                    welcomed.add(word)
+                    store.set(f"welcome/{word}", session)
+        time.sleep(POLL_SECONDS)
+    if missing:
+        error = _never_came(missing, world_size, timeout)
+    else:
+        raw = store.multi_get([f"{session}/{rank}" for rank in range(world_size)])
+        error = differences([json.loads(text) for text in raw])
+    store.set(f"verdict/{session}", error)
+    if not error:
+        return session
+    present = world_size - 1 - len(missing)
+    deadline = time.monotonic() + GRACE
+    while owns_store and store.add(f"read/{session}", 0) < present and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    raise StartError(error, speaks=True)
+
+
+def _attend(store: Store, rank: int, world_size: int, laid_down: str, timeout: float) -> str:
+    word = uuid.uuid4().hex
+    store.set(f"hello/{rank}", word)
+    try:
+        store.wait([f"welcome/{word}"], timedelta(seconds=timeout))
+    except dist.DistError as error:
+        try:
+            missing = {0} | {other for other in range(world_size) if not store.check([f"hello/{other}"])}
+        except dist.DistError:
+            missing = {0}  # and the store with it
+        # Nobody else may be left to say it.
+        raise StartError(_never_came(missing, world_size, timeout), speaks=True) from error
+    session = store.get(f"welcome/{word}").decode()
+    store.set(f"{session}/{rank}", laid_down)
+    try:
+        store.wait([f"verdict/{session}"], timedelta(seconds=timeout + GRACE))
+        verdict = store.get(f"verdict/{session}").decode()
+        store.add(f"read/{session}", 1)
+    except dist.DistError as error:
+        raise StartError("rank 0 ended before all ranks had started: what it said is the cause") from error
+    if verdict:
+        raise StartError(verdict)
+    return session
+
+
+def _never_came(missing: set[int], world_size: int, timeout: float) -> str:
+    return (
+        f"{_ranks(missing)} of {world_size} did not reach the start within {timeout:g} s: see the log of that process "
+        f"or node, and whether it can reach MASTER_ADDR ({TIMEOUT_VARIABLE}=SECONDS waits longer)"
+    )
+
+
+def differences(configs: list[dict[str, str]]) -> str:
+    """One line: the first keys that differ, with their values and ranks. Empty if all configurations are equal."""
+    keys = sorted({key for config in configs for key in config})
+    different = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    if not different:
+        return ""
+    shown = []
+    for key in different[:SHOWN_KEYS]:
+        holders: dict[str, set[int]] = {}
+        for rank, config in enumerate(configs):
+            holders.setdefault(config.get(key, "nothing"), set()).add(rank)
+        shown.append(f"{key}=" + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
+    more = len(different) - len(shown)
+    return (
+        f"the ranks were started with different configurations: {'; '.join(shown)}"
+        + (f"; and {more} more key{'s' * (more > 1)}" if more else "")
+        + ": start every node with the same words"
+    )
+
+
+def _ranks(ranks: set[int]) -> str:
+    """`rank 3`, `ranks 0-2,5`."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"rank{'s' * (len(ranks) > 1)} {text}"

@@ -1,0 +1,157 @@
+"""The start barrier with real processes: who never came, who came with another configuration, and a restart."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from moe.config import Config
+from moe.config.data import DataConfig
+from moe.dist import topology
+from moe.dist.join import differences, meet
+from moe.errors import StartError, for_user
+from moe.train import rundir
+from tests.ranks import free_port, run_ranks
+
+
+def _flat(lr: float = 1e-3, **more: object) -> dict[str, object]:
+    config = Config(data=DataConfig(path="corpus"))
+    config.optim.lr = lr
+    return rundir.flatten(config) | more
+
+
+def _start(configs: list[dict[str, object]], absent: tuple[int, ...], seconds: str) -> tuple[str, bool, float]:
+    """(message, whether this rank prints it, seconds) of a start that must fail; an absent rank only waits."""
+    rank = int(os.environ["RANK"])
+    os.environ["MOE_START_TIMEOUT"] = seconds
+    if rank in absent:
+        time.sleep(1.0)
+        return "", False, 0.0
+    started = time.monotonic()
+    with pytest.raises(StartError) as caught:
+        topology.start(1, configs[rank])
+    assert for_user(caught.value)
+    return str(caught.value), caught.value.speaks, time.monotonic() - started
+
+
+def _sum_after_start(configs: list[dict[str, object]]) -> float:
+    rank = int(os.environ["RANK"])
+    mine = topology.start(1, configs[rank])
+    total = float(mine.sum_(torch.tensor(float(rank))))
+    topology.stop()
+    return total
+
+
+def test_ranks_of_one_configuration_start() -> None:
+    assert run_ranks(3, _sum_after_start, [_flat()] * 3, timeout=60) == [3.0, 3.0, 3.0]
+
+
+def test_a_rank_that_never_comes_is_named_by_the_others() -> None:
+    results = run_ranks(4, _start, [_flat()] * 4, (2,), "3", timeout=60)
+    for rank in (0, 1, 3):
+        message, _, seconds = results[rank]
+        assert message.startswith("rank 2 of 4 did not reach the start within 3 s"), message
+        assert "MOE_START_TIMEOUT" in message
+        assert 2.5 < seconds < 15
+    assert [speaks for _, speaks, _ in results] == [True, False, False, False], "said once"
+
+
+def test_a_missing_rank_0_is_a_store_that_nobody_opened() -> None:
+    results = run_ranks(2, _start, [_flat()] * 2, (0,), "2", timeout=60)
+    message, speaks, seconds = results[1]
+    assert message.startswith("rank 1 could not reach MASTER_ADDR=127.0.0.1 MASTER_PORT="), message
+    assert "is rank 0 of 2 running there?" in message
+    assert speaks
+    assert seconds < 15
+
+
+def test_another_learning_rate_is_refused_on_every_rank_with_both_values() -> None:
+    configs = [_flat(), _flat(), _flat(lr=0.03)]
+    results = run_ranks(3, _start, configs, (), "30", timeout=60)
+    for message, _, seconds in results:
+        assert "different configurations: optim.lr=0.001 on ranks 0-1, 0.03 on rank 2: start" in message
+        assert "\n" not in message
+        assert seconds < 10, "nobody waits for the time-out"
+
+
+def test_many_differences_are_cut_short() -> None:
+    texts = [{key: "1" for key in "abcdef"}, {key: "2" for key in "abcde"}]
+    message = differences(texts)
+    assert "a=1 on rank 0, 2 on rank 1; b=" in message
+    assert message.endswith("; and 3 more keys: start every node with the same words")
+    assert "f=1 on rank 0, nothing on rank 1" in differences([{"f": "1"}, {}])
+    assert differences([{"a": "1"}] * 3) == ""
+
+
+def _meet(port: int, rank: int, session: Any, timeout: float) -> None:
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+    try:
+        session.put(meet(store, rank, 2, _flat(), timeout, owns_store=False))
+    except StartError as error:
+        session.put(f"refused: {error}")
+
+
+def test_a_restart_meets_anew_in_the_same_store() -> None:
+    """torchrun keeps its store: a dead attempt's words must neither be taken for this one's nor end it."""
+    port, context = free_port(), multiprocessing.get_context("fork")
+    server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    sessions = []
+    for attempt in range(3):
+        queue = context.Queue()
+        # In the second attempt rank 1 comes alone and finds only the first attempt's traces of rank 0.
+        ranks = (1,) if attempt == 1 else (0, 1)
+        timeout = 2.0 if attempt == 1 else 30.0
+        processes = [context.Process(target=_meet, args=(port, rank, queue, timeout), daemon=True) for rank in ranks]
+        for process in processes:
+            process.start()
+        sessions.append([queue.get(timeout=30) for _ in ranks])
+        for process in processes:
+            process.join(10)
+    first, alone, third = sessions
+    assert first[0] == first[1]
+    assert third[0] == third[1] != first[0]
+    assert alone[0].startswith("refused: rank 0 of 2 did not reach the start within 2 s"), alone
+    assert server.check(["meeting/hello/1"])
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan"])
+def test_a_wrong_timeout_names_the_variable(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MOE_START_TIMEOUT", text)
+    with pytest.raises(StartError, match=rf"MOE_START_TIMEOUT={text} must be a number of seconds > 0"):
+        topology.start(1)
+
+
+def test_several_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(StartError, match=r"WORLD_SIZE=2 but MASTER_ADDR= .*start with torchrun"):
+        topology.start(1)
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("MASTER_PORT", str(held.port))
+    with pytest.raises(StartError, match=rf"rank 0 could not open .*MASTER_PORT={held.port}.*is the port taken\?"):
+        topology.start(1)
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for key, value in {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(StartError, match=r"4 processes on this machine but 2 GPUs: NPROC .* must be ≤ 2") as caught:
+        topology.start(1)
+    assert caught.value.speaks
+    assert not dist.is_initialized()
