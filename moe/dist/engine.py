@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import Config, Precision
+from moe.dist.shortcuts import take_shortcuts
 from moe.dist.topology import Topology
 from moe.sparse.experts import Experts
 
@@ -49,6 +50,7 @@ from deepspeed.utils import logger as deepspeed_logger
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+SMALL_GRADIENT = 1 << 20  # elements: up to here gradients are gathered in a bucket and reduced together
 
 
 class _ExpertMarker(MoE):
@@ -110,7 +112,7 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": config.optim.max_grad_norm,
         "communication_data_type": "fp32",
-        # Expert parameters need contiguous gradients and reduce-scatter in both stages.
+        # Expert-parallel parameters need contiguous gradients and reduce-scatter in both stages.
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
             "contiguous_gradients": True,
@@ -119,10 +121,21 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         },
         "steps_per_print": 10**9,
     }
+    if _is_plain(config):
+        # Saves two copies of every gradient: one larger than a bucket is reduced where it lies.
+        settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_GRADIENT}
     if config.train.precision is Precision.bfloat16:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def _is_plain(config: Config) -> bool:
+    return config.parallel.zero_stage == 1 and config.parallel.expert == 1 and _is_float32(config)
+
+
+def _is_float32(config: Config) -> bool:
+    return config.train.precision is Precision.float32
 
 
 class Engine:
@@ -141,8 +154,8 @@ class Engine:
         if topology.expert > 1:
             for name, parameter in model.named_parameters():
                 if name in self.expert_names:
-                    parameter.allreduce = False
-                    parameter.group_name = _group_name(topology.expert)
+                    setattr(parameter, "allreduce", False)  # noqa: B010  # DeepSpeed's own attributes
+                    setattr(parameter, "group_name", _group_name(topology.expert))  # noqa: B010
             model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, topology.expert))
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
         optimizer = torch.optim.AdamW(
@@ -152,13 +165,18 @@ class Engine:
             eps=config.optim.eps,
             fused=True,
         )
-        self._engine, self._zero, _, _ = deepspeed.initialize(
+        engine, zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=_deepspeed_config(config, topology.world_size),
             dist_init_required=False,
         )
+        # Any: DeepSpeed annotates every kind of engine and optimizer that it could have returned.
+        self._engine: Any = engine
+        self._zero: Any = zero
         assert self._engine.has_moe_layers == (topology.expert > 1)
+        if _is_float32(config):
+            take_shortcuts(self._zero, topology.world_size)
         self._backwards = 0
 
     @property

@@ -1,0 +1,114 @@
+"""What DeepSpeed need not do in float32 (moe/dist/shortcuts.py) changes no result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe.compose import load_config
+from moe.config import Config
+from moe.dist import engine as engine_module
+from moe.dist import topology as topology_module
+from moe.dist.engine import Engine, expert_groups
+from moe.dist.shortcuts import LARGE, ROW, squared_norm
+from moe.model.transformer import Transformer
+from moe.sparse.balance import balance_loss
+from tests.ranks import run_ranks
+
+STEPS, MICRO_BATCHES, BATCH, LENGTH = 6, 4, 2, 16
+OVERRIDES = [
+    "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
+    f"train.sequence_length={LENGTH}", f"train.micro_batch_size={BATCH}",
+    f"train.global_batch_size={BATCH * MICRO_BATCHES}",
+    "router.num_experts=4", "model.initializer_range=0.2", "optim.lr=1e-2",
+]  # fmt: skip
+
+
+def _nothing(*_: Any) -> None:
+    """DeepSpeed as it is."""
+
+
+def _run(overrides: list[str], shortcuts: bool, bad_step: int | None) -> dict[str, Any]:
+    engine_module.SMALL_GRADIENT = 5000  # so that this small model has gradients on both sides of it
+    if not shortcuts:
+        engine_module.take_shortcuts = _nothing
+        engine_module._is_plain = _never
+    config = load_config([*OVERRIDES, *overrides])
+    topology = topology_module.start(config.parallel.expert)
+    torch.set_num_threads(1)
+    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
+    model.init_weights(config.train.seed)
+    engine = Engine(model, config, topology)
+    losses, results = [], []
+    for step in range(STEPS):
+        result = None
+        generator = torch.Generator().manual_seed(step)
+        ids_MBS = torch.randint(320, (MICRO_BATCHES, BATCH, LENGTH), generator=generator)
+        for ids_BS in ids_MBS[topology.rank :: topology.world_size]:
+            output = engine(ids_BS, labels_BS=ids_BS.roll(-1, 1))
+            loss = output.lm_loss_sum / ids_BS.numel() + balance_loss(output.routers, config.router).total
+            engine.backward(loss * float("inf") if step == bad_step else loss)
+            losses.append(loss.item())
+            result = engine.step(config.optim.lr)
+        results.append(result)
+    state = engine.master_state()
+    shared = all(
+        torch.equal(parameter, state["weights"][name].view_as(parameter))
+        for name, parameter in model.named_parameters()
+    )
+    topology_module.stop()
+    return {"losses": losses, "results": results, "state": state, "weights are the masters": shared}
+
+
+def _never(config: Config) -> bool:
+    del config
+    return False
+
+
+def _pair(world_size: int, overrides: list[str], bad_step: int | None = None) -> list[tuple[dict, dict]]:
+    with_them, without = (run_ranks(world_size, _run, overrides, shortcuts, bad_step) for shortcuts in (True, False))
+    return list(zip(with_them, without, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, ["parallel.zero_stage=1"]),
+        (2, ["parallel.zero_stage=1"]),
+        (2, ["parallel.zero_stage=2"]),
+        (2, ["parallel.expert=2"]),
+    ],
+    ids=["one rank", "two ranks", "ZeRO-2", "experts split"],
+)
+@pytest.mark.parametrize("limit", [1e9, 0.5], ids=["unclipped", "clipped"])
+def test_shortcuts_change_nothing(world_size: int, overrides: list[str], limit: float) -> None:
+    for ours, theirs in _pair(world_size, [*overrides, f"optim.max_grad_norm={limit}"]):
+        norms = [[result.grad_norm for result in run["results"]] for run in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=2e-7)
+        assert (min(norms[1]) > limit) == (limit < 1)
+        assert ours["weights are the masters"]
+        if limit > 1:  # no rounding of the norm enters: every bit agrees
+            assert ours["losses"] == theirs["losses"]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+        for kind, tensors in theirs["state"].items():
+            for name, tensor in tensors.items():
+                if limit > 1:
+                    assert torch.equal(ours["state"][kind][name], tensor), f"{kind} {name}"
+                error = (ours["state"][kind][name] - tensor).norm() / tensor.norm()
+                assert error <= 1e-5, f"{kind} {name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_not_finite_is_refused_as_before(world_size: int) -> None:
+    for ours, theirs in _pair(world_size, [], bad_step=2):
+        assert [result.applied for result in ours["results"]] == [step != 2 for step in range(STEPS)]
+        assert [result.applied for result in theirs["results"]] == [step != 2 for step in range(STEPS)]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("numel", [1, LARGE - 1, LARGE, LARGE + ROW + 7])
+def test_norm_in_rows_equals_float64(numel: int) -> None:
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(numel)) * 1e-3
+    assert squared_norm(gradient).item() == pytest.approx(gradient.double().square().sum().item(), rel=3e-8)
