@@ -1,1 +1,32 @@
+"""`moe bench NAME key=value …`: measurements that compare with something timed in the same run, never with a memory.
 
+moe bench peers               our training step beside transformers' MixtralForCausalLM
+moe bench attention           windowed attention: work and time per token at several sequence lengths
+"""
+
+from __future__ import annotations
+
+
+def run_bench(words: list[str]) -> None:
+    """Runs the benchmark that the first word names with the others as its keys. Raises ValueError for the user."""
+    name, keys = (words[0], words[1:]) if words else ("", [])
+    if name == "peers":
+        from moe.bench import peers
+
+        peers.run(keys)
+    elif name == "attention":
+        from moe.bench.attention import bench_attention
+
+        bench_attention(window=_window(keys))
+    else:
+        raise ValueError(f"moe bench {name}: no such benchmark; one of peers, attention (`moe bench peers rounds=5`)")
+
+
+def _window(keys: list[str], default: int = 512) -> int:
+    window = default
+    for word in keys:
+        key, _, value = word.partition("=")
+        if key != "window" or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"moe bench attention {word}: its only key is window=N, a number of tokens ≥ 1")
+        window = int(value)
+    return window

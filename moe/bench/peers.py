@@ -1,0 +1,307 @@
+"""`moe bench peers`: our training step, with its engine, beside transformers' MixtralForCausalLM, in one process.
+
+    moe bench peers                                        # the issue's shape: configs/model/small.yaml, 4 × 512 tokens
+    moe bench peers rounds=9 steps=4
+    moe bench peers model=tiny train.sequence_length=256   # any key of `moe train`
+
+What makes it fair: same weights (loaded by name), data, dtype, threads, optimizer (AdamW, fused), clipping and number
+of steps; the peer's own best experts implementation, found by timing them here; rounds that alternate which side goes
+first, and the ratio taken inside each round, since a shared machine's speed drifts. Both must give the same loss before
+anything is timed. Ours computes a z-loss too; transformers has none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.compose import load_config
+from moe.config import Config, Mlp, ModelConfig, Precision, RouterConfig
+from moe.dist import topology as topology_module
+from moe.dist.engine import Engine, expert_groups
+from moe.dist.topology import Topology
+from moe.model.transformer import ModelOutput, Transformer
+from moe.plan import flops_per_token
+from moe.sparse.balance import balance_loss
+from moe.train.metrics import measure_peak_flops
+
+DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
+# transformers registers two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+SAME_LOSS = 1e-4  # nats, between the two sides' first losses
+WARM_UP_STEPS = 2
+
+Step = Callable[[Tensor], float]  # token ids [B, S] → the step's loss
+
+
+@dataclass(kw_only=True, slots=True)
+class PeersConfig:
+    """`rounds` pairs of measurements of `steps` optimizer steps each."""
+
+    rounds: int = 7
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be ≥ 1")
+
+
+@dataclass(slots=True)
+class Round:
+    """Tokens per second of both sides and FLOP/s of a matrix product, measured one after another."""
+
+    ours: float
+    peer: float
+    peak: float
+
+
+def parse(words: list[str]) -> tuple[PeersConfig, Config]:
+    """`rounds=`, `steps=` and the words of `moe train`. Raises ValueError."""
+    own: dict[str, int] = {}
+    rest: list[str] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in PeersConfig.__slots__:
+            rest.append(word)
+            continue
+        try:
+            own[key] = int(value)
+        except ValueError:
+            raise ValueError(f"{word} must be a whole number") from None
+    keys = PeersConfig(**own)
+    config = load_config([*DEFAULTS, *rest])
+    train = config.train
+    if config.model.mlp is not Mlp.sparse:
+        raise ValueError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
+    if config.router.capacity_factor is not None:
+        raise ValueError(f"router.capacity_factor={config.router.capacity_factor} must be null: the peer drops nothing")
+    if train.precision is not Precision.float32:
+        raise ValueError(f"train.precision={train.precision.value} must be float32: the peer runs without an engine")
+    if train.micro_batch_size != train.global_batch_size:
+        raise ValueError(
+            f"train.micro_batch_size={train.micro_batch_size} must equal "
+            f"train.global_batch_size={train.global_batch_size}: one micro-batch a step"
+        )
+    config.check_world(topology_module.world_from_environment()[1])
+    return keys, config
+
+
+def run(words: list[str]) -> None:
+    """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises ValueError for the user."""
+    keys, config = parse(words)
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("moe bench peers needs transformers: pip install 'moe-train[dev]'")
+    if topology_module.world_from_environment()[1] != 1:
+        raise ValueError("moe bench peers compares single processes: start it without torchrun")
+    topology = topology_module.start(1)
+    try:
+        rounds, implementation = compare(keys, config, topology)
+    finally:
+        topology_module.stop()
+    print("\n".join(table(config, rounds, implementation)))
+
+
+def compare(keys: PeersConfig, config: Config, topology: Topology) -> tuple[list[Round], str]:
+    """The measured rounds and the peer's experts implementation."""
+    expert_groups(topology)
+    ours = Transformer(config.model, config.router, config.experts)
+    ours.init_weights(config.train.seed)
+    ours.to(topology.device)
+    peer = peer_model(config).to(topology.device)
+    peer.load_state_dict(ours.state_dict())
+    batches = _batches(config, topology.device)
+    gap = loss_gap(ours, peer, batches(), config)
+    print(f"first loss: the two differ by {gap:.1e} nats (language model) at most, balance loss included")
+    our_step = _our_step(Engine(ours, config, topology), config)
+    peer_step = _peer_step(peer, config)
+    implementation = _best_implementation(peer, peer_step, batches, config)
+    for _ in range(WARM_UP_STEPS):
+        ids = batches()
+        our_step(ids)
+        peer_step(ids)
+    tokens = keys.steps * config.train.global_batch_size * config.train.sequence_length
+    rounds = []
+    for index in range(keys.rounds):
+        data = [batches() for _ in range(keys.steps)]
+        sides = {"ours": our_step, "peer": peer_step}
+        speeds = {}
+        for name in sorted(sides, reverse=bool(index % 2)):
+            speeds[name] = tokens / _seconds(sides[name], data)
+        rounds.append(Round(**speeds, peak=measure_peak_flops(topology.device, torch.float32)))
+    return rounds, implementation
+
+
+def table(config: Config, rounds: list[Round], implementation: str) -> list[str]:
+    """Lines to print; the last is `ratio tokens/s N.NN`, the median of the rounds' ratios."""
+    flops, step_tokens = flops_per_token(config), config.train.global_batch_size * config.train.sequence_length
+    peak = statistics.median(each.peak for each in rounds)
+    lines = [
+        f"{'':32}{'tokens/s':>10}{'ms/step':>10}{'GFLOP/s':>10}{'of SGEMM':>10}",
+    ]
+    names = {"ours": "ours, DeepSpeed ZeRO-1", "peer": f"transformers, {implementation}"}
+    for side, name in names.items():
+        speed = statistics.median(getattr(each, side) for each in rounds)
+        share = statistics.median(getattr(each, side) * flops / each.peak for each in rounds)
+        lines.append(
+            f"{name:32}{speed:>10,.0f}{step_tokens / speed * 1e3:>10,.0f}{speed * flops / 1e9:>10,.1f}{share:>10.1%}"
+        )
+    ratios = [each.ours / each.peer for each in rounds]
+    lines += [
+        f"{'matrix product (SGEMM)':32}{'':>20}{peak / 1e9:>10,.1f}",
+        f"medians of {len(rounds)} alternating rounds, {torch.get_num_threads()} threads; FLOPs are the model's own "
+        f"({flops / 1e6:,.1f} MFLOP per token); ratio per round {min(ratios):.2f} to {max(ratios):.2f}",
+        f"ratio tokens/s {statistics.median(ratios):.2f}",
+    ]
+    return lines
+
+
+def peer_model(config: Config, implementation: str = "eager") -> Any:
+    """transformers' Mixtral in our shape, with SDPA attention and its balance loss; weights are its own draw."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model, router = config.model, config.router
+    shapes = MixtralConfig(
+        **_shared(model),
+        num_local_experts=router.num_experts,
+        num_experts_per_tok=router.top_k,
+        output_router_logits=True,
+        router_aux_loss_coef=router.aux_loss_coef / router.top_k,  # theirs is top_k when uniform, ours 1
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        use_cache=False,
+        pad_token_id=None,
+    )
+    peer = MixtralForCausalLM._from_config(
+        shapes, attn_implementation="sdpa", experts_implementation=implementation, dtype=torch.float32
+    )
+    return peer.train()
+
+
+def _shared(model: ModelConfig) -> dict[str, Any]:
+    ours_only = ("mlp", "attention", "rope_theta")
+    return {name: getattr(model, name) for name in ModelConfig.__slots__ if name not in ours_only}
+
+
+@torch.no_grad()
+def loss_gap(ours: Transformer, peer: Any, ids_BS: Tensor, config: Config) -> float:
+    """Largest difference between the two sides' losses on one batch, in nats. Raises RuntimeError above `SAME_LOSS`.
+
+    transformers pools router statistics over layers before multiplying, ours averages layers' losses: so its formula is
+    applied to our routers' outputs. A speed ratio between different computations would mean nothing.
+    """
+    output = ours(ids_BS, labels_BS=_labels(ids_BS))
+    theirs = peer(input_ids=ids_BS, labels=ids_BS)
+    nats = float(output.lm_loss_sum) / _targets(ids_BS)
+    aux = float(theirs.aux_loss)
+    pooled = float(_pooled_balance(output, config.router))
+    gaps = abs(nats - (float(theirs.loss) - peer.config.router_aux_loss_coef * aux)), abs(pooled - aux)
+    if not max(gaps) <= SAME_LOSS:
+        raise RuntimeError(
+            f"the two sides compute different things: losses differ by {gaps[0]:.1e}, balance by {gaps[1]:.1e}"
+        )
+    return max(gaps)
+
+
+def _pooled_balance(output: ModelOutput, router: RouterConfig) -> Tensor:
+    counts_E = torch.stack([each.counts_E for each in output.routers]).sum(0)
+    probs_E = torch.cat([each.probs_TE for each in output.routers]).mean(0)
+    rows = sum(each.probs_TE.shape[0] for each in output.routers)
+    return router.num_experts * torch.dot(counts_E / rows, probs_E)
+
+
+def _batches(config: Config, device: torch.device) -> Callable[[], Tensor]:
+    """Random token ids [B, S], the same sequence of batches in every run."""
+    train, generator = config.train, torch.Generator().manual_seed(config.train.seed)
+    shape = (train.micro_batch_size, train.sequence_length)
+    return lambda: torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+
+
+def _labels(ids_BS: Tensor) -> Tensor:
+    """The next token of each; the last has none."""
+    labels_BS = torch.full_like(ids_BS, -100)
+    labels_BS[:, :-1] = ids_BS[:, 1:]
+    return labels_BS
+
+
+def _targets(ids_BS: Tensor) -> int:
+    return ids_BS.shape[0] * (ids_BS.shape[1] - 1)
+
+
+def _our_step(engine: Engine, config: Config) -> Step:
+    """As in `moe.train.loop`, without the figures that it logs."""
+
+    def step(ids_BS: Tensor) -> float:
+        documents_BS = torch.zeros_like(ids_BS, dtype=torch.int32)
+        output = engine(ids_BS, document_ids_BS=documents_BS, labels_BS=_labels(ids_BS))
+        balance = balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers)
+        loss = output.lm_loss_sum / _targets(ids_BS) + balance.total
+        engine.backward(loss)
+        engine.step(config.optim.lr)
+        return loss.item()
+
+    return step
+
+
+def _peer_step(peer: Any, config: Config) -> Step:
+    optim = config.optim
+    matrices = [parameter for parameter in peer.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in peer.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        fused=True,
+    )
+
+    def step(ids_BS: Tensor) -> float:
+        loss = peer(input_ids=ids_BS, labels=ids_BS).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(peer.parameters(), optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def _best_implementation(peer: Any, step: Step, batches: Callable[[], Tensor], config: Config) -> str:
+    """Times each of the peer's experts implementations and leaves the fastest in place; prints what it saw."""
+    seconds: dict[str, float] = {}
+    for name in IMPLEMENTATIONS:
+        needed, free = _batched_bytes(config), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if name == "batched_mm" and needed > free / 2:
+            print(f"peer's experts, {name}: left out, it copies {needed / 1e9:.0f} GB of expert weights a step")
+            continue
+        peer.set_experts_implementation(name)
+        step(batches())
+        seconds[name] = min(_seconds(step, [batches()]) for _ in range(2))
+        print(f"peer's experts, {name}: {seconds[name] * 1e3:,.0f} ms/step")
+    best = min(seconds, key=lambda name: seconds[name])
+    peer.set_experts_implementation(best)
+    return best
+
+
+def _batched_bytes(config: Config) -> int:
+    """batched_mm gathers a full set of expert weights for every choice, and keeps them for the backward pass."""
+    model, train = config.model, config.train
+    choices = train.micro_batch_size * train.sequence_length * config.router.top_k
+    return 4 * choices * 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers
+
+
+def _seconds(step: Step, data: list[Tensor]) -> float:
+    """Wall time of one step per batch; each ends with its loss read on the host, so a GPU's work is included."""
+    start = time.perf_counter()
+    for ids_BS in data:
+        step(ids_BS)
+    return time.perf_counter() - start

@@ -1,0 +1,123 @@
+"""`moe bench`: both sides compute the same, run for real at a small shape, and bad words are one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.bench import peers, run_bench
+from moe.model.transformer import Transformer
+
+SMALL = [
+    "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
+    "model.num_attention_heads=4", "model.num_key_value_heads=2", "train.sequence_length=16",
+    "train.micro_batch_size=2", "train.global_batch_size=2",
+]  # fmt: skip
+
+
+def test_defaults_are_the_benchmark_shape() -> None:
+    keys, config = peers.parse(["rounds=3"])
+    model, train = config.model, config.train
+    assert (model.hidden_size, model.intermediate_size, model.num_hidden_layers) == (256, 896, 4)
+    assert (model.num_attention_heads, model.num_key_value_heads, model.vocab_size) == (8, 2, 4096)
+    assert (config.router.num_experts, config.router.top_k) == (8, 2)
+    assert (train.global_batch_size, train.sequence_length, keys.rounds) == (4, 512, 3)
+
+
+def test_both_sides_have_the_same_loss_and_gradients() -> None:
+    pytest.importorskip("transformers")
+    _, config = peers.parse([*SMALL, "router.z_loss_coef=0", "router.aux_loss_coef=0"])
+    ours = Transformer(config.model, config.router, config.experts)
+    ours.init_weights(0)
+    peer = peers.peer_model(config)
+    peer.load_state_dict(ours.state_dict())
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert peers.loss_gap(ours, peer, ids, config) <= 1e-6
+    peer(input_ids=ids, labels=ids).loss.backward()
+    (ours(ids, labels_BS=peers._labels(ids)).lm_loss_sum / peers._targets(ids)).backward()
+    theirs = dict(peer.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate.weight"])
+def test_sides_that_differ_are_not_compared(name: str) -> None:
+    pytest.importorskip("transformers")
+    _, config = peers.parse(SMALL)
+    ours = Transformer(config.model, config.router, config.experts)
+    ours.init_weights(0)
+    peer = peers.peer_model(config)
+    peer.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        peer.get_parameter(name).mul_(2)
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="compute different things"):
+        peers.loss_gap(ours, peer, ids, config)
+
+
+def test_peers_runs_and_ends_with_the_ratio() -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "moe", "bench", "peers", "rounds=2", "steps=1", *SMALL]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("peer's experts")] == [
+        f"peer's experts, {name}" for name in peers.IMPLEMENTATIONS
+    ]
+    rows = {line[:32].strip(): line[32:].split() for line in lines}
+    ours = rows["ours, DeepSpeed ZeRO-1"]
+    theirs = next(cells for name, cells in rows.items() if name.startswith("transformers, "))
+    assert float(ours[0].replace(",", "")) > 0
+    assert float(theirs[0].replace(",", "")) > 0
+    last = lines[-1].split()
+    assert last[:2] == ["ratio", "tokens/s"]
+    assert len(last) == 3
+    assert float(last[2]) > 0
+
+
+def test_table_takes_the_ratio_inside_each_round() -> None:
+    _, config = peers.parse([])
+    # The machine's speed changes tenfold between rounds; ours is always 1.5, 2 and 3 times the peer.
+    rounds = [
+        peers.Round(ours=300, peer=100, peak=1e12),
+        peers.Round(ours=15, peer=10, peak=1e11),
+        peers.Round(ours=2000, peer=1000, peak=1e12),
+    ]
+    lines = peers.table(config, rounds, "grouped_mm")
+    assert lines[-1] == "ratio tokens/s 2.00"
+    assert "ratio per round 1.50 to 3.00" in lines[-2]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["speed"], "no such benchmark; one of peers, attention"),
+        ([], "no such benchmark; one of peers, attention"),
+        (["peers", "rounds=0"], "rounds=0 must be ≥ 1"),
+        (["peers", "steps=x"], "steps=x must be a whole number"),
+        (["peers", "train.sequenc_length=4"], "train.sequenc_length=4: no such key"),
+        (["peers", "model=mistral_7b"], "model.mlp=dense must be sparse"),
+        (["peers", "router.capacity_factor=1.0"], "router.capacity_factor=1.0 must be null"),
+        (["peers", "train.precision=bfloat16"], "train.precision=bfloat16 must be float32"),
+        (["peers", "train.global_batch_size=8"], "train.micro_batch_size=4 must equal train.global_batch_size=8"),
+        (["peers", "parallel.expert=2"], "parallel.expert=2 must divide the number of ranks, 1"),
+        (["attention", "window=0"], "its only key is window=N"),
+        (["attention", "rounds=2"], "its only key is window=N"),
+    ],
+)
+def test_bad_words_are_one_line(words: list[str], text: str) -> None:
+    with pytest.raises(ValueError, match=text.replace(".", r"\.")) as caught:
+        run_bench(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'moe-train\[dev\]'"):
+        run_bench(["peers", *SMALL])
