@@ -32,7 +32,8 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     "experts idle on some ranks": (["router.num_experts=8", "router.top_k=1", "train.sequence_length=4"], []),
     "recompute mlp": (["model.recompute=mlp"], []),
     "recompute block, ZeRO-2": (["model.recompute=block", ZERO_2], []),
-    "dropout and jitter": (["model.hidden_dropout=0.1", "router.jitter_noise=0.1", "model.recompute=mlp"], []),
+    "dropout": (["model.hidden_dropout=0.1", "model.recompute=mlp"], []),
+    "router jitter": (["router.jitter_noise=0.1", "model.recompute=block"], []),
     "loop": (["experts.backend=loop"], []),
 }
 
