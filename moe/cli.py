@@ -29,7 +29,8 @@ def _train(words: list[str]) -> None:
     from moe.dist.topology import world_from_environment
 
     config: Config = load_config(words)
-    config.check_world(world_from_environment()[1])
+    _, world_size, _, node_size = world_from_environment()
+    config.check_world(world_size, node_size)
     from moe.train.loop import train
 
     train(config)

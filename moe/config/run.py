@@ -47,8 +47,8 @@ class Config:
             f"train.steps={train.steps}",
         )
 
-    def check_world(self, world_size: int) -> None:
-        """Rules that need the number of ranks. Raises ValueError."""
+    def check_world(self, world_size: int, node_size: int | None = None) -> None:
+        """Rules that need the number of ranks, and of those on one node (None: all). Raises ValueError."""
         train, expert = self.train, self.parallel.expert
         micro = train.micro_batch_size * world_size
         require(
@@ -62,6 +62,12 @@ class Config:
         require(
             self.router.num_experts % expert == 0,
             f"parallel.expert={expert} must divide router.num_experts={self.router.num_experts}",
+        )
+        node = node_size or world_size
+        require(
+            self.parallel.expert_across_nodes or node % expert == 0,
+            f"parallel.expert={expert} must divide the {node} ranks of a node: the exchange would cross the network; "
+            "to let it, set parallel.expert_across_nodes=true",
         )
 
     def accumulation(self, world_size: int) -> int:

@@ -39,10 +39,16 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """`expert` ranks share one set of experts; every rank is data-parallel for the rest."""
+    """`expert` ranks share one set of experts; every rank is data-parallel for the rest.
+
+    `expert_across_nodes` allows a set to span nodes, whose exchange then crosses the network; `offload_optimizer` keeps
+    master weights and moments in the host's memory (CUDA only).
+    """
 
     expert: int = 1
+    expert_across_nodes: bool = False
     zero_stage: int = 1
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
         positive("parallel", self, "expert")

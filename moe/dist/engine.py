@@ -124,28 +124,38 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if _is_plain(config):
         # Saves two copies of every gradient: one larger than a bucket is reduced where it lies.
         settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_GRADIENT}
+    if config.parallel.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the host instead of a compiled one
     if config.train.precision is Precision.bfloat16:
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
+def _shares_weights(config: Config) -> bool:
+    """Whether master weights can be the model's own: same precision, same device."""
+    return config.train.precision is Precision.float32 and not config.parallel.offload_optimizer
+
+
 def _is_plain(config: Config) -> bool:
-    return config.parallel.zero_stage == 1 and config.parallel.expert == 1 and _is_float32(config)
-
-
-def _is_float32(config: Config) -> bool:
-    return config.train.precision is Precision.float32
+    return config.parallel.zero_stage == 1 and config.parallel.expert == 1 and _shares_weights(config)
 
 
 class Engine:
     """ZeRO, precision, accumulation, clipping and expert-gradient reduction around one model.
+
+    Raises ValueError for `parallel.offload_optimizer` on a CPU, where the optimizer is in the host's memory anyway.
 
     Per optimizer step: for each of `accumulation` micro-batches `backward(loss)` then `step(lr)`; the last `step` of
     the step returns a `StepResult`, the others None.
     """
 
     def __init__(self, model: nn.Module, config: Config, topology: Topology) -> None:
+        if config.parallel.offload_optimizer and topology.device.type == "cpu":
+            raise ValueError(
+                "parallel.offload_optimizer=true needs a CUDA device: on a CPU the optimizer is in the host's memory"
+            )
         self.topology = topology
         self.accumulation = config.accumulation(topology.world_size)
         experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
@@ -175,7 +185,7 @@ class Engine:
         self._engine: Any = engine
         self._zero: Any = zero
         assert self._engine.has_moe_layers == (topology.expert > 1)
-        if _is_float32(config):
+        if _shares_weights(config):
             take_shortcuts(self._zero, topology.world_size)
         self._backwards = 0
 

@@ -124,17 +124,35 @@ class Exchange:
     by_rank_M: Tensor  # int64, its inverse
 
 
-def plan_exchange(counts_E: Tensor, group: dist.ProcessGroup) -> Exchange:
-    """Exchange the counts of all E experts' rows; the group's rank r holds experts [r·E/R, (r+1)·E/R)."""
-    ranks = dist.get_world_size(group)
-    sent_RE = counts_E.view(ranks, -1)
+@dataclass(slots=True)
+class Counts:
+    """How many rows each rank sends to each expert of each rank, on its way."""
+
+    group: dist.ProcessGroup
+    sent_RE: Tensor
+    received_RE: Tensor
+    work: dist.Work
+
+
+def send_counts(counts_E: Tensor, group: dist.ProcessGroup) -> Counts:
+    """Start the exchange of the counts of all E experts' rows; the group's rank r holds experts [r·E/R, (r+1)·E/R)."""
+    sent_RE = counts_E.view(dist.get_world_size(group), -1).contiguous()
     received_RE = torch.empty_like(sent_RE)
-    dist.all_to_all_single(received_RE, sent_RE.contiguous(), group=group)
+    work = dist.all_to_all_single(received_RE, sent_RE, group=group, async_op=True)
+    assert work is not None
+    return Counts(group, sent_RE, received_RE, work)
+
+
+def plan_exchange(counts: Counts) -> Exchange:
+    """Wait for the counts and work out who gets which rows."""
+    counts.work.wait()
+    sent_RE, received_RE = counts.sent_RE, counts.received_RE
+    ranks, experts = sent_RE.shape
     sent_R, received_R = torch.stack((sent_RE.sum(1), received_RE.sum(1))).tolist()
-    local_E = torch.arange(sent_RE.shape[1], device=counts_E.device)
+    local_E = torch.arange(experts, device=sent_RE.device)
     ids_M = local_E.repeat(ranks).repeat_interleave(received_RE.flatten(), output_size=sum(received_R))
     by_expert_M = ids_M.argsort(stable=True)
-    return Exchange(group, sent_R, received_R, received_RE.sum(0), by_expert_M, _inverse(by_expert_M))
+    return Exchange(counts.group, sent_R, received_R, received_RE.sum(0), by_expert_M, _inverse(by_expert_M))
 
 
 def to_experts(x_NH: Tensor, exchange: Exchange) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
 from moe.sparse import dispatch, megablocks
-from moe.sparse.dispatch import from_experts, plan_exchange, sort_by_expert, to_experts
+from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
 from moe.sparse.randomness import Randomness
 from moe.sparse.router import RouterOutput, TopKRouter
@@ -46,11 +46,13 @@ class SparseMLP(nn.Module):
         order = sort_by_expert(routed.ids_TK, routed.keep_TK, routed.counts_E)
         on_megablocks = self.experts.backend_for(x_BSH) is ExpertBackend.megablocks and order.keep_TK is None
         rows = megablocks if on_megablocks else dispatch
+        # The counts travel while the rows are gathered.
+        counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_BSH.flatten(0, 1), order)
-        if self.expert_group is None:
+        if counts is None:
             y_NH = self.experts(x_NH, order.counts_E)
         else:
-            exchange = plan_exchange(order.counts_E, self.expert_group)
+            exchange = plan_exchange(counts)
             y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)
             y_NH = from_experts(y_MH, exchange)
         return rows.combine_rows(y_NH, routed.weights_TK, order).view_as(x_BSH), routed

@@ -123,6 +123,17 @@ def test_another_seed_would_be_seen() -> None:
     assert _largest(other.losses, reference("clipping").losses[:2]) > 1e-4
 
 
+def _offloaded() -> str:
+    with pytest.raises(ValueError, match="parallel") as caught:
+        build(config_of(["parallel.offload_optimizer=true"]))
+    return str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can offload")
+def test_offload_without_a_gpu_is_refused_with_the_reason() -> None:
+    assert run_ranks(1, _offloaded)[0].startswith("parallel.offload_optimizer=true needs a CUDA device: on a CPU")
+
+
 def _bfloat16(expert: int) -> Training:
     config = config_of(["train.precision=bfloat16", f"parallel.expert={expert}"])
     topology, engine = build(config)

@@ -117,3 +117,11 @@ def test_accumulation_counts_micro_batches_per_rank() -> None:
 def test_a_source_added_on_the_command_line_is_typed() -> None:
     config = load_config(["data=files", "data.path=null", "+data.sources.code.path=src", "+data.sources.code.weight=2"])
     assert config.data.all_sources()["code"].weight == 2.0
+
+
+def test_experts_stay_inside_a_node_unless_asked() -> None:
+    words = ["train.micro_batch_size=1", "parallel.expert=4"]
+    load_config(words).check_world(8, 4)
+    with pytest.raises(ValueError, match=r"parallel\.expert=4 must divide the 2 ranks of a node.*across_nodes=true"):
+        load_config(words).check_world(8, 2)
+    load_config([*words, "parallel.expert_across_nodes=true"]).check_world(8, 2)
