@@ -14,12 +14,18 @@ def run_bench(words: list[str]) -> None:
         from moe.bench import peers
 
         peers.run(keys)
+    elif name == "expert_parallel":
+        from moe.bench.expert_parallel import run
+
+        run(keys)
     elif name == "attention":
         from moe.bench.attention import bench_attention
 
         bench_attention(window=_window(keys))
     else:
-        raise ValueError(f"moe bench {name}: no such benchmark; one of peers, attention (`moe bench peers rounds=5`)")
+        raise ValueError(
+            f"moe bench {name}: no such benchmark; one of peers, expert_parallel, attention (`moe bench peers`)"
+        )
 
 
 def _window(keys: list[str], default: int = 512) -> int:

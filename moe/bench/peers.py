@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.bench.settings import Rounds, split
 from moe.compose import load_config
 from moe.config import Config, Mlp, ModelConfig, Precision, RouterConfig
 from moe.dist import topology as topology_module
@@ -42,19 +43,6 @@ WARM_UP_STEPS = 2
 Step = Callable[[Tensor], float]  # token ids [B, S] → the step's loss
 
 
-@dataclass(kw_only=True, slots=True)
-class PeersConfig:
-    """`rounds` pairs of measurements of `steps` optimizer steps each."""
-
-    rounds: int = 7
-    steps: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be ≥ 1")
-
-
 @dataclass(slots=True)
 class Round:
     """Tokens per second of both sides and FLOP/s of a matrix product, measured one after another."""
@@ -64,20 +52,9 @@ class Round:
     peak: float
 
 
-def parse(words: list[str]) -> tuple[PeersConfig, Config]:
+def parse(words: list[str]) -> tuple[Rounds, Config]:
     """`rounds=`, `steps=` and the words of `moe train`. Raises ValueError."""
-    own: dict[str, int] = {}
-    rest: list[str] = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in PeersConfig.__slots__:
-            rest.append(word)
-            continue
-        try:
-            own[key] = int(value)
-        except ValueError:
-            raise ValueError(f"{word} must be a whole number") from None
-    keys = PeersConfig(**own)
+    keys, rest = split(words)
     config = load_config([*DEFAULTS, *rest])
     train = config.train
     if config.model.mlp is not Mlp.sparse:
@@ -110,7 +87,7 @@ def run(words: list[str]) -> None:
     print("\n".join(table(config, rounds, implementation)))
 
 
-def compare(keys: PeersConfig, config: Config, topology: Topology) -> tuple[list[Round], str]:
+def compare(keys: Rounds, config: Config, topology: Topology) -> tuple[list[Round], str]:
     """The measured rounds and the peer's experts implementation."""
     expert_groups(topology)
     ours = Transformer(config.model, config.router, config.experts)
@@ -188,7 +165,7 @@ def peer_model(config: Config, implementation: str = "eager") -> Any:
 
 
 def _shared(model: ModelConfig) -> dict[str, Any]:
-    ours_only = ("mlp", "attention", "rope_theta")
+    ours_only = ("mlp", "attention", "recompute", "hidden_dropout", "rope_theta")
     return {name: getattr(model, name) for name in ModelConfig.__slots__ if name not in ours_only}
 
 

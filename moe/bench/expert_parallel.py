@@ -1,0 +1,96 @@
+"""`torchrun --nproc-per-node N -m moe bench expert_parallel`: experts split over ranks beside plain data parallelism.
+
+    torchrun --nproc-per-node 2 -m moe bench expert_parallel
+    torchrun --nproc-per-node 2 -m moe bench expert_parallel model=tiny rounds=5 steps=4
+
+Both train the same model on the same global batch in the same processes, in rounds that alternate which goes first; the
+ratio is taken inside each round. The degree is `parallel.expert`, by default the number of ranks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from moe.bench.settings import Rounds, split
+from moe.compose import load_config
+from moe.config import Config, Mlp
+from moe.dist import topology as topology_module
+from moe.dist.engine import Engine, expert_groups
+from moe.dist.topology import Topology
+from moe.model.transformer import Transformer
+from moe.sparse.balance import balance_loss
+
+DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=2"]
+WARM_UP_STEPS = 2
+
+
+def run(words: list[str]) -> None:
+    """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises ValueError for the user."""
+    _, world, _, node = topology_module.world_from_environment()
+    if world == 1:
+        raise ValueError("moe bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
+    keys, rest = split(words)
+    batch = [f"parallel.expert={world}", f"train.global_batch_size={2 * world}"]
+    config: Config = load_config([*DEFAULTS, *batch, *rest])
+    config.check_world(world, node)
+    if config.model.mlp is not Mlp.sparse or config.parallel.expert == 1:
+        raise ValueError(f"parallel.expert={config.parallel.expert} must be ≥ 2, and model.mlp sparse, to compare")
+    topology = topology_module.start(config.parallel.expert)
+    try:
+        ratios = compare(keys, config, topology)
+    finally:
+        topology_module.stop()
+    if topology.is_main:
+        print("\n".join(ratios))
+
+
+def compare(keys: Rounds, config: Config, topology: Topology) -> list[str]:
+    """Lines to print. A collective."""
+    plain = replace(topology, expert=1)
+    sides = {"data parallel": _stepper(config, plain), f"expert={topology.expert}": _stepper(config, topology)}
+    tokens = keys.steps * config.train.global_batch_size * config.train.sequence_length
+    for step in sides.values():
+        for _ in range(WARM_UP_STEPS):
+            step()
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(keys.rounds):
+        for name in sorted(sides, reverse=bool(index % 2)):
+            topology.barrier()
+            start = time.perf_counter()
+            for _ in range(keys.steps):
+                sides[name]()
+            topology.barrier()
+            speeds[name].append(tokens / (time.perf_counter() - start))
+    before, after = speeds.values()
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    return [
+        *(f"{name:20}{statistics.median(values):>10,.0f} tokens/s" for name, values in speeds.items()),
+        f"medians of {keys.rounds} alternating rounds, {topology.world_size} ranks, {torch.get_num_threads()} threads "
+        f"each; ratio per round {min(ratios):.2f} to {max(ratios):.2f}",
+        f"ratio tokens/s {statistics.median(ratios):.2f}",
+    ]
+
+
+def _stepper(config: Config, topology: Topology) -> Callable[[], None]:
+    """One optimizer step on random tokens; as in `moe.train.loop`, without the figures that it logs."""
+    config.parallel.expert = topology.expert
+    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
+    model.init_weights(config.train.seed)
+    engine = Engine(model.to(topology.device), config, topology)
+    train, generator = config.train, torch.Generator().manual_seed(topology.rank)
+    shape = (train.micro_batch_size, train.sequence_length)
+
+    def step() -> None:
+        for _ in range(engine.accumulation):
+            ids_BS = torch.randint(config.model.vocab_size, shape, generator=generator).to(topology.device)
+            output = engine(ids_BS, labels_BS=ids_BS.roll(-1, 1))
+            balance = balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers)
+            engine.backward(output.lm_loss_sum / ids_BS.numel() + balance.total)
+            engine.step(config.optim.lr)
+
+    return step
