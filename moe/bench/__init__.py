@@ -1,6 +1,7 @@
 """`moe bench NAME key=value …`: measurements that compare with something timed in the same run, never with a memory.
 
 moe bench peers               our training step beside transformers' MixtralForCausalLM
+moe bench expert_parallel     experts split over ranks beside plain data parallelism (under torchrun)
 moe bench attention           windowed attention: work and time per token at several sequence lengths
 """
 
