@@ -6,15 +6,13 @@ Shapes: T tokens, E experts, L sparse layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe.config import RouterConfig
-
-if TYPE_CHECKING:
-    from moe.sparse.router import RouterOutput
+from moe.sparse.output import RouterOutput
 
 
 def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:

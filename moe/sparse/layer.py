@@ -13,8 +13,9 @@ from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
 from moe.sparse import dispatch, megablocks
 from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
+from moe.sparse.output import RouterOutput
 from moe.sparse.randomness import Randomness
-from moe.sparse.router import RouterOutput, TopKRouter
+from moe.sparse.router import TopKRouter
 
 
 class SparseMLP(nn.Module):

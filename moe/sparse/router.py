@@ -6,7 +6,6 @@ Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E exper
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -15,26 +14,8 @@ from torch.nn import functional as F
 
 from moe.config import DropPolicy, RouterConfig
 from moe.sparse.balance import load_balancing_loss, z_loss
+from moe.sparse.output import RouterOutput
 from moe.sparse.randomness import Randomness
-
-
-@dataclass(slots=True)
-class RouterOutput:
-    """What a sparse layer's router did with one micro-batch; returned by every sparse layer, never parked in a global.
-
-    Floats are float32 whatever the model's dtype (float64 in a float64 model). `counts_E` and the losses are those of
-    this rank's tokens. `keep_TK` is None when dropless; a choice it marks False contributes zero to its token's output.
-    """
-
-    logits_TE: Tensor
-    probs_TE: Tensor  # softmax over all experts
-    ids_TK: Tensor  # int64, best first
-    weights_TK: Tensor  # renormalised over the K chosen, dropped ones included
-    counts_E: Tensor  # int64, choices per expert before any dropping
-    dropped: Tensor  # int64 scalar, choices dropped by capacity
-    load_balancing_loss: Tensor  # scalar, 1.0 = uniform
-    z_loss: Tensor  # scalar
-    keep_TK: Tensor | None = None  # bool
 
 
 class TopKRouter(nn.Module):

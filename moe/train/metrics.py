@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe.dist.topology import Topology
 from moe.sparse.balance import max_violation, router_entropy
-from moe.sparse.router import RouterOutput
+from moe.sparse.output import RouterOutput
 
 
 class StepSums:
