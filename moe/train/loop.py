@@ -125,8 +125,7 @@ def _set_up(config: Config, topology: Topology, folder: Path, display: Display) 
     if checkpoint is not None:
         data, tokenizer = state.data, state.tokenizer
         state = topology.agree(lambda: checkpoints.load(checkpoint, engine), "resume")
-        if topology.is_main:
-            _check_data(state, data, tokenizer, checkpoint, display)
+        _check_data(state, data, tokenizer, checkpoint, display)
         loader.consumed = state.consumed
         display.line(f"resuming from {checkpoint} (step {state.step}, {state.tokens:,} tokens)")
         for line in changes:
@@ -145,8 +144,7 @@ def _set_up(config: Config, topology: Topology, folder: Path, display: Display) 
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
     )
-    if topology.is_main:
-        _write_run_files(run, resumed=checkpoint is not None)
+    topology.agree(lambda: _write_run_files(run, resumed=checkpoint is not None), "run_dir")
     return run
 
 
@@ -165,6 +163,8 @@ def _check_data(state: TrainState, data: str, tokenizer: str, checkpoint: Path, 
 
 
 def _write_run_files(run: Run, *, resumed: bool) -> None:
+    if not run.topology.is_main:
+        return
     write_durably(run.folder / "config.yaml", to_yaml(run.config))
     run.corpus.tokenizer.save(run.folder / "tokenizer")
     for name in ("metrics.jsonl", "samples.jsonl"):

@@ -71,7 +71,7 @@ class Tracker:
     """Rank 0's writer. `log` takes the step's figures."""
 
     def __init__(self, config: Config, run_dir: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._warn = warn
         self._run = None
         if config.tracking.backend is TrackingBackend.wandb:
@@ -108,7 +108,7 @@ class Tracker:
 
     def log(self, figures: dict[str, Any]) -> None:
         """One JSON line; the same to W&B under its sections, the load-balancing loss per layer beside the total."""
-        self._file.write(json.dumps(figures) + "\n")
+        self._write(json.dumps(figures).encode() + b"\n", figures["step"])
         if self._run is None:
             return
         panels = {
@@ -129,6 +129,18 @@ class Tracker:
         except Exception as error:  # whatever it is, it must not cost the run; said once, W&B's part ends
             self._warn(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on")
             self._run = None
+
+    def _write(self, line: bytes, step: int) -> None:
+        """A whole line or none: a full disk costs figures, not the run."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) == len(line):
+                return
+            reason = "no space for the whole line"
+        except OSError as error:
+            reason = str(error)
+        self._file.truncate(end)
+        self._warn(f"{self._file.name}: the figures of step {step} could not be written ({reason})")
 
     def close(self) -> None:
         self._file.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import struct
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from moe.compose import load_config
 from moe.train.tracking import Tracker
+from tests.ranks import run_ranks
 
 FIGURES = {
     "step": 1, "tokens": 64, "loss": 3.5, "lm_loss": 3.4, "load_balancing_loss": 1.25, "router_z_loss": 0.5,
@@ -87,3 +90,22 @@ def test_tracking_none_writes_metrics_alone(tmp_path: Path) -> None:
     tracker.log(FIGURES)
     tracker.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def _log_into_a_full_disk(folder: Path) -> list[str]:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    warnings: list[str] = []
+    tracker = Tracker(load_config(["tracking=none"]), folder, resumed=False, warn=warnings.append)
+    limit = 3 * (len(json.dumps(FIGURES)) + 1) + 10  # three lines and a bit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for step in range(1, 6):
+        tracker.log(FIGURES | {"step": step})
+    tracker.close()
+    return warnings
+
+
+def test_a_full_disk_costs_whole_lines_and_says_so(tmp_path: Path) -> None:
+    warnings = run_ranks(1, _log_into_a_full_disk, tmp_path)[0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert ["step 4" in warnings[0], "step 5" in warnings[1], len(warnings)] == [True, True, 2]
