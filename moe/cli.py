@@ -3,6 +3,7 @@
     moe train                                             a tiny Mixtral on text that every Python carries
     moe train model=small data=files data.path='*.txt'    your own text
     torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert=8 train.precision=bfloat16
+    moe plan model=mixtral_8x7b hardware=h100_8x2 …       what that needs, before it is launched
     moe prepare data=files data.path=corpus.jsonl         token shards only
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.compose import ConfigError, choices, compose_dict, groups, load_config
-from moe.config import Config
+from moe.config import Config, PlanConfig
 from moe.errors import StartError, for_user
 
 
@@ -34,6 +35,13 @@ def _train(words: list[str]) -> None:
     from moe.train.loop import train
 
     train(config)
+
+
+def _plan(words: list[str]) -> None:
+    """What a run would need before it is launched: memory, bytes on the links, time; every word of `moe train`."""
+    from moe.plan.show import run_plan
+
+    run_plan(load_config(words, "plan", PlanConfig))
 
 
 def _prepare(words: list[str]) -> None:
@@ -76,6 +84,7 @@ def _bench(words: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "plan": _plan,
     "prepare": _prepare,
     "generate": _generate,
     "report": _report,
@@ -86,6 +95,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 def _schema(verb: str) -> tuple[str, type] | None:
     if verb in ("train", "prepare"):
         return "train", Config
+    if verb == "plan":
+        return "plan", PlanConfig
     if verb == "generate":
         from moe.generate import GenerateConfig
 
@@ -104,11 +115,12 @@ def _help(verb: str) -> str:
     text.append(
         f"\nUsage: moe {verb} [GROUP=NAME …] [KEY=VALUE …] [--cfg job]   (--cfg job prints the composed config)"
     )
-    if name == "train":
+    composed: Any = OmegaConf.to_container(compose_dict([], name, kind), resolve=False, enum_to_str=True)
+    if name != "generate":
+        named = [group for group in groups() if group in (*composed, "experiment")]
         text.append("\nGroups:")
-        text += [f"  {group}={'|'.join(choices(group)) or '(yours)'}" for group in groups()]
+        text += [f"  {group}={'|'.join(choices(group)) or '(yours)'}" for group in named]
     text.append("\nKeys and their values in this command:")
-    composed = OmegaConf.to_container(compose_dict([], name, kind), resolve=False, enum_to_str=True)
     text.append(_indented(composed))
     return "\n".join(text)
 
@@ -137,7 +149,9 @@ def _run(arguments: list[str]) -> None:
         at = words.index("--cfg")
         schema = _schema(verb)
         if schema is None or words[at + 1 : at + 2] != ["job"]:
-            raise ConfigError(f"moe {verb} --cfg: only `moe train|prepare|generate --cfg job` prints a composed config")
+            raise ConfigError(
+                f"moe {verb} --cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config"
+            )
         from moe.compose import to_yaml
 
         print(to_yaml(load_config(words[:at] + words[at + 2 :], *schema)), end="")

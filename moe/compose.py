@@ -36,6 +36,12 @@ def groups() -> list[str]:
     return sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 
 
+_HINTS = {
+    "hardware": "; or describe yours: hardware=custom hardware.gpus_per_node=4 hardware.memory_gb=48 … "
+    "(`moe plan hardware=custom` names what is missing)",
+}
+
+
 def _one_line(error: BaseException, overrides: list[str]) -> str:
     """Hydra's and OmegaConf's many-line messages as one: the key, the value, the rule."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -46,7 +52,7 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
     missing = re.match(r"In '.*': Could not find '(?P<group>\w+)/(?P<name>.*)'", text)
     if missing:
         group = missing["group"]
-        return f"{group}={missing['name']} must be one of {', '.join(choices(group))}"
+        return f"{group}={missing['name']} must be one of {', '.join(choices(group))}{_HINTS.get(group, '')}"
     unknown = re.match(r"(Could not override|Key) '(?P<key>[^']+)'", text)
     if unknown:
         key = unknown["key"]
@@ -73,6 +79,9 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
 
 def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None) -> Any:
     """Runs every dataclass's rules. Raises ConfigError."""
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be stated: {missing[0]}=…")
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:

@@ -2,6 +2,7 @@
 
 moe bench peers               our training step beside transformers' MixtralForCausalLM
 moe bench expert_parallel     experts split over ranks beside plain data parallelism (under torchrun)
+moe bench memory              the plan's memory beside that of real steps
 moe bench attention           windowed attention: work and time per token at several sequence lengths
 """
 
@@ -19,13 +20,17 @@ def run_bench(words: list[str]) -> None:
         from moe.bench.expert_parallel import run
 
         run(keys)
+    elif name == "memory":
+        from moe.bench.memory import run
+
+        run(keys)
     elif name == "attention":
         from moe.bench.attention import bench_attention
 
         bench_attention(window=_window(keys))
     else:
         raise ValueError(
-            f"moe bench {name}: no such benchmark; one of peers, expert_parallel, attention (`moe bench peers`)"
+            f"moe bench {name}: no such benchmark; one of peers, expert_parallel, attention, memory (`moe bench peers`)"
         )
 
 

@@ -7,6 +7,7 @@ Field names are Hugging Face's wherever Hugging Face has one.
 
 from moe.config.choices import (
     AttentionBackend,
+    DeviceKind,
     DropPolicy,
     ExpertBackend,
     Mlp,
@@ -19,6 +20,7 @@ from moe.config.choices import (
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.run import Config
 from moe.config.train import CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
 
@@ -27,13 +29,17 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DeviceKind",
     "DropPolicy",
     "ExpertBackend",
     "ExpertsConfig",
+    "HardwareConfig",
     "Mlp",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanSettings",
     "Precision",
     "Recompute",
     "RouterConfig",

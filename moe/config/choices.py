@@ -84,3 +84,10 @@ class Precision(Enum):
 class TrackingBackend(Enum):
     wandb = "wandb"
     none = "none"
+
+
+class DeviceKind(Enum):
+    """What the ranks of a planned run compute on."""
+
+    cpu = "cpu"
+    cuda = "cuda"

@@ -44,7 +44,7 @@ def peak_flops(config: Config, topology: Topology) -> float:
 def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
     """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
     train, world = config.train, topology.world_size
-    (total, active), memory = count_parameters(config), estimate_memory(config, world)
+    (total, active), memory = count_parameters(config), estimate_memory(config, world, topology.device.type)
     kinds = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     stated = "measured" if train.peak_tflops is None else "stated"
     return [

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.compose import load_config
 from moe.model.transformer import Transformer
-from moe.plan import count_parameters, estimate_memory, flops_per_token, visible_keys
+from moe.plan import count_parameters, estimate_memory, flops_per_token, plan_memory, visible_keys
+from moe.plan.activations import Shapes, head_memory, kept_by_layers
 
 SMALL = ["model=tiny", "tokenizer.vocab_size=500", "model.vocab_size=500", "model.num_hidden_layers=2"]
 
@@ -67,9 +68,20 @@ def test_flops_equal_torchs_count(mlp, tied):
     assert counter.get_total_flops() / (2 * length) == pytest.approx(flops_per_token(config) + unseen, rel=1e-3)
 
 
-@pytest.mark.parametrize("mlp", ["dense", "sparse"])
-def test_activations_are_what_autograd_keeps(mlp):
-    config = compose(f"model.mlp={mlp}", "train.sequence_length=128", "train.micro_batch_size=4")
+KEPT = [  # what decides which tensors are kept
+    ["model.mlp=dense", "train.sequence_length=64", "model.sliding_window=null"],
+    ["train.sequence_length=64", "model.sliding_window=null"],
+    ["train.sequence_length=320", "model.sliding_window=null"],
+    ["train.sequence_length=640", "model.sliding_window=null"],
+    ["train.sequence_length=256", "model.sliding_window=96"],
+    ["train.sequence_length=128", "router.top_k=1", "router.num_experts=4"],
+    ["train.sequence_length=128", "experts=loop"],
+]
+
+
+@pytest.mark.parametrize("words", KEPT, ids=" ".join)
+def test_activations_are_what_autograd_keeps(words):
+    config = compose(*words, "train.micro_batch_size=4", "train.global_batch_size=4")
     model = build(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -80,24 +92,82 @@ def test_activations_are_what_autograd_keeps(mlp):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    ids = torch.randint(0, 500, (4, 128))
+    ids = torch.randint(0, 500, (4, config.train.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(ids, labels_BS=ids)
     assert output.lm_loss_sum is not None
     measured = sum(size for size, _ in kept.values())
-    assert estimate_memory(config, 1)["activations"] == pytest.approx(measured, rel=0.1)
+    shapes = Shapes(config, "cpu", 1.0)
+    planned = head_memory(shapes)[0] + sum(block.size for block in kept_by_layers(shapes, 2))
+    assert planned == pytest.approx(measured, rel=0.05)
 
 
-def test_memory_is_cut_over_the_ranks():
-    words = ["train.precision=bfloat16", "train.micro_batch_size=2", "train.global_batch_size=16"]
-    total, _ = count_parameters(compose())
+def kinds(config, world, phase, **keywords):
+    return plan_memory(config, world, **keywords).phases[phase]
+
+
+LOCAL = ["train.micro_batch_size=2", "train.global_batch_size=16"]
+
+
+def sizes(config, expert, world):
+    """(elements on a rank, of its part of ZeRO's partition)"""
+    total, _ = count_parameters(config)
     experts = 2 * 8 * 3 * 128 * 256
-    one = estimate_memory(compose(*words), 1)
-    assert (one["weights"], one["gradients"], one["optimizer"]) == (2 * total, 4 * total, 12 * total)
-    stage1 = estimate_memory(compose(*words, "parallel.expert=4"), 8)
-    local, cut = total - experts + experts // 4, (total - experts) / 8 + experts / 4 / 2
-    assert (stage1["weights"], stage1["gradients"]) == (2 * local, 4 * local)
-    assert stage1["optimizer"] == round(12 * cut)
-    stage2 = estimate_memory(compose(*words, "parallel.expert=4", "parallel.zero_stage=2"), 8)
-    assert stage2["gradients"] == round(4 * cut)
-    assert stage2["activations"] == stage1["activations"]
+    local = total - experts + experts // expert
+    return local, (total - experts) / world + experts / world
+
+
+@pytest.mark.parametrize(("expert", "world"), [(1, 1), (1, 8), (4, 8), (8, 8)])
+def test_float32_shares_master_weights_with_the_model(expert, world):
+    config = compose(*LOCAL, f"parallel.expert={expert}")
+    local, share = sizes(config, expert, world)
+    update = kinds(config, world, "update", device="cuda")
+    assert (update["weights"], update["optimizer"]) == (4 * local, round(12 * share))
+    if expert == 1:  # reduced where they lie
+        assert update["gradients"] == kinds(config, world, "backward", device="cuda")["gradients"] == 4 * local
+        assert kinds(config, world, "reduce", device="cuda")["communication"] == 0
+    else:
+        assert 4 * share <= update["gradients"] < 4 * local + 1
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bfloat16_has_float32_masters_and_sums(stage):
+    config = compose(*LOCAL, "train.precision=bfloat16", "parallel.expert=4", f"parallel.zero_stage={stage}")
+    local, share = sizes(config, 4, 8)
+    update = kinds(config, 8, "update", device="cuda")
+    assert (update["weights"], update["optimizer"]) == (2 * local, round(12 * share))
+    assert update["gradients"] == (6 * local if stage == 1 else round(4 * share))
+    bucket = kinds(config, 8, "loss", device="cuda")["communication"]
+    assert bucket == (0 if stage == 1 else 2 * 500_000_000)  # whole from the first gradient on, on CUDA
+
+
+def test_offload_moves_the_optimizer_to_the_host():
+    words = [*LOCAL, "train.precision=bfloat16", "parallel.expert=4"]
+    config = compose(*words, "parallel.offload_optimizer=true")
+    plan = plan_memory(config, 8, device="cuda")
+    assert all(phase["optimizer"] == 0 for phase in plan.phases.values())
+    assert plan.host == pytest.approx(18 * sizes(config, 4, 8)[1], abs=1)
+    assert plan_memory(compose(*words), 8, device="cuda").host == 0
+
+
+def test_recomputation_keeps_less_and_imbalance_needs_more():
+    words = ["train.micro_batch_size=8", "train.global_batch_size=32", "train.sequence_length=256"]
+
+    def rows(recompute, expert=1, imbalance=1.0):
+        config = compose(*words, f"model.recompute={recompute}", f"parallel.expert={expert}")
+        phase = kinds(config, 4, "loss", imbalance=imbalance)
+        return phase["activations"] + phase["moe_buffers"], phase["moe_buffers"]
+
+    assert rows("none")[0] > 2 * rows("mlp")[0] > 2 * rows("block")[0]
+    assert rows("mlp")[1] == rows("block")[1] == 0
+    assert rows("none", imbalance=1.5) == rows("none")  # one rank holds all experts: it gets all rows, always
+    assert rows("none", 2, 1.5)[1] > 1.3 * rows("none", 2)[1]
+    assert rows("none", 2, 9.0) == rows("none", 2, 2.0)  # no rank gets more than all rows
+
+
+def test_estimate_is_the_fullest_phase_of_a_step():
+    config = compose(*LOCAL)
+    plan = plan_memory(config, 8)
+    assert sum(estimate_memory(config, 8).values()) == plan.step_peak
+    assert plan.step_peak == max(plan.total(phase) for phase in ("loss", "backward", "reduce", "update"))
+    assert plan.peak >= plan.step_peak

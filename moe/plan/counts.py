@@ -1,14 +1,14 @@
-"""Parameters, FLOPs and memory of a run, from its configuration alone.
+"""Parameters and FLOPs of a model, from its configuration alone.
 
-Legend: B micro-batch, S sequence, H hidden, F feed-forward, L layers, N query heads, G key/value heads, D head
-dimension, E experts, k choices per token, V vocabulary, W window.
+Legend: S sequence, H hidden, F feed-forward, L layers, N query heads, G key/value heads, D head dimension, E experts,
+k choices per token, V vocabulary, W window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config import Config, Mlp, Precision
+from moe.config import Config, Mlp
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
@@ -66,40 +66,3 @@ def flops_per_token(config: Config) -> float:
     weights = parts.shared + parts.active_experts - parts.norms - looked_up
     keys = visible_keys(config.train.sequence_length, model.sliding_window)
     return 6 * weights + 12 * model.num_hidden_layers * model.num_attention_heads * model.head_size * keys
-
-
-def estimate_memory(config: Config, world_size: int) -> dict[str, int]:
-    """Bytes per rank: experts are cut over `parallel.expert` ranks, Adam's state over the data-parallel ranks.
-
-    weights: 4 bytes each, 2 in bfloat16. gradients: float32, cut like Adam's state under ZeRO-2. optimizer: float32
-    master weight and two moments, 12 bytes each; over all ranks for shared weights, over world / expert ranks for
-    experts. activations: what one micro-batch keeps for its backward pass, with perfectly balanced experts.
-    Temporary buffers, fragmentation and the frameworks themselves come on top.
-    """
-    parts, expert = parameter_parts(config), config.parallel.expert
-    shared, local = parts.shared, parts.experts // expert
-    cut = shared / world_size + local / (world_size // expert)
-    size = 2 if config.train.precision is Precision.bfloat16 else 4
-    gradients = cut if config.parallel.zero_stage == 2 else shared + local
-    return {
-        "weights": size * (shared + local),
-        "gradients": round(4 * gradients),
-        "optimizer": round(12 * cut),
-        "activations": _activations(config, size),
-    }
-
-
-def _activations(config: Config, size: int) -> int:
-    """Per token and layer: both norms' inputs and outputs (4H), q, k, v and the attention's output, and the MLP's part;
-    then the last norm, and the head's gradient, which the loss already computes in its forward pass."""
-    model, router = config.model, config.router
-    hidden, feed, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
-    attention = (2 * heads + 2 * model.num_key_value_heads) * model.head_size * size + 4 * heads  # and log-sum-exp
-    if model.mlp is Mlp.dense:
-        mlp = 3 * feed * size
-    else:  # per choice: its row in, gate and up, its row out; per token: logits and probabilities
-        mlp = router.top_k * (2 * hidden + 2 * feed) * size + 2 * 4 * router.num_experts
-    tokens = config.train.micro_batch_size * config.train.sequence_length
-    layer = 4 * hidden * size + attention + mlp
-    head = 2 * hidden * size
-    return tokens * (model.num_hidden_layers * layer + head) + 4 * model.vocab_size * hidden

@@ -1,0 +1,185 @@
+"""`moe bench memory`: the plan's memory beside what real training steps take.
+
+    moe bench memory                                   # three sizes, a process each (on a CPU, or the GPU at hand)
+    moe bench memory model=small train.micro_batch_size=16 train.global_batch_size=16     # your own
+    torchrun --nproc-per-node 2 -m moe bench memory model=small parallel.expert=2         # on several ranks
+
+Measured is the peak of three optimizer steps with the engine of `moe train`, random tokens: on a CPU the process's
+largest resident set (VmHWM) above that just before the model is built, on CUDA torch's peak of allocated bytes. A
+model of one tiny layer takes three steps first, so that what is loaded only once (code of DeepSpeed and torch) is in
+the base.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe.compose import load_config
+from moe.config import Config, Mlp
+from moe.dist import topology as topology_module
+from moe.dist.engine import Engine, expert_groups
+from moe.dist.topology import Topology
+from moe.model.transformer import Transformer
+from moe.plan import MemoryPlan, plan_memory
+from moe.sparse import Randomness
+from moe.sparse.balance import balance_loss
+
+STEPS = 3  # Adam's moments come with the first; the second has everything
+TINY = [
+    "model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=1",
+    "model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=null", "train.sequence_length=16",
+]  # fmt: skip
+# Parameters dominate, then activations, then both with an MLP's activations computed again.
+SIZES = {
+    "weights": [
+        "model=small", "model.num_hidden_layers=6", "model.hidden_size=384", "train.sequence_length=128",
+        "train.micro_batch_size=2", "train.global_batch_size=4",
+    ],
+    "activations": [
+        "model=small", "train.sequence_length=512", "train.micro_batch_size=8", "train.global_batch_size=8",
+    ],
+    "recomputed": [
+        "model=small", "model.num_hidden_layers=6", "model.recompute=mlp", "train.sequence_length=512",
+        "train.micro_batch_size=8", "train.global_batch_size=8",
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes of rank 0. `base` is the process before the model is built, part of neither other figure."""
+
+    base: int
+    measured: int
+    planned: int
+    kinds: dict[str, int]
+
+    @property
+    def error(self) -> float:
+        return self.planned / self.measured - 1
+
+
+def run(words: list[str]) -> None:
+    """Prints a table, or under torchrun and for keys of your own one line. Raises ValueError for the user."""
+    if words or topology_module.world_from_environment()[1] > 1:
+        result = measure(words)
+        if topology_module.world_from_environment()[0] == 0:
+            print(_line("yours", result))
+        return
+    print(f"{'size':12} {'planned':>9} {'measured':>9} {'error':>7}   planned by kind, MB")
+    for name, size in SIZES.items():
+        print(_line(name, measure_apart(size)), flush=True)
+
+
+def measure_apart(words: list[str]) -> Measured:
+    """`measure` in a process of its own: a resident set's peak can't be told apart in one that did other things."""
+    command = [sys.executable, "-m", "moe.bench.memory", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(words: list[str]) -> Measured:
+    """The peak of three optimizer steps on this rank, and the plan's. Raises ValueError for the user."""
+    config, tiny = load_config(words), load_config([*words, *TINY, *_tiny_tokenizer(words)])
+    _, world_size, _, node_size = topology_module.world_from_environment()
+    config.check_world(world_size, node_size)
+    topology = topology_module.start(config.parallel.expert)
+    try:
+        _steps(tiny, topology)
+        gc.collect()
+        base = _reset(topology.device)
+        imbalance = _steps(config, topology)
+        measured = _peak(topology.device) - base
+    finally:
+        topology_module.stop()
+    plan = plan_memory(config, world_size, device=topology.device.type, imbalance=imbalance)
+    return Measured(base, measured, plan.step_peak, _kinds(plan))
+
+
+def _tiny_tokenizer(words: list[str]) -> list[str]:
+    """A tokenizer with pieces of its own is bound to the vocabulary's size."""
+    return ["tokenizer.vocab_size=512"] if any(word.startswith("tokenizer.vocab_size=") for word in words) else []
+
+
+def _steps(config: Config, topology: Topology) -> float:
+    """Train on random tokens; the rows that the fullest rank's experts had, over the mean."""
+    group, _ = expert_groups(topology)
+    model = Transformer(config.model, config.router, config.experts, expert_group=group)
+    model.init_weights(config.train.seed)
+    engine = Engine(model.to(topology.device), config, topology)
+    train, vocab = config.train, config.model.vocab_size
+    shape = (train.micro_batch_size, train.sequence_length)
+    generator = torch.Generator().manual_seed(topology.rank)
+    fullest = 1.0
+    for step in range(STEPS):
+        for _ in range(engine.accumulation):
+            ids = torch.randint(vocab, shape, generator=generator).to(topology.device)
+            samples = torch.arange(shape[0], device=topology.device)
+            randomness = Randomness.of(train.seed, step, samples)
+            output = engine(ids, labels_BS=ids, randomness=randomness)
+            loss = output.lm_loss_sum / ids.numel()
+            if config.model.mlp is Mlp.sparse:
+                loss = loss + balance_loss(output.routers, config.router).total
+                fullest = max(fullest, _imbalance([router.counts_E for router in output.routers], topology))
+            engine.backward(loss)
+            engine.step(config.optim.lr)
+    return fullest
+
+
+def _imbalance(counts: list[torch.Tensor], topology: Topology) -> float:
+    """Mean over layers of the rows of the fullest expert rank over the mean."""
+    if topology.expert == 1:
+        return 1.0
+    group, _ = expert_groups(topology)
+    counts_LE = torch.stack(counts)
+    dist.all_reduce(counts_LE, group=group)
+    rows_LR = counts_LE.unflatten(1, (topology.expert, -1)).sum(-1).float()
+    return float((rows_LR.amax(1) / rows_LR.mean(1)).mean())
+
+
+def _reset(device: torch.device) -> int:
+    """Start measuring a peak; bytes now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again from VmRSS (Linux)
+    return _resident("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}: the resident set is measured on Linux only")
+    return 1024 * int(found[1])
+
+
+def _kinds(plan: MemoryPlan) -> dict[str, int]:
+    return {kind: size for kind, size in plan.fullest_step().items() if size}
+
+
+def _line(name: str, result: Measured) -> str:
+    kinds = ", ".join(f"{kind} {size / 1e6:,.0f}" for kind, size in result.kinds.items())
+    return (
+        f"{name:12} {result.planned / 1e6:6,.0f} MB {result.measured / 1e6:6,.0f} MB {result.error:+7.1%}   {kinds} "
+        f"(process before: {result.base / 1e6:,.0f} MB)"
+    )
+
+
+if __name__ == "__main__":
+    figures = measure(sys.argv[1:])
+    print(json.dumps({name: getattr(figures, name) for name in Measured.__slots__}))

@@ -1,0 +1,78 @@
+"""`moe plan`: a training run, the hardware it is for, and how to show the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from moe.config.choices import DeviceKind
+from moe.config.rules import not_negative, positive, require
+from moe.config.run import Config
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """`nodes` of `gpus_per_node` ranks; every figure but the host's memory is of one rank.
+
+    GB is 10⁹ bytes. `memory_gb` is what the vendor states and `reserved_gb` what is taken before a tensor exists (CUDA
+    context, NCCL's and cuBLAS's buffers; on a CPU Python and PyTorch). `peak_tflops` is the dense bfloat16 rate,
+    `peak_tflops_float32` that without tensor cores; links are in one direction, what one rank sends while all do.
+    """
+
+    name: str
+    device: DeviceKind
+    nodes: int
+    gpus_per_node: int
+    memory_gb: float
+    reserved_gb: float
+    host_memory_gb: float
+    peak_tflops: float
+    peak_tflops_float32: float
+    memory_bandwidth_gbytes_per_s: float
+    intra_node_gbytes_per_s: float
+    inter_node_gbytes_per_s: float
+
+    def __post_init__(self) -> None:
+        positive("hardware", self, "nodes", "gpus_per_node", "memory_gb", "host_memory_gb", "peak_tflops")
+        positive("hardware", self, "peak_tflops_float32", "memory_bandwidth_gbytes_per_s")
+        positive("hardware", self, "intra_node_gbytes_per_s", "inter_node_gbytes_per_s")
+        not_negative("hardware", self, "reserved_gb")
+        require(
+            self.reserved_gb < self.memory_gb,
+            f"hardware.reserved_gb={self.reserved_gb} must be < hardware.memory_gb={self.memory_gb}",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanSettings:
+    """`imbalance` is the rows of the fullest expert rank over the mean; `json` prints one JSON object, no table."""
+
+    imbalance: float = 1.5
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.imbalance < float("inf"),
+            f"plan.imbalance={self.imbalance} must be ≥ 1: rows of the fullest expert rank over the mean",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(Config):
+    """Every key of `moe train`, and what it would run on; `check_world` is called by the plan."""
+
+    hardware: HardwareConfig = MISSING  # a preset or the command line states every figure: none has a default
+    plan: PlanSettings = field(default_factory=PlanSettings)
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)  # slots=True makes a new class, which a bare super() does not know
+        require(
+            self.hardware.device is DeviceKind.cuda or not self.parallel.offload_optimizer,
+            "parallel.offload_optimizer=true must be false on hardware.device=cpu: the optimizer is in the host's "
+            "memory anyway",
+        )

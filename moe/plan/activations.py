@@ -1,0 +1,155 @@
+"""What one micro-batch keeps for its backward pass, and what a layer's backward pass needs on top, in bytes.
+
+Counted are the tensors that the code of moe/model and moe/sparse keeps, so a change there changes the numbers here;
+tests/unit/test_plan.py compares them with what autograd really keeps.
+
+Legend: T tokens of the micro-batch, S sequence, H hidden, F feed-forward, N query heads, G key/value heads, D head
+dimension, E experts, k choices per token, R = T·k rows of this rank's tokens, M rows that its experts receive,
+V vocabulary; s bytes of an activation (2 in bfloat16, 4 in float32).
+"""
+
+from __future__ import annotations
+
+import math
+
+from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, Recompute
+from moe.model.attention import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
+from moe.model.loss import SLICE_ELEMENTS
+from moe.plan.gradients import Block, element_size
+
+
+class Shapes:
+    """The sizes that all formulas share. `imbalance` is rows of the fullest rank (or expert) / the mean."""
+
+    def __init__(self, config: Config, device: str, imbalance: float) -> None:
+        model, router, train = config.model, config.router, config.train
+        self.config, self.cuda = config, device == "cuda"
+        self.s = element_size(config)
+        self.tokens = train.micro_batch_size * train.sequence_length
+        self.layers = model.num_hidden_layers
+        self.hidden, self.feed, self.vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+        self.queries = model.num_attention_heads * model.head_size
+        self.keys = model.num_key_value_heads * model.head_size
+        self.sparse = model.mlp is Mlp.sparse
+        self.rows = self.tokens * router.top_k if self.sparse else 0
+        expert = config.parallel.expert
+        self.received = math.ceil(self.rows * min(imbalance, expert)) if expert > 1 else self.rows
+        share = router.num_experts // expert if self.sparse else 1
+        self.fullest = min(self.received, math.ceil(self.received / share * imbalance))
+        backend = config.experts.backend
+        # `auto` on CUDA takes grouped_mm only for bfloat16 (moe/sparse/experts.py)
+        self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the residual stream, [T, H]."""
+        return self.tokens * self.hidden * self.s
+
+
+def _attention(shapes: Shapes) -> int:
+    """q, k, v and the output as the attention back-end keeps them, without what enters the block."""
+    model, train, s = shapes.config.model, shapes.config.train, shapes.s
+    queries, keys, length, window = shapes.queries, shapes.keys, train.sequence_length, model.sliding_window
+    log_sum_exp = 4 * model.num_attention_heads
+    if model.attention is AttentionBackend.naive:  # every score, float32: softmax's output twice (and the mask)
+        scores = model.num_attention_heads * length * 4
+        return shapes.tokens * (2 * scores + (3 * queries + 3 * keys) * s + 8 * queries)
+    if shapes.cuda and s == 2:  # varlen: q, k, v made contiguous
+        return shapes.tokens * ((2 * queries + 2 * keys) * s + log_sum_exp)
+    if window is not None and window < length and not shapes.cuda:  # banded: each block's keys are copied together
+        block = min(max(-(-window // BAND_BLOCKS // 8) * 8, MIN_BAND_BLOCK), MAX_BAND_BLOCK)
+        back = -(-(window - 1) // block)
+        blocks = -(-length // block)
+        whole = max(0, blocks - back)  # blocks that have all `back` blocks before them: their queries are copied too
+        first = min(back, blocks)
+        copies = (first * (first + 1) / 2 + whole * (back + 1)) / blocks  # times each key is copied
+        width = (3 + whole / blocks) * queries + 2 * (copies + 1) * keys
+        return round(shapes.tokens * (blocks * block / length * width * s + log_sum_exp))
+    joined = queries + 2 * keys  # v is a view of the joined product, which keeps all of it; q and k are rotated copies
+    width = joined + (queries + keys) + queries
+    if not shapes.cuda and CAUSAL_BLOCK < length <= CAUSAL_SPAN:
+        width += queries  # the blocks' outputs, and their concatenation
+    return shapes.tokens * (width * s + log_sum_exp)
+
+
+def kept_by_layers(shapes: Shapes, layers: int) -> list[Block]:
+    """From the forward to the backward pass, under `model.recompute`."""
+    dense, rows = _layer(shapes, shapes.config.model.recompute)
+    return _layer_blocks(shapes, layers * dense, layers * rows, ("activations", "moe_buffers"))
+
+
+def layer_backward(shapes: Shapes) -> list[Block]:
+    """What a layer's backward pass holds beside what is kept and its weights' gradients; with recomputation that
+    includes what comes back first."""
+    dense, rows = _layer(shapes, Recompute.none)
+    kept_dense, kept_rows = _layer(shapes, shapes.config.model.recompute)
+    returned = _layer_blocks(shapes, dense - kept_dense, rows - kept_rows, ("recomputed", "recomputed"))
+    return [*returned, Block("working", _backward(shapes), shapes.stream)]
+
+
+def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str]) -> list[Block]:
+    """Gate and up are one tensor of rows; those that enter and leave are others."""
+    gate_up = shapes.received * 2 * shapes.feed * shapes.s
+    middle = rows * 2 * shapes.feed // (2 * shapes.feed + 2 * shapes.hidden)
+    return [
+        Block(kinds[0], dense, shapes.stream),
+        Block(kinds[1], middle, gate_up),
+        Block(kinds[1], rows - middle, shapes.received * shapes.hidden * shapes.s),
+    ]
+
+
+def _layer(shapes: Shapes, recompute: Recompute) -> tuple[int, int]:
+    """(bytes of everything but rows, bytes of the experts' rows) that one layer keeps."""
+    tokens, hidden, feed, s = shapes.tokens, shapes.hidden, shapes.feed, shapes.s
+    attention = 2 * shapes.stream + 4 * tokens + _attention(shapes)  # the block's input, and normed
+    if shapes.sparse:
+        experts, top_k = shapes.config.router.num_experts, shapes.config.router.top_k
+        routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
+        index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert > 1 else 0)
+        mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32
+        middle = (4 if shapes.loop else 2) * feed
+        rows = (shapes.received * (hidden + middle) + shapes.rows * hidden) * s
+    else:
+        routing, rows = 0, 0
+        mlp = shapes.stream + 3 * tokens * feed * s
+    if recompute is Recompute.block:
+        return shapes.stream + routing, 0
+    if recompute is Recompute.mlp:
+        return attention + shapes.stream + routing, 0
+    return attention + shapes.stream + 4 * tokens + routing + mlp, rows
+
+
+def _backward(shapes: Shapes) -> int:
+    """The most that one layer's backward pass holds at once: the MLP's part or the attention's."""
+    tokens, s = shapes.tokens, shapes.s
+    attention = 2 * tokens * (shapes.queries + 2 * shapes.keys) * s + shapes.stream
+    if not shapes.sparse:
+        return shapes.stream + max(attention, 4 * tokens * shapes.feed * s)
+    row = shapes.hidden * s
+    # combine: the gradient's row of each choice and its product with what the expert gave, float32
+    combine = shapes.rows * shapes.hidden * (8 if s == 4 else 10)
+    # experts: gradients of their output and input, less the output, which is gone by then
+    experts = (2 * shapes.received - shapes.rows) * row
+    if shapes.cuda and not shapes.loop:  # all rows at once: bfloat16 gate/up and both gradients widened, and back
+        experts += 30 * shapes.received * shapes.feed
+    elif shapes.loop:
+        experts += 5 * shapes.received * shapes.feed * s
+    else:  # one expert after the other
+        experts += (16 if s == 4 else 30) * shapes.fullest * shapes.feed
+    return shapes.stream + max(combine, experts, attention)
+
+
+def head_memory(shapes: Shapes) -> tuple[int, int]:
+    """(kept, working) bytes of the last norm and the loss, which already computes its gradients going forward."""
+    weight = 4 * shapes.vocab * shapes.hidden
+    kept = 2 * shapes.stream + weight  # the last norm's input, and both gradients
+    rows = min(shapes.tokens, max(64, SLICE_ELEMENTS["cuda" if shapes.cuda else "cpu"] // shapes.vocab))
+    slice_bytes = rows * shapes.vocab * (4 if shapes.s == 4 else 8)
+    scaled = shapes.stream + weight + (weight // 2 if shapes.s == 2 else 0)
+    return kept, max(slice_bytes, scaled)
+
+
+def evaluation_memory(shapes: Shapes) -> int:
+    """Logits of a whole micro-batch, and of one sequence in float32 with its log-softmax."""
+    length = shapes.config.train.sequence_length
+    return shapes.vocab * (shapes.tokens * shapes.s + length * (4 + (4 if shapes.s == 2 else 0)))

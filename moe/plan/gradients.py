@@ -1,0 +1,166 @@
+"""Weights, gradients and optimizer state as DeepSpeed's ZeRO-1 and 2 hold them on a rank (moe/dist/engine.py).
+
+In bytes per parameter of this rank; c is the rank's share of ZeRO's partition: 1 / ranks of what all ranks hold,
+expert / ranks of the experts.
+
+| way      | when                        | weights | master | Adam | flat gradient | gradients                     |
+| in place | float32, 1, no expert ranks | 4       | shared | 8c   | 4c            | 4, reduced where they lie     |
+| bucket   | float32, 1, expert ranks    | 4       | shared | 8c   | 4c            | 4, through a bucket, then 4c  |
+| stage 2  | float32, 2                  | 4       | shared | 8c   | 4c            | at most a bucket of 4, and 4c |
+| stage 2  | bfloat16, 2                 | 2       | 4c     | 8c   | –             | at most a bucket of 2, and 4c |
+| sums     | bfloat16, 1                 | 2       | 4c     | 8c   | –             | 4 all the time, and 2 beside  |
+
+With `parallel.offload_optimizer` master, Adam and the reduced gradients are in the host's memory, and stage 1 takes
+the bucket. A bucket is 500 million elements and its reduction works on a copy; on CUDA it is allocated whole, on a CPU
+only what is written counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.config import Config, Precision
+from moe.plan.counts import parameter_parts
+
+BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
+EXPERT_GROUP = 178_956_971  # elements: how DeepSpeed cuts experts into parameter groups
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Bytes of one kind of memory; `piece` is the largest single tensor in them."""
+
+    kind: str
+    size: int
+    piece: int
+
+
+def flat(kind: str, size: float) -> list[Block]:
+    """One tensor."""
+    return [Block(kind, round(size), round(size))]
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight or activation in the model's arithmetic."""
+    return 2 if config.train.precision is Precision.bfloat16 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """The rank's parameters, in elements: what all ranks hold, its experts, and its part of ZeRO's partition."""
+
+    shared: int
+    experts: int
+    share: float
+    sizes: tuple[tuple[int, int], ...]  # (how many, elements of one)
+
+    @property
+    def local(self) -> int:
+        return self.shared + self.experts
+
+    @property
+    def largest(self) -> int:
+        return max(size for _, size in self.sizes)
+
+
+def local_tensors(config: Config, world_size: int) -> Tensors:
+    parts, model, expert = parameter_parts(config), config.model, config.parallel.expert
+    hidden, layers, experts = model.hidden_size, model.num_hidden_layers, parts.experts // expert
+    sizes = [(1 if model.tie_word_embeddings else 2, parts.embedding), (2 * layers + 1, hidden)]
+    sizes += [
+        (2 * layers, heads * model.head_size * hidden)
+        for heads in (model.num_attention_heads, model.num_key_value_heads)
+    ]
+    if parts.experts:
+        down = experts // layers // 3
+        sizes += [(layers, 2 * down), (layers, down), (layers, config.router.num_experts * hidden)]
+    else:
+        sizes += [(3 * layers, hidden * model.intermediate_size)]
+    share = parts.shared / world_size + experts / (world_size // expert)
+    return Tensors(parts.shared, experts, share, tuple(sizes))
+
+
+class Sharded:
+    """Blocks of weights, gradients and optimizer state in each phase of a step."""
+
+    def __init__(self, config: Config, world_size: int, device: str) -> None:
+        self.tensors, self.cuda = local_tensors(config, world_size), device == "cuda"
+        self.expert, self.offload = config.parallel.expert, config.parallel.offload_optimizer
+        self.half = config.train.precision is Precision.bfloat16
+        self.size = element_size(config)
+        self.several = config.accumulation(world_size) > 1
+        if config.parallel.zero_stage == 2:
+            self.way = "stage 2"
+        elif self.offload:
+            self.way = "bucket"
+        elif self.half:
+            self.way = "sums"
+        else:
+            self.way = "in place" if self.expert == 1 else "bucket"
+        whole = 0 if self.half or world_size == 1 else self.tensors.largest  # float32 keeps tensors that reach into it
+        self.partition = 0 if self.offload else round(4 * min(self.tensors.local, self.tensors.share + whole))
+
+    def always(self) -> list[Block]:
+        blocks = flat("weights", self.size * self.tensors.local)
+        if not self.offload:  # moments, and master weights (bfloat16) or the flat gradient of the update (float32)
+            blocks.append(Block("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
+        if self.way == "sums":  # float32 sums, and the zeroed bfloat16 gradients, stay from step to step
+            blocks += [*flat("gradients", 4 * self.tensors.local), *self._each(2)]
+        return blocks
+
+    def host(self) -> int:
+        """Bytes in the host's memory beside a CUDA device: pinned master weights, moments, gradients, new weights."""
+        return round((16 + self.size) * self.tensors.share) if self.offload else 0
+
+    def held(self) -> list[Block]:
+        """Gradients between the micro-batches of a step."""
+        if self.way == "sums" or not self.several:
+            return []
+        return flat("gradients", self.partition) if self.way == "stage 2" else self._each(4)
+
+    def starting(self) -> list[Block]:
+        """When the first gradient of a backward pass comes: it allocates the bucket."""
+        return self._bucket() if self.cuda and self.way in ("stage 2", "bucket") else []
+
+    def produced(self) -> list[Block]:
+        """At the end of the step's last backward pass."""
+        if self.way == "stage 2":
+            return [*self._bucket(), *self.held()]
+        return [] if self.way == "sums" else [*self._each(4), *self.starting()]
+
+    def reducing(self) -> list[Block]:
+        if self.way == "in place":
+            return self._each(4)
+        if self.way == "sums":
+            return flat("communication", self._copy_of_sums())
+        # one reduction holds what all ranks share or experts, since their groups differ
+        group = self.tensors.local if self.expert == 1 else max(self.tensors.shared, self.tensors.experts)
+        copy = min(BUCKET, group) * (6 if self.half and self.way == "stage 2" else 4)  # bfloat16, and widened
+        bucket_and_copy = [*self._bucket(), *flat("communication", copy)]
+        rest = max(0, self.tensors.local - BUCKET)
+        if self.way == "bucket":  # what waits for the next bucket still lies where it was
+            return [*bucket_and_copy, *flat("gradients", 4 * rest)]
+        # bfloat16 adds to one float32 partition; float32 fills a new one when the reduction's copy is gone
+        partitions = 1 if self.half else (1 if self.several else 0) + (1 if rest else 0)
+        return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
+
+    def updating(self) -> list[Block]:
+        if self.way in ("sums", "in place"):
+            return [] if self.way == "sums" else self._each(4)
+        # the norm of a bfloat16 run is taken of a float64 copy of one gradient
+        return [*flat("gradients", self.partition), *flat("working", 8 * self.tensors.largest if self.half else 0)]
+
+    def _each(self, size: int) -> list[Block]:
+        """A tensor for each parameter, `size` bytes an element."""
+        return [Block("gradients", size * count * one, size * one) for count, one in self.tensors.sizes]
+
+    def _bucket(self) -> list[Block]:
+        size = self.size if self.way == "stage 2" else 4
+        return flat("communication", size * (BUCKET if self.cuda else min(BUCKET, self.tensors.local)))
+
+    def _copy_of_sums(self) -> int:
+        """Flat sums are reduced where they lie when they come alone, and joined first when several fit a bucket."""
+        shared = self.tensors.local if self.expert == 1 else self.tensors.shared
+        experts = 0 if self.expert == 1 else self.tensors.experts
+        joined = min(experts, BUCKET + EXPERT_GROUP) if experts > EXPERT_GROUP else 0
+        return 4 * max(shared if shared <= BUCKET else 0, joined)

@@ -1,0 +1,123 @@
+"""Memory of a rank through one optimizer step, phase by phase. The fullest phase is the peak, and is what must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moe.config import Config
+from moe.plan.activations import Shapes, evaluation_memory, head_memory, kept_by_layers, layer_backward
+from moe.plan.gradients import Block, Sharded, flat
+
+KINDS: tuple[str, ...] = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "moe_buffers",
+    "recomputed",
+    "communication",
+    "working",
+    "allocator",
+)
+STEP = ("loss", "backward", "reduce", "update")  # the phases that follow each other in a circle
+# On a CPU, glibc gives freed blocks from GIVEN_BACK on back to the system; smaller ones stay with the process.
+# Gradients don't fit the holes that activations leave (router outputs live on between them), so both pools count, and
+# blocks that come and go between kept ones need room of their own. HOLES are shares measured with glibc 2.36
+# (`moe bench memory`, tests/e2e/test_plan_memory.py).
+GIVEN_BACK = 32 * 2**20
+HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one rank: {phase: {kind: bytes}} in the order of a step, on the device; `host` and `checkpoint_host` are
+    in the host's memory, for good and while a checkpoint is written (on a CPU both are part of the phases)."""
+
+    phases: dict[str, dict[str, int]]
+    host: int
+    checkpoint_host: int
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        return self.total(self.peak_phase)
+
+    def fullest_step(self) -> dict[str, int]:
+        """{kind: bytes} of the fullest phase of training steps alone, without evaluation and checkpoint."""
+        return self.phases[max(STEP, key=self.total)]
+
+    @property
+    def step_peak(self) -> int:
+        return sum(self.fullest_step().values())
+
+
+def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalance: float = 1.0) -> MemoryPlan:
+    """`device` is cpu or cuda; `imbalance` is the rows of the fullest expert rank over the mean, ≥ 1.
+
+    NOTE: one document per sequence and no dropped choice are assumed; dropout's masks are not counted.
+    """
+    shapes, sharded = Shapes(config, device, imbalance), Sharded(config, world_size, device)
+    always, held = sharded.always(), sharded.held()
+    phases = {
+        "loss": [*always, *held, *sharded.starting(), *_backward_starts(shapes, sharded)],
+        "backward": [*always, *sharded.produced(), *kept_by_layers(shapes, 1), *layer_backward(shapes)],
+        "reduce": [*always, *sharded.reducing()],
+        "update": [*always, *sharded.updating()],
+        "evaluate": [*always, *flat("working", evaluation_memory(shapes))],
+    }
+    saved = 12 * sharded.tensors.local  # float32 weights and both moments, whole, on every rank
+    if device == "cpu":
+        phases["checkpoint"] = [*always, Block("working", saved, 4 * sharded.tensors.largest)]
+    return MemoryPlan(dict(_by_kind(phases, device, shapes.sparse)), sharded.host(), 0 if device == "cpu" else saved)
+
+
+def estimate_memory(config: Config, world_size: int, device: str = "cpu") -> dict[str, int]:
+    """Bytes per rank by kind in the fullest phase of a training step, with balanced experts; their sum is the peak."""
+    plan = plan_memory(config, world_size, device=device)
+    return {kind: size for kind, size in plan.fullest_step().items() if size}
+
+
+def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[Block]:
+    """The loss's own backward pass, or the last layer's, when the loss's two gradients have moved on."""
+    kept, working = head_memory(shapes)
+    head, layers = shapes.vocab * shapes.hidden, shapes.config.model.num_hidden_layers
+    piece = max(4 * head, shapes.stream)
+    loss = [Block("activations", kept, piece), Block("working", working, piece)]
+    others = shapes.s * (sharded.tensors.local - 2 * head) // layers
+    arrived = [] if sharded.way == "sums" else [*flat("gradients", shapes.s * head), Block("gradients", others, 0)]
+    last_layer = [*arrived, *layer_backward(shapes)]
+    heavier = max(loss, last_layer, key=lambda blocks: sum(block.size for block in blocks))
+    return [*kept_by_layers(shapes, layers), *heavier]
+
+
+def _by_kind(phases: dict[str, list[Block]], device: str, sparse: bool) -> Iterator[tuple[str, dict[str, int]]]:
+    """Sums by kind; on a CPU `allocator` is what the process holds beside: what other phases freed, and holes."""
+    pools = {phase: _pools(blocks, sparse) for phase, blocks in phases.items()}
+    gradients = max(pools[phase][0] for phase in STEP)
+    others = max(pools[phase][1] for phase in STEP)
+    for phase, blocks in phases.items():
+        kinds = dict.fromkeys(KINDS, 0)
+        for block in blocks:
+            kinds[block.kind] += block.size
+        if device == "cpu":
+            others = max(others, pools[phase][1])
+            in_use = sum(block.size for block in blocks if block.piece < GIVEN_BACK)
+            kinds["allocator"] = round(gradients + others) - in_use
+        yield phase, kinds
+
+
+def _pools(blocks: list[Block], sparse: bool) -> tuple[float, float]:
+    """Bytes of small blocks: (of gradients, of all others with their holes). In a dense model nothing lives on between
+    the activations, so that gradients take their place and all are one pool."""
+    small = [block for block in blocks if block.piece < GIVEN_BACK]
+    gradients = sum(block.size for block in small if block.kind == "gradients" and sparse)
+    holes = HOLES if sparse else {kind: HOLES[kind] for kind in ("working", "recomputed")}
+    others = [block for block in small if block.kind != "gradients" or not sparse]
+    return gradients, sum(block.size * (1 + holes.get(block.kind, 0)) for block in others)

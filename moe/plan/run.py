@@ -1,0 +1,251 @@
+"""One plan: what a configuration needs on the stated hardware, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moe.config import DeviceKind, Mlp, PlanConfig, Precision, Recompute
+from moe.plan.counts import count_parameters, flops_per_token, parameter_parts
+from moe.plan.gradients import element_size, local_tensors
+from moe.plan.memory import MemoryPlan, plan_memory
+from moe.plan.traffic import Flow, plan_traffic
+
+GB = 1e9
+KEPT = ("activations", "moe_buffers", "recomputed")
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one step at the stated rates, which nothing exceeds: real steps take longer than `overlapped`, and
+    longer than `in_turn` by as much as the arithmetic stays below its peak."""
+
+    compute: float
+    update: float
+    intra: float
+    inter: float
+
+    @property
+    def overlapped(self) -> float:
+        """Arithmetic and both links at once."""
+        return max(self.compute, self.intra, self.inter) + self.update
+
+    @property
+    def in_turn(self) -> float:
+        """One after the other."""
+        return self.compute + self.intra + self.inter + self.update
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    config: PlanConfig
+    memory: MemoryPlan
+    recomputing: dict[Recompute, int]  # activations' bytes (all layers) under each `model.recompute`
+    traffic: dict[str, Flow]
+    times: Times
+    advice: list[str]  # overrides that make it fit; [] when it fits or nothing does
+    advised_gb: float  # what it would need then; the least that was found when nothing fits
+    note: str = ""  # what was changed to have a plan at all
+
+    @property
+    def needed_gb(self) -> float:
+        return needed_gb(self.config, self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_gb <= self.config.hardware.memory_gb and self.host_gb <= self.config.hardware.host_memory_gb
+
+    @property
+    def host_gb(self) -> float:
+        return _host_gb(self.config, self.memory)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, bytes and seconds, for JSON."""
+        config, world = self.config, self.config.hardware.world_size
+        total, active = count_parameters(config)
+        tokens = config.train.global_batch_size * config.train.sequence_length
+        flops = flops_per_token(config)
+        return {
+            "hardware": asdict(config.hardware) | {"device": config.hardware.device.name},
+            "parameters": {"total": total, "active": active, "per_rank": local_tensors(config, world).local},
+            "flops_per_token": flops,
+            "step": {
+                "tokens": tokens,
+                "ranks": world,
+                "expert_ranks": config.parallel.expert,
+                "micro_batches_per_rank": config.accumulation(world),
+                "flops": flops * tokens,
+            },
+            "memory_bytes_per_rank": {
+                "imbalance": config.plan.imbalance,
+                "phases": self.memory.phases,
+                "peak_phase": self.memory.peak_phase,
+                "peak": self.memory.peak,
+                "activations_by_recompute": {kind.name: size for kind, size in self.recomputing.items()},
+                "host": self.memory.host,
+                "host_while_saving": self.memory.checkpoint_host,
+            },
+            "sent_bytes_per_rank_and_step": {
+                name: {"inside_node": flow.intra, "between_nodes": flow.inter} for name, flow in self.traffic.items()
+            },
+            "seconds_per_step": asdict(self.times)
+            | {"at_best": self.times.overlapped, "nothing_overlaps": self.times.in_turn},
+            "tokens_per_second": {
+                "at_best": tokens / self.times.overlapped,
+                "nothing_overlaps": tokens / self.times.in_turn,
+            },
+            "note": self.note,
+            "fits": self.fits,
+            "needed_gb": self.needed_gb,
+            "memory_gb": config.hardware.memory_gb,
+            "node_host_gb": self.host_gb,
+            "advice": self.advice,
+            "needed_gb_with_advice": self.advised_gb,
+        }
+
+
+def needed_gb(config: PlanConfig, memory: MemoryPlan) -> float:
+    """Device memory of a rank, reserved part included."""
+    return memory.peak / GB + config.hardware.reserved_gb
+
+
+def _host_gb(config: PlanConfig, memory: MemoryPlan) -> float:
+    """Host memory of a node: for good, and while a checkpoint is written."""
+    return (memory.host + memory.checkpoint_host) * config.hardware.gpus_per_node / GB
+
+
+def make_plan(asked: PlanConfig) -> Plan:
+    """Raises ValueError where `moe train` would on these ranks; only a global batch that they can't share is rounded
+    up, and the plan says so."""
+    config, note = _rounded(asked), ""
+    _check(config)
+    if config is not asked:
+        note = (
+            f"train.global_batch_size={asked.train.global_batch_size} can't be cut into micro-batches of "
+            f"{config.train.micro_batch_size} on {config.hardware.world_size} ranks: planned with "
+            f"{config.train.global_batch_size}"
+        )
+    memory = _memory(config)
+    recomputing = {
+        kind: sum(_memory(_with(config, {"model.recompute": kind})).phases["loss"][part] for part in KEPT)
+        for kind in Recompute
+    }
+    traffic = plan_traffic(config, config.hardware.nodes, config.hardware.gpus_per_node)
+    advice, advised = [], needed_gb(config, memory)
+    if advised > config.hardware.memory_gb or _host_gb(config, memory) > config.hardware.host_memory_gb:
+        advice, advised = _advise(asked, round_up=bool(note))
+    return Plan(config, memory, recomputing, traffic, _times(config, traffic), advice, advised, note)
+
+
+def _rounded(config: PlanConfig) -> PlanConfig:
+    """With the global batch rounded up to whole micro-batches on every rank; itself when it is."""
+    train = config.train
+    together = train.micro_batch_size * config.hardware.world_size
+    size = -(-train.global_batch_size // together) * together
+    return config if size == train.global_batch_size else _with(config, {"train.global_batch_size": size})
+
+
+def _check(config: PlanConfig) -> None:
+    config.check_world(config.hardware.world_size, config.hardware.gpus_per_node)
+
+
+def _memory(config: PlanConfig) -> MemoryPlan:
+    return plan_memory(
+        config, config.hardware.world_size, device=config.hardware.device.name, imbalance=config.plan.imbalance
+    )
+
+
+def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
+    hardware, train, world = config.hardware, config.train, config.hardware.world_size
+    tokens = train.global_batch_size * train.sequence_length / world
+    half = train.precision is Precision.bfloat16
+    peak = (hardware.peak_tflops if half else hardware.peak_tflops_float32) * 1e12
+    # Adam reads gradient, master and both moments and writes three of them; the weights are written too.
+    moved = (7 * 4 + element_size(config)) * local_tensors(config, world).share
+    return Times(
+        compute=tokens * _flops(config) / peak,
+        update=moved / (hardware.memory_bandwidth_gbytes_per_s * GB),
+        intra=sum(flow.intra for flow in traffic.values()) / (hardware.intra_node_gbytes_per_s * GB),
+        inter=sum(flow.inter for flow in traffic.values()) / (hardware.inter_node_gbytes_per_s * GB),
+    )
+
+
+def _flops(config: PlanConfig) -> float:
+    """Of one token on the fullest rank: recomputation repeats a forward pass, a third of the training's products."""
+    model, parts, flops = config.model, parameter_parts(config), flops_per_token(config)
+    head = 6 * model.vocab_size * model.hidden_size
+    mlp = 6 * (parts.active_experts or model.num_hidden_layers * 3 * model.hidden_size * model.intermediate_size)
+    again = {Recompute.none: 0.0, Recompute.mlp: mlp / 3, Recompute.block: (flops - head) / 3}[model.recompute]
+    fullest = 0.0
+    if model.mlp is Mlp.sparse and config.parallel.expert > 1:
+        more = min(config.plan.imbalance, config.parallel.expert) - 1
+        fullest = more * 6 * parts.active_experts * (4 / 3 if model.recompute is not Recompute.none else 1)
+    return flops + again + fullest
+
+
+def _with(config: PlanConfig, changes: dict[str, Any]) -> PlanConfig:
+    """A copy with some `section.key` values changed. Raises ValueError where a rule forbids them."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def _advise(config: PlanConfig, *, round_up: bool) -> tuple[list[str], float]:
+    """The fewest changes that fit, by trying all combinations; among equals the first in the order of `_choices`.
+
+    When none fits, also with more nodes: ([], what the least hungry combination needs).
+    """
+    least = float("inf")
+    for nodes in (1, 2, 4, 8, 16):
+        grown = {} if nodes == 1 else {"hardware.nodes": config.hardware.nodes * nodes}
+        for changes in _combinations(config):
+            try:
+                changed = _with(config, changes | grown)
+                changed = _rounded(changed) if round_up else changed
+                _check(changed)
+            except ValueError:  # a rule forbids the combination: batch sizes, ranks of a node
+                continue
+            memory = _memory(changed)
+            needed = needed_gb(changed, memory)
+            least = min(least, needed)
+            if needed <= config.hardware.memory_gb and _host_gb(changed, memory) <= config.hardware.host_memory_gb:
+                return [_word(key, value) for key, value in (changes | grown).items()], needed
+    return [], least
+
+
+def _word(key: str, value: Any) -> str:
+    """As it is typed."""
+    return f"{key}=true" if value is True else f"{key}={getattr(value, 'name', value)}"
+
+
+def _combinations(config: PlanConfig) -> list[dict[str, Any]]:
+    """All sets of changes: fewer before more, then cheaper before dearer."""
+    choices = _choices(config)
+    cost = {key: place for place, key in enumerate(choices)}
+    options = [[None, *((key, value) for value in values)] for key, values in choices.items()]
+    sets = [dict(item for item in chosen if item) for chosen in itertools.product(*options)]
+    return sorted(sets, key=lambda chosen: (len(chosen), sum(cost[key] for key in chosen)))
+
+
+def _choices(config: PlanConfig) -> dict[str, list[Any]]:
+    """What may change and to what, the cheapest first."""
+    model, train, parallel, hardware = config.model, config.train, config.parallel, config.hardware
+    experts: list[int] = []
+    if model.mlp is Mlp.sparse:
+        count = config.router.num_experts
+        limit = min(count, hardware.gpus_per_node)
+        experts = [degree for degree in range(parallel.expert + 1, limit + 1) if count % degree == 0]
+    halves = [train.micro_batch_size >> shift for shift in range(1, train.micro_batch_size.bit_length())]
+    order = list(Recompute)
+    cuda = hardware.device is DeviceKind.cuda
+    return {
+        "parallel.expert": experts,
+        "train.micro_batch_size": halves,
+        "parallel.zero_stage": [2] if parallel.zero_stage == 1 else [],
+        "model.recompute": order[order.index(model.recompute) + 1 :],
+        "train.precision": [Precision.bfloat16] if cuda and train.precision is Precision.float32 else [],
+        "parallel.offload_optimizer": [True] if cuda and not parallel.offload_optimizer else [],
+    }

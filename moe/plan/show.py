@@ -1,0 +1,168 @@
+"""`moe plan key=value …`: a plan as a table for people, or as one JSON object.
+
+    moe plan model=mixtral_8x7b parallel.expert=8 hardware=h100_8x2 train.precision=bfloat16 \\
+        train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256
+    moe plan … plan.json=true plan.imbalance=2
+
+Takes every word of `moe train`; docs/plan.md explains the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from moe.config import DeviceKind, Mlp, PlanConfig
+from moe.plan.counts import count_parameters, flops_per_token
+from moe.plan.gradients import local_tensors
+from moe.plan.run import GB, Plan, make_plan
+
+WIDTH = 110  # columns where the output is not a terminal
+PHASES = {
+    "loss": "backward starts",
+    "backward": "backward ends",
+    "reduce": "reduction",
+    "update": "update",
+    "evaluate": "evaluation",
+    "checkpoint": "checkpoint",
+}
+KIND_NAMES = {"moe_buffers": "MoE buffers", "recomputed": "recomputed layer", "allocator": "allocator's pool"}
+
+
+def run_plan(config: PlanConfig, console: Console | None = None) -> None:
+    plan = make_plan(config)
+    if config.plan.json:
+        print(json.dumps(plan.as_dict(), indent=1))
+        return
+    if console is None:
+        console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
+    traffic = [_traffic(plan)] if any(flow.total for flow in plan.traffic.values()) else []
+    console.print(Group(_run(plan), "", _memory(plan), *_memory_notes(plan), "", *traffic, _times(plan)))
+    console.print(verdict(plan), soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes for a reader, 3 digits."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(count) >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}" if count < 99.95 else f"{count:.0f} {units[0]}"
+
+
+def _grid(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _run(plan: Plan) -> Table:
+    config, hardware = plan.config, plan.config.hardware
+    world, train, parallel = hardware.world_size, config.train, config.parallel
+    total, active = count_parameters(config)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    unit = "GPUs" if hardware.device is DeviceKind.cuda else "processes"
+    table.add_row(
+        "hardware",
+        f"{hardware.name}: {hardware.nodes} × {hardware.gpus_per_node} {unit} of {hardware.memory_gb:g} GB, "
+        f"links {hardware.intra_node_gbytes_per_s:g} GB/s inside a node"
+        + (f", {hardware.inter_node_gbytes_per_s:g} GB/s between nodes" if hardware.nodes > 1 else ""),
+    )
+    local = local_tensors(config, world).local
+    table.add_row("parameters", f"{total:,}, {active:,} active per token, {local:,} on a rank")
+    table.add_row("FLOPs", f"{flops_per_token(config) / 1e9:,.4g} GFLOP per token in training")
+    sets = f"{parallel.expert} expert ranks, " if config.model.mlp is Mlp.sparse else ""
+    table.add_row(
+        "ranks",
+        f"{world}, {sets}ZeRO-{parallel.zero_stage}, {train.precision.name}, recompute={config.model.recompute.name}",
+    )
+    table.add_row(
+        "step",
+        f"{train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
+        f"{train.sequence_length}, {config.accumulation(world)} micro-batches of {train.micro_batch_size} on a rank",
+    )
+    if plan.note:
+        table.add_row("note", plan.note)
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    memory, config = plan.memory, plan.config
+    title = f"Memory of a rank, fullest expert rank at {config.plan.imbalance:g} × the mean"
+    table = _grid(title, "kind", *(PHASES[phase] for phase in memory.phases))
+    for kind in next(iter(memory.phases.values())):
+        values = [kinds[kind] for kinds in memory.phases.values()]
+        if any(values):
+            table.add_row(KIND_NAMES.get(kind, kind), *(size(value) if value else "·" for value in values))
+    table.add_section()
+    totals = [
+        Text(size(memory.total(phase)) + (" ← peak" if phase == memory.peak_phase else ""), style="bold")
+        for phase in memory.phases
+    ]
+    table.add_row(Text("together", style="bold"), *totals)
+    return table
+
+
+def _memory_notes(plan: Plan) -> list[str]:
+    memory, hardware = plan.memory, plan.config.hardware
+    kept = ", ".join(f"{kind.name} {size(count)}" for kind, count in plan.recomputing.items())
+    notes = [f"activations and MoE buffers with model.recompute = {kept}"]
+    if memory.host or memory.checkpoint_host:
+        ranks = hardware.gpus_per_node
+        always = f"{size(ranks * memory.host)} for the optimizer and " if memory.host else ""
+        saving = size(ranks * memory.checkpoint_host)
+        notes.append(f"host memory of a node: {always}{saving} while saving, of {hardware.host_memory_gb:g} GB")
+    return notes
+
+
+def _traffic(plan: Plan) -> Table:
+    table = _grid("Sent by a rank per step", "what", "inside the node", "between nodes")
+    for name, flow in plan.traffic.items():
+        if flow.total:
+            table.add_row(name, *(size(count) if count else "·" for count in (flow.intra, flow.inter)))
+    table.add_section()
+    sums = (sum(flow.intra for flow in plan.traffic.values()), sum(flow.inter for flow in plan.traffic.values()))
+    table.add_row(Text("together", style="bold"), *(Text(size(count), style="bold") for count in sums))
+    return table
+
+
+def _times(plan: Plan) -> Table:
+    times, train = plan.times, plan.config.train
+    tokens = train.global_batch_size * train.sequence_length
+    table = _grid("Time of a step at the stated rates", "bound", "seconds", "tokens/s")
+    for name, seconds in (
+        ("arithmetic", times.compute),
+        ("update", times.update),
+        ("links inside a node", times.intra),
+        ("links between nodes", times.inter),
+    ):
+        if seconds:
+            table.add_row(name, f"{seconds:.3g}", "")
+    table.add_section()
+    for name, seconds in (("everything overlaps", times.overlapped), ("nothing overlaps", times.in_turn)):
+        table.add_row(Text(name, style="bold"), f"{seconds:.3g}", f"{tokens / seconds:,.0f}")
+    return table
+
+
+def verdict(plan: Plan) -> str:
+    """One line: it fits, or what it needs and which changes were tried and fit."""
+    hardware, needed = plan.config.hardware, plan.needed_gb
+    parts = f"{plan.memory.peak / GB:.3g} GB of the run, {hardware.reserved_gb:g} GB reserved"
+    if plan.fits:
+        return f"fits: needs {needed:.3g} of {hardware.memory_gb:g} GB ({parts})"
+    if needed > hardware.memory_gb:
+        line = f"does not fit: needs {needed:.3g} of {hardware.memory_gb:g} GB ({parts})"
+    else:
+        line = (
+            f"does not fit: saving needs {plan.host_gb:.3g} of a node's {hardware.host_memory_gb:g} GB of host memory"
+        )
+    if plan.advice:
+        return f"{line}; try {', '.join(plan.advice)}: needs {plan.advised_gb:.3g} GB"
+    return f"{line}; no other degrees, recomputation, micro-batch, precision or number of nodes was found to fit"

@@ -1,0 +1,102 @@
+"""Bytes that a rank sends in one optimizer step, by what they are for and which link they take.
+
+- exchange: rows of hidden states to the ranks that hold their experts and back, in the forward and the backward pass:
+  4 exchanges a layer and micro-batch, 6 when the MLP is recomputed (its forward exchanges run again); beside them the
+  counts, int64, in the forward pass only. The share that leaves the rank, (N − 1) / N for N expert ranks, holds when
+  choices are uniform; the bytes handed to the exchange are exact.
+- gradients: DeepSpeed all-reduces buckets in float32 in both stages (its `reduce_scatter` keeps only the rank's part of
+  the result): a ring sends 2 (n − 1) / n of them. Stage 2 does so after every micro-batch, stage 1 once a step.
+- weights: every rank gathers what the others updated, (n − 1) / n.
+
+Groups are those of moe/dist/engine.py: expert ranks are consecutive, the ranks that hold the same experts strided.
+A rank's part of a ring between nodes is the mean over its members: a node's adapters share it.
+
+Legend: T tokens of a micro-batch, k choices per token, H hidden, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.config import Config, Mlp, Recompute
+from moe.plan.gradients import element_size, local_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeBytes:
+    """What one rank hands to all-to-all in one optimizer step, its part for itself included: `rows` as their sender in
+    the exchanges to the experts and as the origin of what comes back, so that the sum over ranks is exact; `counts` in
+    int64. Zero without expert parallelism, at most this with `router.capacity_factor`."""
+
+    rows: int
+    counts: int
+    leaving: float  # the share that goes to other ranks when choices are uniform
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.counts
+
+
+def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
+    """4 · T · k · H · bytes per layer and micro-batch (6 with recomputation), and E · 8 (16) for the counts."""
+    model, router, train, expert = config.model, config.router, config.train, config.parallel.expert
+    if expert == 1 or model.mlp is Mlp.dense:
+        return ExchangeBytes(0, 0, 0.0)
+    forwards = 1 if model.recompute is Recompute.none else 2
+    times = model.num_hidden_layers * config.accumulation(world_size)
+    rows = train.micro_batch_size * train.sequence_length * router.top_k
+    return ExchangeBytes(
+        rows=times * (2 * forwards + 2) * rows * model.hidden_size * element_size(config),
+        counts=times * forwards * router.num_experts * 8,
+        leaving=(expert - 1) / expert,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Bytes that a rank sends per step inside its node and between nodes."""
+
+    intra: float
+    inter: float
+
+    @property
+    def total(self) -> float:
+        return self.intra + self.inter
+
+
+def plan_traffic(config: Config, nodes: int, ranks_per_node: int) -> dict[str, Flow]:
+    """{what for: Flow} for `nodes` of `ranks_per_node`, the mean over ranks."""
+    world, expert = nodes * ranks_per_node, config.parallel.expert
+    tensors, size = local_tensors(config, world), element_size(config)
+    exchange = exchange_bytes(config, world)
+    near = _same_node(world, expert, ranks_per_node)
+    leaving = exchange.total * exchange.leaving
+    reductions = config.accumulation(world) if config.parallel.zero_stage == 2 else 1
+    replicas = [list(range(first, world, expert)) for first in range(expert)]
+    flows = {"expert exchange": Flow(leaving * near, leaving * (1 - near))}
+    parts = [("shared", tensors.shared, [list(range(world))]), ("expert", tensors.experts, replicas)]
+    for name, count, groups in parts:
+        if not count:
+            continue
+        between = _crossings(groups[0], ranks_per_node)
+        ring = (len(groups[0]) - 1) / len(groups[0])
+        for what, sent in ((f"{name} gradients", 8 * reductions * count), (f"{name} weights", size * count)):
+            flows[what] = Flow(sent * ring * (1 - between), sent * ring * between)
+    return flows
+
+
+def _same_node(world: int, expert: int, ranks_per_node: int) -> float:
+    """Of a rank's expert-parallel peers, the share in its own node; the mean over ranks."""
+    if expert == 1:
+        return 1.0
+    pairs = [
+        (rank, first + peer) for rank in range(world) for first in [rank - rank % expert] for peer in range(expert)
+    ]
+    others = [(rank, peer) for rank, peer in pairs if rank != peer]
+    return sum(rank // ranks_per_node == peer // ranks_per_node for rank, peer in others) / len(others)
+
+
+def _crossings(ring: list[int], ranks_per_node: int) -> float:
+    """The share of a ring's hops that lead to another node."""
+    hops = zip(ring, [*ring[1:], ring[0]], strict=True)
+    return sum(a // ranks_per_node != b // ranks_per_node for a, b in hops) / len(ring)
