@@ -23,8 +23,8 @@ KINDS: tuple[str, ...] = (
 STEP = ("loss", "backward", "reduce", "update")  # the phases that follow each other in a circle
 # On a CPU, glibc gives freed blocks from GIVEN_BACK on back to the system; smaller ones stay with the process.
 # Gradients don't fit the holes that activations leave (router outputs live on between them), so both pools count, and
-# blocks that come and go between kept ones need room of their own. HOLES are shares measured with glibc 2.36
-# (`moe bench memory`, tests/e2e/test_plan_memory.py).
+# blocks that come and go between kept ones need room of their own. HOLES are fitted to runs with glibc
+# (docs/plan.md says to which, and how far they hold).
 GIVEN_BACK = 32 * 2**20
 HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
 
