@@ -1,0 +1,42 @@
+"""The bytes that the expert exchange puts on the wire are those of the plan's formula, counted from the real calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe.plan import exchange_bytes
+from tests.distributed.training import build, config_of, engine_steps
+from tests.ranks import run_ranks
+
+
+def _sent(words: list[str]) -> tuple[int, int]:
+    """Bytes of (rows, counts) that this rank handed to all-to-all in one optimizer step, its own part included."""
+    config = config_of(words)
+    topology, engine = build(config)
+    rows, counts, real = [0], [0], dist.all_to_all_single
+
+    def counting(output: torch.Tensor, given: torch.Tensor, *arguments: object, **keywords: object) -> object:
+        (rows if given.is_floating_point() else counts)[0] += given.nbytes
+        return real(output, given, *arguments, **keywords)
+
+    dist.all_to_all_single = counting
+    try:
+        engine_steps(config, topology, engine, 0, 1)
+    finally:
+        dist.all_to_all_single = real
+    return rows[0], counts[0]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["model.recompute=block"], ["router.top_k=3", "train.micro_batch_size=1"]], ids=["2", "again", "3"]
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_on_the_wire_equal_the_formula(ranks: int, more: list[str]) -> None:
+    words = [f"parallel.expert={ranks}", *more]
+    sent = run_ranks(ranks, _sent, words)
+    planned = exchange_bytes(config_of(words), ranks)
+    # Summed over ranks: how much each one returns depends on where the router sent tokens.
+    assert sum(rows for rows, _ in sent) == ranks * planned.rows
+    assert sum(counts for _, counts in sent) == ranks * planned.counts
