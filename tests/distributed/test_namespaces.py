@@ -15,6 +15,8 @@ import pytest
 
 from tests.e2e.conftest import SMALL, command, environment, read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 WORDS = [*SMALL, f"train.steps={STEPS}", "checkpoint.every=4"]

@@ -8,7 +8,10 @@ import pytest
 
 from moe.bench.memory import SIZES, measure_apart
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is read from /proc"),
+]
 
 
 @pytest.mark.parametrize("size", SIZES)
