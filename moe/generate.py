@@ -22,14 +22,10 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from moe.config.rules import require
 from moe.data.tokenizer import Tokenizer
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,14 +50,12 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_chunk", "top_k"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value} must be ≥ 1")
+            require(value is None or value >= 1, f"{name}={value} must be ≥ 1")
         for name in ("temperature", "seed"):
-            _require(0 <= getattr(self, name) < float("inf"), f"{name}={getattr(self, name)} must be ≥ 0")
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
-        _require(
-            0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty} must be > 0"
-        )
-        _require(self.stop != "", "stop='' must have a character: null means no stop text")
+            require(0 <= getattr(self, name) < float("inf"), f"{name}={getattr(self, name)} must be ≥ 0")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+        require(0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty} must be > 0")
+        require(self.stop != "", "stop='' must have a character: null means no stop text")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,12 +69,12 @@ class GenerateConfig(Sampling):
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)  # super() doesn't work in a class that slots=True made anew
-        _require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
+        require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
         given = (self.prompt is not None) + (self.prompts_file is not None)
-        _require(
+        require(
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
 
 
 def quote_texts(words: list[str]) -> list[str]:
@@ -128,14 +122,14 @@ def stream(
     equally often, and rounding could make one rank's text end before another's.
     """
     config = model.config
-    _require(
+    require(
         tokenizer.vocab_size <= config.vocab_size,
         f"the tokenizer's {tokenizer.vocab_size} pieces must be ≤ model.vocab_size={config.vocab_size}",
     )
     texts = [_Text(tokenizer, index, prompt, settings) for index, prompt in enumerate(prompts)]
     width = max(len(text.ids) for text in texts)
     total = width + settings.max_new_tokens
-    _require(
+    require(
         total <= config.max_position_embeddings,
         f"{width} prompt tokens + max_new_tokens={settings.max_new_tokens} must be ≤ "
         f"model.max_position_embeddings={config.max_position_embeddings}",
@@ -257,7 +251,7 @@ def read_prompts(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts_file={path}: byte {error.start} isn't UTF-8; save the file as UTF-8") from error
     prompts = [line for line in lines if line.strip()]
-    _require(bool(prompts), f"prompts_file={path}: has no prompt; write one a line")
+    require(bool(prompts), f"prompts_file={path}: has no prompt; write one a line")
     return prompts
 
 
