@@ -236,9 +236,9 @@ def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.
     return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
 
 
-def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, seed: int) -> str:
-    """A continuation of `prompt` for a look at a training model. With expert parallelism every rank must call it."""
-    settings = Sampling(max_new_tokens=tokens, seed=seed)
+def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
+    """The greedy continuation of `prompt` for a look at a training model. With expert parallelism every rank must call it."""
+    settings = Sampling(max_new_tokens=tokens, temperature=0.0)
     return "".join(piece.text for piece in stream(model, tokenizer, [prompt], settings, all_steps=True))
 
 

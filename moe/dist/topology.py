@@ -35,11 +35,6 @@ class Topology:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def expert_rank(self) -> int:
-        """Which slice of the experts this rank holds."""
-        return self.rank % self.expert
-
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """In-place sum over all ranks."""
         if self.world_size > 1:

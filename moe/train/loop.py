@@ -26,7 +26,7 @@ from moe.dist import topology as topology_module
 from moe.dist.checkpoint import Checkpoints, TrainState, write_durably
 from moe.dist.engine import Engine, StepResult, expert_groups
 from moe.dist.topology import Topology
-from moe.generate import Sampling, stream
+from moe.generate import sample_text
 from moe.model.transformer import Transformer
 from moe.plan import flops_per_token
 from moe.report.page import write_report
@@ -261,9 +261,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
 def _sample(run: Run) -> None:
     """A continuation of `train.sample_prompt`. All ranks take part: with expert parallelism each holds a slice."""
     train = run.config.train
-    settings = Sampling(max_new_tokens=train.sample_tokens, temperature=0.0)
-    pieces = stream(_transformer(run), run.corpus.tokenizer, [train.sample_prompt], settings, all_steps=True)
-    text = "".join(piece.text for piece in pieces)
+    text = sample_text(_transformer(run), run.corpus.tokenizer, train.sample_prompt, train.sample_tokens)
     if run.topology.is_main:
         with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": run.state.step, "prompt": train.sample_prompt, "text": text}) + "\n")
