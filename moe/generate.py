@@ -237,7 +237,7 @@ def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
-    """The greedy continuation of `prompt`, for a look at a training model. Ranks that share experts call it together."""
+    """The greedy continuation of `prompt`, to look at while training. Ranks that share experts call it together."""
     settings = Sampling(max_new_tokens=tokens, temperature=0.0)
     return "".join(piece.text for piece in stream(model, tokenizer, [prompt], settings, all_steps=True))
 
