@@ -10,7 +10,8 @@
     moe bench peers                                       our training step beside transformers'
 
 `moe VERB --help` tells the verb's keys. Exit codes: 0 done, 1 a fault in the program or the machine, 2 something to
-change in the command, the configuration or the data (one line on stderr says what), 130 interrupted.
+change in the command, the configuration or the data (one line on stderr says what), 128 + N stopped by signal N (130
+Ctrl-C, 138 SIGUSR1, 143 SIGTERM; a training run has saved its state and goes on with the same command).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from moe.compose import ConfigError, choices, compose_dict, groups, load_config
 from moe.config import Config, PlanConfig
-from moe.errors import StartError, for_user
+from moe.errors import StartError, Stopped, for_user
 
 
 def _train(words: list[str]) -> None:
@@ -180,6 +181,10 @@ def main() -> None:
     except OSError as error:
         print(f"moe: {error}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        if world_from_environment()[2] == 0:
+            print(f"moe: {stopped}", file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("moe: interrupted", file=sys.stderr)
         sys.exit(130)

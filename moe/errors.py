@@ -29,3 +29,11 @@ class StartError(ValueError):
     def __init__(self, text: str, *, speaks: bool = False) -> None:
         super().__init__(text)
         self.speaks = speaks
+
+
+class Stopped(Exception):
+    """Training did what a signal asked: it saved and stopped. `code` is the exit code that shells give that signal."""
+
+    def __init__(self, text: str, signal_number: int) -> None:
+        super().__init__(text)
+        self.code = 128 + signal_number

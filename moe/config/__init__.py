@@ -22,7 +22,7 @@ from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.run import Config
-from moe.config.train import CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
+from moe.config.train import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
 
 __all__ = [
     "AttentionBackend",
@@ -33,6 +33,7 @@ __all__ = [
     "DropPolicy",
     "ExpertBackend",
     "ExpertsConfig",
+    "GuardConfig",
     "HardwareConfig",
     "Mlp",
     "ModelConfig",

@@ -8,7 +8,14 @@ from moe.config.choices import Mlp, Schedule, TokenizerKind
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
 from moe.config.rules import require
-from moe.config.train import CheckpointConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
+from moe.config.train import (
+    CheckpointConfig,
+    GuardConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +32,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

@@ -74,13 +74,48 @@ class TrackingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """Save `every` so many steps and at the end; keep the newest `keep` of them."""
+    """Save `every` so many steps and at the end; keep the newest `keep`, and for good each `keep_every`-th step's.
+
+    `background` writes a snapshot while training goes on; after `max_failures` failed saves in a row the run stops.
+    `allow_changes` lets a resume go on with another mathematics than the checkpoint's (see `moe.train.rundir`).
+    """
 
     every: int = 200
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
+    max_failures: int = 3
+    allow_changes: bool = False
 
     def __post_init__(self) -> None:
-        positive("checkpoint", self, "every", "keep")
+        positive("checkpoint", self, "every", "keep", "keep_every", "max_failures")
+        require(
+            self.keep_every is None or self.keep_every % self.every == 0,
+            f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: "
+            "no other step is saved",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """When a step is refused, when a rank counts as hung.
+
+    A step whose loss or gradient is not finite is always refused on all ranks; so is, if `spike_sigmas` is set, one
+    whose gradient norm is more than so many standard deviations above the mean of the last `spike_window` accepted
+    steps. After `max_skipped` refused steps in a row the run stops. A rank that makes no progress for `hang_seconds`
+    ends the run, so that the launcher can start it again (null: never).
+    """
+
+    max_skipped: int = 5
+    spike_sigmas: float | None = None
+    spike_window: int = 128
+    hang_seconds: float | None = 600.0
+
+    def __post_init__(self) -> None:
+        positive("guard", self, "max_skipped", "spike_sigmas", "spike_window", "hang_seconds")
+        require(
+            self.spike_window >= 8, f"guard.spike_window={self.spike_window} must be ≥ 8: a deviation needs a few norms"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,9 +17,10 @@ import sentencepiece
 from moe.config import DataConfig, TokenizerConfig
 from moe.data.corpora import DataError, Piece, Source, stated_weights
 from moe.data.corpus import FORMAT, META, SPLITS
-from moe.data.shards import StreamWriter, sync_folder, token_dtype
+from moe.data.shards import StreamWriter, token_dtype
 from moe.data.tokenizer import Tokenizer
 from moe.data.trainer import sample_blocks, train_sentencepiece
+from moe.durable import fsync
 
 ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once, so that every core gets some
 PROGRESS_BYTES = 1 << 28
@@ -111,7 +112,7 @@ def write_corpus(
         file.flush()
         os.fsync(file.fileno())
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_folder(path)
+        fsync(path)
 
 
 def _encode_source(

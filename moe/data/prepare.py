@@ -26,8 +26,8 @@ from moe.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe.data.build import survey_source, train_tokenizer, write_corpus
 from moe.data.corpora import DataError, Source, open_sources, stated_weights
 from moe.data.corpus import FORMAT, Corpus, check_tokenizer, check_vocab, open_corpus
-from moe.data.shards import sync_folder
 from moe.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
+from moe.durable import fsync
 
 __all__ = ["Corpus", "check_tokenizer", "check_vocab", "open_corpus", "prepare"]
 
@@ -138,7 +138,7 @@ def _build(
                 with _writing(cache):
                     write_corpus(beside, fingerprint, data, tokenizer, sources, surveys, log)
                     beside.rename(folder)
-                    sync_folder(cache)
+                    fsync(cache)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
             corpus = open_corpus(folder, stated_weights(data))

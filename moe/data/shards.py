@@ -133,12 +133,3 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if size != count * dtype.itemsize:
         raise DataError(f"{path}: has {size} bytes instead of {count * dtype.itemsize}: the cache is damaged")
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
-
-
-def sync_folder(path: Path) -> None:
-    """A rename and new names last only once the folder itself is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -37,9 +36,9 @@ from moe.compose import read_config
 from moe.config import Config
 from moe.dist.engine import ADAM_MOMENTS, Engine
 from moe.dist.topology import Topology
+from moe.durable import PARTIAL, fsync, write_durably
 from moe.model.transformer import Transformer
 
-PARTIAL = ".partial"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,23 +52,6 @@ class TrainState:
     tokenizer: str = ""
     data: str = ""
     torch: str = torch.__version__
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace `path` so that a reader sees the old or the new text, never part of one, even after a power cut."""
-    beside = path.with_name(path.name + PARTIAL)
-    beside.write_text(text, encoding="utf-8")
-    _fsync(beside)
-    beside.replace(path)
-    _fsync(path.parent)
 
 
 def _sha256(path: Path) -> str:
@@ -136,16 +118,16 @@ class Checkpoints:
             (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
             manifest = {}
             for path in _files(partial):
-                _fsync(path)
+                fsync(path)
                 name = str(path.relative_to(partial))
                 manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             write_durably(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
             for folder in (partial / "model", partial / "optimizer", partial):
-                _fsync(folder)
+                fsync(folder)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            _fsync(self.folder)
+            fsync(self.folder)
             write_durably(self.folder / "latest", final.name + "\n")
             for old in committed(self.folder)[self.keep :]:
                 shutil.rmtree(old)

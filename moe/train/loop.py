@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +19,21 @@ import torch
 
 from moe.compose import to_yaml
 from moe.config import Config, Mlp
-from moe.data.loader import Batch, Loader, held_out_batches
-from moe.data.prepare import Corpus, check_vocab, prepare
+from moe.data.loader import Batch
 from moe.dist import topology as topology_module
-from moe.dist.checkpoint import Checkpoints, TrainState, write_durably
-from moe.dist.engine import Engine, StepResult, expert_groups
+from moe.dist.engine import StepResult
 from moe.dist.topology import Topology
+from moe.durable import write_durably
 from moe.generate import sample_text
 from moe.model.transformer import Transformer
-from moe.plan import flops_per_token
 from moe.report.page import write_report
 from moe.sparse import Randomness
 from moe.sparse.balance import balance_loss
 from moe.train import rundir
-from moe.train.evaluate import Evaluation
 from moe.train.metrics import StepSums
 from moe.train.optim import learning_rate
 from moe.train.progress import Display
-from moe.train.startup import choose_backends, describe_run, peak_flops
-from moe.train.tracking import Tracker, cut_back
-
-
-@dataclass(slots=True)
-class Run:
-    """Everything that a training run is made of, on one rank."""
-
-    config: Config
-    topology: Topology
-    folder: Path
-    display: Display
-    corpus: Corpus
-    engine: Engine
-    loader: Loader
-    evaluation: Evaluation
-    checkpoints: Checkpoints
-    state: TrainState
-    flops_per_token: float
-    peak_flops: float
-    tracker: Tracker | None = None  # rank 0's
+from moe.train.setup import Run, set_up
 
 
 def train(config: Config) -> None:
@@ -68,7 +44,7 @@ def train(config: Config) -> None:
         folder = Path(config.run_dir)
         held = topology.agree(lambda: rundir.lock(folder) if topology.is_main else None, "run_dir")
         try:
-            run = _set_up(config, topology, folder, display)
+            run = set_up(config, topology, folder, display)
             if run.state.step >= config.train.steps:
                 display.line(f"{folder} is finished at step {run.state.step}; a larger train.steps goes on from there")
                 return
@@ -78,98 +54,6 @@ def train(config: Config) -> None:
                 held.close()
     finally:
         topology_module.stop()
-
-
-def _set_up(config: Config, topology: Topology, folder: Path, display: Display) -> Run:
-    quiet = display.line if topology.is_main else _silent
-    corpus = topology.agree(lambda: prepare(config.data, config.tokenizer, log=quiet), "data")
-    topology.agree(lambda: check_vocab(corpus, config.model.vocab_size), "data")
-    train, world = config.train, topology.world_size
-    loader = topology.agree(
-        lambda: Loader(
-            corpus,
-            sequence_length=train.sequence_length,
-            micro_batch_size=train.micro_batch_size,
-            global_batch_size=train.global_batch_size,
-            rank=topology.rank,
-            world_size=world,
-            seed=train.seed,
-        ),
-        "data",
-    )
-    held_out = topology.agree(
-        lambda: held_out_batches(
-            corpus,
-            sequence_length=train.sequence_length,
-            micro_batch_size=train.micro_batch_size,
-            max_sequences=train.eval_sequences,
-            rank=topology.rank,
-            world_size=world,
-        ),
-        "data",
-    )
-    checkpoints = Checkpoints(folder, topology, config.checkpoint.keep)
-    checkpoint = checkpoints.newest(display.warn)
-    changes = topology.agree(lambda: rundir.check_resumable(checkpoint, config) if checkpoint else [], "resume")
-
-    expert_group, _ = expert_groups(topology)
-    model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
-    model.init_weights(train.seed)
-    model.to(topology.device)
-    backends = topology.agree(lambda: choose_backends(config, topology), "back-ends")
-    peak = peak_flops(config, topology)
-    engine = Engine(model, config, topology)
-    state = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
-    for line in (*corpus.describe().splitlines(), *describe_run(config, topology, peak), *backends):
-        display.line(line)
-    if checkpoint is not None:
-        data, tokenizer = state.data, state.tokenizer
-        state = topology.agree(lambda: checkpoints.load(checkpoint, engine), "resume")
-        _check_data(state, data, tokenizer, checkpoint, display)
-        loader.consumed = state.consumed
-        display.line(f"resuming from {checkpoint} (step {state.step}, {state.tokens:,} tokens)")
-        for line in changes:
-            display.warn(f"changed since then: {line}")
-    run = Run(
-        config=config,
-        topology=topology,
-        folder=folder,
-        display=display,
-        corpus=corpus,
-        engine=engine,
-        loader=loader,
-        evaluation=Evaluation(corpus, held_out, topology, config.model.vocab_size),
-        checkpoints=checkpoints,
-        state=state,
-        flops_per_token=flops_per_token(config),
-        peak_flops=peak,
-    )
-    topology.agree(lambda: _write_run_files(run, resumed=checkpoint is not None), "run_dir")
-    return run
-
-
-def _silent(_: str) -> None:
-    """Ranks other than the first leave the talking to it."""
-
-
-def _check_data(state: TrainState, data: str, tokenizer: str, checkpoint: Path, display: Display) -> None:
-    if state.tokenizer != tokenizer:
-        raise ValueError(
-            f"tokenizer fingerprint {tokenizer[:12]} differs from {state.tokenizer[:12]} in {checkpoint}: "
-            "the same ids would mean other text; use the run's own tokenizer or another run_dir"
-        )
-    if state.data != data:
-        display.warn(f"the data changed since {checkpoint}: its fingerprint was {state.data[:12]}, is {data[:12]}")
-
-
-def _write_run_files(run: Run, *, resumed: bool) -> None:
-    if not run.topology.is_main:
-        return
-    write_durably(run.folder / "config.yaml", to_yaml(run.config))
-    run.corpus.tokenizer.save(run.folder / "tokenizer")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_back(run.folder / name, run.state.step)
-    run.tracker = Tracker(run.config, run.folder, resumed=resumed, warn=run.display.warn)
 
 
 def _loop(run: Run) -> None:

@@ -8,15 +8,29 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "moe"
-EVERYTHING = {"config", "compose", "errors", "sparse", "model", "dist", "data", "plan", "interop", "generate", "report"}
+EVERYTHING = {
+    "config",
+    "compose",
+    "errors",
+    "durable",
+    "sparse",
+    "model",
+    "dist",
+    "data",
+    "plan",
+    "interop",
+    "generate",
+    "report",
+}
 ALLOWED = {
     "errors": set(),
+    "durable": set(),
     "config": set(),
     "compose": {"config", "errors"},
     "sparse": {"config"},
     "model": {"sparse", "config"},
-    "dist": {"model", "sparse", "config", "compose", "errors"},
-    "data": {"config", "errors"},
+    "dist": {"model", "sparse", "config", "compose", "errors", "durable"},
+    "data": {"config", "errors", "durable"},
     "plan": {"model", "sparse", "config"},
     "generate": {"model", "data", "dist", "config"},
     "report": {"model", "data", "dist", "config", "compose"},
