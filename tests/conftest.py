@@ -2,4 +2,5 @@
 
 import torch
 
+pytest_plugins = ["tests.fault_table"]
 torch.set_num_threads(1)
