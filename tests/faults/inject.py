@@ -1,0 +1,109 @@
+"""A fault put into a real run: `moe` with one function struck, in this process and on the fault's rank only.
+
+    FAULT='{"kind": "nan_loss", "rank": 1, "steps": [7]}' python -m tests.faults.inject train run_dir=…
+    FAULT=… torchrun … -m tests.faults.inject train …
+
+`FAULT` is JSON: `kind` names a function below, `rank` the rank that is struck (none: every rank), everything else goes
+to that function as keywords. `steps` counts from 1, as metrics.jsonl does, also after a resume. Tests with forked ranks
+call `strike` themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.dist.engine import Engine
+
+Loss = Callable[[Engine, Tensor], Tensor]
+
+
+def _now(engine: Engine) -> int:
+    """The optimizer step that is being made, from 1."""
+    return int(engine._engine.global_steps) + 1
+
+
+def _before_backward(steps: Iterable[int] | None, change: Loss) -> None:
+    """`change` takes the place of each loss that goes into backward at these steps (none: every step)."""
+    original, wanted = Engine.backward, None if steps is None else set(steps)
+
+    def backward(self: Engine, loss: Tensor) -> None:
+        original(self, change(self, loss) if wanted is None or _now(self) in wanted else loss)
+
+    Engine.backward = backward
+
+
+def nan_loss(*, steps: Iterable[int] | None = None) -> None:
+    """The language-model loss is NaN, as the forward pass gives it."""
+    original, wanted = Engine.__call__, None if steps is None else set(steps)
+
+    def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
+        output = original(self, *inputs, **keywords)
+        if wanted is None or _now(self) in wanted:
+            output.lm_loss_sum = output.lm_loss_sum * math.nan
+        return output
+
+    Engine.__call__ = forward
+
+
+def inf_gradient(*, steps: Iterable[int] | None = None, parameter: str = "") -> None:
+    """The loss is finite; one element of one gradient is infinite. `parameter` is a part of that parameter's name."""
+
+    def infinite(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = torch.inf
+        return gradient
+
+    def change(engine: Engine, loss: Tensor) -> Tensor:
+        struck = next(p for name, p in engine.model.named_parameters() if parameter in name)
+        handle = struck.register_hook(lambda gradient: (handle.remove(), infinite(gradient))[1])
+        return loss
+
+    _before_backward(steps, change)
+
+
+def spike(*, steps: Iterable[int] | None = None, factor: float) -> None:
+    """The loss that goes into backward is `factor` times too large."""
+    _before_backward(steps, lambda engine, loss: loss * factor)
+
+
+def sleep(*, seconds: float, steps: Iterable[int] | None = None) -> None:
+    """Each step begins `seconds` late, before its first forward pass."""
+    original, wanted = Engine.__call__, None if steps is None else set(steps)
+
+    def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
+        if self._backwards % self.accumulation == 0 and (wanted is None or _now(self) in wanted):
+            time.sleep(seconds)
+        return original(self, *inputs, **keywords)
+
+    Engine.__call__ = forward
+
+
+KINDS: dict[str, Callable[..., None]] = {
+    "nan_loss": nan_loss,
+    "inf_gradient": inf_gradient,
+    "spike": spike,
+    "sleep": sleep,
+}
+
+
+def strike(fault: dict[str, Any], rank: int) -> None:
+    """Patch this process if `rank` is the fault's."""
+    fault = dict(fault)
+    kind, struck = fault.pop("kind"), fault.pop("rank", rank)
+    if struck == rank:
+        KINDS[kind](**fault)
+
+
+if __name__ == "__main__":
+    from moe.cli import main
+
+    strike(json.loads(os.environ["FAULT"]), int(os.environ.get("RANK", "0")))
+    main()
