@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,15 @@ from moe.model.transformer import Transformer
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks)."""
+    """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks);
+    `recent_norms` and `refused_in_a_row` are the guard's (`moe.train.guard`)."""
 
     step: int = 0
     consumed: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    recent_norms: list[float] = field(default_factory=list)
+    refused_in_a_row: int = 0
     tokenizer: str = ""
     data: str = ""
     torch: str = torch.__version__
@@ -204,9 +207,10 @@ def read_state(folder: Path) -> TrainState:
     """Raises ValueError naming the file."""
     path = folder / "state.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return TrainState(**{field.name: values[field.name] for field in fields(TrainState)})
-    except (OSError, ValueError, KeyError) as error:
+        before_the_guard = {"recent_norms": [], "refused_in_a_row": 0}  # a state written without them is whole too
+        values = before_the_guard | json.loads(path.read_text(encoding="utf-8"))
+        return TrainState(**{one.name: values[one.name] for one in fields(TrainState)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a training state ({error!r})") from error
 
 
