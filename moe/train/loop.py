@@ -11,7 +11,6 @@ micro-batches the batch is cut into; balance losses are means over micro-batches
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,7 @@ def _loop(run: Run) -> None:
                 unsaved = not _save(run)
     finally:
         run.display.stop()
+        run.waits.remove()
         if run.tracker is not None:
             run.tracker.close()
     if run.topology.is_main:
@@ -85,7 +85,7 @@ def _loop(run: Run) -> None:
 
 def _step(run: Run) -> dict[str, Any]:
     """One optimizer step over the next global batch; its figures."""
-    started = time.perf_counter()
+    run.waits.begin()
     config, topology, state = run.config, run.topology, run.state
     batches = run.loader.next_step()
     targets = _global_targets(batches, topology)
@@ -115,8 +115,9 @@ def _step(run: Run) -> dict[str, Any]:
     tokens = config.train.global_batch_size * config.train.sequence_length
     state.tokens += tokens
     state.skipped_steps = run.engine.skipped_steps
-    figures = sums.reduced(targets)
-    seconds = time.perf_counter() - started
+    figures, busy = sums.reduced(targets, run.waits.busy_seconds)
+    seconds = run.waits.end()
+    figures |= run.straggler(state.step, seconds, busy)
     return {
         "step": state.step,
         "tokens": state.tokens,

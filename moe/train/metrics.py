@@ -40,13 +40,18 @@ class StepSums:
                 self._counts_LE = counts if self._counts_LE is None else self._counts_LE + counts
         self._micro_batches += 1
 
-    def reduced(self, targets: int) -> dict[str, Any]:
-        """The step's figures; `targets` is the number of target tokens of the global batch."""
+    def reduced(self, targets: int, mine: float) -> tuple[dict[str, Any], list[float]]:
+        """The step's figures, and every rank's `mine`; `targets` is the number of target tokens of the global batch."""
         assert self._scalars is not None
-        packed = self._scalars
+        by_rank = self._scalars.new_zeros(self._topology.world_size)
+        by_rank[self._topology.rank] = mine
+        parts = [by_rank, self._scalars]
         if self._counts_LE is not None:
-            packed = torch.cat([packed, self._counts_LE.flatten()])
-        packed = self._topology.sum_(packed).cpu()
+            parts.append(self._counts_LE.flatten())
+        ranks, packed = self._topology.sum_(torch.cat(parts)).cpu().tensor_split([len(by_rank)])
+        return self._figures(packed, targets), ranks.tolist()
+
+    def _figures(self, packed: Tensor, targets: int) -> dict[str, Any]:
         micro_batches = self._micro_batches * self._topology.world_size
         figures: dict[str, Any] = {
             "loss": packed[1].item() / micro_batches,

@@ -12,6 +12,7 @@ from moe.data.prepare import Corpus, check_vocab, prepare
 from moe.dist.checkpoint import Checkpoints, TrainState
 from moe.dist.engine import Engine, expert_groups
 from moe.dist.topology import Topology
+from moe.dist.waits import Waits, host_names
 from moe.durable import write_durably
 from moe.model.transformer import Transformer
 from moe.plan import flops_per_token
@@ -19,6 +20,7 @@ from moe.train import rundir
 from moe.train.evaluate import Evaluation
 from moe.train.progress import Display
 from moe.train.startup import choose_backends, describe_run, peak_flops
+from moe.train.straggler import Straggler
 from moe.train.tracking import Tracker, cut_back
 
 
@@ -36,6 +38,8 @@ class Run:
     evaluation: Evaluation
     checkpoints: Checkpoints
     state: TrainState
+    waits: Waits
+    straggler: Straggler
     flops_per_token: float
     peak_flops: float
     tracker: Tracker | None = None  # rank 0's
@@ -103,6 +107,8 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         evaluation=Evaluation(corpus, held_out, topology, config.model.vocab_size),
         checkpoints=checkpoints,
         state=state,
+        waits=Waits(topology),
+        straggler=Straggler(host_names(world), display.warn),
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
     )

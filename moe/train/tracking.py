@@ -22,7 +22,7 @@ from moe.config import Config, TrackingBackend
 PANELS = {  # figure → W&B section; sections are shown in alphabetical order, so balance comes first
     "balance": ("load_balancing_loss", "max_violation", "router_entropy", "router_z_loss", "dead_experts"),
     "train": ("loss", "lm_loss", "grad_norm", "lr", "dropped_fraction", "tokens"),
-    "speed": ("tokens_per_second", "step_seconds", "mfu"),
+    "speed": ("tokens_per_second", "step_seconds", "mfu", "straggler_seconds"),
     "val": ("val_loss", "val_bits_per_byte", "val_unigram_entropy"),
 }
 

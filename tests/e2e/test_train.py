@@ -19,7 +19,7 @@ KEYS = {
     "expert_shares", "load_balancing_loss_layers",
 }  # fmt: skip
 EVALUATION = {"val_loss", "val_bits_per_byte", "val_unigram_entropy", "val_loss_by_source"}
-TIMED = {"tokens_per_second", "step_seconds", "mfu"}
+TIMED = {"tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds"}
 
 
 @pytest.fixture(scope="module")
