@@ -8,6 +8,9 @@
   data-parallel size, so the loss needs no scaling for expert parallelism.
 - `engine.backward` divides by the accumulation steps and the reduction averages over ranks: the caller passes losses
   whose mean over all micro-batches of the step is the step's loss.
+- A step whose loss or gradient is not finite on any rank is refused on all of them: `backward` makes the gradients of
+  such a loss NaN, and DeepSpeed's optimizers refuse what isn't finite. A limit on the norm is added to that
+  (moe/dist/refusal.py).
 - Without `communication_data_type: fp32`, bf16 gradients are reduced in bf16; without an explicit
   `gradient_clipping`, DeepSpeed clips at 1.0.
 """
@@ -15,6 +18,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import Config, Precision
+from moe.dist.refusal import NormLimit, Refusal
 from moe.dist.shortcuts import take_shortcuts
 from moe.dist.topology import Topology
 from moe.sparse.experts import Experts
@@ -68,10 +73,13 @@ class _ExpertMarker(MoE):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`grad_norm` is the norm before clipping over all parameters; `applied` is False when it was not finite."""
+    """`grad_norm` is the norm before clipping over all parameters, NaN when it is not finite.
+
+    `refused`: why no rank's weights, moments or Adam steps moved; None when the update was applied.
+    """
 
     grad_norm: float
-    applied: bool
+    refused: Refusal | None
 
 
 def _group_name(expert: int) -> str:
@@ -187,6 +195,7 @@ class Engine:
         assert self._engine.has_moe_layers == (topology.expert > 1)
         if _shares_weights(config):
             take_shortcuts(self._zero, topology.world_size)
+        self._norm = NormLimit(self._zero, topology)
         self._backwards = 0
 
     @property
@@ -195,7 +204,7 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps refused because a gradient was not finite, on all ranks together."""
+        """Optimizer steps refused, on all ranks together."""
         return int(self._engine.skipped_steps)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
@@ -203,18 +212,26 @@ class Engine:
         return self._engine(*inputs, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        # × 1 changes no bit; × NaN tells all ranks, through the gradients, of a loss whose own would have been finite.
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
-    def step(self, lr: float) -> StepResult | None:
-        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`."""
+    def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
+        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`.
+
+        The update is refused on all ranks if a loss or a gradient was not finite on any, or if the gradient norm is
+        over `norm_limit` (None, on all ranks, for no limit).
+        """
+        self._norm.limit, self._norm.norm = norm_limit, math.nan
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._backwards += 1
         self._engine.step()
         if self._backwards % self.accumulation:
             return None
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(float(norm) if norm is not None else float("nan"), self._engine.was_step_applied())
+        norm, refused = self._norm.norm, None
+        if not self._engine.was_step_applied():
+            refused = Refusal.not_finite if math.isnan(norm) else Refusal.spike
+        return StepResult(norm, refused)
 
     # State, for checkpoints. Every call below is a collective: all ranks, same order.
 

@@ -41,6 +41,13 @@ class Topology:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on every rank. For small things: they are pickled."""
+        values: list[T] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -108,7 +108,7 @@ def _step(run: Run) -> dict[str, Any]:
         result = run.engine.step(lr)
         sums.add(output.lm_loss_sum, loss, output.routers)
     assert result is not None
-    if not result.applied:
+    if result.refused is not None:
         run.display.warn(f"step {state.step + 1}: a gradient is not finite; the update is skipped on every rank")
     state.step += 1
     state.consumed = run.loader.consumed

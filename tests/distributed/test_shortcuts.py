@@ -12,6 +12,7 @@ from moe.config import Config
 from moe.dist import engine as engine_module
 from moe.dist import topology as topology_module
 from moe.dist.engine import Engine, expert_groups
+from moe.dist.refusal import Refusal
 from moe.dist.shortcuts import LARGE, ROW, squared_norm
 from moe.model.transformer import Transformer
 from moe.sparse.balance import balance_loss
@@ -103,8 +104,9 @@ def test_shortcuts_change_nothing(world_size: int, overrides: list[str], limit: 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_gradient_that_is_not_finite_is_refused_as_before(world_size: int) -> None:
     for ours, theirs in _pair(world_size, [], bad_step=2):
-        assert [result.applied for result in ours["results"]] == [step != 2 for step in range(STEPS)]
-        assert [result.applied for result in theirs["results"]] == [step != 2 for step in range(STEPS)]
+        expected = [Refusal.not_finite if step == 2 else None for step in range(STEPS)]
+        assert [result.refused for result in ours["results"]] == expected
+        assert [result.refused for result in theirs["results"]] == expected
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
 
 

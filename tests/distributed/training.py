@@ -98,7 +98,7 @@ def engine_steps(config: Config, topology: Topology, engine: Engine, first: int,
             counts = counts + counts_LE
             result = engine.step(config.optim.lr)
         assert result is not None
-        assert result.applied
+        assert result.refused is None
         done.losses.append(topology.sum_(total).item() / len(batches))
         done.counts.append(topology.sum_(counts).tolist())
         done.norms.append(result.grad_norm)

@@ -1,0 +1,86 @@
+"""Steps that DeepSpeed's optimizers are made to refuse: no weight, master weight, moment or Adam step moves anywhere.
+
+They refuse an update whose gradient norm is not finite, on all ranks together. Here a norm above a limit counts as
+such too. The decision is reduced over the ranks, because norms may differ in their last bit.
+
+- ZeRO-1/2 asks `scaled_global_norm` and refuses when it is −1: the limit is one more reason to answer that.
+- `BF16_Optimizer` computes its norm in the middle of `step`. Clipping is what it does next: it asks
+  `get_grads_for_norm(for_clipping=True)`, before anything has changed. There we leave the step, and do what it does
+  itself after a norm that is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.dist.topology import Topology
+
+
+class Refusal(Enum):
+    """Why a step was refused: a loss or a gradient was not finite, or the gradient norm was over the limit."""
+
+    not_finite = "not finite"
+    spike = "spike"
+
+
+class NormLimit:
+    """Set `limit` (None: none) before each of the optimizer's steps, the same on all ranks; read `norm` after it.
+
+    `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite.
+    """
+
+    def __init__(self, zero: Any, topology: Topology) -> None:
+        """Patches a DeepSpeed ZeRO-1/2 optimizer or BF16_Optimizer."""
+        self.limit: float | None = None
+        self.norm = math.nan
+        self._topology = topology
+        if hasattr(zero, "scaled_global_norm"):
+            self._watch_zero(zero)
+        else:
+            self._watch_bf16(zero)
+
+    def _watch_zero(self, zero: Any) -> None:
+        original = zero.scaled_global_norm
+
+        def scaled_global_norm(norm_type: float = 2) -> Tensor:
+            norm = original(norm_type)
+            return torch.full_like(norm, -1.0) if self._refuses(norm) else norm
+
+        zero.scaled_global_norm = scaled_global_norm
+
+    def _watch_bf16(self, zero: Any) -> None:
+        gradients, step = zero.get_grads_for_norm, zero.step
+        assert zero.clip_grad > 0, "without clipping its step can't be left"
+
+        def get_grads_for_norm(for_clipping: bool = False) -> Any:
+            if for_clipping and self._refuses(zero._global_grad_norm):
+                raise _Refused
+            return gradients(for_clipping)
+
+        def guarded_step() -> None:
+            try:
+                step()
+            except _Refused:
+                zero.overflow = True
+                zero.clear_hp_grads()
+                zero.clear_lp_grads()
+
+        zero.get_grads_for_norm, zero.step = get_grads_for_norm, guarded_step
+
+    def _refuses(self, norm: Tensor | float) -> bool:
+        """A collective if there is a limit."""
+        value = float(norm)
+        self.norm = value if math.isfinite(value) and value >= 0 else math.nan  # DeepSpeed answers −1 for a NaN
+        if self.limit is None:
+            return False
+        over = torch.tensor(float(value > self.limit), device=self._topology.device)
+        return bool(self._topology.sum_(over) > 0)
+
+
+class _Refused(Exception):
+    """Leaves BF16_Optimizer's step."""
