@@ -1,0 +1,64 @@
+"""`moe` in forked ranks: a second instead of torchrun's ten, with faults struck in the ranks that they name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe import cli
+from tests.faults.inject import strike
+from tests.ranks import run_ranks
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What one rank's process gave back; `out` and `err` hold what C libraries wrote too."""
+
+    code: int
+    out: str
+    err: str
+
+
+def moe_ranks(
+    *words: str,
+    ranks: int = 1,
+    faults: tuple[dict[str, Any], ...] = (),
+    more: dict[str, str] | None = None,
+    timeout: float = 60,
+) -> list[Finished]:
+    """`moe WORDS` in `ranks` forked processes, by rank. `more` is added to their environment."""
+    return run_ranks(ranks, _main, list(words), faults, more or {}, timeout=timeout)
+
+
+def _main(words: list[str], faults: tuple[dict[str, Any], ...], more: dict[str, str]) -> Finished:
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        del os.environ[name]
+    os.environ.update(more)
+    for fault in faults:
+        strike(fault, int(os.environ["RANK"]))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = Path(folder, "out"), Path(folder, "err")
+        with paths[0].open("w") as out, paths[1].open("w") as err:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = _exit_code(words)
+        return Finished(code, *(path.read_text(errors="replace") for path in paths))
+
+
+def _exit_code(words: list[str]) -> int:
+    """What the process would end with; a traceback is in stderr then, as Python would leave it."""
+    sys.argv = ["moe", *words]
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0

@@ -1,0 +1,70 @@
+"""A rank that takes 200 ms a step longer is named within 20 steps; ordinary noise names nobody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe.train.straggler import AGAIN, WINDOW, Straggler
+from tests.e2e.conftest import SMALL, read_metrics
+from tests.faults.forked import moe_ranks
+
+SLOW = {"kind": "sleep", "seconds": 0.2, "rank": 1}
+ONLY_STEPS = ["train.eval_every=100", "train.sample_every=100", "checkpoint.every=100"]
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("expert", [1, 2])
+def test_the_slow_rank_is_named_within_20_steps(
+    expert: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
+) -> None:
+    words = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=15", f"parallel.expert={expert}"]
+    done = moe_ranks("train", f"run_dir={tmp_path}", *words, ranks=2, faults=(SLOW,))
+    assert [rank.code for rank in done] == [0, 0], done[0].err
+    named = re.findall(r"^warning: step (\d+): rank (\d+) on \S+ is slow", done[0].out, re.MULTILINE)
+    assert len(named) == 1, done[0].out
+    step, rank = map(int, named[0])
+    assert (rank, step <= 20) == (1, True)
+    assert "is slow" not in done[1].out, "rank 0 alone talks"
+    last = read_metrics(tmp_path)[-1]
+    assert last["slowest_rank"] == 1
+    assert last["straggler_seconds"] == pytest.approx(0.2, abs=0.1)
+    outcome(f"EP {expert}: rank 1 named at step {step}, its excess measured as {last['straggler_seconds']:.2f} s")
+
+
+@pytest.mark.fault(14)
+def test_without_one_nobody_is_named(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    words = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=60", "parallel.expert=2"]
+    done = moe_ranks("train", f"run_dir={tmp_path}", *words, ranks=2)
+    assert [rank.code for rank in done] == [0, 0], done[0].err
+    assert "is slow" not in done[0].out
+    assert read_metrics(tmp_path)[0]["slowest_rank"] is None
+    outcome("60 steps without a straggler: no warning")
+
+
+def _warnings(steps: list[list[float]], seconds: float = 1.0) -> list[str]:
+    """What is said over steps with these busy seconds by rank."""
+    warnings: list[str] = []
+    straggler = Straggler([f"host{rank}" for rank in range(len(steps[0]))], warnings.append)
+    for step, busy in enumerate(steps, 1):
+        straggler(step, seconds, busy)
+    return warnings
+
+
+def test_the_decision() -> None:
+    slow = [0.3, 0.3, 0.3, 0.6]
+    (warning,) = _warnings([slow] * (AGAIN + WINDOW - 1))
+    assert warning.startswith(
+        f"step {WINDOW}: rank 3 on host3 is slow: it computes 0.6 s a step, the other ranks 0.3 s"
+    )
+    assert len(_warnings([slow] * (AGAIN + WINDOW))) == 2, "said again after so many steps"
+    assert len(_warnings([slow] * 20 + [[0.3, 0.6, 0.3, 0.3]] * 20)) == 2, "another rank is news"
+    assert not _warnings([slow] * 100, seconds=2.0), "a small part of the step"
+    assert not _warnings([[0.001, 0.02]] * 100, seconds=0.03), "milliseconds"
+    assert not _warnings([[0.3, 0.3], [0.3, 0.9], [0.3, 0.3]] * 50), "now and then"
+    assert not _warnings([[0.9, 0.9, 0.8, 0.9]] * 100), "a rank that is fast"
+    assert not _warnings([[0.0, 0.0]] + [[1.0, 1.0], [1.0, 0.0]] * 50), "not measured yet"
+    assert not _warnings([[5.0]] * 100), "nobody to compare with"
