@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ from deepspeed.utils import logger as deepspeed_logger
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_KINDS = ("weights", *ADAM_MOMENTS)
 SMALL_GRADIENT = 1 << 20  # elements: up to here gradients are gathered in a bucket and reduced together
 
 
@@ -233,62 +235,82 @@ class Engine:
             refused = Refusal.not_finite if math.isnan(norm) else Refusal.spike
         return StepResult(norm, refused)
 
-    # State, for checkpoints. Every call below is a collective: all ranks, same order.
+    # State, for checkpoints.
 
-    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._engine.module.named_parameters())
+    def parameter_sizes(self) -> dict[str, int]:
+        """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
+        return {name: parameter.numel() for name, parameter in self._engine.module.named_parameters()}
 
-    def master_state(self) -> dict[str, dict[str, Tensor]]:
-        """{"weights" | "exp_avg" | "exp_avg_sq": {parameter name: float32 tensor}}; experts are this rank's slice.
-
-        Only after the first step: before it the moments don't exist and DeepSpeed's accessors hang.
-        """
-        # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
-        state: dict[str, dict[str, Tensor]] = {"weights": {}, **{moment: {} for moment in ADAM_MOMENTS}}
-        for name, parameter in self._named_parameters():
-            state["weights"][name] = _required(safe_get_full_fp32_param(parameter), name).detach().cpu().clone()
-            for moment in ADAM_MOMENTS:
-                value = _required(safe_get_full_optimizer_state(parameter, moment), f"{name} {moment}")
-                state[moment][name] = value.detach().cpu().clone()
+    def master_state(self, keep: set[tuple[str, str]] | None = None) -> dict[str, dict[str, Tensor]]:
+        """{"weights" | "exp_avg" | "exp_avg_sq": {parameter name: float32 tensor on the CPU}}; experts are this rank's
+        slice. A collective that gathers one tensor at a time; a rank holds on to those in `keep` (None: all)."""
+        self._link_moments()
+        state: dict[str, dict[str, Tensor]] = {kind: {} for kind in STATE_KINDS}
+        for name, parameter in self._engine.module.named_parameters():
+            for kind in STATE_KINDS:
+                if kind == "weights":
+                    value = safe_get_full_fp32_param(parameter)
+                else:
+                    value = safe_get_full_optimizer_state(parameter, kind)
+                if value is None:
+                    raise RuntimeError(f"DeepSpeed has no {kind} of {name}: its optimizer states were not linked")
+                if keep is None or (kind, name) in keep:
+                    state[kind][name] = value.detach().cpu()
         return state
 
-    def empty_state(self) -> dict[str, dict[str, Tensor]]:
-        """Zeros in the shape of `master_state`, for a reader to fill. No collective."""
-        shapes = {name: parameter.shape for name, parameter in self._named_parameters()}
-        return {
-            kind: {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
-            for kind in ("weights", *ADAM_MOMENTS)
-        }
+    def empty_states(self, max_bytes: int) -> Iterator[dict[str, dict[str, Tensor]]]:
+        """Zeros in the shape of `master_state`, for a reader to fill: part by part, each of one parameter or of at most
+        `max_bytes`, and only of parameters that this rank's partition has a piece of."""
+        part: dict[str, nn.Parameter] = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if parameter._hp_mapping is None:
+                continue
+            if part and 12 * (parameter.numel() + sum(p.numel() for p in part.values())) > max_bytes:
+                yield _zeros(part)
+                part = {}
+            part[name] = parameter
+        if part:
+            yield _zeros(part)
 
-    def load_master_state(self, state: dict[str, dict[str, Tensor]], adam_steps: int, skipped_steps: int) -> None:
-        """Put back what `master_state` gave, at any topology, before the first step.
+    def set_state(self, parts: Iterable[dict[str, dict[str, Tensor]]], adam_steps: int) -> None:
+        """Put `empty_states`, filled, into this rank's partition, before the first step; then `spread_weights`.
 
-        `adam_steps` counts applied updates. Each omission here is silent: without zero moments first there is
-        nothing to link, without `update_lp_params` the model computes with old weights, and a group without its
-        step restarts Adam's bias correction.
+        `adam_steps` counts applied updates. Each omission here is silent: without zero moments first there is nothing
+        to link, and a group without its step restarts Adam's bias correction.
         """
+        self._link_moments(adam_steps)
+        parameters = dict(self._engine.module.named_parameters())
+        for part in parts:
+            for name, value in part["weights"].items():
+                device = parameters[name].device
+                safe_set_full_fp32_param(parameters[name], value.to(device))
+                for moment in ADAM_MOMENTS:
+                    safe_set_full_optimizer_state(parameters[name], part[moment][name].to(device), moment)
+
+    def spread_weights(self, steps: int, skipped_steps: int) -> None:
+        """After `set_state`, on all ranks: without it the model would compute with old weights."""
+        self._zero.update_lp_params()
+        self._engine.global_steps = steps
+        self._engine.skipped_steps = skipped_steps
+
+    def _link_moments(self, adam_steps: int | None = None) -> None:
+        """Make the moments accessible: as they are, or zero after `adam_steps` updates (and where there are none yet:
+        DeepSpeed's accessors would hang)."""
         optimizer = self._zero.optimizer
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 slot = optimizer.state[parameter]
-                slot["step"] = torch.tensor(float(adam_steps), device=parameter.device)
-                for moment in ADAM_MOMENTS:
-                    slot[moment] = torch.zeros_like(parameter)
+                if adam_steps is not None or not slot:
+                    slot["step"] = torch.tensor(float(adam_steps or 0), device=parameter.device)
+                    for moment in ADAM_MOMENTS:
+                        slot[moment] = torch.zeros_like(parameter)
+        # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self._named_parameters():
-            device = parameter.device
-            safe_set_full_fp32_param(parameter, state["weights"][name].to(device))
-            for moment in ADAM_MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[moment][name].to(device), moment)
-        self._zero.update_lp_params()
-        self._engine.global_steps = adam_steps + skipped_steps
-        self._engine.skipped_steps = skipped_steps
 
 
-def _required(value: Tensor | None, what: str) -> Tensor:
-    if value is None:
-        raise RuntimeError(f"DeepSpeed has no {what}: its optimizer states were not linked")
-    return value
+def _zeros(part: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    return {
+        kind: {name: torch.zeros(parameter.shape, dtype=torch.float32) for name, parameter in part.items()}
+        for kind in STATE_KINDS
+    }

@@ -52,8 +52,10 @@ class Topology:
         if self.world_size > 1:
             dist.barrier()
 
-    def agree(self, action: Callable[[], T], what: str) -> T:
+    def agree(self, action: Callable[[], T], what: str, group: dist.ProcessGroup | None = None) -> T:
         """Run `action` on every rank; if it failed on any, every rank raises the first failure's one line.
+
+        `group` holds all ranks too, for a thread that must not meet training's collectives.
 
         Without this, a rank that alone meets a bad file would leave the others waiting in the next collective.
         Raises ValueError.
@@ -70,7 +72,7 @@ class Topology:
         failures: list[str | None] = [failure]
         if self.world_size > 1:
             failures = [None] * self.world_size
-            dist.all_gather_object(failures, failure)
+            dist.all_gather_object(failures, failure, group=group)
         for rank, text in enumerate(failures):
             if text is not None:
                 raise ValueError(text if rank == 0 else f"{text} (on rank {rank})") from cause

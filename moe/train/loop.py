@@ -58,7 +58,6 @@ def train(config: Config) -> None:
 def _loop(run: Run) -> None:
     config, state, train = run.config, run.state, run.config.train
     run.display.start(state.step)
-    unsaved = False
     try:
         while state.step < train.steps:
             figures = _step(run)
@@ -68,10 +67,12 @@ def _loop(run: Run) -> None:
             if run.tracker is not None:
                 run.tracker.log(figures)
             run.display.step(figures)
+            run.guard.check()
             if state.step % train.sample_every == 0 or last:
                 _sample(run)
             if state.step % config.checkpoint.every == 0 or last:
-                unsaved = not _save(run)
+                run.saver.save(run.engine, run.state, to_yaml(run.config))
+        saved = run.saver.wait()
     finally:
         run.display.stop()
         run.waits.remove()
@@ -79,7 +80,7 @@ def _loop(run: Run) -> None:
             run.tracker.close()
     if run.topology.is_main:
         run.display.line(f"report: {write_report(run.folder)}")
-    if unsaved:
+    if not saved:
         raise ValueError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
 
 
@@ -91,6 +92,7 @@ def _step(run: Run) -> dict[str, Any]:
     targets = _global_targets(batches, topology)
     micro_batches = len(batches) * topology.world_size
     lr = learning_rate(config.optim, state.step, config.train.steps)
+    norm_limit = run.guard.norm_limit()
     sums = StepSums(topology)
     result: StepResult | None = None
     for batch in batches:
@@ -105,12 +107,12 @@ def _step(run: Run) -> dict[str, Any]:
         if config.model.mlp is Mlp.sparse:
             loss = loss + balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers).total
         run.engine.backward(loss)
-        result = run.engine.step(lr)
+        result = run.engine.step(lr, norm_limit)
+        run.guard.saw(loss, batch.sample_ids_B)
         sums.add(output.lm_loss_sum, loss, output.routers)
     assert result is not None
-    if result.refused is not None:
-        run.display.warn(f"step {state.step + 1}: a gradient is not finite; the update is skipped on every rank")
     state.step += 1
+    run.guard.judge(result, range(state.consumed, run.loader.consumed))
     state.consumed = run.loader.consumed
     tokens = config.train.global_batch_size * config.train.sequence_length
     state.tokens += tokens
@@ -151,16 +153,6 @@ def _sample(run: Run) -> None:
         with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": run.state.step, "prompt": train.sample_prompt, "text": text}) + "\n")
         run.display.line(f"sample: {train.sample_prompt + text!r}")
-
-
-def _save(run: Run) -> bool:
-    """False, with a warning, when it could not be written: training goes on and older checkpoints are intact."""
-    try:
-        run.checkpoints.save(run.engine, run.state, to_yaml(run.config))
-    except OSError as error:
-        run.display.warn(str(error))
-        return False
-    return True
 
 
 def _transformer(run: Run) -> Transformer:

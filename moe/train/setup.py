@@ -9,8 +9,10 @@ from moe.compose import to_yaml
 from moe.config import Config
 from moe.data.loader import Loader, held_out_batches
 from moe.data.prepare import Corpus, check_vocab, prepare
-from moe.dist.checkpoint import Checkpoints, TrainState
+from moe.dist import checkpoint as checkpoints
+from moe.dist.checkpoint import TrainState
 from moe.dist.engine import Engine, expert_groups
+from moe.dist.save import Saver
 from moe.dist.topology import Topology
 from moe.dist.waits import Waits, host_names
 from moe.durable import write_durably
@@ -18,6 +20,7 @@ from moe.model.transformer import Transformer
 from moe.plan import flops_per_token
 from moe.train import rundir
 from moe.train.evaluate import Evaluation
+from moe.train.guard import Guard
 from moe.train.progress import Display
 from moe.train.startup import choose_backends, describe_run, peak_flops
 from moe.train.straggler import Straggler
@@ -36,8 +39,9 @@ class Run:
     engine: Engine
     loader: Loader
     evaluation: Evaluation
-    checkpoints: Checkpoints
+    saver: Saver
     state: TrainState
+    guard: Guard
     waits: Waits
     straggler: Straggler
     flops_per_token: float
@@ -74,8 +78,7 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         ),
         "data",
     )
-    checkpoints = Checkpoints(folder, topology, config.checkpoint.keep)
-    checkpoint = checkpoints.newest(display.warn)
+    checkpoint = checkpoints.newest(folder, topology, display.warn)
     changes = topology.agree(lambda: rundir.check_resumable(checkpoint, config) if checkpoint else [], "resume")
 
     expert_group, _ = expert_groups(topology)
@@ -90,7 +93,7 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         display.line(line)
     if checkpoint is not None:
         data, tokenizer = state.data, state.tokenizer
-        state = topology.agree(lambda: checkpoints.load(checkpoint, engine), "resume")
+        state = checkpoints.load(checkpoint, engine, topology)
         _check_data(state, data, tokenizer, checkpoint, display)
         loader.consumed = state.consumed
         display.line(f"resuming from {checkpoint} (step {state.step}, {state.tokens:,} tokens)")
@@ -105,8 +108,9 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         engine=engine,
         loader=loader,
         evaluation=Evaluation(corpus, held_out, topology, config.model.vocab_size),
-        checkpoints=checkpoints,
+        saver=Saver(folder, topology, config.checkpoint, display.line, display.warn),
         state=state,
+        guard=Guard(config.guard, state, topology, display.warn),
         waits=Waits(topology),
         straggler=Straggler(host_names(world), display.warn),
         flops_per_token=flops_per_token(config),

@@ -10,29 +10,33 @@ from pathlib import Path
 import pytest
 
 from moe.compose import to_yaml
-from moe.dist.checkpoint import Checkpoints, TrainState, committed, load_model, resolve, verify
+from moe.config import CheckpointConfig
+from moe.dist.checkpoint import TrainState, committed, load, load_model, newest, resolve, verify
+from moe.dist.save import Saver
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
 BEFORE, AFTER = 3, 3
 
 
-def _save_and_go_on(folder: Path, overrides: list[str]) -> list[float]:
+def _save_and_go_on(folder: Path, overrides: list[str], background: bool = True) -> list[float]:
     config = config_of(overrides)
     topology, engine = build(config)
     engine_steps(config, topology, engine, 0, BEFORE)
     state = TrainState(step=BEFORE, consumed=BEFORE * 8, tokens=BEFORE * 128, tokenizer="t", data="d")
-    Checkpoints(folder, topology, keep=2).save(engine, state, to_yaml(config))
-    return engine_steps(config, topology, engine, BEFORE, AFTER).losses
+    saver = Saver(folder, topology, CheckpointConfig(background=background), print, print)
+    saver.save(engine, state, to_yaml(config))
+    losses = engine_steps(config, topology, engine, BEFORE, AFTER).losses
+    assert saver.wait()
+    return losses
 
 
 def _resume(folder: Path, overrides: list[str]) -> tuple[list[float], TrainState]:
     config = config_of(overrides)
     topology, engine = build(config)
-    checkpoints = Checkpoints(folder, topology, keep=2)
-    newest = checkpoints.newest(print)
-    assert newest is not None
-    state = checkpoints.load(newest, engine)
+    checkpoint = newest(folder, topology, print)
+    assert checkpoint is not None
+    state = load(checkpoint, engine, topology)
     return engine_steps(config, topology, engine, state.step, AFTER).losses, state
 
 
@@ -98,30 +102,34 @@ def test_every_damage_is_found_and_the_file_named(tmp_path: Path) -> None:
     assert verify(folder) is None
 
 
-def _save_twice_the_second_into_a_full_disk(folder: Path) -> str:
+def _save_twice_the_second_into_a_full_disk(folder: Path) -> list[str]:
     config = config_of([])
     topology, engine = build(config)
-    checkpoints = Checkpoints(folder, topology, keep=2)
+    warnings: list[str] = []
+    saver = Saver(folder, topology, CheckpointConfig(), print, warnings.append)
     engine_steps(config, topology, engine, 0, 1)
-    checkpoints.save(engine, TrainState(step=1), to_yaml(config))
+    saver.save(engine, TrainState(step=1), to_yaml(config))
+    assert saver.wait()
     engine_steps(config, topology, engine, 1, 1)
     # A limit on file size fails a write just as a full disk does (EFBIG for ENOSPC), without root's rights.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    try:
-        checkpoints.save(engine, TrainState(step=2), to_yaml(config))
-    except OSError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return ""
+    for failures in (1, 2):
+        saver.save(engine, TrainState(step=2), to_yaml(config))
+        assert not saver.wait()
+        assert saver.failures == failures
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    saver.save(engine, TrainState(step=3), to_yaml(config))
+    assert saver.wait()
+    assert saver.failures == 0
+    return warnings
 
 
 def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path) -> None:
-    message = run_ranks(1, _save_twice_the_second_into_a_full_disk, tmp_path)[0]
-    assert "step_00000002: not saved" in message
-    assert "MB are free" in message
+    for warnings in run_ranks(2, _save_twice_the_second_into_a_full_disk, tmp_path):
+        assert len(warnings) == 2
+        assert "step_00000002: not saved" in warnings[0]
+        assert "MB are free" in warnings[0]
     folder = tmp_path / "checkpoints"
-    assert [path.name for path in committed(folder)] == ["step_00000001"]
-    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001"]
-    assert verify(folder / "step_00000001") is None
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001", "step_00000003"]
+    assert [verify(path) for path in committed(folder)] == [None, None]
