@@ -7,6 +7,7 @@ while logging ends W&B's part with one warning.
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import os
 import secrets
@@ -35,6 +36,17 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    return value
+
+
+def finite(value: Any) -> Any:
+    """Figures with None for NaN and infinities, which JSON doesn't have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return value
 
 
@@ -107,16 +119,13 @@ class Tracker:
         return None
 
     def log(self, figures: dict[str, Any]) -> None:
-        """One JSON line; the same to W&B under its sections, the load-balancing loss per layer beside the total."""
-        self._write(json.dumps(figures).encode() + b"\n", figures["step"])
+        """One JSON line, null for what is not finite; the same to W&B under its sections, without the nulls, the
+        load-balancing loss per layer beside the total."""
+        figures = finite(figures)
+        self._write(json.dumps(figures, allow_nan=False).encode() + b"\n", figures["step"])
         if self._run is None:
             return
-        panels = {
-            f"{section}/{name}": figures[name]
-            for section, names in PANELS.items()
-            for name in names
-            if figures.get(name) is not None
-        }
+        panels = {f"{section}/{name}": figures.get(name) for section, names in PANELS.items() for name in names}
         for layer, value in enumerate(figures["load_balancing_loss_layers"]):
             panels[f"balance/load_balancing_loss_layer_{layer:02d}"] = value
         for layer, shares in enumerate(figures["expert_shares"]):
@@ -125,7 +134,7 @@ class Tracker:
         for name, value in figures.get("val_loss_by_source", {}).items():
             panels[f"val/loss_{name}"] = value
         try:
-            self._run.log(panels, step=figures["step"])
+            self._run.log({name: value for name, value in panels.items() if value is not None}, step=figures["step"])
         except Exception as error:  # whatever it is, it must not cost the run; said once, W&B's part ends
             self._warn(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on")
             self._run = None
