@@ -10,8 +10,9 @@
     moe bench peers                                       our training step beside transformers'
 
 `moe VERB --help` tells the verb's keys. Exit codes: 0 done, 1 a fault in the program or the machine, 2 something to
-change in the command, the configuration or the data (one line on stderr says what), 128 + N stopped by signal N (130
-Ctrl-C, 138 SIGUSR1, 143 SIGTERM; a training run has saved its state and goes on with the same command).
+change in the command, the configuration or the data (one line on stderr says what), 75 training hung (guard.hang_seconds;
+stderr says which rank and where), 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; a training run has
+saved its state and goes on with the same command).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from moe.compose import ConfigError, choices, compose_dict, groups, load_config
 from moe.config import Config, PlanConfig
+from moe.dist.parent import die_with_torchrun
 from moe.errors import StartError, Stopped, for_user
 
 
@@ -165,24 +167,30 @@ def _run(arguments: list[str]) -> None:
     VERBS[verb](words)
 
 
-def main() -> None:
-    """Console entry point; see the module's docstring for exit codes."""
+def _first_here() -> bool:
+    """What all ranks agree on is said once a machine."""
     from moe.dist.topology import world_from_environment
 
+    return world_from_environment()[2] == 0
+
+
+def main() -> None:
+    """Console entry point; see the module's docstring for exit codes."""
     try:
+        die_with_torchrun()  # before anything that takes its time to load
         _run(sys.argv[1:])
     except ValueError as error:
         if not for_user(error):
             raise
-        # What all ranks agree on is said once a machine; a rank that never joined speaks for itself.
-        if world_from_environment()[2] == 0 or (isinstance(error, StartError) and error.speaks):
+        # A rank that never joined speaks for itself.
+        if _first_here() or (isinstance(error, StartError) and error.speaks):
             print(f"moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"moe: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
-        if world_from_environment()[2] == 0:
+        if _first_here():
             print(f"moe: {stopped}", file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
