@@ -23,7 +23,7 @@ NAMED = 8  # at most so many micro-batches of a step, and so many steps, are nam
 
 
 class Guard:
-    """Per step, on every rank: `norm_limit`; for each micro-batch `saw`; after the update `judge`, and then `check`."""
+    """Per step, on every rank: `norm_limit`; for each micro-batch `saw`; after the update `judge`."""
 
     def __init__(self, config: GuardConfig, state: TrainState, topology: Topology, warn: Callable[[str], None]) -> None:
         self._config, self._state, self._topology, self._warn = config, state, topology, warn
@@ -78,14 +78,19 @@ class Guard:
         self._blamed = [*self._blamed, f"step {state.step} {where}"][-NAMED:]
         self._warn(f"step {state.step}: {reason}; the update is skipped on every rank")
 
+    @property
+    def exhausted(self) -> bool:
+        """After `guard.max_skipped` refused steps in a row: the run is to end."""
+        return self._state.refused_in_a_row >= self._config.max_skipped
+
     def check(self) -> None:
-        """Raises ValueError after `guard.max_skipped` refused steps in a row; no weight has moved in them."""
-        state, most = self._state, self._config.max_skipped
-        refused = state.refused_in_a_row
-        if refused < most:
+        """Raises ValueError when exhausted; no weight has moved in the refused steps."""
+        if not self.exhausted:
             return
+        state = self._state
+        refused = state.refused_in_a_row
         raise ValueError(
-            f"step {state.step}: {refused} steps in a row were refused (guard.max_skipped={most}): "
+            f"step {state.step}: {refused} steps in a row were refused (guard.max_skipped={self._config.max_skipped}): "
             f"{'; '.join(self._blamed)}. The weights are those of step {state.step - refused}. The same command goes "
             "on from the newest checkpoint and meets the same samples: lower optim.lr, mend these samples, or raise "
             "guard.max_skipped to pass over them"

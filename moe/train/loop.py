@@ -67,7 +67,8 @@ def _loop(run: Run) -> None:
             if run.tracker is not None:
                 run.tracker.log(figures)
             run.display.step(figures)
-            run.guard.check()
+            if run.guard.exhausted:
+                break
             if state.step % train.sample_every == 0 or last:
                 _sample(run)
             if state.step % config.checkpoint.every == 0 or last:
@@ -80,6 +81,7 @@ def _loop(run: Run) -> None:
             run.tracker.close()
     if run.topology.is_main:
         run.display.line(f"report: {write_report(run.folder)}")
+    run.guard.check()
     if not saved:
         raise ValueError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
 
