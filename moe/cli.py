@@ -10,9 +10,9 @@
     moe bench peers                                       our training step beside transformers'
 
 `moe VERB --help` tells the verb's keys. Exit codes: 0 done, 1 a fault in the program or the machine, 2 something to
-change in the command, the configuration or the data (one line on stderr says what), 75 training hung (guard.hang_seconds;
-stderr says which rank and where), 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; a training run has
-saved its state and goes on with the same command).
+change in the command, the configuration or the data (one line on stderr says what), 75 training hung (stderr says which
+rank and where: guard.hang_seconds), 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; a training run
+has saved its state). After 75 and 128 + N the same command goes on from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from moe.config.choices import Precision, Schedule, TrackingBackend
 from moe.config.rules import not_negative, positive, require
 
+MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.dist.topology.COLLECTIVE_TIMEOUT
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
@@ -113,6 +115,11 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         positive("guard", self, "max_skipped", "spike_sigmas", "spike_window", "hang_seconds")
+        require(
+            self.hang_seconds is None or self.hang_seconds <= MAX_HANG_SECONDS,
+            f"guard.hang_seconds={self.hang_seconds} must be ≤ {MAX_HANG_SECONDS:g} (or null): the first step may take "
+            "twice as long, and after half an hour a collective gives up by itself, naming nobody",
+        )
         require(
             self.spike_window >= 8, f"guard.spike_window={self.spike_window} must be ≥ 8: a deviation needs a few norms"
         )

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from moe.dist.join import meet, start_timeout
 from moe.errors import StartError, for_user
@@ -156,6 +156,18 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
             speaks=True,
         ) from error
     _set_pg_timeout(COLLECTIVE_TIMEOUT)
+
+
+def own_store(seconds: float) -> Store | None:
+    """A new connection to the ranks' store, for a thread that must not wait behind a collective; None without ranks.
+
+    Its calls give up after `seconds` with a DistError.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    store = PrefixStore("watchdog", _get_default_store()).clone()
+    store.set_timeout(timedelta(seconds=seconds))
+    return store
 
 
 def stop() -> None:

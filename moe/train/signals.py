@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C stop a run in good order: after the step that is under way, on all ranks, with a checkpoint.
+"""SIGTERM, SIGUSR1 and Ctrl-C stop a run in good order: after the step under way, on all ranks, with a checkpoint.
 
 A signal only raises a flag. The flags of all ranks travel with the sum that every step makes of its figures, so all
 ranks know after the same step that one of them was asked to stop, and by which signal; no rank waits for another that
@@ -24,7 +24,7 @@ class StopSignals:
 
     def __init__(self, *, speaks: bool) -> None:
         self._speaks = speaks
-        self._heard = dict.fromkeys(SIGNALS, 0)
+        self._heard: dict[signal.Signals, int] = dict.fromkeys(SIGNALS, 0)
         self._before: dict[signal.Signals, Any] = {}
         self.agreed: signal.Signals | None = None  # what all ranks stop for, once they know
 
