@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -65,6 +66,9 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
 
 def compose_dict(overrides: list[str], name: str = "train", schema: type = Config) -> DictConfig:
     """The composed, typed, not yet checked configuration. Raises ConfigError."""
+    hydras = [word for word in overrides if word.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
+    if hydras:
+        raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe train --cfg job` lists the keys")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -79,7 +83,10 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
 
 def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None) -> Any:
     """Runs every dataclass's rules. Raises ConfigError."""
-    missing = sorted(OmegaConf.missing_keys(node))
+    try:
+        missing = sorted(OmegaConf.missing_keys(node))
+    except OmegaConfBaseException as error:  # an interpolation that can't be resolved
+        raise ConfigError(_one_line(error, overrides or [])) from error
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be stated: {missing[0]}=…")
     try:
@@ -109,5 +116,6 @@ def read_config(path: Path, schema: type = Config) -> Any:
     """A run's config.yaml. Raises ConfigError naming the file."""
     try:
         return to_config(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
-    except (OSError, ConfigError, OmegaConfBaseException) as error:
+    # YAML's reader is one that makes no objects: a tag that asks for one is an error too.
+    except (OSError, ConfigError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"{path}: {_one_line(error, [])}") from error
