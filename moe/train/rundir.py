@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import IO
 
 from moe.compose import read_config
-from moe.config import Config
+from moe.config import Config, Schedule
 
 # What a checkpoint's tensors and token ids depend on: another value can't continue the run.
 FIXED = ("model", "router.num_experts", "tokenizer")
-NOT_FIXED = ("model.attention", "model.recompute")  # the same function, computed in another way
+# The same mathematics, computed, cut, watched or stored in another way. Of the data, its fingerprint decides.
+NEUTRAL = (
+    "run_dir", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention", "model.recompute",
+    "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every", "train.eval_sequences",
+    "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every", "train.peak_tflops",
+    "guard.max_skipped", "guard.hang_seconds",
+)  # fmt: skip
 
 
 def lock(run_dir: Path) -> IO[str]:
@@ -58,16 +64,37 @@ def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     }
 
 
-def check_resumable(checkpoint: Path, config: Config) -> list[str]:
-    """Lines that tell what changed since `checkpoint`. Raises ValueError for what can't change."""
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> list[str]:
+    """Lines that tell what changed since `checkpoint`; `data` is the fingerprint of its data and of today's.
+
+    Raises ValueError for what can't change, and for what changes the mathematics unless `checkpoint.allow_changes`.
+    """
     changed = differences(read_config(checkpoint / "config.yaml"), config)
-    lines = []
-    for key, (old, new) in changed.items():
-        fixed = any(key == one or key.startswith(f"{one}.") for one in FIXED) and key not in NOT_FIXED
-        if fixed:
+    lines = [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
+    # A longer or shorter run has other learning rates, unless they depend on nothing but the step.
+    flat = config.optim.schedule is Schedule.constant and config.optim.warmup_steps is not None
+    harmless = (*NEUTRAL, "train.steps") if flat else NEUTRAL
+    mathematics = []
+    for (key, (old, new)), line in zip(changed.items(), lines, strict=True):
+        if _under(key, NEUTRAL):
+            continue
+        if _under(key, FIXED):
             raise ValueError(
                 f"{key}={new}, but the checkpoint {checkpoint} was written with {key}={old}: "
                 "set it back, or start another run with run_dir=…"
             )
-        lines.append(f"{key}: {old} → {new}")
+        if not _under(key, harmless):
+            mathematics.append(line)
+    if data[0] != data[1]:
+        lines.append(f"the data's fingerprint: {data[0][:12]} → {data[1][:12]}")
+        mathematics.append(lines[-1])
+    if mathematics and not config.checkpoint.allow_changes:
+        raise ValueError(
+            f"since {checkpoint} this changed, and with it the mathematics of the run: {'; '.join(mathematics)}; "
+            "checkpoint.allow_changes=true goes on with it, run_dir=… starts another run"
+        )
     return lines

@@ -22,9 +22,11 @@ from moe.train import rundir
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
 from moe.train.progress import Display
+from moe.train.signals import StopSignals
 from moe.train.startup import choose_backends, describe_run, peak_flops
 from moe.train.straggler import Straggler
 from moe.train.tracking import Tracker, cut_back
+from moe.train.watchdog import Watchdog
 
 
 @dataclass(slots=True)
@@ -44,6 +46,8 @@ class Run:
     guard: Guard
     waits: Waits
     straggler: Straggler
+    stop: StopSignals
+    watchdog: Watchdog
     flops_per_token: float
     peak_flops: float
     tracker: Tracker | None = None  # rank 0's
@@ -79,7 +83,7 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         "data",
     )
     checkpoint = checkpoints.newest(folder, topology, display.warn)
-    changes = topology.agree(lambda: rundir.check_resumable(checkpoint, config) if checkpoint else [], "resume")
+    changes = topology.agree(lambda: _changes(checkpoint, corpus, config) if checkpoint else [], "resume")
 
     expert_group, _ = expert_groups(topology)
     model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
@@ -92,9 +96,8 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
     for line in (*corpus.describe().splitlines(), *describe_run(config, topology, peak), *backends):
         display.line(line)
     if checkpoint is not None:
-        data, tokenizer = state.data, state.tokenizer
-        state = checkpoints.load(checkpoint, engine, topology)
-        _check_data(state, data, tokenizer, checkpoint, display)
+        fresh, state = state, checkpoints.load(checkpoint, engine, topology)
+        state.data, state.versions = fresh.data, fresh.versions
         loader.consumed = state.consumed
         display.line(f"resuming from {checkpoint} (step {state.step}, {state.tokens:,} tokens)")
         for line in changes:
@@ -113,6 +116,8 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         guard=Guard(config.guard, state, topology, display.warn),
         waits=Waits(topology),
         straggler=Straggler(host_names(world), display.warn),
+        stop=StopSignals(speaks=topology.is_main),
+        watchdog=Watchdog(topology, config.guard.hang_seconds),
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
     )
@@ -124,14 +129,17 @@ def _silent(_: str) -> None:
     """Ranks other than the first leave the talking to it."""
 
 
-def _check_data(state: TrainState, data: str, tokenizer: str, checkpoint: Path, display: Display) -> None:
-    if state.tokenizer != tokenizer:
+def _changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
+    """What is not as it was when `checkpoint` was written. Raises ValueError for what can't go on."""
+    then = checkpoints.read_state(checkpoint)
+    tokenizer, now = corpus.tokenizer.fingerprint, TrainState().versions
+    if then.tokenizer != tokenizer:
         raise ValueError(
-            f"tokenizer fingerprint {tokenizer[:12]} differs from {state.tokenizer[:12]} in {checkpoint}: "
+            f"tokenizer fingerprint {tokenizer[:12]} differs from {then.tokenizer[:12]} in {checkpoint}: "
             "the same ids would mean other text; use the run's own tokenizer or another run_dir"
         )
-    if state.data != data:
-        display.warn(f"the data changed since {checkpoint}: its fingerprint was {state.data[:12]}, is {data[:12]}")
+    lines = rundir.check_resumable(checkpoint, config, (then.data, corpus.fingerprint))
+    return lines + [f"{name}: {old} → {now[name]}" for name, old in then.versions.items() if now.get(name, old) != old]
 
 
 def _write_run_files(run: Run, *, resumed: bool) -> None:

@@ -155,7 +155,8 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(moe: Run, corpus: list[str],
     """From step 6 on no file may grow past 200 kB: older checkpoints stay, training goes on, the exit code tells."""
     words = ["train", f"run_dir={tmp_path}", *corpus, *SMALL]
     assert moe(*words, "train.steps=5").returncode == 0
-    full = moe(*words, "train.steps=12", more={"PYTHONPATH": str(Path(__file__).parent / "full_disk")})
+    longer = ("train.steps=12", "checkpoint.allow_changes=true")
+    full = moe(*words, *longer, more={"PYTHONPATH": str(Path(__file__).parent / "full_disk")})
     _one_line(full, 2, "the last checkpoint could not be saved")
     assert "step_00000010: not saved" in full.stdout
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 13))

@@ -20,21 +20,53 @@ def test_a_second_job_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     rundir.lock(tmp_path).close()
 
 
-def test_another_model_cannot_continue_and_the_key_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config([])))
-    with pytest.raises(ValueError, match=r"model\.hidden_size=256, but the checkpoint .* model\.hidden_size=128"):
-        rundir.check_resumable(tmp_path, load_config(["model.hidden_size=256"]))
-    with pytest.raises(ValueError, match=r"router\.num_experts=4"):
-        rundir.check_resumable(tmp_path, load_config(["router.num_experts=4"]))
+SAME = ("d1", "d1")
 
 
-def test_what_may_change_is_told(tmp_path: Path) -> None:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config([])))
-    changed = load_config(["train.steps=500", "optim.lr=0.5", "model.attention=naive"])
-    lines = rundir.check_resumable(tmp_path, changed)
-    assert "train.steps: 300 → 500" in lines
-    assert "optim.lr: 0.001 → 0.5" in lines
-    assert rundir.check_resumable(tmp_path, load_config([])) == []
+    return tmp_path
+
+
+def test_another_model_cannot_continue_and_the_key_is_named(checkpoint: Path) -> None:
+    for allowed in ("checkpoint.allow_changes=true", "checkpoint.allow_changes=false"):
+        with pytest.raises(ValueError, match=r"model\.hidden_size=256, but the checkpoint .* model\.hidden_size=128"):
+            rundir.check_resumable(checkpoint, load_config(["model.hidden_size=256", allowed]), SAME)
+        with pytest.raises(ValueError, match=r"router\.num_experts=4"):
+            rundir.check_resumable(checkpoint, load_config(["router.num_experts=4", allowed]), SAME)
+
+
+def test_what_changes_the_mathematics_needs_the_flag(checkpoint: Path) -> None:
+    words = ["train.steps=500", "optim.lr=0.5", "checkpoint.every=7"]
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 → 0\.5; train\.steps: 300 → 500; .*allow_changes=true"):
+        rundir.check_resumable(checkpoint, load_config(words), SAME)
+    lines = rundir.check_resumable(checkpoint, load_config([*words, "checkpoint.allow_changes=true"]), SAME)
+    assert set(lines) >= {"train.steps: 300 → 500", "optim.lr: 0.001 → 0.5", "checkpoint.every: 200 → 7"}
+    with pytest.raises(ValueError, match="the data's fingerprint: d1 → d2"):
+        rundir.check_resumable(checkpoint, load_config([]), ("d1", "d2"))
+
+
+def test_what_computes_the_same_in_another_way_is_only_told(checkpoint: Path) -> None:
+    words = ["parallel.zero_stage=2", "experts=loop", "model.attention=naive", "train.log_every=1", "tracking=none"]
+    lines = rundir.check_resumable(checkpoint, load_config(words), SAME)
+    assert "parallel.zero_stage: 1 → 2" in lines
+    assert "model.attention: auto → naive" in lines
+    assert rundir.check_resumable(checkpoint, load_config([]), SAME) == []
+
+
+def test_a_longer_run_is_the_same_run_when_the_rate_depends_on_the_step_alone(tmp_path: Path) -> None:
+    words = ["optim.schedule=constant", "optim.warmup_steps=10"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(words)))
+    assert rundir.check_resumable(tmp_path, load_config([*words, "train.steps=500"]), SAME) == [
+        "train.steps: 300 → 500"
+    ]
+
+
+def test_every_key_that_may_change_exists() -> None:
+    keys = rundir.flatten(load_config([]))
+    for prefix in (*rundir.FIXED, *rundir.NEUTRAL):
+        assert any(key == prefix or key.startswith(f"{prefix}.") for key in keys), prefix
 
 
 def test_metrics_are_cut_back_to_the_step_and_a_torn_line_goes(tmp_path: Path) -> None:
