@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -165,7 +165,8 @@ def own_store(seconds: float) -> Store | None:
     """
     if dist.get_world_size() == 1:
         return None
-    store = PrefixStore("watchdog", _get_default_store()).clone()
+    store: Any = PrefixStore("watchdog", _get_default_store())
+    store = store.clone()  # torch's stubs don't know it
     store.set_timeout(timedelta(seconds=seconds))
     return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +32,19 @@ class Evaluation:
         self._bytes = float(counts_V @ lengths_V)
 
     @torch.no_grad()
-    def __call__(self, model: Transformer) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """(figures of the evaluation step, routing of one held-out text or None for a dense model). A collective."""
+    def __call__(
+        self, model: Transformer, begins: Callable[[str], None]
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """(figures of the evaluation step, routing of one held-out text or None for a dense model). A collective.
+
+        `begins` hears of each batch.
+        """
         model.eval()
         device = self._topology.device
         sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)  # [source, (nats, targets)]
         routing = None
         for index, batch in enumerate(self._batches):
+            begins(f"evaluation batch {index + 1} of {len(self._batches)}")
             labels_BS = batch.labels_BS.to(device)
             output = model(batch.input_ids_BS.to(device), document_ids_BS=batch.document_ids_BS.to(device))
             loss_B = _loss_by_sequence(output.logits_BSV, labels_BS)

@@ -47,7 +47,8 @@ def train(config: Config) -> None:
             if run.state.step >= config.train.steps:
                 display.line(f"{folder} is finished at step {run.state.step}; a larger train.steps goes on from there")
                 return
-            _loop(run)
+            with run.stop, run.watchdog:
+                _loop(run)
         finally:
             if held is not None:
                 held.close()
@@ -59,7 +60,7 @@ def _loop(run: Run) -> None:
     config, state, train = run.config, run.state, run.config.train
     run.display.start(state.step)
     try:
-        while state.step < train.steps:
+        while state.step < train.steps and run.stop.agreed is None:
             figures = _step(run)
             last = state.step == train.steps
             if state.step % train.eval_every == 0 or last:
@@ -71,14 +72,19 @@ def _loop(run: Run) -> None:
                 break
             if state.step % train.sample_every == 0 or last:
                 _sample(run)
-            if state.step % config.checkpoint.every == 0 or last:
+            if state.step % config.checkpoint.every == 0 or last or run.stop.agreed is not None:
+                run.watchdog.beat(state.step, "the save", long=True)
                 run.saver.save(run.engine, run.state, to_yaml(run.config))
+        run.watchdog.beat(state.step, "the end of the last save", long=True)
         saved = run.saver.wait()
     finally:
         run.display.stop()
         run.waits.remove()
         if run.tracker is not None:
             run.tracker.close()
+    if run.stop.agreed is not None and state.step < train.steps and not run.guard.exhausted:
+        run.topology.barrier()  # whatever started the ranks may end them all once one has left
+        raise run.stop.stopped(run.folder, state.step, saved=saved)
     if run.topology.is_main:
         run.display.line(f"report: {write_report(run.folder)}")
     run.guard.check()
@@ -89,6 +95,7 @@ def _loop(run: Run) -> None:
 def _step(run: Run) -> dict[str, Any]:
     """One optimizer step over the next global batch; its figures."""
     run.waits.begin()
+    run.watchdog.beat(run.state.step + 1, "its start")
     config, topology, state = run.config, run.topology, run.state
     batches = run.loader.next_step()
     targets = _global_targets(batches, topology)
@@ -97,7 +104,8 @@ def _step(run: Run) -> dict[str, Any]:
     norm_limit = run.guard.norm_limit()
     sums = StepSums(topology)
     result: StepResult | None = None
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        run.watchdog.beat(state.step + 1, f"micro-batch {number} of {len(batches)}")
         output = run.engine(
             batch.input_ids_BS.to(topology.device),
             document_ids_BS=batch.document_ids_BS.to(topology.device),
@@ -119,7 +127,8 @@ def _step(run: Run) -> dict[str, Any]:
     tokens = config.train.global_batch_size * config.train.sequence_length
     state.tokens += tokens
     state.skipped_steps = run.engine.skipped_steps
-    figures, busy = sums.reduced(targets, run.waits.busy_seconds)
+    figures, busy, flags = sums.reduced(targets, run.waits.busy_seconds, run.stop.flags())
+    run.stop.agree(flags)
     seconds = run.waits.end()
     figures |= run.straggler(state.step, seconds, busy)
     return {
@@ -141,7 +150,7 @@ def _global_targets(batches: list[Batch], topology: Topology) -> int:
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    figures, routing = run.evaluation(_transformer(run))
+    figures, routing = run.evaluation(_transformer(run), lambda part: run.watchdog.beat(run.state.step, part))
     if run.topology.is_main and routing is not None:
         write_durably(run.folder / "routing.json", json.dumps({"step": run.state.step, **routing}) + "\n")
     return figures
@@ -150,6 +159,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
 def _sample(run: Run) -> None:
     """A continuation of `train.sample_prompt`. All ranks take part: with expert parallelism each holds a slice."""
     train = run.config.train
+    run.watchdog.beat(run.state.step, "the sample")
     text = sample_text(_transformer(run), run.corpus.tokenizer, train.sample_prompt, train.sample_tokens)
     if run.topology.is_main:
         with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:

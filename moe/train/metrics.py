@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,22 @@ class StepSums:
                 self._counts_LE = counts if self._counts_LE is None else self._counts_LE + counts
         self._micro_batches += 1
 
-    def reduced(self, targets: int, mine: float) -> tuple[dict[str, Any], list[float]]:
-        """The step's figures, and every rank's `mine`; `targets` is the number of target tokens of the global batch."""
+    def reduced(
+        self, targets: int, mine: float, flags: Sequence[float]
+    ) -> tuple[dict[str, Any], list[float], list[float]]:
+        """The step's figures, every rank's `mine`, and `flags` summed over the ranks.
+
+        `targets` is the number of target tokens of the global batch.
+        """
         assert self._scalars is not None
         by_rank = self._scalars.new_zeros(self._topology.world_size)
         by_rank[self._topology.rank] = mine
-        parts = [by_rank, self._scalars]
+        parts = [by_rank, self._scalars.new_tensor(flags), self._scalars]
         if self._counts_LE is not None:
             parts.append(self._counts_LE.flatten())
-        ranks, packed = self._topology.sum_(torch.cat(parts)).cpu().tensor_split([len(by_rank)])
-        return self._figures(packed, targets), ranks.tolist()
+        own = [len(by_rank), len(by_rank) + len(flags)]
+        ranks, raised, packed = self._topology.sum_(torch.cat(parts)).cpu().tensor_split(own)
+        return self._figures(packed, targets), ranks.tolist(), raised.tolist()
 
     def _figures(self, packed: Tensor, targets: int) -> dict[str, Any]:
         micro_batches = self._micro_batches * self._topology.world_size

@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from moe.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -45,6 +48,14 @@ class StopSignals:
     def agree(self, flags: Sequence[float]) -> None:
         """`flags` summed over all ranks."""
         self.agreed = next((number for number, count in zip(SIGNALS, flags, strict=True) if count), None)
+
+    def stopped(self, run_dir: Path, step: int, *, saved: bool) -> Stopped | ValueError:
+        """What ends the program, once all ranks are ready to leave."""
+        assert self.agreed is not None
+        text = f"{self.agreed.name}: stopped after step {step}"
+        if not saved:
+            return ValueError(f"{run_dir}: {text}, but the checkpoint could not be saved (see above)")
+        return Stopped(f"{text}, which is saved in {run_dir}; the same command goes on from there", self.agreed)
 
     def _hear(self, signum: int, _: FrameType | None) -> None:
         number = signal.Signals(signum)

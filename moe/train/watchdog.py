@@ -10,12 +10,13 @@ connection of its own, and another looks at it. When it is older than `guard.han
    living ranks have: once one process has left, torchrun ends the rest;
 4. each kills the stopped ranks of its own machine (torchrun would wait 30 s for them) and leaves with EXIT_CODE.
 
-A thread that holds the interpreter's lock stops the watchdog's threads too: then the other ranks see a stopped rank, and
-after four times `guard.hang_seconds` a timer outside the interpreter writes the stacks and ends the process with code 1.
+A thread that holds the interpreter's lock stops the watchdog's threads too: then the other ranks see a stopped rank,
+and after four times `guard.hang_seconds` a timer outside the interpreter writes the stacks and ends it (code 1).
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -205,7 +206,5 @@ def _started(pid: int) -> int | None:
 def _kill(post: dict[str, Any]) -> None:
     """SIGKILL to a stopped rank, if it is on this machine; its start tells it from another process of that number."""
     if post["host"] == os.uname().nodename and post["started"] is not None and _started(post["pid"]) == post["started"]:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # another rank was faster
             os.kill(post["pid"], signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # another rank was faster
