@@ -10,8 +10,11 @@
 # NODE_ADDR          how the other nodes reach this one, where its host name doesn't say (default: the host name)
 # RUN_ID             the same on all nodes, another for each launch that might overlap (default moe)
 # MAX_RESTARTS       how often a dead process is started again; the run goes on from its last checkpoint (default 0)
+# GRACE              seconds that a stopped run has for its checkpoint before it is killed (default 120)
 # MOE_START_TIMEOUT  seconds to wait for the other nodes and ranks (default 300)
 # VENV               the environment with moe in it (default .venv if it is there, else what is on PATH)
+# SIGTERM, SIGUSR1 and Ctrl-C end it in good order: torchrun hands them to its processes, which save and stop, waits GRACE
+# seconds for them, starts nothing again and exits with 1; the same command goes on. A third signal or kill -9 ends all at once.
 # On several nodes GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between them, if it can't be guessed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,8 +27,11 @@ command -v torchrun >/dev/null || fail "no torchrun on PATH: activate moe's envi
 NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
 [ "$NPROC" != 0 ] || fail "no GPU here; NPROC=2 starts two processes on the CPU"
 [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of processes"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-120}" # seconds, as torchrun calls it
+[[ "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" =~ ^[1-9][0-9]*$ ]] || fail "GRACE=$GRACE must be whole seconds"
+signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 if [ "${NNODES:-1}" = 1 ]; then
-    exec torchrun --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m moe "$@"
+    exec torchrun --signals-to-handle "$signals" --standalone --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" -m moe "$@"
 fi
 
 [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$NNODES must be a number of nodes"
@@ -38,7 +44,7 @@ export MOE_START_TIMEOUT="${MOE_START_TIMEOUT:-300}"
 echo "launch/torchrun.sh: node $NODE_RANK of $NNODES meets the others at $endpoint within $MOE_START_TIMEOUT s;" \
     "a Rendezvous error below means that it didn't (is node 0 up, the port open, every node started?)" >&2
 [ "$NODE_RANK" = 0 ] && host=true || host=false
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" \
+exec torchrun --signals-to-handle "$signals" --nnodes "$NNODES" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-id "${RUN_ID:-moe}" --rdzv-backend c10d --rdzv-endpoint "$endpoint" \
     --rdzv-conf "is_host=$host,join_timeout=$MOE_START_TIMEOUT,read_timeout=$MOE_START_TIMEOUT" \
     ${NODE_ADDR:+--local-addr "$NODE_ADDR"} -m moe "$@"

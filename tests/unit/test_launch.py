@@ -19,16 +19,18 @@ from tests.e2e.conftest import SMALL
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+HANDLED = "torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 ENVIRONMENT = {"HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
 TORCHRUN = """#!/bin/bash
 echo "torchrun $*"
+[ -z "${SAYS_GRACE:-}" ] || echo "grace $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """
 SRUN = """#!/bin/bash
 # Two nodes one after the other; with HOLD it is a step that only a signal ends.
 echo "srun $*" >>"$RECORD"
 while [[ "$1" == --* ]]; do shift; done
 if [ -n "${HOLD:-}" ]; then
-    trap 'echo "srun got TERM" >>"$RECORD"; exit 143' TERM
+    trap 'echo "srun got USR1" >>"$RECORD"; exit 1' USR1
     touch "$HOLD"
     while true; do sleep 0.05; done
 fi
@@ -94,13 +96,19 @@ def test_shellcheck_finds_nothing() -> None:
 
 def test_one_node_takes_all_gpus(stubs: dict[str, str]) -> None:
     done = _bash("torchrun.sh", "train", "data.path=a b", env=stubs)
-    assert done.stdout == "torchrun --standalone --nproc-per-node 8 --max-restarts 0 -m moe train data.path=a b\n"
+    assert done.stdout == f"{HANDLED} --standalone --nproc-per-node 8 --max-restarts 0 -m moe train data.path=a b\n"
     assert done.returncode == 0
 
 
 def test_nproc_and_restarts_are_the_environments(stubs: dict[str, str]) -> None:
     done = _bash("torchrun.sh", "train", env=stubs | {"NPROC": "2", "MAX_RESTARTS": "5"})
-    assert done.stdout == "torchrun --standalone --nproc-per-node 2 --max-restarts 5 -m moe train\n"
+    assert done.stdout == f"{HANDLED} --standalone --nproc-per-node 2 --max-restarts 5 -m moe train\n"
+
+
+@pytest.mark.parametrize(("more", "seconds"), [({}, 120), ({"GRACE": "45"}, 45)])
+def test_the_grace_is_torchruns_own(stubs: dict[str, str], more: dict[str, str], seconds: int) -> None:
+    done = _bash("torchrun.sh", "train", env=stubs | more | {"SAYS_GRACE": "yes"})
+    assert done.stdout.splitlines()[1:] == [f"grace {seconds}"]
 
 
 @pytest.mark.parametrize(("node", "host"), [("0", "true"), ("1", "false")])
@@ -108,7 +116,7 @@ def test_one_of_several_nodes(stubs: dict[str, str], node: str, host: str) -> No
     more = {"NNODES": "2", "NODE_RANK": node, "MASTER_ADDR": "node17", "NODE_ADDR": "10.1.1.7", "RUN_ID": "9-0"}
     done = _bash("torchrun.sh", "train", env=stubs | more | {"MOE_START_TIMEOUT": "60"})
     assert done.stdout == (
-        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-id 9-0 --rdzv-backend c10d "
+        f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-id 9-0 --rdzv-backend c10d "
         f"--rdzv-endpoint node17:29500 --rdzv-conf is_host={host},join_timeout=60,read_timeout=60 "
         "--local-addr 10.1.1.7 -m moe train\n"
     )
@@ -120,6 +128,7 @@ MISTAKES = [
     (["train"], {"NPROC": "two"}, "NPROC=two must be a number of processes"),
     (["train"], {"NPROC": "-1"}, "NPROC=-1 must be"),
     (["train"], {"NPROC": "0"}, "no GPU here; NPROC=2 starts two processes on the CPU"),
+    (["train"], {"GRACE": "2m"}, "GRACE=2m must be whole seconds"),
     (["train"], {"VENV": "/nowhere"}, "no torchrun on PATH"),
     (["train"], {"NNODES": "2"}, "NODE_RANK= must be this node's number, 0 to 1"),
     (["train"], {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2 must be"),
@@ -209,7 +218,7 @@ def test_slurm_starts_one_torchrun_a_node(job: dict[str, str]) -> None:
     assert step.endswith(" node train data.path=a b")
     for line, host in zip(nodes, ("true", "false"), strict=True):
         assert line == (
-            "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id 41234-2 --rdzv-backend c10d "
+            f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id 41234-2 --rdzv-backend c10d "
             f"--rdzv-endpoint node17:11234 --rdzv-conf is_host={host},join_timeout=300,read_timeout=300 "
             "-m moe train data.path=a b"
         )
@@ -223,7 +232,7 @@ def test_slurm_passes_the_steps_failure_on_and_queues_nothing(job: dict[str, str
 
 @pytest.mark.parametrize(
     ("number", "after"),
-    [(signal.SIGUSR1, ["srun got TERM", "scontrol requeue 41234"]), (signal.SIGTERM, ["srun got TERM"])],
+    [(signal.SIGUSR1, ["srun got USR1", "scontrol requeue 41234"]), (signal.SIGTERM, ["srun got USR1"])],
 )
 def test_slurm_signals(job: dict[str, str], tmp_path: Path, number: signal.Signals, after: list[str]) -> None:
     hold = tmp_path / "held"
@@ -239,7 +248,7 @@ def test_slurm_signals(job: dict[str, str], tmp_path: Path, number: signal.Signa
             process.wait(20)
         finally:
             process.kill()
-    assert process.returncode == 143
+    assert process.returncode == 1
     assert _record(job)[1:] == after
 
 
@@ -281,7 +290,7 @@ def test_skypilot(stubs: dict[str, str]) -> None:
         "SKYPILOT_TASK_ID": "sky-1",
     }
     assert _render(task["run"], stubs | task["envs"] | sky) == (
-        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id sky-1 --rdzv-backend c10d "
+        f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id sky-1 --rdzv-backend c10d "
         "--rdzv-endpoint 10.0.0.4:29500 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
         f"--local-addr 10.0.0.5 -m moe {task['envs']['WORDS']}\n"
     )
@@ -308,7 +317,7 @@ def test_pytorchjob(stubs: dict[str, str]) -> None:
     # What the operator gives the first worker's pod, and the pod's own address.
     operator = {"RANK": "1", "WORLD_SIZE": str(pods), "MASTER_ADDR": "moe-master-0", "MASTER_PORT": "23456"}
     assert _render(command, stubs | stated | operator | {"NODE_ADDR": "10.2.0.9"}) == (
-        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id moe --rdzv-backend c10d "
+        f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id moe --rdzv-backend c10d "
         "--rdzv-endpoint moe-master-0:23456 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
         f"--local-addr 10.2.0.9 -m moe {stated['WORDS']}\n"
     )
