@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -57,6 +58,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent had lives as long as this process; DeepSpeed collects a dozen times while it starts
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -92,8 +92,8 @@ class Guard:
         raise ValueError(
             f"step {state.step}: {refused} steps in a row were refused (guard.max_skipped={self._config.max_skipped}): "
             f"{'; '.join(self._blamed)}. The weights are those of step {state.step - refused}. The same command goes "
-            "on from the newest checkpoint and meets the same samples: lower optim.lr, mend these samples, or raise "
-            "guard.max_skipped to pass over them"
+            "on from the newest checkpoint and meets the same samples: lower optim.lr (with "
+            "checkpoint.allow_changes=true), mend these samples, or raise guard.max_skipped to pass over them"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from moe.dist.topology import Topology
 from moe.model.transformer import Transformer
 from moe.sparse import Randomness
 from moe.sparse.balance import balance_loss
+
+# DeepSpeed imports it when an engine is made: seconds, which every forked rank would spend.
+importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moe.dist.engine import Engine
+from moe.dist.save import Saver
 
 Loss = Callable[[Engine, Tensor], Tensor]
 
@@ -40,17 +42,27 @@ def _before_backward(steps: Iterable[int] | None, change: Loss) -> None:
     Engine.backward = backward
 
 
-def nan_loss(*, steps: Iterable[int] | None = None) -> None:
-    """The language-model loss is NaN, as the forward pass gives it."""
+def _forward_loss(steps: Iterable[int] | None, change: Callable[[Tensor], Tensor]) -> None:
+    """`change` takes the place of the language-model loss that the forward pass gives."""
     original, wanted = Engine.__call__, None if steps is None else set(steps)
 
     def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
         output = original(self, *inputs, **keywords)
         if wanted is None or _now(self) in wanted:
-            output.lm_loss_sum = output.lm_loss_sum * math.nan
+            output.lm_loss_sum = change(output.lm_loss_sum)
         return output
 
     Engine.__call__ = forward
+
+
+def nan_loss(*, steps: Iterable[int] | None = None) -> None:
+    """The language-model loss is NaN, and so are its gradients."""
+    _forward_loss(steps, lambda loss: loss * math.nan)
+
+
+def inf_loss(*, steps: Iterable[int] | None = None) -> None:
+    """The language-model loss is infinite; its gradients, as autograd sees them, are finite."""
+    _forward_loss(steps, lambda loss: loss + math.inf)
 
 
 def inf_gradient(*, steps: Iterable[int] | None = None, parameter: str = "") -> None:
@@ -86,8 +98,34 @@ def sleep(*, seconds: float, steps: Iterable[int] | None = None) -> None:
     Engine.__call__ = forward
 
 
+def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: float = 0.0) -> None:
+    """This process gets the signal `name` in the middle of each of these steps; in the next save, which then takes
+    `save_seconds` longer, it gets the signal `in_save`."""
+    heard = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+
+    def change(engine: Engine, loss: Tensor) -> Tensor:
+        nonlocal heard
+        heard = True
+        os.kill(os.getpid(), signal.Signals[name])
+        return loss
+
+    _before_backward(steps, change)
+    original = Saver._write_shards
+
+    def write(self: Saver, snapshot: Any, partial: Any) -> dict[str, Any]:
+        if heard and in_save:
+            os.kill(os.getpid(), signal.Signals[in_save])
+            time.sleep(save_seconds)
+        return original(self, snapshot, partial)
+
+    Saver._write_shards = write
+
+
 KINDS: dict[str, Callable[..., None]] = {
+    "stop": stop,
     "nan_loss": nan_loss,
+    "inf_loss": inf_loss,
     "inf_gradient": inf_gradient,
     "spike": spike,
     "sleep": sleep,
