@@ -56,6 +56,33 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     return [results[rank] for rank in range(world_size)]
 
 
+def run_until_dead(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[int]:
+    """As `run_ranks`, for ranks that are meant to die: their exit codes by rank, −N for signal N.
+
+    AssertionError if one is still there `timeout` seconds later.
+    """
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    port, queue = free_port(), context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        while not queue.empty():
+            queue.get()  # a rank waits until its result has been taken
+        time.sleep(0.02)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join(10)
+    assert not hung, f"ranks {hung} were still there after {timeout} s"
+    return [process.exitcode or 0 for process in processes]
+
+
 def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what the parent had lives as long as this process; DeepSpeed collects a dozen times while it starts

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +39,7 @@ from moe.durable import PARTIAL
 from moe.model.transformer import Transformer
 
 MANIFEST = "manifest.json"
+TEXTS = {"state.json", "config.yaml"}
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
 
 
@@ -148,14 +148,16 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not manifest.keys() >= TEXTS:
+            return f"{MANIFEST} doesn't list {' and '.join(sorted(TEXTS - manifest.keys()))}"
         for name, expected in sorted(manifest.items())[part::parts]:
             path = folder / name
             if not path.is_file():
-                return f"{name} is missing"
+                return f"{name} of {MANIFEST} is missing"
             if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
+                return f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {expected['bytes']}"
             if sha256(path) != expected["sha256"]:
-                return f"{name} does not match its SHA-256"
+                return f"{name} does not match its SHA-256 in {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
     return None

@@ -75,7 +75,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, engine: Engine, state: TrainState, config_yaml: str) -> None:
-        """Begin a save, after the previous one's end; with `checkpoint.background=false` also end it. Raises as `wait`."""
+        """Begin a save after the previous one's end; with `checkpoint.background=false` end it too. Raises as `wait`."""
         started = time.perf_counter()
         self.wait()
         snapshot = self._snapshot(engine, state, config_yaml)
@@ -88,7 +88,7 @@ class Saver:
     def wait(self) -> bool:
         """Until the save under way has ended; whether the last one succeeded.
 
-        Raises ValueError once `checkpoint.max_failures` in a row have failed: who trains on unsaved loses more and more.
+        Raises ValueError once `checkpoint.max_failures` in a row have failed: to train on unsaved is to lose more.
         """
         if self._thread is not None:
             self._thread.join()
@@ -191,7 +191,7 @@ class Saver:
         for name, text in snapshot.texts.items():
             write_durably(partial / name, text)
             manifest[name] = _entry(partial / name)
-        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))  # the last byte matters: a cut is seen
         if snapshot.folder.exists():  # a damaged one, which the resume passed over
             _remove(snapshot.folder)
         partial.rename(snapshot.folder)

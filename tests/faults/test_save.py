@@ -1,0 +1,220 @@
+"""A save that is killed, or finds the disk full; a checkpoint that was damaged: what a resume then takes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from moe.compose import to_yaml
+from moe.config import CheckpointConfig
+from moe.dist.checkpoint import TrainState, committed, load, newest, verify
+from moe.dist.save import Saver
+from tests.distributed.training import build, config_of, engine_steps
+from tests.e2e.conftest import SMALL, Run, read_metrics
+from tests.ranks import run_ranks, run_until_dead
+
+WORDS = ["parallel.expert=2"]
+WATCHED = ("/moe/dist/save.py", "/moe/durable.py", "/distributed/checkpoint/filesystem.py", "/checkpoint/hf_storage.py")
+
+
+def _at_line(count: int | None) -> list[int]:
+    """Counts the lines of code that a save executes in this process from here on, on every thread; SIGKILL at number
+    `count`."""
+    seen = [0]
+
+    def trace(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        if event == "line":
+            seen[0] += 1
+            if seen[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace if frame.f_code.co_filename.endswith(WATCHED) else None
+
+    threading.settrace(trace)
+    sys.settrace(trace)
+    return seen
+
+
+def _save_twice(folder: Path, victim: int, count: int | None) -> int:
+    """Saves steps 1 and 2; rank `victim` dies at line `count` of the second save (None: nobody does). How many lines
+    that save has here."""
+    config = config_of(WORDS)
+    topology, engine = build(config)
+    saver = Saver(folder, topology, CheckpointConfig(keep=1), print, print)
+    engine_steps(config, topology, engine, 0, 1)
+    saver.save(engine, TrainState(step=1, consumed=8), to_yaml(config))
+    assert saver.wait()
+    engine_steps(config, topology, engine, 1, 1)
+    lines = _at_line(count if topology.rank == victim else None)
+    saver.save(engine, TrainState(step=2, consumed=16), to_yaml(config))
+    saver.wait()
+    sys.settrace(None)
+    threading.settrace(None)  # type: ignore[arg-type]
+    engine_steps(config, topology, engine, 2, 1)
+    return lines[0]
+
+
+def _resume(folder: Path) -> tuple[int, list[float]]:
+    """The step it goes on from, and the losses up to step 3; step 3 is saved."""
+    config = config_of(WORDS)
+    topology, engine = build(config)
+    checkpoint = newest(folder, topology, print)
+    assert checkpoint is not None
+    state = load(checkpoint, engine, topology)
+    saver = Saver(folder, topology, CheckpointConfig(keep=1), print, print)
+    losses = engine_steps(config, topology, engine, state.step, 3 - state.step).losses
+    saver.save(engine, TrainState(step=3, consumed=24), to_yaml(config))
+    assert saver.wait()
+    return state.step, losses
+
+
+def _undisturbed() -> list[float]:
+    config = config_of(WORDS)
+    topology, engine = build(config)
+    return engine_steps(config, topology, engine, 0, 3).losses
+
+
+def _killed_at(points: int, tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    expected = run_ranks(2, _undisturbed)[0]
+    lines = run_ranks(2, _save_twice, tmp_path / "whole", 0, None)
+    resumed_at = []
+    for point in range(points):
+        victim, folder = point % 2, tmp_path / str(point)
+        count = 1 + round((lines[victim] - 2) * point / (points - 1))
+        codes = run_until_dead(2, _save_twice, folder, victim, count)
+        assert codes[victim] == -signal.SIGKILL
+        for step, losses in run_ranks(2, _resume, folder):
+            assert step in (1, 2)
+            assert losses == expected[step:]
+        resumed_at.append(step)
+        # What the killed save left is gone, and only whole checkpoints are there.
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_00000003"]
+        assert verify(folder / "checkpoints" / "step_00000003") is None
+    assert set(resumed_at) == {1, 2}, "the points don't span the moment of the commit"
+    outcome(
+        f"{points} points over the {lines[0]} and {lines[1]} lines that the ranks execute: {resumed_at.count(1)} went "
+        f"on from the older, {resumed_at.count(2)} from the new checkpoint, all bitwise"
+    )
+
+
+@pytest.mark.fault(1)
+def test_a_kill_at_a_few_points_of_a_save(tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    _killed_at(4, tmp_path, outcome)
+
+
+@pytest.mark.fault(1)
+@pytest.mark.slow
+def test_a_kill_at_many_points_of_a_save(tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    _killed_at(24, tmp_path, outcome)
+
+
+def _two_checkpoints(folder: Path) -> None:
+    config = config_of([])
+    topology, engine = build(config)
+    saver = Saver(folder, topology, CheckpointConfig(), print, print)
+    for step in (1, 2):
+        engine_steps(config, topology, engine, step - 1, 1)
+        saver.save(engine, TrainState(step=step), to_yaml(config))
+    assert saver.wait()
+
+
+def _taken(folder: Path) -> list[tuple[str, str, str, str]]:
+    """For each file of the newest checkpoint and each damage: (file, damage, the checkpoint taken, the warning)."""
+    topology, _ = build(config_of([]))
+    taken = []
+    damaged = committed(folder / "checkpoints")[0]
+    for path in sorted(path for path in damaged.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for damage, changed in (("truncated", content[:-1]), ("bit", bytes(flipped)), ("deleted", None)):
+            path.unlink() if changed is None else path.write_bytes(changed)
+            warnings: list[str] = []
+            found = newest(folder, topology, warnings.append)
+            assert found is not None
+            taken.append((str(path.relative_to(damaged)), damage, found.name, " ".join(warnings)))
+            path.write_bytes(content)
+    found = newest(folder, topology, print)
+    assert found == damaged
+    return taken
+
+
+@pytest.mark.fault(5)
+def test_every_damage_is_found_and_the_previous_checkpoint_taken(
+    tmp_path: Path, outcome: Callable[[str], None]
+) -> None:
+    run_ranks(1, _two_checkpoints, tmp_path)
+    taken = run_ranks(1, _taken, tmp_path)[0]
+    assert len(taken) >= 15
+    for file, damage, found, warning in taken:
+        assert found == "step_00000001", (file, damage)
+        assert "step_00000002 is damaged and passed over" in warning
+        assert file in warning
+    outcome(f"{len(taken)} damages in {len(taken) // 3} files: all found, file named, previous checkpoint taken")
+
+
+def _none_whole(folder: Path) -> str:
+    topology, _ = build(config_of([]))
+    for state in (folder / "checkpoints").glob("step_*/state.json"):
+        state.unlink()
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole") as refused:
+        newest(folder, topology, print)
+    return str(refused.value)
+
+
+@pytest.mark.fault(5)
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_its_place(tmp_path: Path) -> None:
+    run_ranks(1, _two_checkpoints, tmp_path)
+    assert "start another run with run_dir=" in run_ranks(1, _none_whole, tmp_path)[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(kilobytes)`: a file system of that size; called again it is resized."""
+    folder = tmp_path / "disk"
+
+    def of_size(kilobytes: int) -> Path:
+        words = ["-o", f"remount,size={kilobytes}k", str(folder)]
+        if not folder.exists():
+            folder.mkdir()
+            words = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mount: {done.stderr.strip()}")
+        return folder
+
+    yield of_size
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+
+
+@pytest.mark.fault(4)
+def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on(
+    moe: Run, corpus: list[str], small_disk: Callable[[int], Path], outcome: Callable[[str], None]
+) -> None:
+    disk = small_disk(1100)  # one checkpoint of 0.8 MB fits, two don't
+    words = ["train", f"run_dir={disk}", *corpus, *SMALL, "checkpoint.max_failures=2", "train.eval_every=40"]
+    stopped = moe(*words)
+    assert stopped.returncode == 2, stopped.stdout + stopped.stderr
+    lines = [line for line in stopped.stderr.splitlines() if line.startswith("moe:")]
+    assert len(lines) == 1
+    assert "2 saves in a row have failed (checkpoint.max_failures)" in lines[0]
+    assert f"{disk}/checkpoints/step_00000015: not saved" in lines[0]
+    assert "No space left on device" in lines[0]
+    assert "MB are free" in lines[0]
+    assert sorted(path.name for path in (disk / "checkpoints").iterdir()) == ["latest", "step_00000005"]
+    assert verify(disk / "checkpoints" / "step_00000005") is None
+    assert len(read_metrics(disk)) >= 15
+    small_disk(8000)
+    done = moe(*words)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert [line["step"] for line in read_metrics(disk)] == list(range(1, 41))
+    outcome("a 1.1 MB file system: older checkpoint whole, partials gone, stopped after 2 failures, went on with room")
