@@ -75,7 +75,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, engine: Engine, state: TrainState, config_yaml: str) -> None:
-        """Begin a save after the previous one's end; with `checkpoint.background=false` end it too. Raises as `wait`."""
+        """Begin a save after the end of the one before; `checkpoint.background=false` ends it too. Raises as `wait`."""
         started = time.perf_counter()
         self.wait()
         snapshot = self._snapshot(engine, state, config_yaml)
