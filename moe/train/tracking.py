@@ -1,11 +1,13 @@
 """Where figures go: always RUN_DIR/metrics.jsonl, and W&B. The only file that imports wandb.
 
-W&B must never cost a training run: no key or no network means offline (sync later with `wandb sync`), and a failure
-while logging ends W&B's part with one warning.
+W&B must never cost a training run: no key or no network means offline (sync later with `wandb sync`). Its service is a
+process of its own, which keeps the newest 32 KiB in memory: if it dies, an offline run is started in its place and
+gets every figure again from metrics.jsonl. A second failure ends W&B's part; each is one warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -79,43 +81,65 @@ def _has_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or known)
 
 
+def panels(figures: dict[str, Any]) -> dict[str, Any]:
+    """A step's figures under W&B's sections, the load-balancing loss per layer beside the total; no nulls."""
+    shown = {f"{section}/{name}": figures.get(name) for section, names in PANELS.items() for name in names}
+    for layer, value in enumerate(figures["load_balancing_loss_layers"]):
+        shown[f"balance/load_balancing_loss_layer_{layer:02d}"] = value
+    for layer, shares in enumerate(figures["expert_shares"]):
+        for expert, share in enumerate(shares):
+            shown[f"experts/layer_{layer:02d}/share_{expert:02d}"] = share
+    for name, value in figures.get("val_loss_by_source", {}).items():
+        shown[f"val/loss_{name}"] = value
+    return {name: value for name, value in shown.items() if value is not None}
+
+
 class Tracker:
     """Rank 0's writer. `log` takes the step's figures."""
 
     def __init__(self, config: Config, run_dir: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._warn = warn
-        self._run = None
+        self._run, self._again = None, True
+        self._config, self._folder = config, run_dir
         if config.tracking.backend is TrackingBackend.wandb:
-            self._run = self._start(config, run_dir, resumed)
+            self._run = self._start(run_dir, resumed)
 
-    def _start(self, config: Config, run_dir: Path, resumed: bool) -> Any:
+    def _init(self, mode: str, run_id: str) -> Any:
         import wandb
 
+        return wandb.init(
+            project=self._config.tracking.project,
+            name=self._config.tracking.name or self._folder.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            config=plain(asdict(self._config)),
+            dir=str(self._folder),
+            mode=mode,  # type: ignore[arg-type]  # what the user put into WANDB_MODE is wandb's to judge
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "15"))
+            ),
+        )
+
+    def _start(self, run_dir: Path, resumed: bool) -> Any:
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         identity = run_dir / "wandb_id"
         if not (resumed and identity.exists()):
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
         run_id = identity.read_text(encoding="utf-8").strip()
+        failed = ""
         for attempt, attempt_id in ((mode, run_id), ("offline", secrets.token_hex(4))):
             try:
-                run = wandb.init(
-                    project=config.tracking.project,
-                    name=config.tracking.name or run_dir.name,
-                    id=attempt_id,
-                    resume="allow" if attempt == "online" else None,
-                    config=plain(asdict(config)),
-                    dir=str(run_dir),
-                    mode=attempt,  # type: ignore[arg-type]  # what the user put into WANDB_MODE is wandb's to judge
-                    settings=wandb.Settings(silent=True, console="off", init_timeout=15),
-                )
+                run = self._init(attempt, attempt_id)
             except Exception as error:  # its own errors, its service's, the network's: none may cost the run
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self._warn(f"W&B can't start in mode {attempt} ({reason}); metrics.jsonl has every figure")
+                failed += f"W&B can't start in mode {attempt} ({reason}); "
                 continue
             if attempt == "offline":
-                self._warn(f"W&B is offline (no key or no network): `wandb sync {run_dir}/wandb/offline-run-*` uploads")
+                why = failed or "W&B is offline (no key, or WANDB_MODE says so); "
+                self._warn(f"{why}`wandb sync {run_dir}/wandb/offline-run-*-{attempt_id}` uploads the run later")
             return run
+        self._warn(f"{failed}metrics.jsonl has every figure")
         return None
 
     def log(self, figures: dict[str, Any]) -> None:
@@ -123,21 +147,38 @@ class Tracker:
         load-balancing loss per layer beside the total."""
         figures = finite(figures)
         self._write(json.dumps(figures, allow_nan=False).encode() + b"\n", figures["step"])
-        if self._run is None:
-            return
-        panels = {f"{section}/{name}": figures.get(name) for section, names in PANELS.items() for name in names}
-        for layer, value in enumerate(figures["load_balancing_loss_layers"]):
-            panels[f"balance/load_balancing_loss_layer_{layer:02d}"] = value
-        for layer, shares in enumerate(figures["expert_shares"]):
-            for expert, share in enumerate(shares):
-                panels[f"experts/layer_{layer:02d}/share_{expert:02d}"] = share
-        for name, value in figures.get("val_loss_by_source", {}).items():
-            panels[f"val/loss_{name}"] = value
+        if self._run is not None:
+            self._guarded(lambda run: run.log(panels(figures), step=figures["step"]))
+
+    def _guarded(self, action: Callable[[Any], object]) -> None:
+        """`action` on the W&B run; when it fails, an offline run takes its place, and at the second time nothing."""
         try:
-            self._run.log({name: value for name, value in panels.items() if value is not None}, step=figures["step"])
-        except Exception as error:  # whatever it is, it must not cost the run; said once, W&B's part ends
-            self._warn(f"W&B stopped ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            action(self._run)
+        except Exception as error:  # whatever it is, it must not cost the run
             self._run = None
+            reason = f"W&B stopped ({type(error).__name__}: {error})"
+            if not self._again:
+                self._warn(f"{reason}; metrics.jsonl goes on")
+                return
+            self._again = False
+            self._run = self._replayed(reason)
+
+    def _replayed(self, reason: str) -> Any:
+        """A new offline run with every line of metrics.jsonl."""
+        import wandb
+
+        with contextlib.suppress(Exception):  # a service that died can't be asked to end
+            wandb.teardown()
+        try:
+            run = self._init("offline", secrets.token_hex(4))
+            for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                figures = json.loads(line)
+                run.log(panels(figures), step=figures["step"])
+        except Exception as error:
+            self._warn(f"{reason} and can't start offline ({error}); metrics.jsonl goes on")
+            return None
+        self._warn(f"{reason}; {self._folder}/wandb/offline-run-*-{run.id} has every step, `wandb sync` uploads it")
+        return run
 
     def _write(self, line: bytes, step: int) -> None:
         """A whole line or none: a full disk costs figures, not the run."""
@@ -153,5 +194,7 @@ class Tracker:
 
     def close(self) -> None:
         self._file.close()
-        if self._run is not None:
-            self._run.finish()
+        finished = None
+        while self._run is not finished:  # one that fails here has another in its place
+            finished = self._run
+            self._guarded(lambda run: run.finish())

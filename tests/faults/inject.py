@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from moe.dist.engine import Engine
 from moe.dist.save import Saver
+from moe.train.tracking import Tracker
 
 Loss = Callable[[Engine, Tensor], Tensor]
 
@@ -122,6 +124,20 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
     Saver._write_shards = write
 
 
+def kill_wandb(*, steps: Iterable[int]) -> None:
+    """W&B's service process is killed just before the figures of these steps are logged."""
+    original, wanted = Tracker.log, set(steps)
+
+    def log(self: Tracker, figures: dict[str, Any]) -> None:
+        if figures["step"] in wanted:
+            for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text():
+                    os.kill(int(child), signal.SIGKILL)
+        original(self, figures)
+
+    Tracker.log = log
+
+
 KINDS: dict[str, Callable[..., None]] = {
     "stop": stop,
     "nan_loss": nan_loss,
@@ -129,6 +145,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "inf_gradient": inf_gradient,
     "spike": spike,
     "sleep": sleep,
+    "kill_wandb": kill_wandb,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import signal
 import struct
@@ -38,17 +39,26 @@ def _records(data: bytes) -> list[bytes]:
     return records
 
 
-def logged(run_dir: Path) -> dict[str, float]:
-    """History of the offline run as W&B itself would upload it."""
+def history(path: Path) -> list[dict[str, float]]:
+    """Every logged step of a .wandb file, as W&B itself would upload it."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    values: dict[str, float] = {}
+    steps = []
     for data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        for item in record.history.item:
-            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        if record.HasField("history"):
+            items = record.history.item
+            steps.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return steps
+
+
+def logged(run_dir: Path) -> dict[str, float]:
+    """The newest values of the only offline run."""
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    values: dict[str, float] = {}
+    for step in history(path):
+        values |= step
     return values
 
 
@@ -72,17 +82,41 @@ def test_wandb_gets_the_balance_in_total_and_per_layer(tmp_path: Path, monkeypat
     assert "wandb sync" in warnings[0]
 
 
-def test_a_failing_wandb_is_one_warning_and_metrics_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_that_fails_twice_ends_and_metrics_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     warnings: list[str] = []
     tracker = Tracker(load_config(["tracking=wandb"]), tmp_path, resumed=False, warn=warnings.append)
-    assert tracker._run is not None
-    tracker._run.finish()  # logging to a finished run is refused by W&B
-    for step in (1, 2):
+    for step in range(1, 7):
+        if step in (2, 4):
+            assert tracker._run is not None
+            tracker._run.finish()  # logging to a finished run is refused by W&B
         tracker.log(FIGURES | {"step": step})
     tracker.close()
-    assert len([text for text in warnings if text.startswith("W&B stopped")]) == 1
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    stopped = [text for text in warnings if text.startswith("W&B stopped")]
+    assert ["has every step" in text for text in stopped] == [True, False]
+    assert "metrics.jsonl goes on" in stopped[1]
+    second = stopped[0].partition("/wandb/")[2].split()[0]
+    (path,) = tmp_path.glob(f"wandb/{second}/*.wandb")
+    assert [step["_step"] for step in history(path)] == [1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_what_is_not_finite_is_null_and_no_point_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker(load_config(["tracking=wandb"]), tmp_path, resumed=False, warn=[].append)
+    bad = {"lm_loss": math.nan, "grad_norm": math.inf, "val_loss_by_source": {"prose": -math.inf}}
+    shares, layers = [[0.25, math.nan], [0.5, 0.5]], [math.nan, 1.0]
+    tracker.log(FIGURES | bad | {"expert_shares": shares, "load_balancing_loss_layers": layers})
+    tracker.close()
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    nulls = {"lm_loss": None, "grad_norm": None, "val_loss_by_source": {"prose": None}}
+    nulls |= {"expert_shares": [[0.25, None], [0.5, 0.5]], "load_balancing_loss_layers": [None, 1.0]}
+    assert strict == FIGURES | nulls
+    found = logged(tmp_path)
+    assert found["train/loss"] == FIGURES["loss"]
+    absent = {"train/lm_loss", "train/grad_norm", "val/loss_prose", "balance/load_balancing_loss_layer_00"}
+    assert not found.keys() & (absent | {"experts/layer_00/share_01"})
+    assert found["balance/load_balancing_loss_layer_01"] == 1.0
 
 
 def test_tracking_none_writes_metrics_alone(tmp_path: Path) -> None:
