@@ -1,0 +1,90 @@
+"""Ranks that die: torchrun starts them again, or the same command does, and nothing of the run is different."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.live import TORCHRUN, WORDS, Live, assert_same_run, gone, last_step, send
+
+Outcome = Callable[[str], None]
+KILLS = 20
+
+
+@pytest.mark.fault(2)
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_torchrun_starts_a_killed_rank_again(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, rank: int
+) -> None:
+    words = [*WORDS, *corpus, f"run_dir={tmp_path / 'run'}"]
+    with Live(tmp_path / "run", words, (*TORCHRUN, "--max-restarts", "1")) as run:
+        run.until_step(12)
+        before = run.ranks()
+        send(before[rank], signal.SIGKILL)
+        killed_at = time.monotonic()
+        run.until(lambda: len(run.ranks()) == 2 and not set(run.ranks().values()) & set(before.values()))
+        again = time.monotonic() - killed_at
+        assert run.wait() == 0, run.output
+    assert "resuming from" in run.output
+    assert_same_run(tmp_path / "run", undisturbed(2))
+    outcome(f"rank {rank} of 2 killed: new ranks after {again:.1f} s, all figures and tensors bitwise equal")
+
+
+@pytest.mark.fault(3)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["torchrun alone", "the whole job"])
+def test_the_same_command_goes_on_after_kill_9(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, what: str
+) -> None:
+    words = [*WORDS, *corpus, f"run_dir={tmp_path / 'run'}"]
+    with Live(tmp_path / "run", words, TORCHRUN) as run:
+        run.until_step(12)
+        ranks = [*run.ranks().values()]
+        assert len(ranks) == 2
+        victims = [run.process.pid] if what == "torchrun alone" else [run.process.pid, *ranks]
+        killed_at = time.monotonic()
+        for pid in victims:
+            send(pid, signal.SIGKILL)
+        while not all(gone(pid) for pid in ranks):
+            assert time.monotonic() < killed_at + 10, "the ranks outlived their torchrun"
+            time.sleep(0.01)
+        seconds = time.monotonic() - killed_at
+        assert run.wait() == -signal.SIGKILL
+    with Live(tmp_path / "run", words, TORCHRUN) as run:
+        assert run.wait() == 0, run.output
+    assert "resuming from" in run.output
+    assert_same_run(tmp_path / "run", undisturbed(2))
+    outcome(f"{what}: the ranks were gone after {seconds:.2f} s; resumed, bitwise equal")
+
+
+@pytest.mark.fault(15)
+@pytest.mark.slow
+def test_twenty_random_kills_in_one_run(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome
+) -> None:
+    """A rank drawn by lot, at a moment drawn by lot: in its start, in a resume, or so many steps after the last one."""
+    folder, dice, long = tmp_path / "run", random.Random(0), "train.steps=300"
+    with Live(folder, [*WORDS, *corpus, long, f"run_dir={folder}"], (*TORCHRUN, "--max-restarts", "40")) as run:
+        struck: list[int] = []  # the last whole step at each kill
+        while len(struck) < KILLS:
+            run.until(lambda: len(run.ranks()) == 2)
+            ranks = run.ranks()
+            if dice.random() < 0.7:
+                seen = run.output.count("\nstep ")  # each start shows its first step
+                run.until(lambda seen=seen: run.output.count("\nstep ") > seen)
+                goal = last_step(folder) + dice.randint(0, 8)
+                run.until(lambda goal=goal: last_step(folder) >= goal)
+            until = time.monotonic() + dice.uniform(0, 4 if dice.random() < 0.3 else 0.2)
+            run.until(lambda until=until: time.monotonic() >= until)
+            struck.append(last_step(folder))
+            os.kill(ranks[dice.choice((0, 1))], signal.SIGKILL)
+            run.until(lambda ranks=ranks: not set(run.ranks().values()) & set(ranks.values()))
+        assert run.wait(120) == 0, run.output
+    assert_same_run(folder, undisturbed(2, long))
+    outcome(f"{KILLS} kills, the last at step {struck[-1]} of 300: finished, all figures and tensors bitwise equal")
