@@ -2,6 +2,7 @@
 
 moe bench peers               our training step beside transformers' MixtralForCausalLM
 moe bench expert_parallel     experts split over ranks beside plain data parallelism (under torchrun)
+moe bench saving              what a checkpoint costs the training beside it
 moe bench memory              the plan's memory beside that of real steps
 moe bench attention           windowed attention: work and time per token at several sequence lengths
 """
@@ -20,6 +21,10 @@ def run_bench(words: list[str]) -> None:
         from moe.bench.expert_parallel import run
 
         run(keys)
+    elif name == "saving":
+        from moe.bench.saving import run
+
+        run(keys)
     elif name == "memory":
         from moe.bench.memory import run
 
@@ -30,7 +35,7 @@ def run_bench(words: list[str]) -> None:
         bench_attention(window=_window(keys))
     else:
         raise ValueError(
-            f"moe bench {name}: no such benchmark; one of peers, expert_parallel, attention, memory (`moe bench peers`)"
+            f"moe bench {name}: no such benchmark; one of peers, expert_parallel, saving, attention, memory"
         )
 
 

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from moe.bench.settings import Rounds, split
+from moe.bench.stepper import Stepper
 from moe.compose import load_config
 from moe.config import Config, Mlp
 from moe.dist import topology as topology_module
-from moe.dist.engine import Engine, expert_groups
 from moe.dist.topology import Topology
-from moe.model.transformer import Transformer
-from moe.sparse.balance import balance_loss
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=2"]
 WARM_UP_STEPS = 2
@@ -52,7 +49,8 @@ def run(words: list[str]) -> None:
 def compare(keys: Rounds, config: Config, topology: Topology) -> list[str]:
     """Lines to print. A collective."""
     plain = replace(topology, expert=1)
-    sides = {"data parallel": _stepper(config, plain), f"expert={topology.expert}": _stepper(config, topology)}
+    whole = replace(config, parallel=replace(config.parallel, expert=1))
+    sides = {"data parallel": Stepper(whole, plain), f"expert={topology.expert}": Stepper(config, topology)}
     tokens = keys.steps * config.train.global_batch_size * config.train.sequence_length
     for step in sides.values():
         for _ in range(WARM_UP_STEPS):
@@ -74,23 +72,3 @@ def compare(keys: Rounds, config: Config, topology: Topology) -> list[str]:
         f"each; ratio per round {min(ratios):.2f} to {max(ratios):.2f}",
         f"ratio tokens/s {statistics.median(ratios):.2f}",
     ]
-
-
-def _stepper(config: Config, topology: Topology) -> Callable[[], None]:
-    """One optimizer step on random tokens; as in `moe.train.loop`, without the figures that it logs."""
-    config.parallel.expert = topology.expert
-    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
-    model.init_weights(config.train.seed)
-    engine = Engine(model.to(topology.device), config, topology)
-    train, generator = config.train, torch.Generator().manual_seed(topology.rank)
-    shape = (train.micro_batch_size, train.sequence_length)
-
-    def step() -> None:
-        for _ in range(engine.accumulation):
-            ids_BS = torch.randint(config.model.vocab_size, shape, generator=generator).to(topology.device)
-            output = engine(ids_BS, labels_BS=ids_BS.roll(-1, 1))
-            balance = balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers)
-            engine.backward(output.lm_loss_sum / ids_BS.numel() + balance.total)
-            engine.step(config.optim.lr)
-
-    return step

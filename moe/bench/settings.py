@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class Rounds:
                 raise ValueError(f"{name}={getattr(self, name)} must be ≥ 1")
 
 
-def split(words: list[str]) -> tuple[Rounds, list[str]]:
+def split(words: list[str], default: Rounds | None = None) -> tuple[Rounds, list[str]]:
     """`rounds=` and `steps=`, and the words that are neither. Raises ValueError."""
     own: dict[str, int] = {}
     rest: list[str] = []
@@ -31,4 +31,4 @@ def split(words: list[str]) -> tuple[Rounds, list[str]]:
             own[key] = int(value)
         except ValueError:
             raise ValueError(f"{word} must be a whole number") from None
-    return Rounds(**own), rest
+    return replace(default or Rounds(), **own), rest

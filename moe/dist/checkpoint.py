@@ -106,10 +106,8 @@ def newest(run_dir: Path, topology: Topology, warn: Callable[[str], None]) -> Pa
 
     Raises ValueError when there are checkpoints but none is whole: starting anew in their place would lose them.
     """
-    folders: list[list[str]] = [[str(path) for path in committed(run_dir / "checkpoints")]]
-    if topology.world_size > 1:
-        dist.broadcast_object_list(folders, src=0)
-    for folder in map(Path, folders[0]):
+    folders = topology.from_main(committed(run_dir / "checkpoints"))
+    for folder in folders:
         # Hashing is what takes time: each rank has its share of the files.
         mine = verify(folder, topology.rank, topology.world_size)
         reasons = [mine] * topology.world_size
@@ -119,9 +117,9 @@ def newest(run_dir: Path, topology: Topology, warn: Callable[[str], None]) -> Pa
         if reason is None:
             return folder
         warn(f"checkpoint {folder} is damaged and passed over: {reason}")
-    if folders[0]:
+    if folders:
         raise ValueError(
-            f"{run_dir}: none of its {len(folders[0])} checkpoints is whole (see above): mend one, or start another "
+            f"{run_dir}: none of its {len(folders)} checkpoints is whole (see above): mend one, or start another "
             "run with run_dir=…"
         )
     return None

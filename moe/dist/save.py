@@ -244,5 +244,5 @@ def _size(snapshot: _Snapshot) -> int:
 
 def _remove(folder: Path) -> None:
     """A kill in the middle leaves no folder that looks whole."""
-    torn = folder.rename(folder.with_name(folder.name + PARTIAL))
+    torn = folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
     shutil.rmtree(torn)

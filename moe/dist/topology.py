@@ -52,6 +52,13 @@ class Topology:
         if self.world_size > 1:
             dist.barrier()
 
+    def from_main(self, value: T) -> T:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def agree(self, action: Callable[[], T], what: str, group: dist.ProcessGroup | None = None) -> T:
         """Run `action` on every rank; if it failed on any, every rank raises the first failure's one line.
 

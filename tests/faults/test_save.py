@@ -161,6 +161,43 @@ def test_every_damage_is_found_and_the_previous_checkpoint_taken(
     outcome(f"{len(taken)} damages in {len(taken) // 3} files: all found, file named, previous checkpoint taken")
 
 
+def _save_the_damaged_step_again(folder: Path) -> list[str | None]:
+    config = config_of([])
+    topology, engine = build(config)
+    (folder / "checkpoints" / "step_00000002" / "state.json").unlink()
+    checkpoint = newest(folder, topology, print)
+    assert checkpoint is not None
+    assert load(checkpoint, engine, topology).step == 1
+    engine_steps(config, topology, engine, 1, 1)
+    saver = Saver(folder, topology, CheckpointConfig(background=False), print, print)
+    saver.save(engine, TrainState(step=2), to_yaml(config))
+    assert saver.wait()
+    return [verify(path) for path in committed(folder / "checkpoints")]
+
+
+@pytest.mark.fault(5)
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    run_ranks(1, _two_checkpoints, tmp_path)
+    assert run_ranks(1, _save_the_damaged_step_again, tmp_path)[0] == [None, None]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000001", "step_00000002"]
+
+
+def _retained(folder: Path) -> list[str]:
+    config = config_of([])
+    topology, engine = build(config)
+    engine_steps(config, topology, engine, 0, 1)
+    saver = Saver(folder, topology, CheckpointConfig(every=1, keep=2, keep_every=3), print, print)
+    for step in range(1, 9):
+        saver.save(engine, TrainState(step=step), to_yaml(config))
+    saver.wait()
+    return [path.name for path in committed(folder / "checkpoints")]
+
+
+def test_the_last_two_and_every_third_are_kept(tmp_path: Path) -> None:
+    assert run_ranks(1, _retained, tmp_path)[0] == [f"step_{step:08d}" for step in (8, 7, 6, 3)]
+
+
 def _none_whole(folder: Path) -> str:
     topology, _ = build(config_of([]))
     for state in (folder / "checkpoints").glob("step_*/state.json"):
