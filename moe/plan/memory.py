@@ -26,6 +26,7 @@ STEP = ("loss", "backward", "reduce", "update")  # the phases that follow each o
 # blocks that come and go between kept ones need room of their own. HOLES are fitted to runs with glibc
 # (docs/plan.md says to which, and how far they hold).
 GIVEN_BACK = 32 * 2**20
+CHECKPOINT_FILE = 2 << 30  # `moe.dist.save` writes files up to this size
 HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
 
 
@@ -72,10 +73,19 @@ def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalan
         "update": [*always, *sharded.updating()],
         "evaluate": [*always, *flat("working", evaluation_memory(shapes))],
     }
-    saved = 12 * sharded.tensors.local  # float32 weights and both moments, whole, on every rank
+    # float32 weights and both moments, a share on each rank; a file is put together in memory before it is written.
+    saved = round(12 * sharded.tensors.share)
+    file = min(saved, CHECKPOINT_FILE)
     if device == "cpu":
-        phases["checkpoint"] = [*always, Block("working", saved, 4 * sharded.tensors.largest)]
-    return MemoryPlan(dict(_by_kind(phases, device, shapes.sparse)), sharded.host(), 0 if device == "cpu" else saved)
+        beside = max(map(phases.__getitem__, STEP), key=_size) if config.checkpoint.background else always
+        snapshot = [Block("working", saved, 4 * sharded.tensors.largest), Block("working", file, file)]
+        phases["checkpoint"] = [*beside, *snapshot]
+    host = 0 if device == "cpu" else saved + file
+    return MemoryPlan(dict(_by_kind(phases, device, shapes.sparse)), sharded.host(), host)
+
+
+def _size(blocks: list[Block]) -> int:
+    return sum(block.size for block in blocks)
 
 
 def estimate_memory(config: Config, world_size: int, device: str = "cpu") -> dict[str, int]:
@@ -93,7 +103,7 @@ def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[Block]:
     others = shapes.s * (sharded.tensors.local - 2 * head) // layers
     arrived = [] if sharded.way == "sums" else [*flat("gradients", shapes.s * head), Block("gradients", others, 0)]
     last_layer = [*arrived, *layer_backward(shapes)]
-    heavier = max(loss, last_layer, key=lambda blocks: sum(block.size for block in blocks))
+    heavier = max(loss, last_layer, key=_size)
     return [*kept_by_layers(shapes, layers), *heavier]
 
 
