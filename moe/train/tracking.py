@@ -197,4 +197,12 @@ class Tracker:
         finished = None
         while self._run is not finished:  # one that fails here has another in its place
             finished = self._run
-            self._guarded(lambda run: run.finish())
+            self._guarded(_finish)
+
+
+def _finish(run: Any) -> None:
+    """Also waits for W&B's service to end: an offline run's file is whole only then."""
+    import wandb
+
+    run.finish()
+    wandb.teardown()
