@@ -104,8 +104,8 @@ class GuardConfig:
 
     A step whose loss or gradient is not finite is always refused on all ranks; so is, if `spike_sigmas` is set, one
     whose gradient norm is more than so many standard deviations above the mean of the last `spike_window` accepted
-    steps (once there are half as many). After `max_skipped` refused steps in a row the run stops. A rank that makes no progress for `hang_seconds`
-    ends the run, so that the launcher can start it again (null: never).
+    steps (once there are half as many). After `max_skipped` refused steps in a row the run stops. A rank that makes no
+    progress for `hang_seconds` ends the run, so that the launcher can start it again (null: never).
     """
 
     max_skipped: int = 5
