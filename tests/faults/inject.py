@@ -109,7 +109,8 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
     def change(engine: Engine, loss: Tensor) -> Tensor:
         nonlocal heard
         heard = True
-        os.kill(os.getpid(), signal.Signals[name])
+        if engine._backwards % engine.accumulation == 0:
+            os.kill(os.getpid(), signal.Signals[name])
         return loss
 
     _before_backward(steps, change)
@@ -122,6 +123,19 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
         return original(self, snapshot, partial)
 
     Saver._write_shards = write
+
+
+def fail(*, steps: Iterable[int]) -> None:
+    """A fault of the program: these steps raise, with the environment in reach of whoever shows variables."""
+    original, wanted = Engine.__call__, set(steps)
+
+    def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
+        environment = dict(os.environ)
+        if _now(self) in wanted:
+            raise RuntimeError(f"a fault on purpose, beside {len(environment)} variables")
+        return original(self, *inputs, **keywords)
+
+    Engine.__call__ = forward
 
 
 def kill_wandb(*, steps: Iterable[int]) -> None:
@@ -146,6 +160,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "spike": spike,
     "sleep": sleep,
     "kill_wandb": kill_wandb,
+    "fail": fail,
 }
 
 

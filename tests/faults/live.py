@@ -66,7 +66,7 @@ class Live:
             found |= {int(text[5:]): pid for text in settings if text.startswith(b"RANK=")}
         return found
 
-    def until(self, condition: Callable[[], object], timeout: float = 90) -> None:
+    def until(self, condition: Callable[[], object], timeout: float = 180) -> None:
         """Wait for it; AssertionError with the output when it takes too long or the process has ended before."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -74,10 +74,10 @@ class Live:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-5000:]}"
             time.sleep(0.01)
 
-    def until_step(self, step: int, timeout: float = 90) -> None:
+    def until_step(self, step: int, timeout: float = 180) -> None:
         self.until(lambda: last_step(self.run_dir) >= step, timeout)
 
-    def wait(self, timeout: float = 90) -> int:
+    def wait(self, timeout: float = 180) -> int:
         """The exit code."""
         try:
             return self.process.wait(timeout)

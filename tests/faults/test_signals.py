@@ -1,0 +1,131 @@
+"""Signals that ask a run to stop: saved at the step where it stopped, documented exit codes, an exact resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.forked import moe_ranks
+from tests.faults.live import TORCHRUN_SH, WORDS, Live, assert_same_run, checkpoints, send
+from tests.ranks import free_port
+
+Outcome = Callable[[str], None]
+SHORT = "train.steps=15"
+CODES = {"SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("name", CODES)
+def test_one_process_saves_and_goes_on(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, name: str
+) -> None:
+    """A second signal comes in the middle of the save (SIGTERM: a second Ctrl-C means something else)."""
+    words = [*WORDS, *corpus, SHORT, f"run_dir={tmp_path}"]
+    fault = {"kind": "stop", "name": name, "steps": [7], "in_save": "SIGTERM", "save_seconds": 0.2}
+    (done,) = moe_ranks(*words, faults=(fault,))
+    assert done.code == CODES[name], done.err
+    assert f"moe: {name}: the run stops after this step" in done.err
+    assert "moe: SIGTERM: the run is stopping already" in done.err
+    assert f"moe: {name}: stopped after step 7, which is saved in {tmp_path}" in done.err
+    assert "Traceback" not in done.err
+    assert checkpoints(tmp_path) == [5, 7]
+    (resumed,) = moe_ranks(*words)
+    assert resumed.code == 0, resumed.err
+    assert "step_00000007 (step 7," in resumed.out
+    assert_same_run(tmp_path, undisturbed(1, SHORT))
+    outcome(f"{name}: exit code {done.code}, saved at the step, SIGTERM in the save changed nothing, resumed bitwise")
+
+
+@pytest.mark.fault(8)
+def test_all_ranks_stop_together_when_one_hears_it(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome
+) -> None:
+    """At a step that is saved anyway: nothing is written twice."""
+    words = [*WORDS, *corpus, SHORT, f"run_dir={tmp_path}"]
+    done = moe_ranks(*words, ranks=2, faults=({"kind": "stop", "name": "SIGUSR1", "steps": [10], "rank": 1},))
+    assert [one.code for one in done] == [138, 138], done[0].err
+    assert "SIGUSR1: stopped after step 10" in done[0].err
+    assert done[0].out.count("saved ") == 2
+    assert checkpoints(tmp_path) == [5, 10]
+    resumed = moe_ranks(*words, ranks=2)
+    assert [one.code for one in resumed] == [0, 0], resumed[0].err
+    assert_same_run(tmp_path, undisturbed(2, SHORT))
+    outcome("one of two ranks hears it: both stop after the same step")
+
+
+def test_a_signal_in_the_last_step_does_not_unfinish_the_run(corpus: list[str], tmp_path: Path) -> None:
+    words = [*WORDS, *corpus, "train.steps=6", f"run_dir={tmp_path}"]
+    (done,) = moe_ranks(*words, faults=({"kind": "stop", "name": "SIGTERM", "steps": [6]},))
+    assert done.code == 0, done.err
+    assert (tmp_path / "report.html").exists()
+    assert checkpoints(tmp_path) == [5, 6]
+
+
+@pytest.mark.fault(8)
+def test_a_second_ctrl_c_gives_up_at_once(corpus: list[str], tmp_path: Path, outcome: Outcome) -> None:
+    run_dir = tmp_path / "run"
+    fault = {"kind": "stop", "name": "SIGINT", "steps": [7], "in_save": "SIGINT", "save_seconds": 60}
+    with Live(run_dir, [*WORDS, *corpus, f"run_dir={run_dir}"], more={"FAULT": json.dumps(fault)}) as run:
+        run.until(lambda: "stops after this step" in run.output)
+        started = time.monotonic()
+        assert run.wait(60) == 130, run.output
+        seconds = time.monotonic() - started
+    assert run.output.endswith("moe: interrupted\n")
+    assert "Traceback" not in run.output
+    assert checkpoints(run_dir) == [5]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000005\n"
+    outcome(f"a second Ctrl-C ends a save of a minute after {seconds:.1f} s, the older checkpoint stands")
+
+
+@pytest.mark.fault(8)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CODES)
+def test_a_plain_process_from_outside(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    run_dir = tmp_path / "run"
+    words = [*WORDS, *corpus, f"run_dir={run_dir}"]
+    # Only what `stop` does to SIGINT, which a background job would ignore: the signal comes from here.
+    with Live(run_dir, words, more={"FAULT": json.dumps({"kind": "stop", "name": name, "steps": []})}) as run:
+        run.until_step(12)
+        send(run.process.pid, signal.Signals[name])
+        assert run.wait(60) == CODES[name], run.output
+    stopped = checkpoints(run_dir)[-1]
+    assert f"{name}: stopped after step {stopped}" in run.output
+    with Live(run_dir, words) as run:
+        assert run.wait() == 0, run.output
+    assert f"step_{stopped:08d} (step {stopped}," in run.output
+    assert_same_run(run_dir, undisturbed(1))
+
+
+@pytest.mark.fault(8)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_torchrun_hands_it_on_and_starts_nothing_again(
+    corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, name: str
+) -> None:
+    run_dir = tmp_path / "run"
+    words = [*WORDS, *corpus, f"run_dir={run_dir}"]
+    more = {"NPROC": "2", "MAX_RESTARTS": "3", "GRACE": "20", "MASTER_PORT": str(free_port()), "VENV": ""}
+    with Live(run_dir, words, TORCHRUN_SH, more) as run:
+        run.until_step(12)
+        send(run.process.pid, signal.Signals[name])
+        asked_at = time.monotonic()
+        assert run.wait(60) == 1, run.output
+        seconds = time.monotonic() - asked_at
+    stopped = checkpoints(run_dir)[-1]
+    assert f"moe: {name}: stopped after step {stopped}" in run.output
+    assert "resuming" not in run.output, "torchrun started the ranks again"
+    assert seconds < 20
+    with Live(run_dir, words, TORCHRUN_SH, more) as run:
+        assert run.wait() == 0, run.output
+    assert f"step_{stopped:08d} (step {stopped}," in run.output
+    assert_same_run(run_dir, undisturbed(2))
+    outcome(
+        f"torchrun, {name}: saved and ended after {seconds:.1f} s with exit code 1, nothing restarted, resumed bitwise"
+    )
