@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import SMALL, Run, command, environment, read_metrics
-from tests.unit.test_tracking import logged
 
 KEYS = {
     "step", "tokens", "loss", "lm_loss", "load_balancing_loss", "router_z_loss", "grad_norm", "lr", "mfu",
@@ -125,25 +124,6 @@ def test_generate_and_report_take_the_run(moe: Run, whole: Path) -> None:
     report = moe("report", str(whole))
     assert report.returncode == 0, report.stderr
     assert Path(report.stdout.strip()).read_text().startswith("<!doctype html>")
-
-
-def test_wandb_with_a_key_but_no_server_goes_offline(moe: Run, corpus: list[str], tmp_path: Path) -> None:
-    unreachable = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}  # refused at once
-    words = [*corpus, *SMALL, "tracking=wandb", "train.steps=4"]
-    done = moe("train", f"run_dir={tmp_path}", *words, more=unreachable)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("W&B can't start in mode online") == 1
-    assert logged(tmp_path)["balance/load_balancing_loss"] == read_metrics(tmp_path)[-1]["load_balancing_loss"]
-    assert "0" * 40 not in "".join(path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
-
-
-def test_a_second_job_on_the_same_run_is_refused(moe: Run, corpus: list[str], whole: Path) -> None:
-    import fcntl
-
-    with (whole / ".lock").open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        refused = moe("train", f"run_dir={whole}", *corpus, *SMALL)
-    _one_line(refused, 2, "is in use by process")
 
 
 def test_a_checkpoint_of_another_shape_is_refused(moe: Run, corpus: list[str], whole: Path) -> None:

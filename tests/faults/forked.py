@@ -32,10 +32,11 @@ def moe_ranks(
     timeout: float = 60,
 ) -> list[Finished]:
     """`moe WORDS` in `ranks` forked processes, by rank. `more` is added to their environment."""
-    return run_ranks(ranks, _main, list(words), faults, more or {}, timeout=timeout)
+    return run_ranks(ranks, moe_here, list(words), faults, more or {}, timeout=timeout)
 
 
-def _main(words: list[str], faults: tuple[dict[str, Any], ...], more: dict[str, str]) -> Finished:
+def moe_here(words: list[str], faults: tuple[dict[str, Any], ...], more: dict[str, str]) -> Finished:
+    """`moe WORDS` in this process, a forked one."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         del os.environ[name]
     os.environ.update(more)
