@@ -5,8 +5,8 @@ such too. The decision is reduced over the ranks, because norms may differ in th
 
 - ZeRO-1/2 asks `scaled_global_norm` and refuses when it is −1: the limit is one more reason to answer that.
 - `BF16_Optimizer` computes its norm in the middle of `step`. Clipping is what it does next: it asks
-  `get_grads_for_norm(for_clipping=True)`, before anything has changed. There we leave the step, and do what it does
-  itself after a norm that is not finite.
+  `get_grads_for_norm(for_clipping=True)`, before anything has changed. There we leave the step; the engine clears
+  the gradients, as after every step.
 """
 
 from __future__ import annotations
@@ -67,8 +67,6 @@ class NormLimit:
                 step()
             except _Refused:
                 zero.overflow = True
-                zero.clear_hp_grads()
-                zero.clear_lp_grads()
 
         zero.get_grads_for_norm, zero.step = get_grads_for_norm, guarded_step
 
