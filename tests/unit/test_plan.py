@@ -5,9 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.compose import load_config
+from moe.dist.save import FILE_BYTES
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters, estimate_memory, flops_per_token, plan_memory, visible_keys
 from moe.plan.activations import Shapes, head_memory, kept_by_layers
+from moe.plan.memory import CHECKPOINT_FILE
 
 SMALL = ["model=tiny", "tokenizer.vocab_size=500", "model.vocab_size=500", "model.num_hidden_layers=2"]
 
@@ -171,3 +173,17 @@ def test_estimate_is_the_fullest_phase_of_a_step():
     assert sum(estimate_memory(config, 8).values()) == plan.step_peak
     assert plan.step_peak == max(plan.total(phase) for phase in ("loss", "backward", "reduce", "update"))
     assert plan.peak >= plan.step_peak
+
+
+def test_a_checkpoint_takes_its_share_of_host_memory_beside_a_step():
+    words = ["model=small", "train.global_batch_size=32", "train.micro_batch_size=1"]
+    total, _ = count_parameters(load_config(words))
+    for world in (1, 4):
+        plan = plan_memory(load_config(words), world, device="cuda")
+        assert plan.checkpoint_host == pytest.approx(2 * 12 * total / world, rel=1e-3)
+    beside, alone = (
+        plan_memory(load_config([*words, f"checkpoint.background={background}"]), 2).total("checkpoint")
+        for background in ("true", "false")
+    )
+    assert beside > alone
+    assert CHECKPOINT_FILE == FILE_BYTES
