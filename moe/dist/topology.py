@@ -116,7 +116,7 @@ def start(expert: int, config: Mapping[str, object] | None = None) -> Topology:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(_threads(local_world_size))
     if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         if world_size > 1:
@@ -124,6 +124,17 @@ def start(expert: int, config: Mapping[str, object] | None = None) -> Topology:
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return Topology(rank, world_size, local_rank, local_world_size, expert, device)
+
+
+def _threads(local_world_size: int) -> int:
+    """This process's share of the cores it may use; alone, what the user's OMP_NUM_THREADS says.
+
+    With several ranks torchrun has set that variable to 1 itself, whatever the machine.
+    """
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if local_world_size == 1 and stated.isdigit():
+        return max(1, int(stated))
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]) -> None:

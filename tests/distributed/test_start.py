@@ -155,3 +155,13 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         topology.start(1)
     assert caught.value.speaks
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("stated", "ranks", "threads"), [("3", 1, 3), ("", 1, None), ("3", 2, None)])
+def test_a_process_alone_takes_the_threads_that_the_user_states(
+    stated: str, ranks: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several ranks OMP_NUM_THREADS is torchrun's own 1, which would leave cores idle."""
+    monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    assert topology._threads(ranks) == (threads or 8 // ranks)
