@@ -33,7 +33,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from moe import __version__
 from moe.compose import read_config
 from moe.config import Config
-from moe.dist.engine import ADAM_MOMENTS, STATE_KINDS, Engine
+from moe.dist.engine import Engine
+from moe.dist.master import ADAM_MOMENTS, KINDS, States
 from moe.dist.topology import Topology
 from moe.durable import PARTIAL
 from moe.model.transformer import Transformer
@@ -88,16 +89,16 @@ def load(folder: Path, engine: Engine, topology: Topology) -> TrainState:
     state = topology.agree(lambda: read_state(folder), "resume")
     experts = Experts(engine.expert_names, topology)
 
-    def parts() -> Iterator[dict[str, dict[str, Tensor]]]:
-        for tensors in engine.empty_states(READ_BYTES):
-            sharded = {kind: experts.sharded(tensors[kind]) for kind in STATE_KINDS}
+    def parts() -> Iterator[States]:
+        for tensors in engine.master.empty(READ_BYTES):
+            sharded = {kind: experts.sharded(tensors[kind]) for kind in KINDS}
             moments = {f"{kind}.{name}": t for kind in ADAM_MOMENTS for name, t in sharded[kind].items()}
             _read(folder / "model", sharded["weights"])
             _read(folder / "optimizer", moments)
             yield tensors
 
-    topology.agree(lambda: engine.set_state(parts(), state.step - state.skipped_steps), "resume")
-    engine.spread_weights(state.step, state.skipped_steps)
+    topology.agree(lambda: engine.master.fill(parts(), state.step - state.skipped_steps), "resume")
+    engine.resumed(state.step, state.skipped_steps)
     return state
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one adapter: the only file that imports it. The version is pinned and the seam is tested
+"""DeepSpeed behind one adapter: with `moe.dist.master` the only file that imports it. The version is pinned and the seam is tested
 (tests/distributed/test_engine.py), for these reasons:
 
 - DeepSpeed treats a parameter as an expert's if `param.allreduce is False` and it has a `group_name`, but switches its
@@ -19,44 +19,30 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
 import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from moe.config import Config, Precision
+from moe.dist.master import MasterState
 from moe.dist.refusal import NormLimit, Refusal
 from moe.dist.shortcuts import take_shortcuts
 from moe.dist.topology import Topology
 from moe.sparse.experts import Experts
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a plain single process
-
-import deepspeed
-import deepspeed.comm
-import deepspeed.ops
-from deepspeed.moe.layer import MoE
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import (
-    groups,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from deepspeed.utils import logger as deepspeed_logger
-
 # Renamed collectives that the pinned DeepSpeed still calls by their old names; nothing that a user could change.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_KINDS = ("weights", *ADAM_MOMENTS)
 SMALL_GRADIENT = 1 << 20  # elements: up to here gradients are gathered in a bucket and reduced together
 
 
@@ -204,6 +190,7 @@ class Engine:
         if _shares_weights(config):
             take_shortcuts(self._zero, topology.world_size)
         self._norm = NormLimit(self._zero, topology)
+        self.master = MasterState(self._engine.module, zero)
         self._backwards = 0
 
     @property
@@ -241,82 +228,8 @@ class Engine:
             refused = Refusal.not_finite if math.isnan(norm) else Refusal.spike
         return StepResult(norm, refused)
 
-    # State, for checkpoints.
-
-    def parameter_sizes(self) -> dict[str, int]:
-        """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
-        return {name: parameter.numel() for name, parameter in self._engine.module.named_parameters()}
-
-    def master_state(self, keep: set[tuple[str, str]] | None = None) -> dict[str, dict[str, Tensor]]:
-        """{"weights" | "exp_avg" | "exp_avg_sq": {parameter name: float32 tensor on the CPU}}; experts are this rank's
-        slice. A collective that gathers one tensor at a time; a rank holds on to those in `keep` (None: all)."""
-        self._link_moments()
-        state: dict[str, dict[str, Tensor]] = {kind: {} for kind in STATE_KINDS}
-        for name, parameter in self._engine.module.named_parameters():
-            for kind in STATE_KINDS:
-                if kind == "weights":
-                    value = safe_get_full_fp32_param(parameter)
-                else:
-                    value = safe_get_full_optimizer_state(parameter, kind)
-                if value is None:
-                    raise RuntimeError(f"DeepSpeed has no {kind} of {name}: its optimizer states were not linked")
-                if keep is None or (kind, name) in keep:
-                    state[kind][name] = value.detach().cpu()
-        return state
-
-    def empty_states(self, max_bytes: int) -> Iterator[dict[str, dict[str, Tensor]]]:
-        """Zeros in the shape of `master_state`, for a reader to fill: part by part, each of one parameter or of at most
-        `max_bytes`, and only of parameters that this rank's partition has a piece of."""
-        part: dict[str, nn.Parameter] = {}
-        for name, parameter in self._engine.module.named_parameters():
-            if parameter._hp_mapping is None:
-                continue
-            if part and 12 * (parameter.numel() + sum(p.numel() for p in part.values())) > max_bytes:
-                yield _zeros(part)
-                part = {}
-            part[name] = parameter
-        if part:
-            yield _zeros(part)
-
-    def set_state(self, parts: Iterable[dict[str, dict[str, Tensor]]], adam_steps: int) -> None:
-        """Put `empty_states`, filled, into this rank's partition, before the first step; then `spread_weights`.
-
-        `adam_steps` counts applied updates. Each omission here is silent: without zero moments first there is nothing
-        to link, and a group without its step restarts Adam's bias correction.
-        """
-        self._link_moments(adam_steps)
-        parameters = dict(self._engine.module.named_parameters())
-        for part in parts:
-            for name, value in part["weights"].items():
-                device = parameters[name].device
-                safe_set_full_fp32_param(parameters[name], value.to(device))
-                for moment in ADAM_MOMENTS:
-                    safe_set_full_optimizer_state(parameters[name], part[moment][name].to(device), moment)
-
-    def spread_weights(self, steps: int, skipped_steps: int) -> None:
-        """After `set_state`, on all ranks: without it the model would compute with old weights."""
-        self._zero.update_lp_params()
+    def resumed(self, steps: int, skipped_steps: int) -> None:
+        """After `master.fill` on all ranks: the model gets the master weights, the counters go on. A collective."""
+        self._zero.update_lp_params()  # NOTE: without it the model would compute with old weights, silently
         self._engine.global_steps = steps
         self._engine.skipped_steps = skipped_steps
-
-    def _link_moments(self, adam_steps: int | None = None) -> None:
-        """Make the moments accessible: as they are, or zero after `adam_steps` updates (and where there are none yet:
-        DeepSpeed's accessors would hang)."""
-        optimizer = self._zero.optimizer
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                slot = optimizer.state[parameter]
-                if adam_steps is not None or not slot:
-                    slot["step"] = torch.tensor(float(adam_steps or 0), device=parameter.device)
-                    for moment in ADAM_MOMENTS:
-                        slot[moment] = torch.zeros_like(parameter)
-        # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
-
-
-def _zeros(part: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    return {
-        kind: {name: torch.zeros(parameter.shape, dtype=torch.float32) for name, parameter in part.items()}
-        for kind in STATE_KINDS
-    }

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from moe.config import CheckpointConfig
 from moe.dist.checkpoint import MANIFEST, Experts, TrainState, committed, sha256, step_of
-from moe.dist.engine import STATE_KINDS, Engine
+from moe.dist.engine import Engine
+from moe.dist.master import KINDS
 from moe.dist.topology import Topology
 from moe.durable import PARTIAL, fsync, write_durably
 
@@ -105,12 +106,12 @@ class Saver:
         return self.failures == 0
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
-        sizes, topology = engine.parameter_sizes(), self._topology
+        sizes, topology = engine.master.sizes(), self._topology
         mine = owned(sizes, engine.expert_names, topology.rank, topology.world_size, topology.expert)
-        tensors = engine.master_state(mine)
+        tensors = engine.master.gather(mine)
         experts = self._experts = self._experts or Experts(engine.expert_names, topology)
         parts: dict[str, dict[str, Tensor]] = {"model": experts.sharded(tensors["weights"]), "optimizer": {}}
-        for kind in STATE_KINDS[1:]:
+        for kind in KINDS[1:]:
             parts["optimizer"] |= {f"{kind}.{name}": t for name, t in experts.sharded(tensors[kind]).items()}
         texts = {"state.json": json.dumps(asdict(state), indent=1) + "\n", "config.yaml": config_yaml}
         folder = self.folder / f"step_{state.step:08d}"
@@ -209,7 +210,7 @@ def owned(sizes: dict[str, int], experts: set[str], rank: int, world_size: int, 
     with the fewest elements so far among the ranks that have it."""
     load = [0] * world_size
     mine = set()
-    for kind in STATE_KINDS:
+    for kind in KINDS:
         for name, size in sizes.items():
             slices = degree if name in experts else 1
             for first in range(slices):
@@ -223,7 +224,7 @@ def owned(sizes: dict[str, int], experts: set[str], rank: int, world_size: int, 
 def _file_numbers(sizes: dict[str, int]) -> dict[str, int]:
     """Name in the file → number of the file, from 1: as many tensors in each as make about `FILE_BYTES`."""
     numbers, number = {}, 1
-    for kind in STATE_KINDS:
+    for kind in KINDS:
         filled, number = 0, 1
         for name, size in sizes.items():
             if filled and filled + 4 * size > FILE_BYTES:

@@ -56,7 +56,7 @@ def _all_cases(world_size: int) -> dict[tuple[int, str], Training]:
             config = config_of([*words, f"parallel.expert={expert}"])
             topology, engine = build(config, idle)
             done = engine_steps(config, topology, engine, 0, STEPS)
-            done.state = engine.master_state()
+            done.state = engine.master.gather()
             results[expert, name] = done
     return results
 
@@ -138,7 +138,7 @@ def _bfloat16(expert: int) -> Training:
     config = config_of(["train.precision=bfloat16", f"parallel.expert={expert}"])
     topology, engine = build(config)
     done = engine_steps(config, topology, engine, 0, STEPS)
-    done.state = engine.master_state()
+    done.state = engine.master.gather()
     return done
 
 

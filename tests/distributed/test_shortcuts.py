@@ -54,7 +54,7 @@ def _run(overrides: list[str], shortcuts: bool, bad_step: int | None) -> dict[st
             losses.append(loss.item())
             result = engine.step(config.optim.lr)
         results.append(result)
-    state = engine.master_state()
+    state = engine.master.gather()
     shared = all(
         torch.equal(parameter, state["weights"][name].view_as(parameter))
         for name, parameter in model.named_parameters()

@@ -65,7 +65,7 @@ class Made:
 
 def _everything(engine: Engine) -> dict[str, Tensor]:
     """Master weights, moments, Adam's steps, and the weights that the model computes with."""
-    found = {f"{kind} {name}": t for kind, tensors in engine.master_state().items() for name, t in tensors.items()}
+    found = {f"{kind} {name}": t for kind, tensors in engine.master.gather().items() for name, t in tensors.items()}
     found |= {f"model {name}": parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
     for group, content in enumerate(engine._zero.optimizer.param_groups):
         for index, parameter in enumerate(content["params"]):

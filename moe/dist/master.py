@@ -1,0 +1,98 @@
+"""Master weights and Adam's moments of a DeepSpeed optimizer, whole and by name, for checkpoints.
+
+Through DeepSpeed's accessors, in an order each of whose omissions is silent: moments must exist before they can be
+linked, be linked anew for every group after the first, and have their step set in every group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weights", *ADAM_MOMENTS)
+States = dict[str, dict[str, Tensor]]  # {kind: {parameter name: float32 tensor on the CPU}}; experts: this rank's slice
+
+
+class MasterState:
+    """Of one ZeRO-1/2 optimizer or BF16_Optimizer, `zero`, and its model."""
+
+    def __init__(self, model: nn.Module, zero: Any) -> None:
+        self._model, self._zero = model, zero
+
+    def sizes(self) -> dict[str, int]:
+        """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
+        return {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+
+    def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
+        """A collective that gathers one tensor at a time; a rank holds on to the (kind, name) in `keep` (None: all)."""
+        self._link_moments()
+        states: States = {kind: {} for kind in KINDS}
+        for name, parameter in self._model.named_parameters():
+            for kind in KINDS:
+                if kind == "weights":
+                    value = safe_get_full_fp32_param(parameter)
+                else:
+                    value = safe_get_full_optimizer_state(parameter, kind)
+                if value is None:
+                    raise RuntimeError(f"DeepSpeed has no {kind} of {name}: its optimizer states were not linked")
+                if keep is None or (kind, name) in keep:
+                    states[kind][name] = value.detach().cpu()
+        return states
+
+    def empty(self, max_bytes: int) -> Iterator[States]:
+        """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`, and only of
+        parameters that this rank's partition has a piece of."""
+        part: dict[str, nn.Parameter] = {}
+        for name, parameter in self._model.named_parameters():
+            if getattr(parameter, "_hp_mapping") is None:  # noqa: B009  # DeepSpeed's own attribute
+                continue
+            if part and 12 * (parameter.numel() + sum(p.numel() for p in part.values())) > max_bytes:
+                yield _zeros(part)
+                part = {}
+            part[name] = parameter
+        if part:
+            yield _zeros(part)
+
+    def fill(self, parts: Iterable[States], adam_steps: int) -> None:
+        """Put `empty`'s parts, filled, into this rank's partition, before the first step; `adam_steps` counts applied
+        updates. `Engine.resumed` must follow."""
+        self._link_moments(adam_steps)
+        parameters = dict(self._model.named_parameters())
+        for part in parts:
+            for name, value in part["weights"].items():
+                device = parameters[name].device
+                safe_set_full_fp32_param(parameters[name], value.to(device))
+                for moment in ADAM_MOMENTS:
+                    safe_set_full_optimizer_state(parameters[name], part[moment][name].to(device), moment)
+
+    def _link_moments(self, adam_steps: int | None = None) -> None:
+        """Make the moments accessible: as they are, or zero after `adam_steps` updates (and where there are none yet:
+        DeepSpeed's accessors would hang)."""
+        optimizer = self._zero.optimizer
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                slot = optimizer.state[parameter]
+                if adam_steps is not None or not slot:
+                    slot["step"] = torch.tensor(float(adam_steps or 0), device=parameter.device)
+                    for moment in ADAM_MOMENTS:
+                        slot[moment] = torch.zeros_like(parameter)
+        # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+
+def _zeros(part: dict[str, nn.Parameter]) -> States:
+    return {
+        kind: {name: torch.zeros(parameter.shape, dtype=torch.float32) for name, parameter in part.items()}
+        for kind in KINDS
+    }
