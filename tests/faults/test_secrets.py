@@ -73,7 +73,7 @@ def test_a_server_that_refuses_the_key(corpus: list[str], tmp_path: Path) -> Non
 def test_a_run_that_fails(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
     """A traceback, and a resume that is refused."""
     fault = {"kind": "fail", "steps": [6]}
-    failed = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, faults=(fault,))
+    failed = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, "checkpoint.background=false", faults=(fault,))
     assert failed.code == 1
     assert "a fault on purpose" in failed.err
     refused = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, "model.hidden_size=64")
