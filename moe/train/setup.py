@@ -121,7 +121,8 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
     )
-    topology.agree(lambda: _write_run_files(run, resumed=checkpoint is not None), "run_dir")
+    if state.step < train.steps:  # a finished run stays as it is
+        topology.agree(lambda: _write_run_files(run, resumed=checkpoint is not None), "run_dir")
     return run
 
 
