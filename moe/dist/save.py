@@ -14,6 +14,7 @@ Steps 2 and 3 run in a thread with a process group of its own, so that its colle
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -53,7 +54,8 @@ class _Snapshot:
 class Saver:
     """Saves one run's checkpoints. Every method is a collective: all ranks call it, in the same order.
 
-    `say` and `warn` show a line to the user. At most one save is under way: another waits for its end.
+    `say` and `warn` show a line to the user; `beat` is told, while the caller waits, each time the save has come
+    further. At most one save is under way: another waits for its end.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class Saver:
         config: CheckpointConfig,
         say: Callable[[str], None],
         warn: Callable[[str], None],
+        beat: Callable[[str], None] | None = None,
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.failures = 0  # in a row
         self._topology, self._config = topology, config
-        self._say, self._warn = say, warn
+        self._say, self._warn, self._beat = say, warn, beat
+        self._doing = ""  # the thread's part of the work
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
@@ -92,7 +96,7 @@ class Saver:
         Raises ValueError once `checkpoint.max_failures` in a row have failed: to train on unsaved is to lose more.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._join(self._thread)
             self._thread = None
             error, self._error = self._error, None
             if error is not None and not isinstance(error, OSError):
@@ -104,6 +108,23 @@ class Saver:
                     "training stops here: once there is room, the same command goes on from the newest checkpoint"
                 ) from error
         return self.failures == 0
+
+    def _join(self, thread: threading.Thread) -> None:
+        """A slow disk may take an hour: what hangs is a save that doesn't come further."""
+        before = None
+        while thread.is_alive():
+            thread.join(1.0)
+            written = 0
+            for path in self._my_files(self.folder):
+                with contextlib.suppress(FileNotFoundError):  # the folder was renamed meanwhile
+                    written += path.stat().st_size
+            if self._beat is not None and (self._doing, written) != before:
+                before = (self._doing, written)
+                self._beat(f"the save, {self._doing}")
+
+    def _my_files(self, folder: Path) -> list[Path]:
+        """This rank's shards under way in `checkpoints` by the writer's names; its counting starts at 1."""
+        return sorted(folder.glob(f"step_*{PARTIAL}/*/shard-{self._topology.rank + 1:05d}-*"))
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
         sizes, topology = engine.master.sizes(), self._topology
@@ -141,6 +162,7 @@ class Saver:
             files = topology.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
             everyone: list[dict[str, Any]] = [{}] * topology.world_size
             dist.all_gather_object(everyone, files, group=self._group)
+            self._doing = "waiting for rank 0's commit"
             manifest = {name: entry for files in everyone for name, entry in files.items()}
             topology.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
         except ValueError as error:
@@ -161,6 +183,7 @@ class Saver:
 
     def _write_shards(self, snapshot: _Snapshot, partial: Path) -> dict[str, Any]:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
+        self._doing = "writing shards"
         try:
             for part, tensors in snapshot.parts.items():
                 writer = HuggingFaceStorageWriter(
@@ -171,11 +194,12 @@ class Saver:
             first = next(iter(error.failures.values()))[0]
             raise OSError(f"{partial}: could not be written ({first})") from error
         files = {}
+        for path in self._my_files(self.folder):
+            name = str(path.relative_to(partial))
+            self._doing = f"hashing {name}"
+            fsync(path)
+            files[name] = _entry(path)
         for part in snapshot.parts:
-            # The writer's names; its counting starts at 1.
-            for path in sorted((partial / part).glob(f"shard-{self._topology.rank + 1:05d}-*")):
-                fsync(path)
-                files[str(path.relative_to(partial))] = _entry(path)
             fsync(partial / part)
         return files
 

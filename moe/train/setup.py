@@ -102,6 +102,7 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         display.line(f"resuming from {checkpoint} (step {state.step}, {state.tokens:,} tokens)")
         for line in changes:
             display.warn(f"changed since then: {line}")
+    watchdog = Watchdog(topology, config.guard.hang_seconds)
     run = Run(
         config=config,
         topology=topology,
@@ -111,13 +112,20 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
         engine=engine,
         loader=loader,
         evaluation=Evaluation(corpus, held_out, topology, config.model.vocab_size),
-        saver=Saver(folder, topology, config.checkpoint, display.line, display.warn),
+        saver=Saver(
+            folder,
+            topology,
+            config.checkpoint,
+            display.line,
+            display.warn,
+            lambda doing: watchdog.beat(state.step, doing),
+        ),
         state=state,
         guard=Guard(config.guard, state, topology, display.warn),
         waits=Waits(topology),
         straggler=Straggler(host_names(world), display.warn),
         stop=StopSignals(speaks=topology.is_main),
-        watchdog=Watchdog(topology, config.guard.hang_seconds),
+        watchdog=watchdog,
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from moe.compose import to_yaml
 from moe.config import CheckpointConfig
+from moe.dist import save as save_module
 from moe.dist.checkpoint import TrainState, committed, load, load_model, newest, resolve, verify
 from moe.dist.save import Saver
 from tests.distributed.training import build, config_of, engine_steps
@@ -114,3 +116,26 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001", "step_00000003"]
     assert [verify(path) for path in committed(folder)] == [None, None]
+
+
+def _save_to_a_slow_disk(folder: Path) -> list[str]:
+    config = config_of([])
+    topology, engine = build(config)
+    engine_steps(config, topology, engine, 0, 1)
+    real = save_module.fsync
+
+    def slow(path: Path) -> None:
+        time.sleep(1.2 if path.suffix == ".safetensors" else 0)
+        real(path)
+
+    save_module.fsync = slow
+    beats: list[str] = []
+    saver = Saver(folder, topology, CheckpointConfig(), print, print, beats.append)
+    saver.save(engine, TrainState(step=1), to_yaml(config))
+    assert saver.wait()
+    return beats
+
+
+def test_who_waits_for_a_slow_disk_is_told_that_the_save_goes_on(tmp_path: Path) -> None:
+    beats = run_ranks(1, _save_to_a_slow_disk, tmp_path)[0]
+    assert [beat.partition("/")[0] for beat in beats[:2]] == ["the save, hashing model", "the save, hashing optimizer"]
