@@ -6,13 +6,18 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from moe.compose import to_yaml
 from moe.config import CheckpointConfig
+from moe.dist import master as master_module
 from moe.dist import save as save_module
 from moe.dist.checkpoint import TrainState, committed, load, load_model, newest, resolve, verify
+from moe.dist.master import MasterState
 from moe.dist.save import Saver
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
@@ -139,3 +144,41 @@ def _save_to_a_slow_disk(folder: Path) -> list[str]:
 def test_who_waits_for_a_slow_disk_is_told_that_the_save_goes_on(tmp_path: Path) -> None:
     beats = run_ranks(1, _save_to_a_slow_disk, tmp_path)[0]
     assert [beat.partition("/")[0] for beat in beats[:2]] == ["the save, hashing model", "the save, hashing optimizer"]
+
+
+def _forget(what: str) -> None:
+    """Leaves one step of a load out, in this process."""
+    zero_kinds: list[Any] = [DeepSpeedZeroOptimizer, BF16_Optimizer]
+    if what == "update_lp_params":
+        for kind in zero_kinds:
+            kind.update_lp_params = lambda self: None
+        return
+    link = MasterState._link_moments
+
+    def changed(self: MasterState, adam_steps: int | None = None) -> None:
+        link(self, 0 if what == "Adam's step" and adam_steps is not None else adam_steps)
+        if what == "the step in every group" and adam_steps is not None:
+            optimizer = self._zero.optimizer
+            for group in optimizer.param_groups[1:]:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["step"].zero_()
+
+    if what == "the moments":
+        master_module.safe_set_full_optimizer_state = lambda *_: None
+    MasterState._link_moments = changed  # type: ignore[method-assign]
+
+
+def _resume_without(what: str, folder: Path, overrides: list[str]) -> list[float]:
+    _forget(what)
+    return _resume(folder, overrides)[0]
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["update_lp_params", "Adam's step", "the step in every group", "the moments"])
+def test_each_omission_would_be_seen(what: str, precision: str, tmp_path: Path) -> None:
+    """A load that leaves this out raises nothing, and trains on from other numbers: the bitwise test above sees it."""
+    words = ["parallel.expert=2", f"train.precision={precision}"]
+    expected = run_ranks(2, _save_and_go_on, tmp_path, words)[0]
+    losses = run_ranks(2, _resume_without, what, tmp_path, words)[0]
+    gap = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+    assert gap > 1e-4

@@ -143,6 +143,28 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(moe: Run, corpus: list[str],
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000005"]
 
 
+def _seconds_to_first_step(words: list[str]) -> float:
+    started = time.monotonic()
+    with subprocess.Popen(command(tuple(words)), env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        seconds = time.monotonic() - started
+        assert process.poll() is None, "it ended before its first step"
+        process.send_signal(signal.SIGKILL)
+    return seconds
+
+
+def test_a_resume_reaches_its_first_step_as_soon_as_a_fresh_start(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    words = ["train", *corpus, *SMALL, "model.hidden_size=256", "model.intermediate_size=512", "train.steps=400"]
+    done = moe(*words, f"run_dir={tmp_path / 'run'}", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    more = [f"run_dir={tmp_path / 'run'}", "checkpoint.allow_changes=true"]
+    fresh = [f"run_dir={tmp_path / 'fresh'}"]
+    assert _seconds_to_first_step([*words, *more]) < 5 + _seconds_to_first_step([*words, *fresh])
+
+
 def _one_line(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("moe:")]
