@@ -1,5 +1,5 @@
-"""DeepSpeed behind one adapter: with `moe.dist.master` the only file that imports it. The version is pinned and the seam is tested
-(tests/distributed/test_engine.py), for these reasons:
+"""DeepSpeed behind one adapter: with `moe.dist.master` the only file that imports it. The version is pinned and the seam
+is tested (tests/distributed/test_engine.py), for these reasons:
 
 - DeepSpeed treats a parameter as an expert's if `param.allreduce is False` and it has a `group_name`, but switches its
   expert paths on only when it finds an instance of its own `MoE` module. `_ExpertMarker` is that instance: it has no

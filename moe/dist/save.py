@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ from moe.dist.master import KINDS
 from moe.dist.topology import Topology
 from moe.durable import PARTIAL, fsync, write_durably
 
+LONGEST_SAVE = timedelta(
+    days=1
+)  # a rank may wait so long for a slower one's disk; training's own collectives see the dead
 FILE_BYTES = 2 << 30  # of one safetensors file; it is put together in memory
 
 
@@ -72,7 +76,7 @@ class Saver:
         self._topology, self._config = topology, config
         self._say, self._warn, self._beat = say, warn, beat
         self._doing = ""  # the thread's part of the work
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
         self._experts: Experts | None = None
