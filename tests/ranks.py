@@ -26,15 +26,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
     The first rank that raises ends the others; AssertionError with its traceback. AssertionError too on a timeout.
     """
-    torch.set_num_threads(1)  # NOTE: a fork after multi-threaded torch operations hangs without this
-    context = multiprocessing.get_context("fork")
-    port, queue = free_port(), context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, queue = _start(world_size, function, arguments)
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:
@@ -61,15 +53,7 @@ def run_until_dead(world_size: int, function: Callable[..., Any], *arguments: An
 
     AssertionError if one is still there `timeout` seconds later.
     """
-    torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    port, queue = free_port(), context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, queue = _start(world_size, function, arguments)
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         while not queue.empty():
@@ -81,6 +65,19 @@ def run_until_dead(world_size: int, function: Callable[..., Any], *arguments: An
         process.join(10)
     assert not hung, f"ranks {hung} were still there after {timeout} s"
     return [process.exitcode or 0 for process in processes]
+
+
+def _start(world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    torch.set_num_threads(1)  # NOTE: a fork after multi-threaded torch operations hangs without this
+    context = multiprocessing.get_context("fork")
+    port, queue = free_port(), context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes, queue
 
 
 def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
