@@ -24,8 +24,8 @@ from typing import Any
 
 from moe.compose import ConfigError, choices, compose_dict, groups, load_config
 from moe.config import Config, PlanConfig
-from moe.dist.parent import die_with_torchrun
 from moe.errors import StartError, Stopped, for_user
+from moe.parent import die_with_torchrun
 
 
 def _train(words: list[str]) -> None:

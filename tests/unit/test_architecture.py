@@ -25,6 +25,7 @@ EVERYTHING = {
 ALLOWED = {
     "errors": set(),
     "durable": set(),
+    "parent": {"errors"},
     "config": set(),
     "compose": {"config", "errors"},
     "sparse": {"config"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "report": {"model", "data", "dist", "config", "compose"},
     "train": EVERYTHING,
     "bench": EVERYTHING | {"train"},
-    "cli": EVERYTHING | {"train", "bench"},
+    "cli": EVERYTHING | {"train", "bench", "parent"},
     "__main__": {"cli"},
     "__init__": set(),
 }
