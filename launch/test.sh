@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every check and every test, in an environment of its own making: bash launch/test.sh [--slow] [pytest's arguments]
-# Without --slow those marked slow are left out: two nodes in network namespaces, planned against measured memory.
+# Without --slow those marked slow are left out: many kills and other long faults, two nodes in network namespaces, planned against
+# measured memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

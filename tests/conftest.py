@@ -5,6 +5,5 @@ import os
 
 import torch
 
-pytest_plugins = ["tests.fault_table"]
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
