@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -20,7 +21,23 @@ def fsync(path: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replace `path` so that a reader sees the old or the new text, never part of one, even after a power cut."""
     beside = path.with_name(path.name + PARTIAL)
-    beside.write_text(text, encoding="utf-8")
-    fsync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        fsync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """A whole line or none: a torn one is cut off again before the error passes through."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, "no space for the whole line")
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from error

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,9 +40,9 @@ from moe.config import Config
 from moe.dist.engine import Engine
 from moe.dist.master import ADAM_MOMENTS, KINDS, States
 from moe.dist.topology import Topology
-from moe.durable import PARTIAL
 from moe.model.transformer import Transformer
 
+NAME = re.compile(r"step_\d{8,}")
 MANIFEST = "manifest.json"
 TEXTS = {"state.json", "config.yaml"}
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
@@ -88,13 +92,14 @@ def load(folder: Path, engine: Engine, topology: Topology) -> TrainState:
     """Weights, moments and counters into a fresh engine. A collective. Raises ValueError if the shapes differ."""
     state = topology.agree(lambda: read_state(folder), "resume")
     experts = Experts(engine.expert_names, topology)
+    model, optimizer = _Reader(folder / "model"), _Reader(folder / "optimizer")
 
     def parts() -> Iterator[States]:
         for tensors in engine.master.empty(READ_BYTES):
             sharded = {kind: experts.sharded(tensors[kind]) for kind in KINDS}
             moments = {f"{kind}.{name}": t for kind in ADAM_MOMENTS for name, t in sharded[kind].items()}
-            _read(folder / "model", sharded["weights"])
-            _read(folder / "optimizer", moments)
+            model.fill(sharded["weights"])
+            optimizer.fill(moments)
             yield tensors
 
     topology.agree(lambda: engine.master.fill(parts(), state.step - state.skipped_steps), "resume")
@@ -107,28 +112,47 @@ def newest(run_dir: Path, topology: Topology, warn: Callable[[str], None]) -> Pa
 
     Raises ValueError when there are checkpoints but none is whole: starting anew in their place would lose them.
     """
-    folders = topology.from_main(committed(run_dir / "checkpoints"))
+    root = run_dir / "checkpoints"
+    folders = topology.from_main(topology.agree(lambda: committed(root), "resume"))
+    damaged: list[Path] = []
     for folder in folders:
         # Hashing is what takes time: each rank has its share of the files.
-        mine = verify(folder, topology.rank, topology.world_size)
-        reasons = [mine] * topology.world_size
-        if topology.world_size > 1:
-            dist.all_gather_object(reasons, mine)
+        reasons = topology.gather(verify(folder, topology.rank, topology.world_size))
         reason = next((one for one in reasons if one is not None), None)
         if reason is None:
+            topology.agree(lambda: _set_aside(damaged) if topology.is_main else None, "resume")
             return folder
         warn(f"checkpoint {folder} is damaged and passed over: {reason}")
-    if folders:
+        damaged.append(folder)
+    if damaged:
         raise ValueError(
-            f"{run_dir}: none of its {len(folders)} checkpoints is whole (see above): mend one, or start another "
+            f"{run_dir}: none of its {len(damaged)} checkpoints is whole (see above): mend one, or start another "
             "run with run_dir=…"
+        )
+    if topology.from_main((root / "latest").exists()):
+        raise ValueError(
+            f"{root}/latest is there, but no checkpoint: bring one back, or start another run with run_dir=… (or here, "
+            "from step 0, once that file is gone)"
         )
     return None
 
 
+def _set_aside(damaged: list[Path]) -> None:
+    """Out of the way of retention and of the next resume, which might find them readable again: kept, not removed."""
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+
+
 def committed(folder: Path) -> list[Path]:
-    """Whole checkpoints, newest first."""
-    return sorted((p for p in folder.glob("step_*") if p.is_dir() and p.suffix != PARTIAL), reverse=True)
+    """Whole checkpoints, newest first. Raises OSError when the folder is there but can't be read: it may be full."""
+    try:
+        found = [entry.name for entry in os.scandir(folder) if NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted((folder / name for name in found), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -191,7 +215,7 @@ def load_model(folder: Path) -> Transformer:
     config: Config = read_config(folder / "config.yaml")
     model = Transformer(config.model, config.router, config.experts)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    _read(folder / "model", weights)  # in place: the tensors share the parameters' memory
+    _Reader(folder / "model").fill(weights)  # in place: the tensors share the parameters' memory
     return model.eval()
 
 
@@ -199,9 +223,22 @@ def load_model(folder: Path) -> Transformer:
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _read(folder: Path, into: dict[str, Tensor]) -> None:
-    try:
-        state_dict_loader.load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{folder}: does not fit this model ({first})") from error
+class _Reader(HuggingFaceStorageReader):
+    """One part of a checkpoint; opens each file's header once, however often tensors are read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._metadata: Any = None
+
+    def read_metadata(self) -> Any:
+        if self._metadata is None:
+            self._metadata = super().read_metadata()
+        return self._metadata
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError."""
+        try:
+            state_dict_loader.load(tensors, storage_reader=self, no_dist=True)
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            raise ValueError(f"{self.path}: does not fit this model ({first})") from error

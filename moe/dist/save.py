@@ -14,8 +14,8 @@ Steps 2 and 3 run in a thread with a process group of its own, so that its colle
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -25,23 +25,28 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from moe.config import CheckpointConfig
 from moe.dist.checkpoint import MANIFEST, Experts, TrainState, committed, sha256, step_of
 from moe.dist.engine import Engine
 from moe.dist.master import KINDS
-from moe.dist.topology import Topology
+from moe.dist.shares import file_numbers, owned
+from moe.dist.topology import COLLECTIVE_TIMEOUT, Topology
 from moe.durable import PARTIAL, fsync, write_durably
 
 LONGEST_SAVE = timedelta(
     days=1
 )  # a rank may wait so long for a slower one's disk; training's own collectives see the dead
-FILE_BYTES = 2 << 30  # of one safetensors file; it is put together in memory
+PARTS = ("model", "optimizer")
+VISIBLE_SECONDS = 60.0  # until rank 0 must see what others wrote: network file systems remember for a while
 
 
 @dataclass(slots=True)
@@ -76,9 +81,12 @@ class Saver:
         self._topology, self._config = topology, config
         self._say, self._warn, self._beat = say, warn, beat
         self._doing = ""  # the thread's part of the work
-        group = dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
+        self._partial = self.folder
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
+        _set_pg_timeout(LONGEST_SAVE, group)
         self._group = group
+        self._store = PrefixStore("saving", _get_default_store())
         self._experts: Experts | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -114,21 +122,20 @@ class Saver:
         return self.failures == 0
 
     def _join(self, thread: threading.Thread) -> None:
-        """A slow disk may take an hour: what hangs is a save that doesn't come further."""
-        before = None
+        """A slow disk may take an hour: what hangs is a save in which no rank comes further."""
+        mine, everyone = None, -1
         while thread.is_alive():
             thread.join(1.0)
-            written = 0
-            for path in self._my_files(self.folder):
-                with contextlib.suppress(FileNotFoundError):  # the folder was renamed meanwhile
-                    written += path.stat().st_size
-            if self._beat is not None and (self._doing, written) != before:
-                before = (self._doing, written)
+            written = self._doing, sum(_bytes(path) for path in self._my_files())
+            steps = self._store.add("progress", int(written != mine))
+            if self._beat is not None and steps != everyone:
                 self._beat(f"the save, {self._doing}")
+            mine, everyone = written, steps
 
-    def _my_files(self, folder: Path) -> list[Path]:
-        """This rank's shards under way in `checkpoints` by the writer's names; its counting starts at 1."""
-        return sorted(folder.glob(f"step_*{PARTIAL}/*/shard-{self._topology.rank + 1:05d}-*"))
+    def _my_files(self) -> list[Path]:
+        """This rank's shards under way, by the writer's names; its counting starts at 1."""
+        mine = f"shard-{self._topology.rank + 1:05d}-"
+        return sorted(path for part in PARTS for path in _listed(self._partial / part) if path.name.startswith(mine))
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
         sizes, topology = engine.master.sizes(), self._topology
@@ -136,16 +143,19 @@ class Saver:
         tensors = engine.master.gather(mine)
         experts = self._experts = self._experts or Experts(engine.expert_names, topology)
         parts: dict[str, dict[str, Tensor]] = {"model": experts.sharded(tensors["weights"]), "optimizer": {}}
+        assert tuple(parts) == PARTS
         for kind in KINDS[1:]:
             parts["optimizer"] |= {f"{kind}.{name}": t for name, t in experts.sharded(tensors[kind]).items()}
         texts = {"state.json": json.dumps(asdict(state), indent=1) + "\n", "config.yaml": config_yaml}
         folder = self.folder / f"step_{state.step:08d}"
-        return _Snapshot(folder, state.step, parts, texts, _file_numbers(sizes))
+        return _Snapshot(folder, state.step, parts, texts, file_numbers(sizes))
 
     def _run(self, snapshot: _Snapshot, waited: float) -> None:
         """The thread: what goes wrong is kept for `wait` to raise or count."""
         started = time.perf_counter()
         try:
+            if self._topology.device.type == "cuda":
+                torch.cuda.set_device(self._topology.device)  # of a thread of its own
             self._write(snapshot)
         except OSError as error:
             self._error = error
@@ -161,29 +171,47 @@ class Saver:
     def _write(self, snapshot: _Snapshot) -> None:
         """Steps 2 and 3. Raises OSError on every rank when any rank could not; older checkpoints stay."""
         topology, partial = self._topology, snapshot.folder.with_name(snapshot.folder.name + PARTIAL)
+        self._doing, self._partial = "clearing away", partial
         try:
             topology.agree(lambda: self._clear(partial), "checkpoint", self._group)
             files = topology.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
             everyone: list[dict[str, Any]] = [{}] * topology.world_size
+            self._doing = "waiting for all shards"
             dist.all_gather_object(everyone, files, group=self._group)
-            self._doing = "waiting for rank 0's commit"
+            self._doing = "the commit"
             manifest = {name: entry for files in everyone for name, entry in files.items()}
             topology.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
         except ValueError as error:
             if topology.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(self.folder.parent).free
             raise OSError(
                 f"{snapshot.folder}: not saved, {error}; this rank writes {_size(snapshot) / 1e6:.0f} MB, "
                 f"{free / 1e6:.0f} MB are free"
             ) from error
+        if topology.is_main:
+            self._retire(snapshot.step)
 
     def _clear(self, partial: Path) -> None:
-        """Away with what a killed save or removal has left."""
+        """Away with what a killed save of this step has left."""
         if self._topology.is_main:
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+
+    def _retire(self, step: int) -> None:
+        """Remove what is no longer kept, and what killed saves and removals left. The save is whole already: what can't
+        be removed (another node still reads it) is told and tried again next time."""
+        keep_every = self._config.keep_every
+        try:
+            old = [path for path in committed(self.folder) if step_of(path) <= step][self._config.keep :]
+            for path in old:
+                if keep_every is None or step_of(path) % keep_every:
+                    _remove(path)
             for torn in self.folder.glob(f"step_*{PARTIAL}"):
                 shutil.rmtree(torn)
-            partial.mkdir(parents=True)
+        except OSError as error:
+            self._warn(f"{self.folder}: an old checkpoint could not be removed ({error})")
 
     def _write_shards(self, snapshot: _Snapshot, partial: Path) -> dict[str, Any]:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
@@ -193,12 +221,13 @@ class Saver:
                 writer = HuggingFaceStorageWriter(
                     str(partial / part), fqn_to_index_mapping=snapshot.file_numbers, save_distributed=True
                 )
+                writer.per_thread_copy_ahead = 0  # tensors are in host memory: no stream of training's to wait for
                 state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:  # raised on all ranks when any failed; not an Exception
             first = next(iter(error.failures.values()))[0]
             raise OSError(f"{partial}: could not be written ({first})") from error
         files = {}
-        for path in self._my_files(self.folder):
+        for path in self._my_files():
             name = str(path.relative_to(partial))
             self._doing = f"hashing {name}"
             fsync(path)
@@ -210,13 +239,15 @@ class Saver:
     def _commit(self, snapshot: _Snapshot, partial: Path, manifest: dict[str, Any]) -> None:
         if not self._topology.is_main:
             return
+        deadline = time.monotonic() + VISIBLE_SECONDS
         for name, entry in manifest.items():
-            path = partial / name
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise OSError(
-                    f"{path}: another rank wrote it, but rank 0 doesn't see it: run_dir must lie on a file system "
-                    "that all nodes share"
-                )
+            while _bytes(partial / name) != entry["bytes"]:
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        f"{partial / name}: another rank wrote it, but rank 0 doesn't see it: run_dir must lie on a "
+                        "file system that all nodes share"
+                    )
+                time.sleep(0.2)
         for name, text in snapshot.texts.items():
             write_durably(partial / name, text)
             manifest[name] = _entry(partial / name)
@@ -226,40 +257,24 @@ class Saver:
         partial.rename(snapshot.folder)
         fsync(self.folder)
         write_durably(self.folder / "latest", snapshot.folder.name + "\n")
-        # Newer ones are damaged, or the resume would have taken them: they must not crowd out the whole ones.
-        saved = [path for path in committed(self.folder) if step_of(path) <= snapshot.step]
-        for path in saved[self._config.keep :]:
-            if self._config.keep_every is None or step_of(path) % self._config.keep_every:
-                _remove(path)
 
 
-def owned(sizes: dict[str, int], experts: set[str], rank: int, world_size: int, degree: int) -> set[tuple[str, str]]:
-    """{(kind, parameter name)} that `rank` writes: each tensor, or each slice of an expert tensor, goes to the one
-    with the fewest elements so far among the ranks that have it."""
-    load = [0] * world_size
-    mine = set()
-    for kind in KINDS:
-        for name, size in sizes.items():
-            slices = degree if name in experts else 1
-            for first in range(slices):
-                owner = min(range(first, world_size, slices), key=load.__getitem__)
-                load[owner] += size
-                if owner == rank:
-                    mine.add((kind, name))
-    return mine
+def _listed(folder: Path) -> list[Path]:
+    """Empty when it is not there: it may be renamed at any moment."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
-def _file_numbers(sizes: dict[str, int]) -> dict[str, int]:
-    """Name in the file → number of the file, from 1: as many tensors in each as make about `FILE_BYTES`."""
-    numbers, number = {}, 1
-    for kind in KINDS:
-        filled, number = 0, 1
-        for name, size in sizes.items():
-            if filled and filled + 4 * size > FILE_BYTES:
-                filled, number = 0, number + 1
-            filled += 4 * size
-            numbers[name if kind == "weights" else f"{kind}.{name}"] = number
-    return numbers
+def _bytes(path: Path) -> int:
+    """Of the file as it is now, also where another node writes it (NFS asks anew when a file is opened); −1 if it is
+    not there."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _entry(path: Path) -> dict[str, Any]:

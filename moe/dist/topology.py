@@ -65,21 +65,25 @@ class Topology:
         `group` holds all ranks too, for a thread that must not meet training's collectives.
 
         Without this, a rank that alone meets a bad file would leave the others waiting in the next collective.
-        Raises ValueError.
+        Raises ValueError, and a fault of the program as it is on its own rank.
         """
         result: T | None = None
         failure: str | None = None
         cause: Exception | None = None
         try:
             result = action()
-        except (ValueError, OSError) as error:
-            if isinstance(error, ValueError) and not for_user(error):
-                raise
-            cause, failure = error, f"{what}: {error}" if isinstance(error, OSError) else str(error)
+        except Exception as error:
+            cause = error
+            if isinstance(error, OSError):
+                failure = f"{what}: {error}"
+            else:
+                failure = str(error) if for_user(error) else f"{what}: {type(error).__name__}: {error}"
         failures: list[str | None] = [failure]
         if self.world_size > 1:
             failures = [None] * self.world_size
             dist.all_gather_object(failures, failure, group=group)
+        if cause is not None and not isinstance(cause, OSError) and not for_user(cause):
+            raise cause  # a fault of ours: its traceback must be seen
         for rank, text in enumerate(failures):
             if text is not None:
                 raise ValueError(text if rank == 0 else f"{text} (on rank {rank})") from cause

@@ -26,7 +26,7 @@ STEP = ("loss", "backward", "reduce", "update")  # the phases that follow each o
 # blocks that come and go between kept ones need room of their own. HOLES are fitted to runs with glibc
 # (docs/plan.md says to which, and how far they hold).
 GIVEN_BACK = 32 * 2**20
-CHECKPOINT_FILE = 2 << 30  # `moe.dist.save` writes files up to this size
+CHECKPOINT_FILE = 2 << 30  # `moe.dist.shares` cuts files up to this size
 HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
 
 

@@ -11,6 +11,7 @@ micro-batches the batch is cut into; balance losses are means over micro-batches
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moe.data.loader import Batch
 from moe.dist import topology as topology_module
 from moe.dist.engine import StepResult
 from moe.dist.topology import Topology
-from moe.durable import write_durably
+from moe.durable import append_line, write_durably
 from moe.generate import sample_text
 from moe.model.transformer import Transformer
 from moe.report.page import write_report
@@ -80,13 +81,15 @@ def _loop(run: Run) -> None:
     finally:
         run.display.stop()
         run.waits.remove()
+        run.watchdog.beat(state.step, "the tracker's end", long=True)
         if run.tracker is not None:
             run.tracker.close()
     if run.stop.agreed is not None and state.step < train.steps and not run.guard.exhausted:
         run.topology.barrier()  # whatever started the ranks may end them all once one has left
         raise run.stop.stopped(run.folder, state.step, saved=saved)
     if run.topology.is_main:
-        run.display.line(f"report: {write_report(run.folder)}")
+        _written(run, lambda: run.display.line(f"report: {write_report(run.folder)}"))
+    run.topology.barrier()  # as above
     run.guard.check()
     if not saved:
         raise ValueError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
@@ -152,7 +155,8 @@ def _global_targets(batches: list[Batch], topology: Topology) -> int:
 def _evaluate(run: Run) -> dict[str, Any]:
     figures, routing = run.evaluation(_transformer(run), lambda part: run.watchdog.beat(run.state.step, part))
     if run.topology.is_main and routing is not None:
-        write_durably(run.folder / "routing.json", json.dumps({"step": run.state.step, **routing}) + "\n")
+        text = json.dumps({"step": run.state.step, **routing}) + "\n"
+        _written(run, lambda: write_durably(run.folder / "routing.json", text))
     return figures
 
 
@@ -162,9 +166,17 @@ def _sample(run: Run) -> None:
     run.watchdog.beat(run.state.step, "the sample")
     text = sample_text(_transformer(run), run.corpus.tokenizer, train.sample_prompt, train.sample_tokens)
     if run.topology.is_main:
-        with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": run.state.step, "prompt": train.sample_prompt, "text": text}) + "\n")
+        line = json.dumps({"step": run.state.step, "prompt": train.sample_prompt, "text": text}) + "\n"
+        _written(run, lambda: append_line(run.folder / "samples.jsonl", line))
         run.display.line(f"sample: {train.sample_prompt + text!r}")
+
+
+def _written(run: Run, write: Callable[[], None]) -> None:
+    """A full disk costs what can be made again, not the run: checkpoints alone decide (checkpoint.max_failures)."""
+    try:
+        write()
+    except OSError as error:
+        run.display.warn(f"step {run.state.step}: not written ({error})")
 
 
 def _transformer(run: Run) -> Transformer:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moe.config import Config, TrackingBackend
+from moe.durable import append_line, write_durably
 
 PANELS = {  # figure → W&B section; sections are shown in alphabetical order, so balance comes first
     "balance": ("load_balancing_loss", "max_violation", "router_entropy", "router_z_loss", "dead_experts"),
@@ -55,20 +56,18 @@ def finite(value: Any) -> Any:
 def cut_back(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl (or samples.jsonl) up to `step`: a resume writes the later ones again.
 
-    Also drops a torn last line.
+    Also drops lines that a crash has torn, wherever they are.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
         except (ValueError, KeyError, TypeError):
-            break
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+            continue
+    write_durably(path, "".join(kept))
 
 
 def _has_key() -> bool:
@@ -98,7 +97,6 @@ class Tracker:
     """Rank 0's writer. `log` takes the step's figures."""
 
     def __init__(self, config: Config, run_dir: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._warn = warn
         self._run, self._again = None, True
         self._config, self._folder = config, run_dir
@@ -146,7 +144,12 @@ class Tracker:
         """One JSON line, null for what is not finite; the same to W&B under its sections, without the nulls, the
         load-balancing loss per layer beside the total."""
         figures = finite(figures)
-        self._write(json.dumps(figures, allow_nan=False).encode() + b"\n", figures["step"])
+        try:
+            append_line(self._folder / "metrics.jsonl", json.dumps(figures, allow_nan=False) + "\n")
+        except OSError as error:  # a full disk costs figures, not the run
+            self._warn(
+                f"{error.filename}: the figures of step {figures['step']} could not be written ({error.strerror})"
+            )
         if self._run is not None:
             self._guarded(lambda run: run.log(panels(figures), step=figures["step"]))
 
@@ -180,20 +183,7 @@ class Tracker:
         self._warn(f"{reason}; {self._folder}/wandb/offline-run-*-{run.id} has every step, `wandb sync` uploads it")
         return run
 
-    def _write(self, line: bytes, step: int) -> None:
-        """A whole line or none: a full disk costs figures, not the run."""
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(line) == len(line):
-                return
-            reason = "no space for the whole line"
-        except OSError as error:
-            reason = str(error)
-        self._file.truncate(end)
-        self._warn(f"{self._file.name}: the figures of step {step} could not be written ({reason})")
-
     def close(self) -> None:
-        self._file.close()
         finished = None
         while self._run is not finished:  # one that fails here has another in its place
             finished = self._run

@@ -137,7 +137,11 @@ class Watchdog:
         lines += ["stacks of all threads:", *_stacks()]
         os.write(2, "".join(f"[{mine}] {line}\n" for line in lines).encode())
         if posts:
-            waiter = threading.Thread(target=self._wait_for_dumps, args=(posts.keys() - silent,), daemon=True)
+            waiter = threading.Thread(
+                target=self._wait_for_dumps,
+                args=({rank for rank in posts.keys() - silent if not posts[rank]["left"]},),
+                daemon=True,
+            )
             waiter.start()
             waiter.join(SILENT_POSTS * self._interval + 5)
         for rank in silent:
@@ -161,7 +165,7 @@ class Watchdog:
         assert self._store is not None
         try:
             self._store.set(f"dumped/{self._topology.rank}", "")
-            while not all(self._store.check([f"dumped/{rank}"]) for rank in living):
+            while not self._store.check([f"dumped/{rank}" for rank in living]):
                 time.sleep(self._interval / 2)
         except DistError as error:
             os.write(2, f"the ranks' store is gone: {error}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def _taken(folder: Path) -> list[tuple[str, str, str, str]]:
             found = newest(folder, topology, warnings.append)
             assert found is not None
             taken.append((str(path.relative_to(damaged)), damage, found.name, " ".join(warnings)))
+            damaged.with_name(f"{damaged.name}.damaged").rename(damaged)
             path.write_bytes(content)
     found = newest(folder, topology, print)
     assert found == damaged
@@ -180,7 +182,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pa
     run_ranks(1, _two_checkpoints, tmp_path)
     assert run_ranks(1, _save_the_damaged_step_again, tmp_path)[0] == [None, None]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["latest", "step_00000001", "step_00000002"]
+    assert names == ["latest", "step_00000001", "step_00000002", "step_00000002.damaged"]
 
 
 def _retained(folder: Path) -> list[str]:
@@ -196,6 +198,35 @@ def _retained(folder: Path) -> list[str]:
 
 def test_the_last_two_and_every_third_are_kept(tmp_path: Path) -> None:
     assert run_ranks(1, _retained, tmp_path)[0] == [f"step_{step:08d}" for step in (8, 7, 6, 3)]
+
+
+def _newest(folder: Path) -> Path | None:
+    topology, _ = build(config_of([]))
+    return newest(folder, topology, print)
+
+
+@pytest.mark.fault(5)
+def test_a_copy_that_someone_made_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+    run_ranks(1, _two_checkpoints, tmp_path)
+    latest = tmp_path / "checkpoints" / "step_00000002"
+    shutil.copytree(latest, latest.with_name("step_00000002.bak"))
+    shutil.copytree(latest, latest.with_name("step_00000009_copy"))
+    assert run_ranks(1, _newest, tmp_path)[0] == latest
+
+
+def _refused(folder: Path) -> str:
+    topology, _ = build(config_of([]))
+    with pytest.raises(ValueError, match="checkpoint") as refused:
+        newest(folder, topology, print)
+    return str(refused.value)
+
+
+@pytest.mark.fault(5)
+def test_checkpoints_that_vanished_are_missed(tmp_path: Path) -> None:
+    run_ranks(1, _two_checkpoints, tmp_path)
+    for folder in committed(tmp_path / "checkpoints"):
+        shutil.rmtree(folder)
+    assert "latest is there, but no checkpoint" in run_ranks(1, _refused, tmp_path)[0]
 
 
 def _none_whole(folder: Path) -> str:
@@ -237,7 +268,15 @@ def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on
     moe: Run, corpus: list[str], small_disk: Callable[[int], Path], outcome: Callable[[str], None]
 ) -> None:
     disk = small_disk(1100)  # one checkpoint of 0.8 MB fits, two don't
-    words = ["train", f"run_dir={disk}", *corpus, *SMALL, "checkpoint.max_failures=2", "train.eval_every=40"]
+    words = [
+        "train",
+        f"run_dir={disk}",
+        *corpus,
+        *SMALL,
+        "checkpoint.max_failures=2",
+        "train.eval_every=4",
+        "train.sample_every=4",
+    ]
     stopped = moe(*words)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
     lines = [line for line in stopped.stderr.splitlines() if line.startswith("moe:")]

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.compose import load_config
-from moe.dist.save import FILE_BYTES
+from moe.dist.shares import FILE_BYTES
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters, estimate_memory, flops_per_token, plan_memory, visible_keys
 from moe.plan.activations import Shapes, head_memory, kept_by_layers
