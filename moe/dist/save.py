@@ -190,28 +190,35 @@ class Saver:
                 f"{free / 1e6:.0f} MB are free"
             ) from error
         if topology.is_main:
-            self._retire(snapshot.step)
+            self._tidy(snapshot)
 
     def _clear(self, partial: Path) -> None:
-        """Away with what a killed save of this step has left."""
+        """Away with what killed saves and removals have left: it takes room."""
         if self._topology.is_main:
-            if partial.exists():
-                shutil.rmtree(partial)
+            for torn in self.folder.glob(f"step_*{PARTIAL}"):
+                self._remove(torn)
             partial.mkdir(parents=True)
 
-    def _retire(self, step: int) -> None:
-        """Remove what is no longer kept, and what killed saves and removals left. The save is whole already: what can't
-        be removed (another node still reads it) is told and tried again next time."""
-        keep_every = self._config.keep_every
+    def _tidy(self, snapshot: _Snapshot) -> None:
+        """`latest`, and away with what is no longer kept. Nothing here can make the save less whole than it is."""
         try:
-            old = [path for path in committed(self.folder) if step_of(path) <= step][self._config.keep :]
-            for path in old:
-                if keep_every is None or step_of(path) % keep_every:
-                    _remove(path)
-            for torn in self.folder.glob(f"step_*{PARTIAL}"):
-                shutil.rmtree(torn)
+            write_durably(self.folder / "latest", snapshot.folder.name + "\n")
         except OSError as error:
-            self._warn(f"{self.folder}: an old checkpoint could not be removed ({error})")
+            self._warn(f"{self.folder}/latest could not be written ({error}); a resume doesn't need it")
+        keep_every = self._config.keep_every
+        for path in [path for path in committed(self.folder) if step_of(path) <= snapshot.step][self._config.keep :]:
+            if keep_every is None or step_of(path) % keep_every:
+                self._remove(path)
+
+    def _remove(self, folder: Path) -> None:
+        """A kill in the middle leaves no folder that looks whole. One that can't be removed (another node may still
+        read it) is told, and tried again at the next save."""
+        try:
+            if folder.suffix != PARTIAL:
+                folder = folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
+            shutil.rmtree(folder)
+        except OSError as error:
+            self._warn(f"{folder} could not be removed ({error})")
 
     def _write_shards(self, snapshot: _Snapshot, partial: Path) -> dict[str, Any]:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
@@ -253,10 +260,9 @@ class Saver:
             manifest[name] = _entry(partial / name)
         write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))  # the last byte matters: a cut is seen
         if snapshot.folder.exists():  # a damaged one, which the resume passed over
-            _remove(snapshot.folder)
+            self._remove(snapshot.folder)
         partial.rename(snapshot.folder)
         fsync(self.folder)
-        write_durably(self.folder / "latest", snapshot.folder.name + "\n")
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -284,9 +290,3 @@ def _entry(path: Path) -> dict[str, Any]:
 def _size(snapshot: _Snapshot) -> int:
     """Bytes of this rank's share."""
     return sum(tensor.nbytes for tensors in snapshot.parts.values() for tensor in tensors.values())
-
-
-def _remove(folder: Path) -> None:
-    """A kill in the middle leaves no folder that looks whole."""
-    torn = folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
-    shutil.rmtree(torn)

@@ -118,7 +118,7 @@ def set_up(config: Config, topology: Topology, folder: Path, display: Display) -
             config.checkpoint,
             display.line,
             display.warn,
-            lambda doing: watchdog.beat(state.step, doing),
+            lambda doing: watchdog.beat(state.step, doing, long=True),
         ),
         state=state,
         guard=Guard(config.guard, state, topology, display.warn),

@@ -196,6 +196,25 @@ def _retained(folder: Path) -> list[str]:
     return [path.name for path in committed(folder / "checkpoints")]
 
 
+def _save_beside_leftovers(folder: Path) -> list[str]:
+    topology, engine = build(config_of([]))
+    warnings: list[str] = []
+    saver = Saver(folder, topology, CheckpointConfig(), print, warnings.append)
+    engine_steps(config_of([]), topology, engine, 0, 1)
+    saver.save(engine, TrainState(step=9), to_yaml(config_of([])))
+    assert saver.wait()
+    return warnings
+
+
+def test_what_cannot_be_removed_costs_a_warning_not_the_save(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    (root / "step_00000007.partial").mkdir(parents=True)
+    (root / "step_00000008.partial").write_text("a file, which rmtree refuses")
+    (warning,) = run_ranks(1, _save_beside_leftovers, tmp_path)[0]
+    assert "step_00000008.partial could not be removed" in warning
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000008.partial", "step_00000009"]
+
+
 def test_the_last_two_and_every_third_are_kept(tmp_path: Path) -> None:
     assert run_ranks(1, _retained, tmp_path)[0] == [f"step_{step:08d}" for step in (8, 7, 6, 3)]
 
