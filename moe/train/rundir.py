@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO
 
@@ -28,8 +29,7 @@ def lock(run_dir: Path) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
+        holder = _read_soon(file)
         file.close()
         raise ValueError(
             f"run_dir={run_dir} is in use by {holder}: wait for it, stop it, or choose another run_dir"
@@ -38,6 +38,17 @@ def lock(run_dir: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
     return file
+
+
+def _read_soon(file: IO[str]) -> str:
+    """The holder's line, which it writes a moment after it has locked."""
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        file.seek(0)
+        if text := file.read().strip():
+            return text
+        time.sleep(0.01)
+    return "an unknown process"
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -13,7 +13,7 @@ from tests.faults.forked import Finished, moe_here
 from tests.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.fault(11)
-SHORT = [*SMALL, "train.steps=30", "train.eval_every=100", "train.sample_every=100", "checkpoint.every=100"]
+SHORT = [*SMALL, "train.steps=100", "train.eval_every=100", "train.sample_every=100", "checkpoint.every=100"]
 
 
 def _alone(words: list[str]) -> Finished:
@@ -31,5 +31,5 @@ def test_of_two_started_at_once_one_is_refused(
     (refused,) = [job for job in jobs if job.code == 2]
     (line,) = [line for line in refused.err.splitlines() if line.startswith("moe:")]
     assert f"run_dir={tmp_path} is in use by process" in line
-    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 31)), "the other is undisturbed"
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 101)), "the other is undisturbed"
     outcome("two started at once: one trains all its steps, the other ends with exit code 2 and the holder's process")

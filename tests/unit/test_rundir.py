@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ SAME = ("d1", "d1")
 def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config([])))
     return tmp_path
+
+
+def test_a_holder_that_has_only_just_locked_is_waited_for(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(0.2, lambda: (held.write("process 7 on here\n"), held.flush())).start()
+        with pytest.raises(ValueError, match="is in use by process 7 on here"):
+            rundir.lock(tmp_path)
 
 
 def test_another_model_cannot_continue_and_the_key_is_named(checkpoint: Path) -> None:
