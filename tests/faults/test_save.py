@@ -83,13 +83,18 @@ def _undisturbed() -> list[float]:
     return engine_steps(config, topology, engine, 0, 3).losses
 
 
-def _killed_at(points: int, tmp_path: Path, outcome: Callable[[str], None]) -> None:
+COMMIT = 300  # lines at the end of rank 0's part: manifest, rename, `latest`, removal
+
+
+def _killed_at(points: int, in_commit: int, tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    """`points` kills evenly over the lines of a save, on both ranks in turn, and `in_commit` over the commit's."""
     expected = run_ranks(2, _undisturbed)[0]
     lines = run_ranks(2, _save_twice, tmp_path / "whole", 0, None)
+    kills = [(point % 2, 1 + round((lines[point % 2] - 2) * point / (points - 1))) for point in range(points)]
+    kills += [(0, lines[0] - COMMIT + round(COMMIT * (point + 0.5) / in_commit)) for point in range(in_commit)]
     resumed_at = []
-    for point in range(points):
-        victim, folder = point % 2, tmp_path / str(point)
-        count = 1 + round((lines[victim] - 2) * point / (points - 1))
+    for index, (victim, count) in enumerate(kills):
+        folder = tmp_path / str(index)
         codes = run_until_dead(2, _save_twice, folder, victim, count)
         assert codes[victim] == -signal.SIGKILL
         for step, losses in run_ranks(2, _resume, folder):
@@ -101,20 +106,21 @@ def _killed_at(points: int, tmp_path: Path, outcome: Callable[[str], None]) -> N
         assert verify(folder / "checkpoints" / "step_00000003") is None
     assert set(resumed_at) == {1, 2}, "the points don't span the moment of the commit"
     outcome(
-        f"{points} points over the {lines[0]} and {lines[1]} lines that the ranks execute: {resumed_at.count(1)} went "
-        f"on from the older, {resumed_at.count(2)} from the new checkpoint, all bitwise"
+        f"{points} points over the {lines[0]} and {lines[1]} lines that the ranks execute, {in_commit} over the last "
+        f"{COMMIT} of rank 0: {resumed_at.count(1)} went on from the older, {resumed_at.count(2)} from the new "
+        "checkpoint, all bitwise"
     )
 
 
 @pytest.mark.fault(1)
 def test_a_kill_at_a_few_points_of_a_save(tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    _killed_at(4, tmp_path, outcome)
+    _killed_at(3, 2, tmp_path, outcome)
 
 
 @pytest.mark.fault(1)
 @pytest.mark.slow
 def test_a_kill_at_many_points_of_a_save(tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    _killed_at(24, tmp_path, outcome)
+    _killed_at(24, 12, tmp_path, outcome)
 
 
 def _two_checkpoints(folder: Path) -> None:
