@@ -160,6 +160,7 @@ class Tracker:
         except Exception as error:  # whatever it is, it must not cost the run
             self._run = None
             reason = f"W&B stopped ({type(error).__name__}: {error})"
+            _end_service()
             if not self._again:
                 self._warn(f"{reason}; metrics.jsonl goes on")
                 return
@@ -168,10 +169,6 @@ class Tracker:
 
     def _replayed(self, reason: str) -> Any:
         """A new offline run with every line of metrics.jsonl."""
-        import wandb
-
-        with contextlib.suppress(Exception):  # a service that died can't be asked to end
-            wandb.teardown()
         try:
             run = self._init("offline", secrets.token_hex(4))
             for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -188,6 +185,14 @@ class Tracker:
         while self._run is not finished:  # one that fails here has another in its place
             finished = self._run
             self._guarded(_finish)
+
+
+def _end_service() -> None:
+    """What the run's file still lacks is in W&B's service, which writes it when it ends."""
+    import wandb
+
+    with contextlib.suppress(Exception):  # one that died can't be asked to
+        wandb.teardown()
 
 
 def _finish(run: Any) -> None:
