@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node of a run, or the only one: bash launch/torchrun.sh VERB [KEY=VALUE …]
-#   bash launch/torchrun.sh train model=mixtral_8x7b parallel.expert=8          every GPU of this machine
-#   NPROC=2 bash launch/torchrun.sh train parallel.expert=2                     two processes, on a CPU too
+#   bash launch/torchrun.sh train model=mixtral_8x7b parallel.expert_parallel_size=8          every GPU of this machine
+#   NPROC=2 bash launch/torchrun.sh train parallel.expert_parallel_size=2                     two processes, on a CPU too
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh train …      the same words on every node, NODE_RANK 0, 1, …
 #
 # NPROC              processes on this node (default: its GPUs)
@@ -20,7 +20,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "launch/torchrun.sh: $*" >&2; exit 2; }
 
-[ $# -gt 0 ] || fail "what to run? as in: NPROC=2 bash launch/torchrun.sh train parallel.expert=2"
+[ $# -gt 0 ] || fail "what to run? as in: NPROC=2 bash launch/torchrun.sh train parallel.expert_parallel_size=2"
 PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 command -v torchrun >/dev/null || fail "no torchrun on PATH: activate moe's environment, or name it with VENV=FOLDER"
 

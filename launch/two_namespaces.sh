@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two nodes on one machine, each with a network stack and an address of its own and nothing between them but one link:
 #   sudo bash launch/two_namespaces.sh VERB [KEY=VALUE …]
-#   sudo RATE=100mbit bash launch/two_namespaces.sh train tracking=none parallel.expert=2 parallel.expert_across_nodes=true
+#   sudo RATE=100mbit bash launch/two_namespaces.sh train tracking=none parallel.expert_parallel_size=2 parallel.expert_across_nodes=true
 # needs root and iproute2 (`ip`, `tc`). Makes the network namespaces moe-a and moe-b and one veth pair, runs
 # launch/torchrun.sh in both, shows both logs and the bytes sent, and removes what it made, however it ends.
 #

@@ -1,6 +1,6 @@
 """`python -m moe` and `torchrun … -m moe`."""
 
-from moe.cli import main
+from moe.cli.main import main
 
 if __name__ == "__main__":
     main()

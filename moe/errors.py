@@ -1,26 +1,17 @@
-"""Which exceptions are messages for the user, and which are faults whose traceback must be seen."""
+"""How the program ends when it can't go on: a message for the user, a signal, or a fault whose traceback is shown."""
 
 from __future__ import annotations
 
-from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+class UserError(ValueError):
+    """Something to change in the command, the configuration, the data or the machine.
 
-
-def for_user(error: BaseException) -> bool:
-    """True for a ValueError that a `raise` in this package made: its text is one line for the user.
-
-    A ValueError from inside a library is a fault of ours and keeps its traceback.
+    Its text is one line for the user: key or file, value, rule, fix. Any other exception is a fault of the program and
+    keeps its traceback.
     """
-    if not isinstance(error, ValueError):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(_PACKAGE)
 
 
-class StartError(ValueError):
+class StartError(UserError):
     """A rank could not join the others. `speaks`: this rank's process prints it, whatever its rank.
 
     A failure that all ranks share is told by one of them; here there may be nobody else to tell it.
@@ -29,6 +20,10 @@ class StartError(ValueError):
     def __init__(self, text: str, *, speaks: bool = False) -> None:
         super().__init__(text)
         self.speaks = speaks
+
+
+class OtherRankFailed(RuntimeError):
+    """A fault of the program on another rank, which shows the traceback; this one can't go on either."""
 
 
 class Stopped(Exception):

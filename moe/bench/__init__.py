@@ -9,10 +9,12 @@ moe bench attention           windowed attention: work and time per token at sev
 
 from __future__ import annotations
 
+from moe.errors import UserError
 
-def run_bench(words: list[str]) -> None:
-    """Runs the benchmark that the first word names with the others as its keys. Raises ValueError for the user."""
-    name, keys = (words[0], words[1:]) if words else ("", [])
+
+def run_bench(overrides: list[str]) -> None:
+    """Runs the benchmark that the first override names with the others as its keys. Raises UserError for the user."""
+    name, keys = (overrides[0], overrides[1:]) if overrides else ("", [])
     if name == "peers":
         from moe.bench import peers
 
@@ -34,16 +36,16 @@ def run_bench(words: list[str]) -> None:
 
         bench_attention(window=_window(keys))
     else:
-        raise ValueError(
+        raise UserError(
             f"moe bench {name}: no such benchmark; one of peers, expert_parallel, saving, attention, memory"
         )
 
 
 def _window(keys: list[str], default: int = 512) -> int:
     window = default
-    for word in keys:
-        key, _, value = word.partition("=")
+    for override in keys:
+        key, _, value = override.partition("=")
         if key != "window" or not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"moe bench attention {word}: its only key is window=N, a number of tokens ≥ 1")
+            raise UserError(f"moe bench attention {override}: its only key is window=N, a number of tokens ≥ 1")
         window = int(value)
     return window

@@ -78,7 +78,7 @@ def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> 
 
 
 def bench_attention(window: int = 512, out: Callable[[str], None] = print) -> None:
-    """Both figures at the lengths of the project's claims, one line each."""
+    """Both metrics at the lengths of the project's claims, one line each."""
     out(f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim {HEAD_DIM}")
     short, long = (multiply_adds_per_token(length, window) for length in (2048, 16384))
     out(f"multiply-adds per token: {short:,.0f} at 2,048, {long:,.0f} at 16,384; ratio {long / short:.3f}")

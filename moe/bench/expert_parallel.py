@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m moe bench expert_parallel model=tiny rounds=5 steps=4
 
 Both train the same model on the same global batch in the same processes, in rounds that alternate which goes first; the
-ratio is taken inside each round. The degree is `parallel.expert`, by default the number of ranks.
+ratio is taken inside each round. The degree is `parallel.expert_parallel_size`, by default the number of ranks.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ import torch
 
 from moe.bench.settings import Rounds, split
 from moe.bench.stepper import Stepper
-from moe.compose import load_config
 from moe.config import Config, Mlp
-from moe.dist import topology as topology_module
-from moe.dist.topology import Topology
+from moe.config.compose import load_config
+from moe.distributed import rendezvous
+from moe.distributed.mesh import Mesh
+from moe.errors import UserError
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=2"]
 WARM_UP_STEPS = 2
 
 
-def run(words: list[str]) -> None:
-    """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises ValueError for the user."""
-    _, world, _, node = topology_module.world_from_environment()
+def run(overrides: list[str]) -> None:
+    """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises UserError for the user."""
+    _, world, _, node = rendezvous.world_from_environment()
     if world == 1:
-        raise ValueError("moe bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
-    keys, rest = split(words)
-    batch = [f"parallel.expert={world}", f"train.global_batch_size={2 * world}"]
+        raise UserError("moe bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
+    keys, rest = split(overrides)
+    batch = [f"parallel.expert_parallel_size={world}", f"train.global_batch_size={2 * world}"]
     config: Config = load_config([*DEFAULTS, *batch, *rest])
     config.check_world(world, node)
-    if config.model.mlp is not Mlp.sparse or config.parallel.expert == 1:
-        raise ValueError(f"parallel.expert={config.parallel.expert} must be ≥ 2, and model.mlp sparse, to compare")
-    topology = topology_module.start(config.parallel.expert)
+    if config.model.mlp is not Mlp.sparse or config.parallel.expert_parallel_size == 1:
+        raise UserError(
+            f"parallel.expert_parallel_size={config.parallel.expert_parallel_size} must be ≥ 2, and model.mlp sparse"
+        )
+    mesh = rendezvous.start(config.parallel.expert_parallel_size)
     try:
-        ratios = compare(keys, config, topology)
+        ratios = compare(keys, config, mesh)
     finally:
-        topology_module.stop()
-    if topology.is_main:
+        rendezvous.stop()
+    if mesh.is_main:
         print("\n".join(ratios))
 
 
-def compare(keys: Rounds, config: Config, topology: Topology) -> list[str]:
+def compare(keys: Rounds, config: Config, mesh: Mesh) -> list[str]:
     """Lines to print. A collective."""
-    plain = replace(topology, expert=1)
-    whole = replace(config, parallel=replace(config.parallel, expert=1))
-    sides = {"data parallel": Stepper(whole, plain), f"expert={topology.expert}": Stepper(config, topology)}
+    plain = replace(mesh, expert_parallel_size=1)
+    whole = replace(config, parallel=replace(config.parallel, expert_parallel_size=1))
+    sides = {"data parallel": Stepper(whole, plain), f"expert={mesh.expert_parallel_size}": Stepper(config, mesh)}
     tokens = keys.steps * config.train.global_batch_size * config.train.sequence_length
     for step in sides.values():
         for _ in range(WARM_UP_STEPS):
@@ -58,17 +61,17 @@ def compare(keys: Rounds, config: Config, topology: Topology) -> list[str]:
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(keys.rounds):
         for name in sorted(sides, reverse=bool(index % 2)):
-            topology.barrier()
+            mesh.barrier()
             start = time.perf_counter()
             for _ in range(keys.steps):
                 sides[name]()
-            topology.barrier()
+            mesh.barrier()
             speeds[name].append(tokens / (time.perf_counter() - start))
     before, after = speeds.values()
     ratios = [b / a for a, b in zip(before, after, strict=True)]
     return [
         *(f"{name:20}{statistics.median(values):>10,.0f} tokens/s" for name, values in speeds.items()),
-        f"medians of {keys.rounds} alternating rounds, {topology.world_size} ranks, {torch.get_num_threads()} threads "
+        f"medians of {keys.rounds} alternating rounds, {mesh.world_size} ranks, {torch.get_num_threads()} threads "
         f"each; ratio per round {min(ratios):.2f} to {max(ratios):.2f}",
         f"ratio tokens/s {statistics.median(ratios):.2f}",
     ]

@@ -2,7 +2,7 @@
 
     moe bench memory                                   # three sizes, a process each (on a CPU, or the GPU at hand)
     moe bench memory model=small train.micro_batch_size=16 train.global_batch_size=16     # your own
-    torchrun --nproc-per-node 2 -m moe bench memory model=small parallel.expert=2         # on several ranks
+    torchrun --nproc-per-node 2 -m moe bench memory parallel.expert_parallel_size=2    # on several ranks
 
 Measured is the peak of three optimizer steps with the engine of `moe train`, random tokens: on a CPU the process's
 largest resident set (VmHWM) above that just before the model is built, on CUDA torch's peak of allocated bytes. A
@@ -21,17 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from moe.compose import load_config
-from moe.config import Config, Mlp
-from moe.dist import topology as topology_module
-from moe.dist.engine import Engine, expert_groups
-from moe.dist.topology import Topology
-from moe.model.transformer import Transformer
+from moe.bench.stepper import Stepper
+from moe.config import Config
+from moe.config.compose import load_config
+from moe.distributed import rendezvous
+from moe.distributed.mesh import Mesh
 from moe.plan import MemoryPlan, plan_memory
-from moe.sparse import Randomness
-from moe.sparse.balance import balance_loss
 
 STEPS = 3  # Adam's moments come with the first; the second has everything
 TINY = [
@@ -68,11 +64,11 @@ class Measured:
         return self.planned / self.measured - 1
 
 
-def run(words: list[str]) -> None:
-    """Prints a table, or under torchrun and for keys of your own one line. Raises ValueError for the user."""
-    if words or topology_module.world_from_environment()[1] > 1:
-        result = measure(words)
-        if topology_module.world_from_environment()[0] == 0:
+def run(overrides: list[str]) -> None:
+    """Prints a table, or under torchrun and for keys of your own one line. Raises UserError for the user."""
+    if overrides or rendezvous.world_from_environment()[1] > 1:
+        result = measure(overrides)
+        if rendezvous.world_from_environment()[0] == 0:
             print(_line("yours", result))
         return
     print(f"{'size':12} {'planned':>9} {'measured':>9} {'error':>7}   planned by kind, MB")
@@ -80,72 +76,51 @@ def run(words: list[str]) -> None:
         print(_line(name, measure_apart(size)), flush=True)
 
 
-def measure_apart(words: list[str]) -> Measured:
+def measure_apart(overrides: list[str]) -> Measured:
     """`measure` in a process of its own: a resident set's peak can't be told apart in one that did other things."""
-    command = [sys.executable, "-m", "moe.bench.memory", *words]
+    command = [sys.executable, "-m", "moe.bench.memory", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(words: list[str]) -> Measured:
-    """The peak of three optimizer steps on this rank, and the plan's. Raises ValueError for the user."""
-    config, tiny = load_config(words), load_config([*words, *TINY, *_tiny_tokenizer(words)])
-    _, world_size, _, node_size = topology_module.world_from_environment()
+def measure(overrides: list[str]) -> Measured:
+    """The peak of three optimizer steps on this rank, and the plan's. Raises UserError for the user."""
+    config, tiny = load_config(overrides), load_config([*overrides, *TINY, *_tiny_tokenizer(overrides)])
+    _, world_size, _, node_size = rendezvous.world_from_environment()
     config.check_world(world_size, node_size)
-    topology = topology_module.start(config.parallel.expert)
+    mesh = rendezvous.start(config.parallel.expert_parallel_size)
     try:
-        _steps(tiny, topology)
+        _steps(tiny, mesh)
         gc.collect()
-        base = _reset(topology.device)
-        imbalance = _steps(config, topology)
-        measured = _peak(topology.device) - base
+        base = _reset(mesh.device)
+        imbalance = _steps(config, mesh)
+        measured = _peak(mesh.device) - base
     finally:
-        topology_module.stop()
-    plan = plan_memory(config, world_size, device=topology.device.type, imbalance=imbalance)
+        rendezvous.stop()
+    plan = plan_memory(config, world_size, device=mesh.device.type, imbalance=imbalance)
     return Measured(base, measured, plan.step_peak, _kinds(plan))
 
 
-def _tiny_tokenizer(words: list[str]) -> list[str]:
+def _tiny_tokenizer(overrides: list[str]) -> list[str]:
     """A tokenizer with pieces of its own is bound to the vocabulary's size."""
-    return ["tokenizer.vocab_size=512"] if any(word.startswith("tokenizer.vocab_size=") for word in words) else []
+    return (
+        ["tokenizer.vocab_size=512"]
+        if any(override.startswith("tokenizer.vocab_size=") for override in overrides)
+        else []
+    )
 
 
-def _steps(config: Config, topology: Topology) -> float:
+def _steps(config: Config, mesh: Mesh) -> float:
     """Train on random tokens; the rows that the fullest rank's experts had, over the mean."""
-    group, _ = expert_groups(topology)
-    model = Transformer(config.model, config.router, config.experts, expert_group=group)
-    model.init_weights(config.train.seed)
-    engine = Engine(model.to(topology.device), config, topology)
-    train, vocab = config.train, config.model.vocab_size
-    shape = (train.micro_batch_size, train.sequence_length)
-    generator = torch.Generator().manual_seed(topology.rank)
-    fullest = 1.0
-    for step in range(STEPS):
-        for _ in range(engine.accumulation):
-            ids = torch.randint(vocab, shape, generator=generator).to(topology.device)
-            samples = torch.arange(shape[0], device=topology.device)
-            randomness = Randomness.of(train.seed, step, samples)
-            output = engine(ids, labels_BS=ids, randomness=randomness)
-            loss = output.lm_loss_sum / ids.numel()
-            if config.model.mlp is Mlp.sparse:
-                loss = loss + balance_loss(output.routers, config.router).total
-                fullest = max(fullest, _imbalance([router.counts_E for router in output.routers], topology))
-            engine.backward(loss)
-            engine.step(config.optim.lr)
+    step, fullest = Stepper(config, mesh), 1.0
+    for _ in range(STEPS):
+        shares_LE = torch.tensor(step().metrics["expert_shares"])
+        if shares_LE.numel():
+            rows_LR = shares_LE.unflatten(1, (mesh.expert_parallel_size, -1)).sum(-1)
+            fullest = max(fullest, float((rows_LR.amax(1) / rows_LR.mean(1)).mean()))
     return fullest
-
-
-def _imbalance(counts: list[torch.Tensor], topology: Topology) -> float:
-    """Mean over layers of the rows of the fullest expert rank over the mean."""
-    if topology.expert == 1:
-        return 1.0
-    group, _ = expert_groups(topology)
-    counts_LE = torch.stack(counts)
-    dist.all_reduce(counts_LE, group=group)
-    rows_LR = counts_LE.unflatten(1, (topology.expert, -1)).sum(-1).float()
-    return float((rows_LR.amax(1) / rows_LR.mean(1)).mean())
 
 
 def _reset(device: torch.device) -> int:
@@ -181,5 +156,5 @@ def _line(name: str, result: Measured) -> str:
 
 
 if __name__ == "__main__":
-    figures = measure(sys.argv[1:])
-    print(json.dumps({name: getattr(figures, name) for name in Measured.__slots__}))
+    metrics = measure(sys.argv[1:])
+    print(json.dumps({name: getattr(metrics, name) for name in Measured.__slots__}))

@@ -13,6 +13,7 @@ anything is timed. Ours computes a z-loss too; transformers has none.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import statistics
 import time
@@ -24,15 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from moe.bench.settings import Rounds, split
-from moe.compose import load_config
+from moe.bench.stepper import batch_of
 from moe.config import Config, Mlp, ModelConfig, Precision, RouterConfig
-from moe.dist import topology as topology_module
-from moe.dist.engine import Engine, expert_groups
-from moe.dist.topology import Topology
+from moe.config.compose import load_config
+from moe.distributed import rendezvous
+from moe.distributed.mesh import Mesh
+from moe.engine import build_engine, prepare
+from moe.engine.base import Engine
+from moe.errors import UserError
 from moe.model.transformer import ModelOutput, Transformer
 from moe.plan import flops_per_token
-from moe.sparse.balance import balance_loss
 from moe.train.metrics import measure_peak_flops
+from moe.train.objective import training_step
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 # transformers registers two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
@@ -52,53 +56,53 @@ class Round:
     peak: float
 
 
-def parse(words: list[str]) -> tuple[Rounds, Config]:
-    """`rounds=`, `steps=` and the words of `moe train`. Raises ValueError."""
-    keys, rest = split(words)
+def parse(overrides: list[str]) -> tuple[Rounds, Config]:
+    """`rounds=`, `steps=` and the overrides of `moe train`. Raises UserError."""
+    keys, rest = split(overrides)
     config = load_config([*DEFAULTS, *rest])
     train = config.train
     if config.model.mlp is not Mlp.sparse:
-        raise ValueError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
+        raise UserError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
     if config.router.capacity_factor is not None:
-        raise ValueError(f"router.capacity_factor={config.router.capacity_factor} must be null: the peer drops nothing")
+        raise UserError(f"router.capacity_factor={config.router.capacity_factor} must be null: the peer drops nothing")
     if train.precision is not Precision.float32:
-        raise ValueError(f"train.precision={train.precision.value} must be float32: the peer runs without an engine")
+        raise UserError(f"train.precision={train.precision.value} must be float32: the peer runs without an engine")
     if train.micro_batch_size != train.global_batch_size:
-        raise ValueError(
+        raise UserError(
             f"train.micro_batch_size={train.micro_batch_size} must equal "
             f"train.global_batch_size={train.global_batch_size}: one micro-batch a step"
         )
-    config.check_world(topology_module.world_from_environment()[1])
+    config.check_world(rendezvous.world_from_environment()[1])
     return keys, config
 
 
-def run(words: list[str]) -> None:
-    """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises ValueError for the user."""
-    keys, config = parse(words)
+def run(overrides: list[str]) -> None:
+    """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises UserError for the user."""
+    keys, config = parse(overrides)
     if importlib.util.find_spec("transformers") is None:
-        raise ValueError("moe bench peers needs transformers: pip install 'moe-train[dev]'")
-    if topology_module.world_from_environment()[1] != 1:
-        raise ValueError("moe bench peers compares single processes: start it without torchrun")
-    topology = topology_module.start(1)
+        raise UserError("moe bench peers needs transformers: pip install 'moe-train[dev]'")
+    if rendezvous.world_from_environment()[1] != 1:
+        raise UserError("moe bench peers compares single processes: start it without torchrun")
+    mesh = rendezvous.start(1)
     try:
-        rounds, implementation = compare(keys, config, topology)
+        rounds, implementation = compare(keys, config, mesh)
     finally:
-        topology_module.stop()
+        rendezvous.stop()
     print("\n".join(table(config, rounds, implementation)))
 
 
-def compare(keys: Rounds, config: Config, topology: Topology) -> tuple[list[Round], str]:
+def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], str]:
     """The measured rounds and the peer's experts implementation."""
-    expert_groups(topology)
+    mesh = prepare(config, mesh)
     ours = Transformer(config.model, config.router, config.experts)
     ours.init_weights(config.train.seed)
-    ours.to(topology.device)
-    peer = peer_model(config).to(topology.device)
+    ours.to(mesh.device)
+    peer = peer_model(config).to(mesh.device)
     peer.load_state_dict(ours.state_dict())
-    batches = _batches(config, topology.device)
+    batches = _batches(config, mesh.device)
     gap = loss_gap(ours, peer, batches(), config)
     print(f"first loss: the two differ by {gap:.1e} nats (language model) at most, balance loss included")
-    our_step = _our_step(Engine(ours, config, topology), config)
+    our_step = _our_step(build_engine(ours, config, mesh), config)
     peer_step = _peer_step(peer, config)
     implementation = _best_implementation(peer, peer_step, batches, config)
     for _ in range(WARM_UP_STEPS):
@@ -113,7 +117,7 @@ def compare(keys: Rounds, config: Config, topology: Topology) -> tuple[list[Roun
         speeds = {}
         for name in sorted(sides, reverse=bool(index % 2)):
             speeds[name] = tokens / _seconds(sides[name], data)
-        rounds.append(Round(**speeds, peak=measure_peak_flops(topology.device, torch.float32)))
+        rounds.append(Round(**speeds, peak=measure_peak_flops(mesh.device, torch.float32)))
     return rounds, implementation
 
 
@@ -176,7 +180,7 @@ def loss_gap(ours: Transformer, peer: Any, ids_BS: Tensor, config: Config) -> fl
     transformers pools router statistics over layers before multiplying, ours averages layers' losses: so its formula is
     applied to our routers' outputs. A speed ratio between different computations would mean nothing.
     """
-    output = ours(ids_BS, labels_BS=_labels(ids_BS))
+    output = ours(ids_BS, labels_BS=batch_of(ids_BS).labels_BS)
     theirs = peer(input_ids=ids_BS, labels=ids_BS)
     nats = float(output.lm_loss_sum) / _targets(ids_BS)
     aux = float(theirs.aux_loss)
@@ -203,28 +207,19 @@ def _batches(config: Config, device: torch.device) -> Callable[[], Tensor]:
     return lambda: torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
 
 
-def _labels(ids_BS: Tensor) -> Tensor:
-    """The next token of each; the last has none."""
-    labels_BS = torch.full_like(ids_BS, -100)
-    labels_BS[:, :-1] = ids_BS[:, 1:]
-    return labels_BS
-
-
 def _targets(ids_BS: Tensor) -> int:
     return ids_BS.shape[0] * (ids_BS.shape[1] - 1)
 
 
 def _our_step(engine: Engine, config: Config) -> Step:
-    """As in `moe.train.loop`, without the figures that it logs."""
+    steps = itertools.count()
 
     def step(ids_BS: Tensor) -> float:
-        documents_BS = torch.zeros_like(ids_BS, dtype=torch.int32)
-        output = engine(ids_BS, document_ids_BS=documents_BS, labels_BS=_labels(ids_BS))
-        balance = balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers)
-        loss = output.lm_loss_sum / _targets(ids_BS) + balance.total
-        engine.backward(loss)
-        engine.step(config.optim.lr)
-        return loss.item()
+        batch = batch_of(ids_BS.cpu())
+        done = training_step(config, engine.mesh, engine, [batch], step=next(steps), lr=config.optim.lr)
+        if done.result.skipped:
+            raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")
+        return done.metrics["loss"]
 
     return step
 

@@ -17,37 +17,38 @@ from pathlib import Path
 
 from moe.bench.settings import Rounds, split
 from moe.bench.stepper import Stepper
-from moe.compose import load_config, to_yaml
+from moe.checkpoint.state import TrainState
+from moe.checkpoint.writer import Saver
 from moe.config import Config
-from moe.dist import topology as topology_module
-from moe.dist.checkpoint import TrainState
-from moe.dist.save import Saver
-from moe.dist.topology import Topology
+from moe.config.compose import load_config, to_yaml
+from moe.distributed import rendezvous
+from moe.distributed.mesh import Mesh
+from moe.errors import UserError
 
 WARM_UP_STEPS = 3
 
 
-def run(words: list[str]) -> None:
-    """Prints on rank 0; the last line is `training waited N.NN % of an interval`. Raises ValueError for the user."""
-    keys, rest = split(words, Rounds(rounds=5, steps=100))
+def run(overrides: list[str]) -> None:
+    """Prints on rank 0; the last line is `training waited N.NN % of an interval`. Raises UserError for the user."""
+    keys, rest = split(overrides, Rounds(rounds=5, steps=100))
     config: Config = load_config(rest)
-    _, world, _, node = topology_module.world_from_environment()
+    _, world, _, node = rendezvous.world_from_environment()
     config.check_world(world, node)
-    topology = topology_module.start(config.parallel.expert)
+    mesh = rendezvous.start(config.parallel.expert_parallel_size)
     try:
         with tempfile.TemporaryDirectory() as folder:
             # Rank 0's: ranks on several nodes need one that they share.
-            lines = measure(keys, config, topology, Path(topology.from_main(folder)))
+            lines = measure(keys, config, mesh, Path(mesh.from_main(folder)))
     finally:
-        topology_module.stop()
-    if topology.is_main:
+        rendezvous.stop()
+    if mesh.is_main:
         print("\n".join(lines))
 
 
-def measure(keys: Rounds, config: Config, topology: Topology, folder: Path) -> list[str]:
+def measure(keys: Rounds, config: Config, mesh: Mesh, folder: Path) -> list[str]:
     """Lines to print. A collective."""
-    step, told = Stepper(config, topology), list[str]()
-    saver = Saver(folder, topology, config.checkpoint, told.append, told.append)
+    step, told = Stepper(config, mesh), list[str]()
+    saver = Saver(folder, mesh, config.checkpoint, told.append, told.append)
     for _ in range(WARM_UP_STEPS):
         step()
     waited, wall, cpu = [], [], []
@@ -55,7 +56,7 @@ def measure(keys: Rounds, config: Config, topology: Topology, folder: Path) -> l
         seconds: dict[bool, float] = {}
         busy: dict[bool, float] = {}
         for saves in (False, True) if index % 2 else (True, False):
-            topology.barrier()
+            mesh.barrier()
             start, start_busy = time.perf_counter(), time.process_time()
             if saves:
                 saver.save(step.engine, TrainState(step=index + 1), to_yaml(config))
@@ -63,15 +64,15 @@ def measure(keys: Rounds, config: Config, topology: Topology, folder: Path) -> l
             for _ in range(keys.steps):
                 step()
             if not saver.wait():
-                raise ValueError(f"a save failed: {told[-1]}")
-            topology.barrier()
+                raise UserError(f"a save failed: {told[-1]}")
+            mesh.barrier()
             seconds[saves], busy[saves] = time.perf_counter() - start, time.process_time() - start_busy
         waited[-1] /= seconds[False]
         wall.append(seconds[True] / seconds[False])
         cpu.append(busy[True] / busy[False])
     return [
         told[-1],
-        f"medians of {keys.rounds} alternating pairs of {keys.steps} steps, {topology.world_size} ranks, "
+        f"medians of {keys.rounds} alternating pairs of {keys.steps} steps, {mesh.world_size} ranks, "
         f"{'in the background' if config.checkpoint.background else 'in the foreground'}",
         f"an interval with a save takes {100 * (statistics.median(wall) - 1):+.1f} % ({_range(wall)}) of wall-clock "
         f"and {100 * (statistics.median(cpu) - 1):+.1f} % ({_range(cpu)}) of CPU time more, hashing and fsync included",

@@ -1,8 +1,10 @@
-"""Keys that the benchmarks share; every other word is one of `moe train`'s."""
+"""Keys that the benchmarks share; every other override is one of `moe train`'s."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from moe.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,20 +17,20 @@ class Rounds:
     def __post_init__(self) -> None:
         for name in ("rounds", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be ≥ 1")
+                raise UserError(f"{name}={getattr(self, name)} must be ≥ 1")
 
 
-def split(words: list[str], default: Rounds | None = None) -> tuple[Rounds, list[str]]:
-    """`rounds=` and `steps=`, and the words that are neither. Raises ValueError."""
+def split(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, list[str]]:
+    """`rounds=` and `steps=`, and the overrides that are neither. Raises UserError."""
     own: dict[str, int] = {}
     rest: list[str] = []
-    for word in words:
-        key, _, value = word.partition("=")
+    for override in overrides:
+        key, _, value = override.partition("=")
         if key not in Rounds.__slots__:
-            rest.append(word)
+            rest.append(override)
             continue
         try:
             own[key] = int(value)
         except ValueError:
-            raise ValueError(f"{word} must be a whole number") from None
+            raise UserError(f"{override} must be a whole number") from None
     return replace(default or Rounds(), **own), rest

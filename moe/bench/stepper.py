@@ -1,36 +1,51 @@
-"""Optimizer steps on random tokens, as in `moe.train.loop` but without data and the figures that it logs."""
+"""Optimizer steps of `moe train` on random tokens, for benchmarks."""
 
 from __future__ import annotations
 
 import torch
 
-from moe.config import Config, Mlp
-from moe.dist.engine import Engine, expert_groups
-from moe.dist.topology import Topology
+from moe.config import Config
+from moe.data.loader import Batch
+from moe.distributed.mesh import Mesh
+from moe.engine import build_engine, prepare
 from moe.model.transformer import Transformer
-from moe.sparse.balance import balance_loss
+from moe.train.objective import TrainedStep, training_step
+
+
+def random_batch(config: Config, generator: torch.Generator, first_sample: int = 0) -> Batch:
+    """One micro-batch of random token ids, one document a sequence; each token's target is the next one."""
+    train = config.train
+    shape = (train.micro_batch_size, train.sequence_length)
+    ids_BS = torch.randint(config.model.vocab_size, shape, generator=generator)
+    return batch_of(ids_BS, first_sample)
+
+
+def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
+    """Token ids as one document a sequence; the last position has no target."""
+    labels_BS = torch.full_like(ids_BS, -100)
+    labels_BS[:, :-1] = ids_BS[:, 1:]
+    samples_B = torch.arange(first_sample, first_sample + ids_BS.shape[0])
+    return Batch(
+        input_ids_BS=ids_BS,
+        labels_BS=labels_BS,
+        document_ids_BS=torch.zeros_like(ids_BS, dtype=torch.int32),
+        sample_ids_B=samples_B,
+        source_ids_B=torch.zeros_like(samples_B),
+    )
 
 
 class Stepper:
     """Each call is one optimizer step of `config`'s model and batch. A collective."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self.config, self.topology = config, topology
-        model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, prepare(config, mesh)
+        model = Transformer(config.model, config.router, config.experts, expert_group=self.mesh.expert_group)
         model.init_weights(config.train.seed)
-        self.engine = Engine(model.to(topology.device), config, topology)
-        self._generator = torch.Generator().manual_seed(topology.rank)
+        self.engine = build_engine(model.to(mesh.device), config, self.mesh)
+        self._generator = torch.Generator().manual_seed(mesh.data_parallel_rank)
+        self._step = 0
 
-    def __call__(self) -> None:
-        config, engine = self.config, self.engine
-        shape = (config.train.micro_batch_size, config.train.sequence_length)
-        for _ in range(engine.accumulation):
-            ids_BS = torch.randint(config.model.vocab_size, shape, generator=self._generator).to(self.topology.device)
-            output = engine(ids_BS, labels_BS=ids_BS.roll(-1, 1))
-            loss = output.lm_loss_sum / ids_BS.numel()
-            if config.model.mlp is Mlp.sparse:
-                loss = (
-                    loss + balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers).total
-                )
-            engine.backward(loss)
-            engine.step(config.optim.lr)
+    def __call__(self) -> TrainedStep:
+        batches = [random_batch(self.config, self._generator) for _ in range(self.engine.accumulation)]
+        self._step += 1
+        return training_step(self.config, self.mesh, self.engine, batches, step=self._step - 1, lr=self.config.optim.lr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe.dist.master import KINDS
+from moe.engine.base import KINDS
 
 FILE_BYTES = 2 << 30  # of one safetensors file; it is put together in memory
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: a snapshot on the training thread, the rest beside it. `moe.dist.checkpoint` tells the layout.
+"""Writing a checkpoint: a snapshot on the training thread, the rest beside it. `moe.checkpoint.layout` tells where.
 
 Order of a save, so that a folder without the `.partial` ending is always whole:
 
@@ -34,13 +34,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
+from moe.checkpoint.layout import MANIFEST, committed, sha256, step_of
+from moe.checkpoint.ownership import file_numbers, owned
+from moe.checkpoint.sharding import ExpertSharding
+from moe.checkpoint.state import TrainState
 from moe.config import CheckpointConfig
-from moe.dist.checkpoint import MANIFEST, Experts, TrainState, committed, sha256, step_of
-from moe.dist.engine import Engine
-from moe.dist.master import KINDS
-from moe.dist.shares import file_numbers, owned
-from moe.dist.topology import COLLECTIVE_TIMEOUT, Topology
+from moe.distributed.mesh import Mesh
+from moe.distributed.rendezvous import COLLECTIVE_TIMEOUT
 from moe.durable import PARTIAL, fsync, write_durably
+from moe.engine.base import KINDS, Engine
+from moe.errors import UserError
 
 LONGEST_SAVE = timedelta(
     days=1
@@ -70,7 +73,7 @@ class Saver:
     def __init__(
         self,
         run_dir: Path,
-        topology: Topology,
+        mesh: Mesh,
         config: CheckpointConfig,
         say: Callable[[str], None],
         warn: Callable[[str], None],
@@ -78,7 +81,7 @@ class Saver:
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.failures = 0  # in a row
-        self._topology, self._config = topology, config
+        self._mesh, self._config = mesh, config
         self._say, self._warn, self._beat = say, warn, beat
         self._doing = ""  # the thread's part of the work
         self._partial = self.folder
@@ -87,7 +90,7 @@ class Saver:
         _set_pg_timeout(LONGEST_SAVE, group)
         self._group = group
         self._store = PrefixStore("saving", _get_default_store())
-        self._experts: Experts | None = None
+        self._experts: ExpertSharding | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -105,7 +108,7 @@ class Saver:
     def wait(self) -> bool:
         """Until the save under way has ended; whether the last one succeeded.
 
-        Raises ValueError once `checkpoint.max_failures` in a row have failed: to train on unsaved is to lose more.
+        Raises UserError once `checkpoint.max_failures` in a row have failed: to train on unsaved is to lose more.
         """
         if self._thread is not None:
             self._join(self._thread)
@@ -115,7 +118,7 @@ class Saver:
                 raise error
             self.failures = 0 if error is None else self.failures + 1
             if self.failures >= self._config.max_failures:
-                raise ValueError(
+                raise UserError(
                     f"{self.failures} saves in a row have failed (checkpoint.max_failures), the last one: {error}; "
                     "training stops here: once there is room, the same command goes on from the newest checkpoint"
                 ) from error
@@ -134,14 +137,14 @@ class Saver:
 
     def _my_files(self) -> list[Path]:
         """This rank's shards under way, by the writer's names; its counting starts at 1."""
-        mine = f"shard-{self._topology.rank + 1:05d}-"
+        mine = f"shard-{self._mesh.rank + 1:05d}-"
         return sorted(path for part in PARTS for path in _listed(self._partial / part) if path.name.startswith(mine))
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
-        sizes, topology = engine.master.sizes(), self._topology
-        mine = owned(sizes, engine.expert_names, topology.rank, topology.world_size, topology.expert)
-        tensors = engine.master.gather(mine)
-        experts = self._experts = self._experts or Experts(engine.expert_names, topology)
+        sizes, mesh = engine.optimizer_state.sizes(), self._mesh
+        mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
+        tensors = engine.optimizer_state.gather(mine)
+        experts = self._experts = self._experts or ExpertSharding(engine.expert_names, mesh)
         parts: dict[str, dict[str, Tensor]] = {"model": experts.sharded(tensors["weights"]), "optimizer": {}}
         assert tuple(parts) == PARTS
         for kind in KINDS[1:]:
@@ -154,8 +157,8 @@ class Saver:
         """The thread: what goes wrong is kept for `wait` to raise or count."""
         started = time.perf_counter()
         try:
-            if self._topology.device.type == "cuda":
-                torch.cuda.set_device(self._topology.device)  # of a thread of its own
+            if self._mesh.device.type == "cuda":
+                torch.cuda.set_device(self._mesh.device)  # of a thread of its own
             self._write(snapshot)
         except OSError as error:
             self._error = error
@@ -170,31 +173,31 @@ class Saver:
 
     def _write(self, snapshot: _Snapshot) -> None:
         """Steps 2 and 3. Raises OSError on every rank when any rank could not; older checkpoints stay."""
-        topology, partial = self._topology, snapshot.folder.with_name(snapshot.folder.name + PARTIAL)
+        mesh, partial = self._mesh, snapshot.folder.with_name(snapshot.folder.name + PARTIAL)
         self._doing, self._partial = "clearing away", partial
         try:
-            topology.agree(lambda: self._clear(partial), "checkpoint", self._group)
-            files = topology.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
-            everyone: list[dict[str, Any]] = [{}] * topology.world_size
+            mesh.agree(lambda: self._clear(partial), "checkpoint", self._group)
+            files = mesh.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
+            everyone: list[dict[str, Any]] = [{}] * mesh.world_size
             self._doing = "waiting for all shards"
             dist.all_gather_object(everyone, files, group=self._group)
             self._doing = "the commit"
             manifest = {name: entry for files in everyone for name, entry in files.items()}
-            topology.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
-        except ValueError as error:
-            if topology.is_main:
+            mesh.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
+        except UserError as error:
+            if mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
             raise OSError(
                 f"{snapshot.folder}: not saved, {error}; this rank writes {_size(snapshot) / 1e6:.0f} MB, "
                 f"{free / 1e6:.0f} MB are free"
             ) from error
-        if topology.is_main:
+        if mesh.is_main:
             self._tidy(snapshot)
 
     def _clear(self, partial: Path) -> None:
         """Away with what killed saves and removals have left: it takes room."""
-        if self._topology.is_main:
+        if self._mesh.is_main:
             for torn in self.folder.glob(f"step_*{PARTIAL}"):
                 self._remove(torn)
             partial.mkdir(parents=True)
@@ -244,7 +247,7 @@ class Saver:
         return files
 
     def _commit(self, snapshot: _Snapshot, partial: Path, manifest: dict[str, Any]) -> None:
-        if not self._topology.is_main:
+        if not self._mesh.is_main:
             return
         deadline = time.monotonic() + VISIBLE_SECONDS
         for name, entry in manifest.items():

@@ -1,4 +1,4 @@
-"""From `key=value` words to a checked `Config`: Hydra composes, the dataclasses rule, errors become `ConfigError`."""
+"""From `key=value` overrides to a checked `Config`: Hydra composes, the dataclasses check."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import Config
+from moe.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that can't be used; the text is one line for the user."""
 
 
 def config_dir() -> Path:
     """The shipped YAML: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
@@ -48,8 +49,8 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if text.startswith("Error merging override") and error.__cause__ is not None:
-        word = text.removeprefix("Error merging override ").lstrip("+~")
-        return f"{word}: {_one_line(error.__cause__, [])}"
+        override = text.removeprefix("Error merging override ").lstrip("+~")
+        return f"{override}: {_one_line(error.__cause__, [])}"
     missing = re.match(r"In '.*': Could not find '(?P<group>\w+)/(?P<name>.*)'", text)
     if missing:
         group = missing["group"]
@@ -57,16 +58,16 @@ def _one_line(error: BaseException, overrides: list[str]) -> str:
     unknown = re.match(r"(Could not override|Key) '(?P<key>[^']+)'", text)
     if unknown:
         key = unknown["key"]
-        given = next((word for word in overrides if word.lstrip("+~").startswith(f"{key}=")), key)
+        given = next((override for override in overrides if override.lstrip("+~").startswith(f"{key}=")), key)
         return f"{given}: no such key; `moe train --cfg job` lists them all"
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    given = next((word for word in overrides if key and word.lstrip("+~").startswith(f"{key}=")), key)
+    given = next((override for override in overrides if key and override.lstrip("+~").startswith(f"{key}=")), key)
     return f"{given}: {text}" if given else text
 
 
 def compose_dict(overrides: list[str], name: str = "train", schema: type = Config) -> DictConfig:
     """The composed, typed, not yet checked configuration. Raises ConfigError."""
-    hydras = [word for word in overrides if word.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
+    hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
     if hydras:
         raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe train --cfg job` lists the keys")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -92,13 +93,13 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
-        cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
         raise ConfigError(_one_line(cause, overrides or [])) from error
     except AttributeError as error:  # slots refuse a key that `+key=` added
         key = str(error).rpartition(" attribute ")[2].strip("'")
-        given = next((word for word in overrides or [] if re.search(rf"(^|[.+]){key}=", word)), key)
+        given = next((override for override in overrides or [] if re.search(rf"(^|[.+]){key}=", override)), key)
         raise ConfigError(f"{given.lstrip('+')}: no such key; `moe train --cfg job` lists them all") from error
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(str(error)) from error
 
 

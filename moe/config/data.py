@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe.config.choices import SourceFormat, TokenizerKind
 from moe.config.rules import positive, require
+from moe.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +65,7 @@ class DataConfig:
 
 
 def _source(name: str, value: Any) -> SourceConfig:
-    """A source as written in YAML, typed. Raises ValueError naming the key."""
+    """A source as written in YAML, typed. Raises UserError naming the key."""
     if isinstance(value, SourceConfig):
         return value
     require(isinstance(value, dict), f"data.sources.{name}={value} must be a mapping with a path")
@@ -72,7 +73,7 @@ def _source(name: str, value: Any) -> SourceConfig:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), value))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         rule = str(error).splitlines()[0]
-        raise ValueError(f"data.sources.{name}={value}: {rule}") from error
+        raise UserError(f"data.sources.{name}={value}: {rule}") from error
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+from moe.errors import UserError
+
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError with `message` (key, value, rule) unless `condition`."""
+    """Raises UserError with `message` (key, value, rule) unless `condition`."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def positive(prefix: str, owner: object, *names: str) -> None:

@@ -56,26 +56,26 @@ class Config:
         )
 
     def check_world(self, world_size: int, node_size: int | None = None) -> None:
-        """Rules that need the number of ranks, and of those on one node (None: all). Raises ValueError."""
-        train, expert = self.train, self.parallel.expert
+        """Rules that need the number of ranks, and of those on one node (None: all). Raises UserError."""
+        train, size = self.train, self.parallel.expert_parallel_size
         micro = train.micro_batch_size * world_size
         require(
             train.global_batch_size % micro == 0,
             f"train.global_batch_size={train.global_batch_size} must be divisible by train.micro_batch_size="
             f"{train.micro_batch_size} × {world_size} ranks = {micro}",
         )
+        stated = f"parallel.expert_parallel_size={size}"
         if self.model.mlp is Mlp.dense:
-            require(expert == 1, f"parallel.expert={expert} must be 1 with model.mlp=dense: there are no experts")
-        require(world_size % expert == 0, f"parallel.expert={expert} must divide the number of ranks, {world_size}")
+            require(size == 1, f"{stated} must be 1 with model.mlp=dense: there are no experts")
+        require(world_size % size == 0, f"{stated} must divide the number of ranks, {world_size}")
         require(
-            self.router.num_experts % expert == 0,
-            f"parallel.expert={expert} must divide router.num_experts={self.router.num_experts}",
+            self.router.num_experts % size == 0, f"{stated} must divide router.num_experts={self.router.num_experts}"
         )
         node = node_size or world_size
         require(
-            self.parallel.expert_across_nodes or node % expert == 0,
-            f"parallel.expert={expert} must divide the {node} ranks of a node: the exchange would cross the network; "
-            "to let it, set parallel.expert_across_nodes=true",
+            self.parallel.expert_across_nodes or node % size == 0,
+            f"{stated} must divide the {node} ranks of a node: the exchange would cross the network; to let it, set "
+            "parallel.expert_across_nodes=true",
         )
 
     def accumulation(self, world_size: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from moe.config.choices import Precision, Schedule, TrackingBackend
 from moe.config.rules import not_negative, positive, require
 
-MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.dist.topology.COLLECTIVE_TIMEOUT
+MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.distributed.rendezvous.COLLECTIVE_TIMEOUT
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,19 +41,19 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """`expert` ranks share one set of experts; every rank is data-parallel for the rest.
+    """`expert_parallel_size` ranks share one set of experts; every rank is data-parallel for the rest.
 
     `expert_across_nodes` allows a set to span nodes, whose exchange then crosses the network; `offload_optimizer` keeps
     master weights and moments in the host's memory (CUDA only).
     """
 
-    expert: int = 1
+    expert_parallel_size: int = 1
     expert_across_nodes: bool = False
     zero_stage: int = 1
     offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        positive("parallel", self, "expert")
+        positive("parallel", self, "expert_parallel_size")
         reasons = {
             0: "DeepSpeed's stage 0 reports a wrong gradient norm with experts, so clipping would be wrong",
             3: "stage 3 gathers parameters inside the expert exchange and hangs when routing differs between ranks",
@@ -79,7 +79,7 @@ class CheckpointConfig:
     """Save `every` so many steps and at the end; keep the newest `keep`, and for good each `keep_every`-th step's.
 
     `background` writes a snapshot while training goes on; after `max_failures` failed saves in a row the run stops.
-    `allow_changes` lets a resume go on with another mathematics than the checkpoint's (see `moe.train.rundir`).
+    `allow_changes` lets a resume go on with another mathematics than the checkpoint's (see `moe.train.run_directory`).
     """
 
     every: int = 200

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe.data.corpora import DataError
+from moe.data.readers import DataError
 from moe.data.shards import TokenStream, token_dtype
 from moe.data.tokenizer import Tokenizer, load_saved
 

@@ -15,11 +15,12 @@ import numpy as np
 import sentencepiece
 
 from moe.config import DataConfig, TokenizerConfig
-from moe.data.corpora import DataError, Piece, Source, stated_weights
 from moe.data.corpus import FORMAT, META, SPLITS
+from moe.data.readers import DataError, Piece
 from moe.data.shards import StreamWriter, token_dtype
+from moe.data.sources import Source, stated_weights
 from moe.data.tokenizer import Tokenizer
-from moe.data.trainer import sample_blocks, train_sentencepiece
+from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 from moe.durable import fsync
 
 ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once, so that every core gets some

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.data.corpora import DataError
 from moe.data.corpus import Corpus
 from moe.data.order import Mixture, quotas, shuffled
 from moe.data.packing import NO_TARGET, Sample, empty_sample, full_samples, pack
+from moe.data.readers import DataError
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe.data.corpora import DataError
+from moe.data.readers import DataError
 from moe.data.shards import TokenStream
 
 NO_TARGET = -100  # what cross-entropy ignores

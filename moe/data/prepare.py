@@ -23,9 +23,10 @@ from pathlib import Path
 import sentencepiece
 
 from moe.config import DataConfig, TokenizerConfig, TokenizerKind
-from moe.data.build import survey_source, train_tokenizer, write_corpus
-from moe.data.corpora import DataError, Source, open_sources, stated_weights
 from moe.data.corpus import FORMAT, Corpus, check_tokenizer, check_vocab, open_corpus
+from moe.data.corpus_writer import survey_source, train_tokenizer, write_corpus
+from moe.data.readers import DataError
+from moe.data.sources import Source, open_sources, stated_weights
 from moe.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from moe.durable import fsync
 

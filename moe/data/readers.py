@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Data that can't be used: one line naming the file, the place, the rule and what to do."""
 
 

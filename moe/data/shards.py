@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moe.data.corpora import DataError
+from moe.data.readers import DataError
 
 SHARD_TOKENS = 1 << 28  # 512 MiB of uint16
 OFFSETS_FILE = "documents.bin"

@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 
 from moe.config import TokenizerConfig, TokenizerKind
-from moe.data.corpora import DataError
+from moe.data.readers import DataError
 
 SPACE = "▁"  # SentencePiece's sign for a space
 CARD = "moe_tokenizer.json"

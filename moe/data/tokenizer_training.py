@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import sentencepiece
 
-from moe.data.corpora import DataError
+from moe.data.readers import DataError
 from moe.data.tokenizer import SPACE, SentencePieceTokenizer
 
 RESERVED = 256 + 3  # byte pieces; unknown, BOS, EOS

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Work
 
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
 
 COLLECTIVES = (  # of all supported versions of torch, which renamed some
     "_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_to_all_single", "allgather",
@@ -29,22 +29,22 @@ COLLECTIVES = (  # of all supported versions of torch, which renamed some
 )  # fmt: skip
 
 
-class Waits:
+class CollectiveTiming:
     """Times this process's collectives until `remove`.
 
     A step is what lies between `begin` and `end`; `busy_seconds` is the last whole step's time without its waiting
     (0.0 before there is one). On CUDA call `end` where the host has waited for the step's results anyway.
     """
 
-    def __init__(self, topology: Topology) -> None:
-        self._cuda = topology.device.type == "cuda"
+    def __init__(self, mesh: Mesh) -> None:
+        self._cuda = mesh.device.type == "cuda"
         self._real: list[tuple[type, str, Any]] = []
         self._inside = False
         self._waited = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began = 0.0
         self.busy_seconds = 0.0
-        if topology.world_size == 1:
+        if mesh.world_size == 1:
             return
         for kind, names in ((ProcessGroup, COLLECTIVES), (Work, ("wait",))):
             for name in names:

@@ -1,93 +1,22 @@
-"""Who we are among the ranks, and agreement between them. Started by torchrun or as one plain process."""
+"""How this process joins the others. Started by torchrun or as one plain process."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from moe.dist.join import meet, start_timeout
-from moe.errors import StartError, for_user
+from moe.distributed.meeting import meet, start_timeout
+from moe.distributed.mesh import Mesh
+from moe.errors import StartError
 
-T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """This process among `world_size`; `expert` consecutive ranks share one set of experts."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    expert: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In-place sum over all ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, by rank, on every rank. For small things: they are pickled."""
-        values: list[T] = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def from_main(self, value: T) -> T:
-        """Rank 0's `value`, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def agree(self, action: Callable[[], T], what: str, group: dist.ProcessGroup | None = None) -> T:
-        """Run `action` on every rank; if it failed on any, every rank raises the first failure's one line.
-
-        `group` holds all ranks too, for a thread that must not meet training's collectives.
-
-        Without this, a rank that alone meets a bad file would leave the others waiting in the next collective.
-        Raises ValueError, and a fault of the program as it is on its own rank.
-        """
-        result: T | None = None
-        failure: str | None = None
-        cause: Exception | None = None
-        try:
-            result = action()
-        except Exception as error:
-            cause = error
-            if isinstance(error, OSError):
-                failure = f"{what}: {error}"
-            else:
-                failure = str(error) if for_user(error) else f"{what}: {type(error).__name__}: {error}"
-        failures: list[str | None] = [failure]
-        if self.world_size > 1:
-            failures = [None] * self.world_size
-            dist.all_gather_object(failures, failure, group=group)
-        if cause is not None and not isinstance(cause, OSError) and not for_user(cause):
-            raise cause  # a fault of ours: its traceback must be seen
-        for rank, text in enumerate(failures):
-            if text is not None:
-                raise ValueError(text if rank == 0 else f"{text} (on rank {rank})") from cause
-        return result  # type: ignore[return-value]  # no rank failed, so this one has a result
 
 
 def world_from_environment() -> tuple[int, int, int, int]:
@@ -101,7 +30,7 @@ def world_from_environment() -> tuple[int, int, int, int]:
     )
 
 
-def start(expert: int, config: Mapping[str, object] | None = None) -> Topology:
+def start(expert_parallel_size: int, config: Mapping[str, object] | None = None) -> Mesh:
     """Meet the other ranks, join the process group, choose the device and the number of threads.
 
     `config` is the run's flat configuration ({dotted key: value}), the same on every rank. Raises StartError, one line
@@ -127,7 +56,7 @@ def start(expert: int, config: Mapping[str, object] | None = None) -> Topology:
             _join(backend, rank, world_size, config or {})
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    return Topology(rank, world_size, local_rank, local_world_size, expert, device)
+    return Mesh(rank, world_size, local_rank, local_world_size, expert_parallel_size, device)
 
 
 def _threads(local_world_size: int) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,82 +21,17 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from moe.config.generate import GenerateConfig, Sampling
 from moe.config.rules import require
 from moe.data.tokenizer import Tokenizer
+from moe.errors import UserError
+from moe.inference.sampling import pick
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 
 
-@dataclass(kw_only=True, slots=True)
-class Sampling:
-    """How the next token is picked and when to stop.
-
-    `temperature=0` takes the most probable token. `top_k=null` and `top_p=1` keep all; `repetition_penalty` divides the
-    positive logits of tokens already in the text and multiplies the negative ones (arXiv 1909.05858, §4.1). Text ends
-    at the end-of-document token, before `stop`, or after `max_new_tokens`. `prefill_chunk` bounds the prompt tokens per
-    forward pass, and so the memory that a long prompt takes.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    stop: str | None = None
-    seed: int = 0
-    prefill_chunk: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prefill_chunk", "top_k"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be ≥ 1")
-        for name in ("temperature", "seed"):
-            require(0 <= getattr(self, name) < float("inf"), f"{name}={getattr(self, name)} must be ≥ 0")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
-        require(0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty} must be > 0")
-        require(self.stop != "", "stop='' must have a character: null means no stop text")
-
-
-@dataclass(kw_only=True, slots=True)
-class GenerateConfig(Sampling):
-    """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8)."""
-
-    checkpoint: str = ""
-    prompt: str | None = None
-    prompts_file: str | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        Sampling.__post_init__(self)  # super() doesn't work in a class that slots=True made anew
-        require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
-        given = (self.prompt is not None) + (self.prompts_file is not None)
-        require(
-            given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
-        )
-        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
-
-
-def quote_texts(words: list[str]) -> list[str]:
-    """Command-line words with `prompt=` and `stop=` quoted for Hydra, so that they arrive as they were typed.
-
-    Unquoted, Hydra trims `prompt=def ` and refuses `prompt=Once, twice`. What is already in quotes, and `null`, stays.
-    """
-    return [_quoted(word) if word.startswith(("prompt=", "stop=")) else word for word in words]
-
-
-def _quoted(word: str) -> str:
-    key, _, value = word.partition("=")
-    already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if already or value == "null":
-        return word
-    # In Hydra's quotes a backslash counts before a quote only, in OmegaConf's text before an interpolation only.
-    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
-    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
-    return f"{key}='{value}'"
-
-
 @dataclass(slots=True)
-class Piece:
+class TextPiece:
     """A stretch of one prompt's continuation, ready to be shown: whole characters, never part of the stop text."""
 
     prompt: int
@@ -115,8 +49,8 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[str], setti
 
 def stream(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], settings: Sampling, *, all_steps: bool = False
-) -> Iterator[Piece]:
-    """The continuations as they come. Raises ValueError when the tokenizer or the lengths don't fit the model.
+) -> Iterator[TextPiece]:
+    """The continuations as they come. Raises UserError when the tokenizer or the lengths don't fit the model.
 
     `all_steps` makes exactly `max_new_tokens` passes even when every text has ended: ranks that share experts must pass
     equally often, and rounding could make one rank's text end before another's.
@@ -193,7 +127,7 @@ class _Text:
     def choose(self, logits_V: Tensor) -> int:
         return pick(logits_V, self.ids, self.settings, self.generator)
 
-    def add(self, token: int, last: bool) -> Piece | None:
+    def add(self, token: int, last: bool) -> TextPiece | None:
         """Takes the next token; what can be shown now, if anything."""
         self.done = last or token == self.tokenizer.eos_id
         if token != self.tokenizer.eos_id:
@@ -205,7 +139,7 @@ class _Text:
             self.done, text = True, text[:at]
         end = len(text) if self.done else len(text) - _unsettled(text, stop)
         start, self.shown = self.shown, max(end, self.shown)
-        return Piece(self.index, text[start:end], self.done) if self.done or end > start else None
+        return TextPiece(self.index, text[start:end], self.done) if self.done or end > start else None
 
 
 def _unsettled(text: str, stop: str | None) -> int:
@@ -217,25 +151,6 @@ def _unsettled(text: str, stop: str | None) -> int:
     return max(partial, begun)
 
 
-def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.Generator) -> int:
-    """The next token after `ids`, from float32 logits [V] (not changed)."""
-    if settings.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(ids)))
-        values = logits_V[seen]
-        penalty = settings.repetition_penalty
-        logits_V = logits_V.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
-    if settings.temperature == 0:
-        return int(logits_V.argmax())
-    values_V, order_V = logits_V.sort(descending=True, stable=True)
-    probs_V = torch.softmax(values_V / settings.temperature, dim=-1)
-    if settings.top_k is not None:
-        probs_V[settings.top_k :] = 0
-    if settings.top_p < 1:  # of what top_k left: the fewest tokens that hold the share top_p
-        probs_V /= probs_V.sum()
-        probs_V[probs_V.cumsum(0) - probs_V >= settings.top_p] = 0
-    return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])
-
-
 def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
     """The greedy continuation of `prompt`, to look at while training. Ranks that share experts call it together."""
     settings = Sampling(max_new_tokens=tokens, temperature=0.0)
@@ -243,13 +158,13 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: i
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that aren't blank. Raises ValueError naming the file (and the byte)."""
+    """The lines of a UTF-8 file that aren't blank. Raises UserError naming the file (and the byte)."""
     try:
         lines = path.read_bytes().decode("utf-8").splitlines()
     except OSError as error:
-        raise ValueError(f"prompts_file={path}: {error.strerror}") from error
+        raise UserError(f"prompts_file={path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts_file={path}: byte {error.start} isn't UTF-8; save the file as UTF-8") from error
+        raise UserError(f"prompts_file={path}: byte {error.start} isn't UTF-8; save the file as UTF-8") from error
     prompts = [line for line in lines if line.strip()]
     require(bool(prompts), f"prompts_file={path}: has no prompt; write one a line")
     return prompts

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.config import AttentionBackend
+from moe.errors import UserError
 from moe.model.norm import widen
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, N, D], k and v [B, S, G, D] → [B, S, N·D]
@@ -31,7 +32,7 @@ MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 def resolve_attention(
     wanted: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[AttentionBackend, str]:
-    """The back-end that will run, and why. Raises ValueError when an explicit one can't run on the device and dtype."""
+    """The back-end that will run, and why. Raises UserError when an explicit one can't run on the device and dtype."""
     if wanted in (AttentionBackend.naive, AttentionBackend.block):
         return wanted, "chosen"
     obstacles = {
@@ -40,7 +41,7 @@ def resolve_attention(
     }
     if wanted is not AttentionBackend.auto:
         if obstacles[wanted]:
-            raise ValueError(f"model.attention={wanted.value} can't run here: {obstacles[wanted]}; use auto")
+            raise UserError(f"model.attention={wanted.value} can't run here: {obstacles[wanted]}; use auto")
         return wanted, "chosen"
     for backend, obstacle in obstacles.items():
         if not obstacle:

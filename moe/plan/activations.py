@@ -15,7 +15,7 @@ import math
 from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, Recompute
 from moe.model.attention import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
 from moe.model.loss import SLICE_ELEMENTS
-from moe.plan.gradients import Block, element_size
+from moe.plan.gradients import MemoryBlock, element_size
 
 
 class Shapes:
@@ -32,7 +32,7 @@ class Shapes:
         self.keys = model.num_key_value_heads * model.head_size
         self.sparse = model.mlp is Mlp.sparse
         self.rows = self.tokens * router.top_k if self.sparse else 0
-        expert = config.parallel.expert
+        expert = config.parallel.expert_parallel_size
         self.received = math.ceil(self.rows * min(imbalance, expert)) if expert > 1 else self.rows
         share = router.num_experts // expert if self.sparse else 1
         self.fullest = min(self.received, math.ceil(self.received / share * imbalance))
@@ -72,29 +72,29 @@ def _attention(shapes: Shapes) -> int:
     return shapes.tokens * (width * s + log_sum_exp)
 
 
-def kept_by_layers(shapes: Shapes, layers: int) -> list[Block]:
+def kept_by_layers(shapes: Shapes, layers: int) -> list[MemoryBlock]:
     """From the forward to the backward pass, under `model.recompute`."""
     dense, rows = _layer(shapes, shapes.config.model.recompute)
     return _layer_blocks(shapes, layers * dense, layers * rows, ("activations", "moe_buffers"))
 
 
-def layer_backward(shapes: Shapes) -> list[Block]:
+def layer_backward(shapes: Shapes) -> list[MemoryBlock]:
     """What a layer's backward pass holds beside what is kept and its weights' gradients; with recomputation that
     includes what comes back first."""
     dense, rows = _layer(shapes, Recompute.none)
     kept_dense, kept_rows = _layer(shapes, shapes.config.model.recompute)
     returned = _layer_blocks(shapes, dense - kept_dense, rows - kept_rows, ("recomputed", "recomputed"))
-    return [*returned, Block("working", _backward(shapes), shapes.stream)]
+    return [*returned, MemoryBlock("working", _backward(shapes), shapes.stream)]
 
 
-def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str]) -> list[Block]:
+def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str]) -> list[MemoryBlock]:
     """Gate and up are one tensor of rows; those that enter and leave are others."""
     gate_up = shapes.received * 2 * shapes.feed * shapes.s
     middle = rows * 2 * shapes.feed // (2 * shapes.feed + 2 * shapes.hidden)
     return [
-        Block(kinds[0], dense, shapes.stream),
-        Block(kinds[1], middle, gate_up),
-        Block(kinds[1], rows - middle, shapes.received * shapes.hidden * shapes.s),
+        MemoryBlock(kinds[0], dense, shapes.stream),
+        MemoryBlock(kinds[1], middle, gate_up),
+        MemoryBlock(kinds[1], rows - middle, shapes.received * shapes.hidden * shapes.s),
     ]
 
 
@@ -105,7 +105,7 @@ def _layer(shapes: Shapes, recompute: Recompute) -> tuple[int, int]:
     if shapes.sparse:
         experts, top_k = shapes.config.router.num_experts, shapes.config.router.top_k
         routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
-        index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert > 1 else 0)
+        index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert_parallel_size > 1 else 0)
         mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32
         middle = (4 if shapes.loop else 2) * feed
         rows = (shapes.received * (hidden + middle) + shapes.rows * hidden) * s

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state as DeepSpeed's ZeRO-1 and 2 hold them on a rank (moe/dist/engine.py).
+"""Weights, gradients and optimizer state as DeepSpeed's ZeRO-1 and 2 hold them on a rank (moe/engine/deepspeed).
 
 In bytes per parameter of this rank; c is the rank's share of ZeRO's partition: 1 / ranks of what all ranks hold,
 expert / ranks of the experts.
@@ -27,7 +27,7 @@ EXPERT_GROUP = 178_956_971  # elements: how DeepSpeed cuts experts into paramete
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class MemoryBlock:
     """Bytes of one kind of memory; `piece` is the largest single tensor in them."""
 
     kind: str
@@ -35,9 +35,9 @@ class Block:
     piece: int
 
 
-def flat(kind: str, size: float) -> list[Block]:
+def flat(kind: str, size: float) -> list[MemoryBlock]:
     """One tensor."""
-    return [Block(kind, round(size), round(size))]
+    return [MemoryBlock(kind, round(size), round(size))]
 
 
 def element_size(config: Config) -> int:
@@ -64,7 +64,7 @@ class Tensors:
 
 
 def local_tensors(config: Config, world_size: int) -> Tensors:
-    parts, model, expert = parameter_parts(config), config.model, config.parallel.expert
+    parts, model, expert = parameter_parts(config), config.model, config.parallel.expert_parallel_size
     hidden, layers, experts = model.hidden_size, model.num_hidden_layers, parts.experts // expert
     sizes = [(1 if model.tie_word_embeddings else 2, parts.embedding), (2 * layers + 1, hidden)]
     sizes += [
@@ -85,7 +85,7 @@ class Sharded:
 
     def __init__(self, config: Config, world_size: int, device: str) -> None:
         self.tensors, self.cuda = local_tensors(config, world_size), device == "cuda"
-        self.expert, self.offload = config.parallel.expert, config.parallel.offload_optimizer
+        self.expert, self.offload = config.parallel.expert_parallel_size, config.parallel.offload_optimizer
         self.half = config.train.precision is Precision.bfloat16
         self.size = element_size(config)
         self.several = config.accumulation(world_size) > 1
@@ -100,10 +100,10 @@ class Sharded:
         whole = 0 if self.half or world_size == 1 else self.tensors.largest  # float32 keeps tensors that reach into it
         self.partition = 0 if self.offload else round(4 * min(self.tensors.local, self.tensors.share + whole))
 
-    def always(self) -> list[Block]:
+    def always(self) -> list[MemoryBlock]:
         blocks = flat("weights", self.size * self.tensors.local)
         if not self.offload:  # moments, and master weights (bfloat16) or the flat gradient of the update (float32)
-            blocks.append(Block("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
+            blocks.append(MemoryBlock("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
         if self.way == "sums":  # float32 sums, and the zeroed bfloat16 gradients, stay from step to step
             blocks += [*flat("gradients", 4 * self.tensors.local), *self._each(2)]
         return blocks
@@ -112,23 +112,23 @@ class Sharded:
         """Bytes in the host's memory beside a CUDA device: pinned master weights, moments, gradients, new weights."""
         return round((16 + self.size) * self.tensors.share) if self.offload else 0
 
-    def held(self) -> list[Block]:
+    def held(self) -> list[MemoryBlock]:
         """Gradients between the micro-batches of a step."""
         if self.way == "sums" or not self.several:
             return []
         return flat("gradients", self.partition) if self.way == "stage 2" else self._each(4)
 
-    def starting(self) -> list[Block]:
+    def starting(self) -> list[MemoryBlock]:
         """When the first gradient of a backward pass comes: it allocates the bucket."""
         return self._bucket() if self.cuda and self.way in ("stage 2", "bucket") else []
 
-    def produced(self) -> list[Block]:
+    def produced(self) -> list[MemoryBlock]:
         """At the end of the step's last backward pass."""
         if self.way == "stage 2":
             return [*self._bucket(), *self.held()]
         return [] if self.way == "sums" else [*self._each(4), *self.starting()]
 
-    def reducing(self) -> list[Block]:
+    def reducing(self) -> list[MemoryBlock]:
         if self.way == "in place":
             return self._each(4)
         if self.way == "sums":
@@ -144,17 +144,17 @@ class Sharded:
         partitions = 1 if self.half else (1 if self.several else 0) + (1 if rest else 0)
         return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
 
-    def updating(self) -> list[Block]:
+    def updating(self) -> list[MemoryBlock]:
         if self.way in ("sums", "in place"):
             return [] if self.way == "sums" else self._each(4)
         # the norm of a bfloat16 run is taken of a float64 copy of one gradient
         return [*flat("gradients", self.partition), *flat("working", 8 * self.tensors.largest if self.half else 0)]
 
-    def _each(self, size: int) -> list[Block]:
+    def _each(self, size: int) -> list[MemoryBlock]:
         """A tensor for each parameter, `size` bytes an element."""
-        return [Block("gradients", size * count * one, size * one) for count, one in self.tensors.sizes]
+        return [MemoryBlock("gradients", size * count * one, size * one) for count, one in self.tensors.sizes]
 
-    def _bucket(self) -> list[Block]:
+    def _bucket(self) -> list[MemoryBlock]:
         size = self.size if self.way == "stage 2" else 4
         return flat("communication", size * (BUCKET if self.cuda else min(BUCKET, self.tensors.local)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe.config import Config
 from moe.plan.activations import Shapes, evaluation_memory, head_memory, kept_by_layers, layer_backward
-from moe.plan.gradients import Block, Sharded, flat
+from moe.plan.gradients import MemoryBlock, Sharded, flat
 
 KINDS: tuple[str, ...] = (
     "weights",
@@ -26,7 +26,7 @@ STEP = ("loss", "backward", "reduce", "update")  # the phases that follow each o
 # blocks that come and go between kept ones need room of their own. HOLES are fitted to runs with glibc
 # (docs/plan.md says to which, and how far they hold).
 GIVEN_BACK = 32 * 2**20
-CHECKPOINT_FILE = 2 << 30  # `moe.dist.shares` cuts files up to this size
+CHECKPOINT_FILE = 2 << 30  # `moe.checkpoint.ownership` cuts files up to this size
 HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
 
 
@@ -78,13 +78,13 @@ def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalan
     file = min(saved, CHECKPOINT_FILE)
     if device == "cpu":
         beside = max(map(phases.__getitem__, STEP), key=_size) if config.checkpoint.background else always
-        snapshot = [Block("working", saved, 4 * sharded.tensors.largest), Block("working", file, file)]
+        snapshot = [MemoryBlock("working", saved, 4 * sharded.tensors.largest), MemoryBlock("working", file, file)]
         phases["checkpoint"] = [*beside, *snapshot]
     host = 0 if device == "cpu" else saved + file
     return MemoryPlan(dict(_by_kind(phases, device, shapes.sparse)), sharded.host(), host)
 
 
-def _size(blocks: list[Block]) -> int:
+def _size(blocks: list[MemoryBlock]) -> int:
     return sum(block.size for block in blocks)
 
 
@@ -94,20 +94,22 @@ def estimate_memory(config: Config, world_size: int, device: str = "cpu") -> dic
     return {kind: size for kind, size in plan.fullest_step().items() if size}
 
 
-def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[Block]:
+def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
     """The loss's own backward pass, or the last layer's, when the loss's two gradients have moved on."""
     kept, working = head_memory(shapes)
     head, layers = shapes.vocab * shapes.hidden, shapes.config.model.num_hidden_layers
     piece = max(4 * head, shapes.stream)
-    loss = [Block("activations", kept, piece), Block("working", working, piece)]
+    loss = [MemoryBlock("activations", kept, piece), MemoryBlock("working", working, piece)]
     others = shapes.s * (sharded.tensors.local - 2 * head) // layers
-    arrived = [] if sharded.way == "sums" else [*flat("gradients", shapes.s * head), Block("gradients", others, 0)]
+    arrived = (
+        [] if sharded.way == "sums" else [*flat("gradients", shapes.s * head), MemoryBlock("gradients", others, 0)]
+    )
     last_layer = [*arrived, *layer_backward(shapes)]
     heavier = max(loss, last_layer, key=_size)
     return [*kept_by_layers(shapes, layers), *heavier]
 
 
-def _by_kind(phases: dict[str, list[Block]], device: str, sparse: bool) -> Iterator[tuple[str, dict[str, int]]]:
+def _by_kind(phases: dict[str, list[MemoryBlock]], device: str, sparse: bool) -> Iterator[tuple[str, dict[str, int]]]:
     """Sums by kind; on a CPU `allocator` is what the process holds beside: what other phases freed, and holes."""
     pools = {phase: _pools(blocks, sparse) for phase, blocks in phases.items()}
     gradients = max(pools[phase][0] for phase in STEP)
@@ -123,7 +125,7 @@ def _by_kind(phases: dict[str, list[Block]], device: str, sparse: bool) -> Itera
         yield phase, kinds
 
 
-def _pools(blocks: list[Block], sparse: bool) -> tuple[float, float]:
+def _pools(blocks: list[MemoryBlock], sparse: bool) -> tuple[float, float]:
     """Bytes of small blocks: (of gradients, of all others with their holes). In a dense model nothing lives on between
     the activations, so that gradients take their place and all are one pool."""
     small = [block for block in blocks if block.piece < GIVEN_BACK]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe.config import DeviceKind, Mlp, PlanConfig, Precision, Recompute
+from moe.errors import UserError
 from moe.plan.counts import count_parameters, flops_per_token, parameter_parts
 from moe.plan.gradients import element_size, local_tensors
 from moe.plan.memory import MemoryPlan, plan_memory
@@ -73,7 +74,7 @@ class Plan:
             "step": {
                 "tokens": tokens,
                 "ranks": world,
-                "expert_ranks": config.parallel.expert,
+                "expert_ranks": config.parallel.expert_parallel_size,
                 "micro_batches_per_rank": config.accumulation(world),
                 "flops": flops * tokens,
             },
@@ -116,7 +117,7 @@ def _host_gb(config: PlanConfig, memory: MemoryPlan) -> float:
 
 
 def make_plan(asked: PlanConfig) -> Plan:
-    """Raises ValueError where `moe train` would on these ranks; only a global batch that they can't share is rounded
+    """Raises UserError where `moe train` would on these ranks; only a global batch that they can't share is rounded
     up, and the plan says so."""
     config, note = _rounded(asked), ""
     _check(config)
@@ -178,14 +179,14 @@ def _flops(config: PlanConfig) -> float:
     mlp = 6 * (parts.active_experts or model.num_hidden_layers * 3 * model.hidden_size * model.intermediate_size)
     again = {Recompute.none: 0.0, Recompute.mlp: mlp / 3, Recompute.block: (flops - head) / 3}[model.recompute]
     fullest = 0.0
-    if model.mlp is Mlp.sparse and config.parallel.expert > 1:
-        more = min(config.plan.imbalance, config.parallel.expert) - 1
+    if model.mlp is Mlp.sparse and config.parallel.expert_parallel_size > 1:
+        more = min(config.plan.imbalance, config.parallel.expert_parallel_size) - 1
         fullest = more * 6 * parts.active_experts * (4 / 3 if model.recompute is not Recompute.none else 1)
     return flops + again + fullest
 
 
 def _with(config: PlanConfig, changes: dict[str, Any]) -> PlanConfig:
-    """A copy with some `section.key` values changed. Raises ValueError where a rule forbids them."""
+    """A copy with some `section.key` values changed. Raises UserError where a rule forbids them."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, name = key.split(".")
@@ -206,17 +207,17 @@ def _advise(config: PlanConfig, *, round_up: bool) -> tuple[list[str], float]:
                 changed = _with(config, changes | grown)
                 changed = _rounded(changed) if round_up else changed
                 _check(changed)
-            except ValueError:  # a rule forbids the combination: batch sizes, ranks of a node
+            except UserError:  # a rule forbids the combination: batch sizes, ranks of a node
                 continue
             memory = _memory(changed)
             needed = needed_gb(changed, memory)
             least = min(least, needed)
             if needed <= config.hardware.memory_gb and _host_gb(changed, memory) <= config.hardware.host_memory_gb:
-                return [_word(key, value) for key, value in (changes | grown).items()], needed
+                return [_override(key, value) for key, value in (changes | grown).items()], needed
     return [], least
 
 
-def _word(key: str, value: Any) -> str:
+def _override(key: str, value: Any) -> str:
     """As it is typed."""
     return f"{key}=true" if value is True else f"{key}={getattr(value, 'name', value)}"
 
@@ -237,12 +238,12 @@ def _choices(config: PlanConfig) -> dict[str, list[Any]]:
     if model.mlp is Mlp.sparse:
         count = config.router.num_experts
         limit = min(count, hardware.gpus_per_node)
-        experts = [degree for degree in range(parallel.expert + 1, limit + 1) if count % degree == 0]
+        experts = [degree for degree in range(parallel.expert_parallel_size + 1, limit + 1) if count % degree == 0]
     halves = [train.micro_batch_size >> shift for shift in range(1, train.micro_batch_size.bit_length())]
     order = list(Recompute)
     cuda = hardware.device is DeviceKind.cuda
     return {
-        "parallel.expert": experts,
+        "parallel.expert_parallel_size": experts,
         "train.micro_batch_size": halves,
         "parallel.zero_stage": [2] if parallel.zero_stage == 1 else [],
         "model.recompute": order[order.index(model.recompute) + 1 :],

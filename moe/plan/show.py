@@ -1,10 +1,10 @@
 """`moe plan key=value …`: a plan as a table for people, or as one JSON object.
 
-    moe plan model=mixtral_8x7b parallel.expert=8 hardware=h100_8x2 train.precision=bfloat16 \\
+    moe plan model=mixtral_8x7b parallel.expert_parallel_size=8 hardware=h100_8x2 train.precision=bfloat16 \\
         train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256
     moe plan … plan.json=true plan.imbalance=2
 
-Takes every word of `moe train`; docs/plan.md explains the figures.
+Takes every override of `moe train`; docs/plan.md explains the figures.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _run(plan: Plan) -> Table:
     local = local_tensors(config, world).local
     table.add_row("parameters", f"{total:,}, {active:,} active per token, {local:,} on a rank")
     table.add_row("FLOPs", f"{flops_per_token(config) / 1e9:,.4g} GFLOP per token in training")
-    sets = f"{parallel.expert} expert ranks, " if config.model.mlp is Mlp.sparse else ""
+    sets = f"{parallel.expert_parallel_size} expert ranks, " if config.model.mlp is Mlp.sparse else ""
     table.add_row(
         "ranks",
         f"{world}, {sets}ZeRO-{parallel.zero_stage}, {train.precision.name}, recompute={config.model.recompute.name}",

@@ -8,7 +8,7 @@
   the result): a ring sends 2 (n − 1) / n of them. Stage 2 does so after every micro-batch, stage 1 once a step.
 - weights: every rank gathers what the others updated, (n − 1) / n.
 
-Groups are those of moe/dist/engine.py: expert ranks are consecutive, the ranks that hold the same experts strided.
+Groups are those of moe/engine/deepspeed: expert ranks are consecutive, the ranks that hold the same experts strided.
 A rank's part of a ring between nodes is the mean over its members: a node's adapters share it.
 
 Legend: T tokens of a micro-batch, k choices per token, H hidden, L layers, E experts.
@@ -39,7 +39,7 @@ class ExchangeBytes:
 
 def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
     """4 · T · k · H · bytes per layer and micro-batch (6 with recomputation), and E · 8 (16) for the counts."""
-    model, router, train, expert = config.model, config.router, config.train, config.parallel.expert
+    model, router, train, expert = config.model, config.router, config.train, config.parallel.expert_parallel_size
     if expert == 1 or model.mlp is Mlp.dense:
         return ExchangeBytes(0, 0, 0.0)
     forwards = 1 if model.recompute is Recompute.none else 2
@@ -66,7 +66,7 @@ class Flow:
 
 def plan_traffic(config: Config, nodes: int, ranks_per_node: int) -> dict[str, Flow]:
     """{what for: Flow} for `nodes` of `ranks_per_node`, the mean over ranks."""
-    world, expert = nodes * ranks_per_node, config.parallel.expert
+    world, expert = nodes * ranks_per_node, config.parallel.expert_parallel_size
     tensors, size = local_tensors(config, world), element_size(config)
     exchange = exchange_bytes(config, world)
     near = _same_node(world, expert, ranks_per_node)

@@ -8,14 +8,14 @@ from html import escape
 import numpy as np
 
 from moe.report.plots import Chart, Reference, Series, finite, line_chart
-from moe.report.reader import WORST_LAYER, Run
+from moe.report.reader import WORST_LAYER, RunHistory
 from moe.report.scales import count, downsample, short
 
 RECENT = 20  # steps whose mean steadies a figure that is noisy from step to step
 STYLES = 6  # line styles of page.css: colours and dashes
 
 
-def tiles(run: Run) -> str:
+def tiles(run: RunHistory) -> str:
     """The final figures as a definition list."""
     val, unigram, violation = run.last("val_loss"), run.last("val_unigram_entropy"), run.last("max_violation")
     rate = finite(run.series["tokens_per_second"])
@@ -49,7 +49,7 @@ def _tile(name: str, value: str, unit: str, note: str) -> str:
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{unit}<span>{escape(note)}</span></dd></div>"
 
 
-def _best(run: Run) -> str:
+def _best(run: RunHistory) -> str:
     values = run.series["val_loss"]
     if not np.isfinite(values).any():
         return "no evaluation yet"
@@ -59,28 +59,28 @@ def _best(run: Run) -> str:
     return at if best == last else f"{at}; best {short(float(values[best]))} at {run.steps[best]:,}"
 
 
-def _recent_violation(run: Run) -> str:
+def _recent_violation(run: RunHistory) -> str:
     if not run.sparse:
         return "dense model: no router"
     recent = finite(run.series["max_violation"])[-RECENT:]
     return f"0 is even; mean of last {len(recent)}: {short(float(recent.mean()))}" if len(recent) else ""
 
 
-def _mfu(run: Run) -> str:
+def _mfu(run: RunHistory) -> str:
     mfu = finite(run.series["mfu"])
     return f"median; {100 * float(np.median(mfu)):.3g} % of peak FLOP/s" if len(mfu) else "median over steps"
 
 
-def _tokens(run: Run) -> str:
+def _tokens(run: RunHistory) -> str:
     tokens = run.last("tokens")
     return f"{count(tokens)} tokens" if math.isfinite(tokens) else ""
 
 
-def _series(run: Run, key: str, name: str, style: str = "s0", *, evaluations: bool = False) -> Series:
+def _series(run: RunHistory, key: str, name: str, style: str = "s0", *, evaluations: bool = False) -> Series:
     return Series(name, downsample(run.steps, run.series[key], sparse=evaluations), style, dots=evaluations)
 
 
-def _gaps(run: Run, key: str) -> str:
+def _gaps(run: RunHistory, key: str) -> str:
     """Says that steps are missing from a curve: a NaN must not vanish without a word."""
     missing = int((~np.isfinite(run.series[key])).sum())
     return f"{missing:,} of {len(run.steps):,} steps have no finite value here." if 0 < missing < len(run.steps) else ""
@@ -90,7 +90,7 @@ def _reference(name: str, value: float) -> list[Reference]:
     return [Reference(name, value)] if math.isfinite(value) else []
 
 
-def loss_charts(run: Run) -> str:
+def loss_charts(run: RunHistory) -> str:
     main = Chart(
         "Loss",
         "nats per token",
@@ -113,14 +113,14 @@ def loss_charts(run: Run) -> str:
     return _condensed(run) + _draw(run, main, "loss") + _grid(charts, "pair")
 
 
-def _condensed(run: Run) -> str:
+def _condensed(run: RunHistory) -> str:
     """What a point of a curve stands for, where it isn't one step."""
     stride = downsample(run.steps, run.steps.astype(float)).stride
     text = f"In every curve of this page a point is the mean of about {stride:,} steps, and the band is their range."
     return f'<p class="note condensed">{text}</p>' if stride > 1 else ""
 
 
-def training_charts(run: Run) -> str:
+def training_charts(run: RunHistory) -> str:
     clip = run.setting("optim.max_grad_norm")
     norm = Chart(
         "Gradient norm",
@@ -138,7 +138,7 @@ def training_charts(run: Run) -> str:
     return _grid([_draw(run, rate, "lr"), _draw(run, norm, "grad-norm"), _draw(run, speed, "speed")])
 
 
-def balance_charts(run: Run) -> str:
+def balance_charts(run: RunHistory) -> str:
     experts = run.setting("router.num_experts")
     if not experts and run.frames:
         experts = len(run.frames[-1][0])
@@ -199,7 +199,7 @@ def balance_charts(run: Run) -> str:
     return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(charts)])
 
 
-def _dead(run: Run) -> str:
+def _dead(run: RunHistory) -> str:
     dead = finite(run.series["dead_experts"])
     if not len(dead):
         return ""
@@ -207,12 +207,12 @@ def _dead(run: Run) -> str:
     return f"Pairs without a token; never more than {most:,} in a step." if most else "None in any step."
 
 
-def _dropless(run: Run) -> bool:
+def _dropless(run: RunHistory) -> bool:
     dropped = finite(run.series["dropped_fraction"])
     return "router" in run.config and run.setting("router.capacity_factor") is None and not dropped.any()
 
 
-def _draw(run: Run, chart: Chart, key: str) -> str:
+def _draw(run: RunHistory, chart: Chart, key: str) -> str:
     """Every chart shows the whole run, so that a step stands at the same place in all of them."""
     chart.span = (int(run.steps[0]), int(run.steps[-1]))
     return line_chart(chart, key)

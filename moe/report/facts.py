@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.report.reader import Run
+from moe.report.reader import RunHistory
 from moe.report.scales import count
 
 
@@ -14,7 +14,7 @@ class Parameters:
     active: int  # per token: `top_k` of the experts
 
 
-def parameters(run: Run) -> Parameters | None:
+def parameters(run: RunHistory) -> Parameters | None:
     """Exact counts, embeddings included. None where config.yaml doesn't hold the shapes (an older or foreign run)."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     values = [run.setting(f"model.{name}") for name in (*names, "num_key_value_heads")]
@@ -33,7 +33,7 @@ def parameters(run: Run) -> Parameters | None:
     return Parameters(rest + layers * (experts * mlp + router), rest + layers * (top_k * mlp + router))
 
 
-def brief(run: Run) -> list[str]:
+def brief(run: RunHistory) -> list[str]:
     """Short phrases for the page's head, most telling first."""
     found = parameters(run)
     phrases = []

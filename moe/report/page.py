@@ -14,9 +14,9 @@ from importlib import resources
 from pathlib import Path
 
 from moe import __version__
-from moe.report import facts, figures, palette, texts
+from moe.report import charts, facts, palette, texts
 from moe.report.heatmap import heatmap
-from moe.report.reader import Run, read_run
+from moe.report.reader import RunHistory, read_run
 
 DENSE = '<p class="empty">dense model: no router</p>'
 
@@ -24,7 +24,7 @@ DENSE = '<p class="empty">dense model: no router</p>'
 def write_report(run_dir: Path) -> Path:
     """Writes RUN_DIR/report.html and returns its path.
 
-    Raises ValueError (one line naming the file and the fix) if there is no such run, its metrics.jsonl is missing,
+    Raises UserError (one line naming the file and the fix) if there is no such run, its metrics.jsonl is missing,
     empty or without a step, or config.yaml or routing.json can't be read.
     """
     page = render(read_run(run_dir))
@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: Run) -> str:
+def render(run: RunHistory) -> str:
     """The whole page."""
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -63,7 +63,7 @@ def render(run: Run) -> str:
 <button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button></div>
 <h1>{name}</h1>
 <ul class="brief">{"".join(f"<li>{escape(phrase)}</li>" for phrase in facts.brief(run))}</ul>
-{figures.tiles(run)}
+{charts.tiles(run)}
 </header>
 <main id="main">
 {"".join(_section(*section) for section in _sections(run))}
@@ -75,9 +75,9 @@ def render(run: Run) -> str:
 """
 
 
-def _sections(run: Run) -> list[tuple[str, str, str]]:
+def _sections(run: RunHistory) -> list[tuple[str, str, str]]:
     """(id, heading, content) in the page's order."""
-    balance = figures.balance_charts(run) if run.sparse else DENSE
+    balance = charts.balance_charts(run) if run.sparse else DENSE
     shares, routed = DENSE, DENSE
     if run.sparse:
         shares = heatmap(run.frame_steps, run.frames) if run.frames else _empty("No expert shares in metrics.jsonl.")
@@ -85,8 +85,8 @@ def _sections(run: Run) -> list[tuple[str, str, str]]:
             texts.coloured_text(run.routing) if run.routing else _empty("No routing.json yet: evaluations write it.")
         )
     return [
-        ("curves", "Loss", figures.loss_charts(run) or _empty("No finite loss in metrics.jsonl.")),
-        ("training", "Optimizer and speed", figures.training_charts(run) or _empty("No figures in metrics.jsonl.")),
+        ("curves", "Loss", charts.loss_charts(run) or _empty("No finite loss in metrics.jsonl.")),
+        ("training", "Optimizer and speed", charts.training_charts(run) or _empty("No figures in metrics.jsonl.")),
         ("balance", "Balance", balance),
         ("experts", "Experts by layer", shares),
         ("text", "Who reads what", routed),
@@ -103,7 +103,7 @@ def _empty(text: str) -> str:
     return f'<p class="empty">{escape(text)}</p>'
 
 
-def _provenance(run: Run) -> str:
+def _provenance(run: RunHistory) -> str:
     """Where the figures come from, and what of the file was not used."""
     parts = [f"moe {__version__}", f"{len(run.steps):,} steps of metrics.jsonl"]
     if run.repeated_steps:

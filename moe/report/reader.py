@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from moe.errors import UserError
+
 SCALARS = (
     "tokens",
     "lm_loss",
@@ -51,14 +53,14 @@ class Routing:
 
 
 @dataclass(slots=True)
-class Sample:
+class TextSample:
     step: int | None
     prompt: str
     text: str
 
 
 @dataclass(slots=True)
-class Run:
+class RunHistory:
     """Everything the page shows. Series have one float per step, NaN where the run wrote none (or no finite one)."""
 
     name: str
@@ -68,7 +70,7 @@ class Run:
     frame_steps: list[int]
     frames: list[list[list[float]]]  # [frame][L][E], the last one is the last step's
     routing: Routing | None
-    samples: list[Sample]
+    samples: list[TextSample]
     config: dict[str, Any]
     config_text: str
     torn_lines: int
@@ -91,10 +93,10 @@ class Run:
         return any(np.isfinite(self.series[key]).any() for key in ("load_balancing_loss", "max_violation"))
 
 
-def read_run(run_dir: Path) -> Run:
-    """Raises ValueError, one line naming the file and the fix."""
+def read_run(run_dir: Path) -> RunHistory:
+    """Raises UserError, one line naming the file and the fix."""
     if not run_dir.is_dir():
-        raise ValueError(f"{run_dir}: no such run directory; give the run_dir of a `moe train`")
+        raise UserError(f"{run_dir}: no such run directory; give the run_dir of a `moe train`")
     metrics = run_dir / "metrics.jsonl"
     rows, torn, repeated = _read_metrics(metrics, run_dir)
     steps = sorted(rows)
@@ -102,7 +104,7 @@ def read_run(run_dir: Path) -> Run:
     series: dict[str, np.ndarray] = dict(zip((*SCALARS, WORST_LAYER), columns, strict=True))
     frame_steps, frames = _read_frames(metrics, [(step, rows[step]) for step in steps if rows[step].shares])
     text, config = _read_config(run_dir / "config.yaml")
-    return Run(
+    return RunHistory(
         name=run_dir.resolve().name,
         steps=np.array(steps),
         series=series,
@@ -148,7 +150,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 
 def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], int, int]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; train first: `moe train run_dir={run_dir}`")
+        raise UserError(f"{path}: no such file; train first: `moe train run_dir={run_dir}`")
     rows: dict[int, _Row] = {}
     torn = repeated = lines = 0
     for offset, line in _lines(path):
@@ -170,7 +172,7 @@ def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], int, int]
         )
     if not rows:
         found = "is empty" if not lines else f"holds no step in its {lines} line{'s' * (lines > 1)}"
-        raise ValueError(f"{path}: {found}; train at least one step: `moe train run_dir={run_dir}`")
+        raise UserError(f"{path}: {found}; train at least one step: `moe train run_dir={run_dir}`")
     return rows, torn, repeated
 
 
@@ -217,44 +219,44 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         loaded = OmegaConf.create(text)
     except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as YAML ({reason}); restore it or remove it") from error
+        raise UserError(f"{path}: not readable as YAML ({reason}); restore it or remove it") from error
     if not isinstance(loaded, DictConfig):
-        raise ValueError(f"{path}: not a mapping of keys; restore it or remove it")
+        raise UserError(f"{path}: not a mapping of keys; restore it or remove it")
     container = OmegaConf.to_container(loaded, resolve=False)
     assert isinstance(container, dict)
     return text, {str(key): value for key, value in container.items()}
 
 
 def _read_routing(path: Path) -> Routing | None:
-    """None if the run has written none, or has no router. Raises ValueError where the lists don't fit together."""
+    """None if the run has written none, or has no router. Raises UserError where the lists don't fit together."""
     if not path.is_file():
         return None
     fix = "remove it; the next evaluation of `moe train` writes it anew"
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON; {fix}") from error
+        raise UserError(f"{path}: not valid JSON; {fix}") from error
     if not isinstance(data, dict) or not isinstance(data.get("tokens"), list):
-        raise ValueError(f"{path}: needs the keys tokens, experts and num_experts; {fix}")
+        raise UserError(f"{path}: needs the keys tokens, experts and num_experts; {fix}")
     tokens, experts, count = [str(token) for token in data["tokens"]], data.get("experts"), data.get("num_experts")
     if not experts or not tokens:
         return None
     if not isinstance(experts, list) or not isinstance(count, int):
-        raise ValueError(f"{path}: experts must be one list a layer and num_experts={count!r} an integer; {fix}")
+        raise UserError(f"{path}: experts must be one list a layer and num_experts={count!r} an integer; {fix}")
     for layer, ids in enumerate(experts):
         fits = isinstance(ids, list) and len(ids) == len(tokens)
         if not fits or not all(type(one) is int and 0 <= one < count for one in ids):
-            raise ValueError(f"{path}: layer {layer} needs {len(tokens)} expert ids in 0…{count - 1}; {fix}")
+            raise UserError(f"{path}: layer {layer} needs {len(tokens)} expert ids in 0…{count - 1}; {fix}")
     step = data.get("step")
     return Routing(step if type(step) is int else None, tokens, experts, count)
 
 
-def _read_samples(path: Path) -> list[Sample]:
+def _read_samples(path: Path) -> list[TextSample]:
     if not path.is_file():
         return []
     found = []
     for _, line in _lines(path):
         if line is not None and isinstance(line.get("text"), str):
             step = line.get("step")
-            found.append(Sample(step if type(step) is int else None, str(line.get("prompt", "")), line["text"]))
+            found.append(TextSample(step if type(step) is int else None, str(line.get("prompt", "")), line["text"]))
     return found

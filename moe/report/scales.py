@@ -115,7 +115,7 @@ def short(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A large count in words' size: 812, 46.7 B, 1.89 M."""
+    """A large count in overrides' size: 812, 46.7 B, 1.89 M."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             unit = 1e3 if suffix == "k" else size

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe.report.palette import expert_class
 from moe.report.plots import embed
-from moe.report.reader import Routing, Run, Sample
+from moe.report.reader import Routing, RunHistory, TextSample
 
 TOKENS_SHOWN = 1500
 CHIPS = 64  # experts with a button of their own
@@ -57,7 +57,7 @@ def _visible(token: str) -> str:
     return escape(kept).replace("\n", "<i>⏎</i>\n").replace("\t", "<i>⇥</i>\t")
 
 
-def samples(found: list[Sample]) -> str:
+def samples(found: list[TextSample]) -> str:
     """Evenly chosen over the run, newest first."""
     if len(found) > SAMPLES_SHOWN:
         picked = np.linspace(0, len(found) - 1, SAMPLES_SHOWN).round().astype(int)
@@ -70,7 +70,7 @@ def samples(found: list[Sample]) -> str:
     return f'<p class="note">{note}</p><div class="samples">{"".join(map(_sample, reversed(shown)))}</div>'
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: TextSample) -> str:
     rest = sample.text.removeprefix(sample.prompt)  # the text may or may not repeat its prompt
     cut = "…" if len(rest) > SAMPLE_CHARACTERS else ""
     step = f"Step {sample.step:,}" if sample.step is not None else "Step unknown"
@@ -78,7 +78,7 @@ def _sample(sample: Sample) -> str:
     return f"<article><h3>{step}</h3><pre>{prompt}{escape(rest[:SAMPLE_CHARACTERS])}{cut}</pre></article>"
 
 
-def configuration(run: Run) -> str:
+def configuration(run: RunHistory) -> str:
     text, cut = run.config_text[:CONFIG_CHARACTERS], len(run.config_text) > CONFIG_CHARACTERS
     lines = [_yaml_line(line) for line in text.splitlines()]
     more = "\n…" if cut else ""

@@ -3,9 +3,9 @@
 from moe.sparse.balance import BalanceLoss, balance_loss, max_violation, router_entropy
 from moe.sparse.experts import Experts, resolve_backend
 from moe.sparse.layer import SparseMLP
-from moe.sparse.output import RouterOutput
 from moe.sparse.randomness import Randomness
-from moe.sparse.router import TopKRouter
+from moe.sparse.routers.base import RouterOutput
+from moe.sparse.routers.topk import TopKRouter
 
 __all__ = [
     "BalanceLoss",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.config import RouterConfig
-from moe.sparse.output import RouterOutput
+from moe.sparse.routers.base import RouterOutput
 
 
 def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import ExpertBackend, ExpertsConfig
+from moe.errors import UserError
 from moe.sparse import megablocks
 from moe.sparse.swiglu import GroupedSwiGLU, PerExpertSwiGLU, torch_products
 
@@ -47,7 +48,7 @@ class Experts(nn.Module):
                 weight[local].copy_(torch.empty(weight.shape[1:]).normal_(0, std, generator=generator))
 
     def backend_for(self, x: Tensor) -> ExpertBackend:
-        """The back-end that runs on x's device and dtype; raises ValueError like `resolve_backend`."""
+        """The back-end that runs on x's device and dtype; raises UserError like `resolve_backend`."""
         shapes = (self.down_proj.shape[1], self.down_proj.shape[2])
         return resolve_backend(self.config, x.device, x.dtype, shapes)[0]
 
@@ -61,7 +62,7 @@ def resolve_backend(
 ) -> tuple[ExpertBackend, str]:
     """The back-end that will run, and why, for a start-up log; `shapes` is (hidden_size, intermediate_size).
 
-    `auto` takes grouped_mm where it runs and else the loop. Raises ValueError, saying what is missing, when
+    `auto` takes grouped_mm where it runs and else the loop. Raises UserError, saying what is missing, when
     `experts.backend` names one that can't run here.
     """
     asked = config.backend
@@ -75,7 +76,7 @@ def resolve_backend(
         how = "torch's grouped_mm" if device.type == "cuda" else "one product per expert, as torch's grouped_mm on CPU"
         return ExpertBackend.grouped_mm, how
     if asked is ExpertBackend.grouped_mm:
-        raise ValueError(f"experts.backend=grouped_mm {obstacle}; use experts.backend=auto or loop")
+        raise UserError(f"experts.backend=grouped_mm {obstacle}; use experts.backend=auto or loop")
     return ExpertBackend.loop, f"grouped_mm {obstacle}"
 
 

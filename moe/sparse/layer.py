@@ -10,17 +10,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
+from moe.errors import UserError
 from moe.sparse import dispatch, megablocks
 from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
-from moe.sparse.output import RouterOutput
 from moe.sparse.randomness import Randomness
-from moe.sparse.router import TopKRouter
+from moe.sparse.routers.base import RouterOutput
+from moe.sparse.routers.topk import TopKRouter
 
 
 class SparseMLP(nn.Module):
     """Mixtral's sparse feed-forward (arXiv 2401.04088, §2.1). With an expert group of N ranks, rank r holds experts
-    [r·E/N, (r+1)·E/N). Raises ValueError when N doesn't divide E."""
+    [r·E/N, (r+1)·E/N). Raises UserError when N doesn't divide E."""
 
     def __init__(
         self,
@@ -35,7 +36,9 @@ class SparseMLP(nn.Module):
         ranks = 1 if expert_group is None else dist.get_world_size(expert_group)
         rank = 0 if expert_group is None else dist.get_rank(expert_group)
         if router.num_experts % ranks:
-            raise ValueError(f"parallel.expert={ranks} must divide router.num_experts={router.num_experts}")
+            raise UserError(
+                f"parallel.expert_parallel_size={ranks} must divide router.num_experts={router.num_experts}"
+            )
         num_local = router.num_experts // ranks
         self.expert_group = expert_group if ranks > 1 else None
         self.gate = TopKRouter(hidden_size, router)

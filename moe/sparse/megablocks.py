@@ -15,29 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.errors import UserError
 from moe.sparse.dispatch import Order
 from moe.sparse.swiglu import GroupedProducts
 
 
 @cache
 def _packages() -> tuple[Any, Any]:
-    """(megablocks.ops, grouped_gemm.backend). Raises ValueError with what to install."""
+    """(megablocks.ops, grouped_gemm.backend). Raises UserError with what to install."""
     try:
         return importlib.import_module("megablocks.ops"), importlib.import_module("grouped_gemm.backend")
     except ImportError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"experts.backend=megablocks must have its packages ({reason}): pip install --no-build-isolation --no-deps "
             "megablocks grouped_gemm stanford-stk (compiles with nvcc), or use experts.backend=auto"
         ) from error
 
 
 def require(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise a one-line ValueError unless this back-end can run on this device and dtype."""
+    """Raise a one-line UserError unless this back-end can run on this device and dtype."""
     _packages()
     if device.type != "cuda" or dtype is not torch.bfloat16:
         here = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-        raise ValueError(
+        raise UserError(
             f"experts.backend=megablocks must have bfloat16 on CUDA (train.precision=bfloat16), not {here}; "
             "use experts.backend=auto"
         )

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.data.corpus import Corpus
 from moe.data.loader import Batch, token_counts
-from moe.data.prepare import Corpus
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
 from moe.model.transformer import Transformer
 from moe.train.metrics import bits_per_byte, entropy_nats
 
@@ -21,10 +21,10 @@ ROUTED_TOKENS = 400  # of the text that the report colours by expert
 class Evaluation:
     """Scores the same held-out sequences every time; the yardsticks are counted once."""
 
-    def __init__(self, corpus: Corpus, batches: list[Batch], topology: Topology, vocab_size: int) -> None:
+    def __init__(self, corpus: Corpus, batches: list[Batch], mesh: Mesh, vocab_size: int) -> None:
         self._tokenizer, self._names = corpus.tokenizer, corpus.source_names
-        self._batches, self._topology = batches, topology
-        counts_V = topology.sum_(token_counts(batches, vocab_size).to(topology.device, torch.float64)).cpu()
+        self._batches, self._mesh = batches, mesh
+        counts_V = mesh.sum_(token_counts(batches, vocab_size).to(mesh.device, torch.float64)).cpu()
         self.unigram_entropy = entropy_nats(counts_V)
         lengths_V = torch.zeros(vocab_size, dtype=torch.float64)
         token_bytes = torch.from_numpy(self._tokenizer.token_bytes()).double()
@@ -35,12 +35,12 @@ class Evaluation:
     def __call__(
         self, model: Transformer, begins: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """(figures of the evaluation step, routing of one held-out text or None for a dense model). A collective.
+        """(metrics of the evaluation step, routing of one held-out text or None for a dense model). A collective.
 
         `begins` hears of each batch.
         """
         model.eval()
-        device = self._topology.device
+        device = self._mesh.device
         sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)  # [source, (nats, targets)]
         routing = None
         for index, batch in enumerate(self._batches):
@@ -58,9 +58,9 @@ class Evaluation:
                     "num_experts": output.routers[0].counts_E.numel(),
                 }
         model.train()
-        sums = self._topology.sum_(sums).cpu()
+        sums = self._mesh.sum_(sums).cpu()
         nats, targets = sums.sum(0).tolist()
-        figures = {
+        metrics = {
             "val_loss": nats / targets,
             "val_bits_per_byte": bits_per_byte(nats, self._bytes),
             "val_unigram_entropy": self.unigram_entropy,
@@ -68,7 +68,7 @@ class Evaluation:
                 name: loss / count for name, (loss, count) in zip(self._names, sums.tolist(), strict=True) if count
             },
         }
-        return figures, routing
+        return metrics, routing
 
 
 def _loss_by_sequence(logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:

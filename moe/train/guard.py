@@ -13,21 +13,20 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from moe.checkpoint.state import TrainState
 from moe.config.train import GuardConfig
-from moe.dist.checkpoint import TrainState
-from moe.dist.engine import StepResult
-from moe.dist.refusal import Refusal
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
+from moe.engine.base import SkipReason, StepResult
+from moe.errors import UserError
 
 NAMED = 8  # at most so many micro-batches of a step, and so many steps, are named in one message
 
 
 class Guard:
-    """Per step, on every rank: `norm_limit`; for each micro-batch `saw`; after the update `judge`."""
+    """Per step, on every rank: `norm_limit`; after the update `judge`."""
 
-    def __init__(self, config: GuardConfig, state: TrainState, topology: Topology, warn: Callable[[str], None]) -> None:
-        self._config, self._state, self._topology, self._warn = config, state, topology, warn
-        self._losses: list[tuple[Tensor, Tensor]] = []  # of this step's micro-batches, with their sample ids
+    def __init__(self, config: GuardConfig, state: TrainState, mesh: Mesh, warn: Callable[[str], None]) -> None:
+        self._config, self._state, self._mesh, self._warn = config, state, mesh, warn
         self._limit: float | None = None
         self._blamed: list[str] = []  # one text for each of the last refused steps
 
@@ -41,22 +40,21 @@ class Guard:
             self._limit = mean + self._config.spike_sigmas * math.sqrt(variance)
         return self._limit
 
-    def saw(self, loss: Tensor, sample_ids_B: Tensor) -> None:
-        """A micro-batch's loss, which is looked at only if the step is refused."""
-        self._losses.append((loss.detach(), sample_ids_B))
+    def judge(self, result: StepResult, samples: range, losses: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Counts, and warns of a skipped step.
 
-    def judge(self, result: StepResult, samples: range) -> None:
-        """Counts, and warns of a refused step. `samples` are the step's, over all ranks; `state.step` is its number."""
-        losses, self._losses = self._losses, []
+        `samples` are the step's, over all ranks; `losses` this rank's micro-batches' with their sample ids, looked at
+        only if the step was skipped; `state.step` is its number.
+        """
         state = self._state
-        if result.refused is None:
-            state.refused_in_a_row = 0
+        if result.skipped is None:
+            state.skipped_in_a_row = 0
             state.recent_norms.append(result.grad_norm)
             del state.recent_norms[: -self._config.spike_window]
             self._blamed.clear()
             return
-        state.refused_in_a_row += 1
-        if result.refused is Refusal.spike:
+        state.skipped_in_a_row += 1
+        if result.skipped is SkipReason.spike:
             where = f"samples {_span(samples)}"
             reason = (
                 f"gradient norm {result.grad_norm:.4g} > {self._limit:.4g}, the mean + {self._config.spike_sigmas:g} σ "
@@ -66,7 +64,7 @@ class Guard:
             mine = [ids_B.tolist() for loss, ids_B in losses if not loss.isfinite()]
             bad = [
                 f"samples {_span(ids)} (rank {rank})"
-                for rank, batches in enumerate(self._topology.gather(mine))
+                for rank, batches in enumerate(self._mesh.gather(mine))
                 for ids in batches
             ]
             where = _listed(bad) if bad else f"samples {_span(samples)}"
@@ -81,15 +79,15 @@ class Guard:
     @property
     def exhausted(self) -> bool:
         """After `guard.max_skipped` refused steps in a row: the run is to end."""
-        return self._state.refused_in_a_row >= self._config.max_skipped
+        return self._state.skipped_in_a_row >= self._config.max_skipped
 
     def check(self) -> None:
-        """Raises ValueError when exhausted; no weight has moved in the refused steps."""
+        """Raises UserError when exhausted; no weight has moved in the refused steps."""
         if not self.exhausted:
             return
         state = self._state
-        refused = state.refused_in_a_row
-        raise ValueError(
+        refused = state.skipped_in_a_row
+        raise UserError(
             f"step {state.step}: {refused} steps in a row were refused (guard.max_skipped={self._config.max_skipped}): "
             f"{'; '.join(self._blamed)}. The weights are those of step {state.step - refused}. The same command goes "
             "on from the newest checkpoint and meets the same samples: lower optim.lr (with "

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
 from moe.sparse.balance import max_violation, router_entropy
-from moe.sparse.output import RouterOutput
+from moe.sparse.routers.base import RouterOutput
 
 
 class StepSums:
-    """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the figures."""
+    """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the metrics."""
 
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
         self._scalars: Tensor | None = None  # [2 + 4 L]: see `add`
         self._counts_LE: Tensor | None = None
         self._micro_batches = 0
@@ -43,33 +43,33 @@ class StepSums:
     def reduced(
         self, targets: int, mine: float, flags: Sequence[float]
     ) -> tuple[dict[str, Any], list[float], list[float]]:
-        """The step's figures, every rank's `mine`, and `flags` summed over the ranks.
+        """The step's metrics, every rank's `mine`, and `flags` summed over the ranks.
 
         `targets` is the number of target tokens of the global batch.
         """
         assert self._scalars is not None
-        by_rank = self._scalars.new_zeros(self._topology.world_size)
-        by_rank[self._topology.rank] = mine
+        by_rank = self._scalars.new_zeros(self._mesh.world_size)
+        by_rank[self._mesh.rank] = mine
         parts = [by_rank, self._scalars.new_tensor(flags), self._scalars]
         if self._counts_LE is not None:
             parts.append(self._counts_LE.flatten())
         own = [len(by_rank), len(by_rank) + len(flags)]
-        ranks, raised, packed = self._topology.sum_(torch.cat(parts)).cpu().tensor_split(own)
+        ranks, raised, packed = self._mesh.sum_(torch.cat(parts)).cpu().tensor_split(own)
         return self._figures(packed, targets), ranks.tolist(), raised.tolist()
 
     def _figures(self, packed: Tensor, targets: int) -> dict[str, Any]:
-        micro_batches = self._micro_batches * self._topology.world_size
-        figures: dict[str, Any] = {
+        micro_batches = self._micro_batches * self._mesh.world_size
+        metrics: dict[str, Any] = {
             "loss": packed[1].item() / micro_batches,
             "lm_loss": packed[0].item() / max(1, targets),
         }
         if self._counts_LE is None:
-            return figures | DENSE
+            return metrics | DENSE
         layers, experts = self._counts_LE.shape
         per_layer = packed[2 : 2 + 4 * layers].view(layers, 4)
         counts_LE = packed[2 + 4 * layers :].view(layers, experts)
         balance, z_loss, entropy = (per_layer[:, :3] / micro_batches).unbind(-1)
-        return figures | {
+        return metrics | {
             "load_balancing_loss": balance.mean().item(),
             "router_z_loss": z_loss.mean().item(),
             "max_violation": max_violation(counts_LE).mean().item(),

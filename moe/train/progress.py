@@ -41,32 +41,32 @@ class Display:
             bar = Progress(
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[metrics]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            bar.add_task("train", total=self._steps, completed=first_step, figures="")
+            bar.add_task("train", total=self._steps, completed=first_step, metrics="")
             bar.start()
             self._bar = bar
 
-    def step(self, figures: dict[str, Any]) -> None:
-        step = figures["step"]
-        text = f"loss {figures['lm_loss']:.3f} · {figures['tokens_per_second']:,.0f} tokens/s"
-        if figures["max_violation"] is not None:
-            text += f" · balance {figures['load_balancing_loss']:.3f} · MaxVio {figures['max_violation']:.2f}"
-        if figures["dropped_fraction"]:
-            text += f" · dropped {figures['dropped_fraction']:.1%}"
+    def step(self, metrics: dict[str, Any]) -> None:
+        step = metrics["step"]
+        text = f"loss {metrics['lm_loss']:.3f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics["max_violation"] is not None:
+            text += f" · balance {metrics['load_balancing_loss']:.3f} · MaxVio {metrics['max_violation']:.2f}"
+        if metrics["dropped_fraction"]:
+            text += f" · dropped {metrics['dropped_fraction']:.1%}"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, figures=text)
+            self._bar.update(self._bar.task_ids[0], completed=step, metrics=text)
         elif step % self._log_every == 0 or step in (self._first_step + 1, self._steps):
             done = step - self._first_step
             remaining = (time.perf_counter() - self._started) / done * (self._steps - step)
             self.line(f"step {step}/{self._steps} · {text} · {_short(remaining)} left")
-        if "val_loss" in figures:
-            gap = figures["val_unigram_entropy"] - figures["val_loss"]
+        if "val_loss" in metrics:
+            gap = metrics["val_unigram_entropy"] - metrics["val_loss"]
             self.line(
-                f"step {step}/{self._steps} · validation loss {figures['val_loss']:.4f} nats"
-                f" ({gap:+.2f} under the unigram entropy) · {figures['val_bits_per_byte']:.3f} bits per byte"
+                f"step {step}/{self._steps} · validation loss {metrics['val_loss']:.4f} nats"
+                f" ({gap:+.2f} under the unigram entropy) · {metrics['val_bits_per_byte']:.3f} bits per byte"
             )
 
     def stop(self) -> None:

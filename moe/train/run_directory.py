@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-from moe.compose import read_config
 from moe.config import Config, Schedule
+from moe.config.compose import read_config
+from moe.errors import UserError
 
 # What a checkpoint's tensors and token ids depend on: another value can't continue the run.
 FIXED = ("model", "router.num_experts", "tokenizer")
@@ -23,7 +24,7 @@ NEUTRAL = (
 
 
 def lock(run_dir: Path) -> IO[str]:
-    """Hold the directory until the returned file closes. Raises ValueError if another job holds it."""
+    """Hold the directory until the returned file closes. Raises UserError if another job holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / ".lock").open("a+", encoding="utf-8")
     try:
@@ -31,7 +32,7 @@ def lock(run_dir: Path) -> IO[str]:
     except OSError as error:
         holder = _read_soon(file)
         file.close()
-        raise ValueError(
+        raise UserError(
             f"run_dir={run_dir} is in use by {holder}: wait for it, stop it, or choose another run_dir"
         ) from error
     file.truncate(0)
@@ -82,7 +83,7 @@ def _under(key: str, prefixes: tuple[str, ...]) -> bool:
 def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> list[str]:
     """Lines that tell what changed since `checkpoint`; `data` is the fingerprint of its data and of today's.
 
-    Raises ValueError for what can't change, and for what changes the mathematics unless `checkpoint.allow_changes`.
+    Raises UserError for what can't change, and for what changes the mathematics unless `checkpoint.allow_changes`.
     """
     changed = differences(read_config(checkpoint / "config.yaml"), config)
     lines = [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
@@ -94,7 +95,7 @@ def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> 
         if _under(key, NEUTRAL):
             continue
         if _under(key, FIXED):
-            raise ValueError(
+            raise UserError(
                 f"{key}={new}, but the checkpoint {checkpoint} was written with {key}={old}: "
                 "set it back, or start another run with run_dir=…"
             )
@@ -104,7 +105,7 @@ def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> 
         lines.append(f"the data's fingerprint: {data[0][:12]} → {data[1][:12]}")
         mathematics.append(lines[-1])
     if mathematics and not config.checkpoint.allow_changes:
-        raise ValueError(
+        raise UserError(
             f"since {checkpoint} this changed, and with it the mathematics of the run: {'; '.join(mathematics)}; "
             "checkpoint.allow_changes=true goes on with it, run_dir=… starts another run"
         )

@@ -1,6 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C stop a run in good order: after the step under way, on all ranks, with a checkpoint.
 
-A signal only raises a flag. The flags of all ranks travel with the sum that every step makes of its figures, so all
+A signal only raises a flag. The flags of all ranks travel with the sum that every step makes of its metrics, so all
 ranks know after the same step that one of them was asked to stop, and by which signal; no rank waits for another that
 has left. A signal that comes again during the save changes nothing, except a second Ctrl-C, which gives up at once.
 """

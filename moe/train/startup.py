@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 
 from moe.config import Config, Mlp, Precision
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
 from moe.model.attention import resolve_attention
 from moe.plan import count_parameters, estimate_memory, flops_per_token
 from moe.sparse.experts import resolve_backend
 from moe.train.metrics import measure_peak_flops
 
 
-def choose_backends(config: Config, topology: Topology) -> list[str]:
+def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     """Lines that name the attention and expert back-ends and why.
 
-    Raises ValueError if an explicitly chosen one can't run here.
+    Raises UserError if an explicitly chosen one can't run here.
     """
     model, dtype = config.model, _dtype(config)
-    attention, reason = resolve_attention(model.attention, topology.device, dtype, model.head_size)
+    attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
     lines = [f"attention: {attention.name} ({reason})"]
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.intermediate_size)
-        backend, reason = resolve_backend(config.experts, topology.device, dtype, shapes)
+        backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)
         router = config.router
         lines.append(f"experts: {router.num_experts}, top-{router.top_k}, {backend.name} ({reason})")
         if router.aux_loss_coef == 0:
@@ -30,28 +30,26 @@ def choose_backends(config: Config, topology: Topology) -> list[str]:
     return lines
 
 
-def peak_flops(config: Config, topology: Topology) -> float:
+def peak_flops(config: Config, mesh: Mesh) -> float:
     """FLOP/s of one rank: `train.peak_tflops`, else what a matrix product reaches, averaged over ranks."""
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops * 1e12
-    topology.barrier()  # all ranks time theirs at once, as they will compute at once
-    peak = torch.tensor(
-        measure_peak_flops(topology.device, _dtype(config)), dtype=torch.float64, device=topology.device
-    )
-    return float(topology.sum_(peak)) / topology.world_size
+    mesh.barrier()  # all ranks time theirs at once, as they will compute at once
+    peak = torch.tensor(measure_peak_flops(mesh.device, _dtype(config)), dtype=torch.float64, device=mesh.device)
+    return float(mesh.sum_(peak)) / mesh.world_size
 
 
-def describe_run(config: Config, topology: Topology, peak: float) -> list[str]:
+def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
     """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
-    train, world = config.train, topology.world_size
-    (total, active), memory = count_parameters(config), estimate_memory(config, world, topology.device.type)
+    train, world = config.train, mesh.world_size
+    (total, active), memory = count_parameters(config), estimate_memory(config, world, mesh.device.type)
     kinds = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     stated = "measured" if train.peak_tflops is None else "stated"
     return [
         f"model: {total:,} parameters, {active:,} active per token, "
         f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
-        f"ranks: {world}, expert-parallel degree {topology.expert}, ZeRO-{config.parallel.zero_stage}, "
-        f"{train.precision.name} on {topology.device.type}, {torch.get_num_threads()} threads a rank",
+        f"ranks: {world}, expert-parallel degree {mesh.expert_parallel_size}, ZeRO-{config.parallel.zero_stage}, "
+        f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
         f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",

@@ -1,4 +1,4 @@
-"""Where figures go: always RUN_DIR/metrics.jsonl, and W&B. The only file that imports wandb.
+"""Where metrics go: always RUN_DIR/metrics.jsonl, and W&B. The only file that imports wandb.
 
 W&B must never cost a training run: no key or no network means offline (sync later with `wandb sync`). Its service is a
 process of its own, which keeps the newest 32 KiB in memory: if it dies, an offline run is started in its place and
@@ -80,21 +80,21 @@ def _has_key() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or known)
 
 
-def panels(figures: dict[str, Any]) -> dict[str, Any]:
-    """A step's figures under W&B's sections, the load-balancing loss per layer beside the total; no nulls."""
-    shown = {f"{section}/{name}": figures.get(name) for section, names in PANELS.items() for name in names}
-    for layer, value in enumerate(figures["load_balancing_loss_layers"]):
+def panels(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A step's metrics under W&B's sections, the load-balancing loss per layer beside the total; no nulls."""
+    shown = {f"{section}/{name}": metrics.get(name) for section, names in PANELS.items() for name in names}
+    for layer, value in enumerate(metrics["load_balancing_loss_layers"]):
         shown[f"balance/load_balancing_loss_layer_{layer:02d}"] = value
-    for layer, shares in enumerate(figures["expert_shares"]):
+    for layer, shares in enumerate(metrics["expert_shares"]):
         for expert, share in enumerate(shares):
             shown[f"experts/layer_{layer:02d}/share_{expert:02d}"] = share
-    for name, value in figures.get("val_loss_by_source", {}).items():
+    for name, value in metrics.get("val_loss_by_source", {}).items():
         shown[f"val/loss_{name}"] = value
     return {name: value for name, value in shown.items() if value is not None}
 
 
 class Tracker:
-    """Rank 0's writer. `log` takes the step's figures."""
+    """Rank 0's writer. `log` takes the step's metrics."""
 
     def __init__(self, config: Config, run_dir: Path, *, resumed: bool, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -140,18 +140,18 @@ class Tracker:
         self._warn(f"{failed}metrics.jsonl has every figure")
         return None
 
-    def log(self, figures: dict[str, Any]) -> None:
+    def log(self, metrics: dict[str, Any]) -> None:
         """One JSON line, null for what is not finite; the same to W&B under its sections, without the nulls, the
         load-balancing loss per layer beside the total."""
-        figures = finite(figures)
+        metrics = finite(metrics)
         try:
-            append_line(self._folder / "metrics.jsonl", json.dumps(figures, allow_nan=False) + "\n")
-        except OSError as error:  # a full disk costs figures, not the run
+            append_line(self._folder / "metrics.jsonl", json.dumps(metrics, allow_nan=False) + "\n")
+        except OSError as error:  # a full disk costs metrics, not the run
             self._warn(
-                f"{error.filename}: the figures of step {figures['step']} could not be written ({error.strerror})"
+                f"{error.filename}: the metrics of step {metrics['step']} could not be written ({error.strerror})"
             )
         if self._run is not None:
-            self._guarded(lambda run: run.log(panels(figures), step=figures["step"]))
+            self._guarded(lambda run: run.log(panels(metrics), step=metrics["step"]))
 
     def _guarded(self, action: Callable[[Any], object]) -> None:
         """`action` on the W&B run; when it fails, an offline run takes its place, and at the second time nothing."""
@@ -172,8 +172,8 @@ class Tracker:
         try:
             run = self._init("offline", secrets.token_hex(4))
             for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                figures = json.loads(line)
-                run.log(panels(figures), step=figures["step"])
+                metrics = json.loads(line)
+                run.log(panels(metrics), step=metrics["step"])
         except Exception as error:
             self._warn(f"{reason} and can't start offline ({error}); metrics.jsonl goes on")
             return None

@@ -30,7 +30,8 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from moe.dist.topology import Topology, own_store
+from moe.distributed.mesh import Mesh
+from moe.distributed.rendezvous import own_store
 
 EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, try again
 POSTS = 10  # in guard.hang_seconds
@@ -43,8 +44,8 @@ SHOWN_RANKS = 8
 class Watchdog:
     """`with Watchdog(…) as watchdog:` around the training loop. `seconds` null: `beat` does nothing."""
 
-    def __init__(self, topology: Topology, seconds: float | None) -> None:
-        self._topology, self._seconds = topology, seconds
+    def __init__(self, mesh: Mesh, seconds: float | None) -> None:
+        self._mesh, self._seconds = mesh, seconds
         self._interval = min(LONGEST_POST_INTERVAL, (seconds or 0.0) / POSTS)
         self._store = own_store(max(10.0, 2 * self._interval)) if seconds is not None else None
         self._store_error = ""
@@ -88,7 +89,7 @@ class Watchdog:
             post = {"number": self._posts, "at": time.strftime("%H:%M:%S"), "idle": time.monotonic() - since}
             post |= identity | {"doing": doing, "left": self._left.is_set()}
             try:
-                self._store.set(f"post/{self._topology.rank}", json.dumps(post))
+                self._store.set(f"post/{self._mesh.rank}", json.dumps(post))
                 if self._store.check(["alarm"]):
                     self._alarm.set()
             except DistError as error:
@@ -118,7 +119,7 @@ class Watchdog:
 
     def _end(self, idle: float, doing: str) -> None:
         faulthandler.cancel_dump_traceback_later()
-        mine = f"rank {self._topology.rank} of {self._topology.world_size}"
+        mine = f"rank {self._mesh.rank} of {self._mesh.world_size}"
         lines = [f"{mine}: no progress for {idle:.1f} s, in {doing} (guard.hang_seconds={self._seconds:g})"]
         posts: dict[int, dict[str, Any]] = {}
         silent: set[int] = set()
@@ -130,7 +131,7 @@ class Watchdog:
             if len(seen) == 2:
                 posts = seen[1]
                 silent = {rank for rank in posts if posts[rank] == seen[0].get(rank) and not posts[rank]["left"]}
-                lines += _findings(posts, silent, self._topology.rank)
+                lines += _findings(posts, silent, self._mesh.rank)
             else:
                 why = self._store_error or "it does not answer"
                 lines.append(f"the ranks' store is gone, and with it rank 0's torchrun or machine ({why})")
@@ -151,9 +152,9 @@ class Watchdog:
     def _read_twice(self, seen: list[dict[int, dict[str, Any]]]) -> None:
         assert self._store is not None
         try:
-            self._store.set("alarm", str(self._topology.rank))
+            self._store.set("alarm", str(self._mesh.rank))
             for again in (True, False):
-                ranks = [rank for rank in range(self._topology.world_size) if self._store.check([f"post/{rank}"])]
+                ranks = [rank for rank in range(self._mesh.world_size) if self._store.check([f"post/{rank}"])]
                 raw = self._store.multi_get([f"post/{rank}" for rank in ranks])
                 seen.append({rank: json.loads(text) for rank, text in zip(ranks, raw, strict=True)})
                 if again:
@@ -164,7 +165,7 @@ class Watchdog:
     def _wait_for_dumps(self, living: set[int]) -> None:
         assert self._store is not None
         try:
-            self._store.set(f"dumped/{self._topology.rank}", "")
+            self._store.set(f"dumped/{self._mesh.rank}", "")
             while not self._store.check([f"dumped/{rank}" for rank in living]):
                 time.sleep(self._interval / 2)
         except DistError as error:

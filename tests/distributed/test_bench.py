@@ -15,10 +15,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-def _bench(words: list[str]) -> list[str]:
+def _bench(overrides: list[str]) -> list[str]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        run_bench(words)
+        run_bench(overrides)
     return out.getvalue().splitlines()
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint continues exactly: at the same topology bitwise, at another one to rounding."""
+"""A checkpoint continues exactly: at the same mesh bitwise, at another one to rounding."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import pytest
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from moe.compose import to_yaml
+from moe.checkpoint import writer as save_module
+from moe.checkpoint.layout import committed, verify
+from moe.checkpoint.reader import load, load_model, newest, resolve
+from moe.checkpoint.state import TrainState
+from moe.checkpoint.writer import Saver
 from moe.config import CheckpointConfig
-from moe.dist import master as master_module
-from moe.dist import save as save_module
-from moe.dist.checkpoint import TrainState, committed, load, load_model, newest, resolve, verify
-from moe.dist.master import MasterState
-from moe.dist.save import Saver
+from moe.config.compose import to_yaml
+from moe.engine.base import OptimizerState
+from moe.engine.deepspeed import optimizer_state as optimizer_state_module
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
@@ -27,23 +29,23 @@ BEFORE, AFTER = 3, 3
 
 def _save_and_go_on(folder: Path, overrides: list[str], background: bool = True) -> list[float]:
     config = config_of(overrides)
-    topology, engine = build(config)
-    engine_steps(config, topology, engine, 0, BEFORE)
+    mesh, engine = build(config)
+    engine_steps(config, mesh, engine, 0, BEFORE)
     state = TrainState(step=BEFORE, consumed=BEFORE * 8, tokens=BEFORE * 128, tokenizer="t", data="d")
-    saver = Saver(folder, topology, CheckpointConfig(background=background), print, print)
+    saver = Saver(folder, mesh, CheckpointConfig(background=background), print, print)
     saver.save(engine, state, to_yaml(config))
-    losses = engine_steps(config, topology, engine, BEFORE, AFTER).losses
+    losses = engine_steps(config, mesh, engine, BEFORE, AFTER).losses
     assert saver.wait()
     return losses
 
 
 def _resume(folder: Path, overrides: list[str]) -> tuple[list[float], TrainState]:
     config = config_of(overrides)
-    topology, engine = build(config)
-    checkpoint = newest(folder, topology, print)
+    mesh, engine = build(config)
+    checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
-    state = load(checkpoint, engine, topology)
-    return engine_steps(config, topology, engine, state.step, AFTER).losses, state
+    state = load(checkpoint, engine, mesh)
+    return engine_steps(config, mesh, engine, state.step, AFTER).losses, state
 
 
 CASES = [
@@ -66,18 +68,22 @@ def test_resume_is_exact(
     if precision == "bfloat16" and saved != resumed:
         tolerance = 5e-3  # activations have 8 bits: another order of sums shows there
 
-    def words(world: tuple[int, ...]) -> list[str]:
-        return [f"parallel.expert={world[1]}", f"parallel.zero_stage={world[2]}", f"train.precision={precision}"]
+    def overrides(world: tuple[int, ...]) -> list[str]:
+        return [
+            f"parallel.expert_parallel_size={world[1]}",
+            f"parallel.zero_stage={world[2]}",
+            f"train.precision={precision}",
+        ]
 
-    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, words(saved))
-    results = run_ranks(resumed[0], _resume, tmp_path, words(resumed))
+    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved))
+    results = run_ranks(resumed[0], _resume, tmp_path, overrides(resumed))
     for losses, state in results:
         assert (state.step, state.consumed, state.tokens) == (BEFORE, BEFORE * 8, BEFORE * 128)
         assert losses == (expected[0] if tolerance == 0 else pytest.approx(expected[0], rel=tolerance))
 
 
 def test_layout_has_no_pickle_and_loads_as_a_whole_model(tmp_path: Path) -> None:
-    run_ranks(2, _save_and_go_on, tmp_path, ["parallel.expert=2"])
+    run_ranks(2, _save_and_go_on, tmp_path, ["parallel.expert_parallel_size=2"])
     (folder,) = committed(tmp_path / "checkpoints")
     names = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
     assert names == {"model", "optimizer", "state.json", "config.yaml", "manifest.json"}
@@ -91,13 +97,13 @@ def test_layout_has_no_pickle_and_loads_as_a_whole_model(tmp_path: Path) -> None
 
 def _save_twice_the_second_into_a_full_disk(folder: Path) -> list[str]:
     config = config_of([])
-    topology, engine = build(config)
+    mesh, engine = build(config)
     warnings: list[str] = []
-    saver = Saver(folder, topology, CheckpointConfig(), print, warnings.append)
-    engine_steps(config, topology, engine, 0, 1)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, warnings.append)
+    engine_steps(config, mesh, engine, 0, 1)
     saver.save(engine, TrainState(step=1), to_yaml(config))
     assert saver.wait()
-    engine_steps(config, topology, engine, 1, 1)
+    engine_steps(config, mesh, engine, 1, 1)
     # A limit on file size fails a write just as a full disk does (EFBIG for ENOSPC), without root's rights.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
@@ -125,8 +131,8 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path) -> None:
 
 def _save_to_a_slow_disk(folder: Path) -> list[str]:
     config = config_of([])
-    topology, engine = build(config)
-    engine_steps(config, topology, engine, 0, 1)
+    mesh, engine = build(config)
+    engine_steps(config, mesh, engine, 0, 1)
     real = save_module.fsync
 
     def slow(path: Path) -> None:
@@ -135,7 +141,7 @@ def _save_to_a_slow_disk(folder: Path) -> list[str]:
 
     save_module.fsync = slow
     beats: list[str] = []
-    saver = Saver(folder, topology, CheckpointConfig(), print, print, beats.append)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print, beats.append)
     saver.save(engine, TrainState(step=1), to_yaml(config))
     assert saver.wait()
     return beats
@@ -153,9 +159,9 @@ def _forget(what: str) -> None:
         for kind in zero_kinds:
             kind.update_lp_params = lambda self: None
         return
-    link = MasterState._link_moments
+    link = OptimizerState._link_moments
 
-    def changed(self: MasterState, adam_steps: int | None = None) -> None:
+    def changed(self: OptimizerState, adam_steps: int | None = None) -> None:
         link(self, 0 if what == "Adam's step" and adam_steps is not None else adam_steps)
         if what == "the step in every group" and adam_steps is not None:
             optimizer = self._zero.optimizer
@@ -164,8 +170,8 @@ def _forget(what: str) -> None:
                     optimizer.state[parameter]["step"].zero_()
 
     if what == "the moments":
-        master_module.safe_set_full_optimizer_state = lambda *_: None
-    MasterState._link_moments = changed  # type: ignore[method-assign]
+        optimizer_state_module.safe_set_full_optimizer_state = lambda *_: None
+    OptimizerState._link_moments = changed  # type: ignore[method-assign]
 
 
 def _resume_without(what: str, folder: Path, overrides: list[str]) -> list[float]:
@@ -177,8 +183,8 @@ def _resume_without(what: str, folder: Path, overrides: list[str]) -> list[float
 @pytest.mark.parametrize("what", ["update_lp_params", "Adam's step", "the step in every group", "the moments"])
 def test_each_omission_would_be_seen(what: str, precision: str, tmp_path: Path) -> None:
     """A load that leaves this out raises nothing, and trains on from other numbers: the bitwise test above sees it."""
-    words = ["parallel.expert=2", f"train.precision={precision}"]
-    expected = run_ranks(2, _save_and_go_on, tmp_path, words)[0]
-    losses = run_ranks(2, _resume_without, what, tmp_path, words)[0]
+    overrides = ["parallel.expert_parallel_size=2", f"train.precision={precision}"]
+    expected = run_ranks(2, _save_and_go_on, tmp_path, overrides)[0]
+    losses = run_ranks(2, _resume_without, what, tmp_path, overrides)[0]
     gap = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
     assert gap > 1e-4

@@ -87,7 +87,7 @@ def _rank_runs_all_cases(store: str, ranks: int) -> dict[str, dict[str, Tensor]]
         for name, case in CASES.items():
             xs, grads = case.batch(ranks)
             results[name] = _step(case.layer(dist.group.WORLD), xs[rank], grads[rank])
-        with pytest.raises(ValueError, match=f"parallel.expert={ranks} must divide router.num_experts=9"):
+        with pytest.raises(ValueError, match=f"parallel.expert_parallel_size={ranks} must divide router.num_experts=9"):
             SparseMLP(HIDDEN, INNER, RouterConfig(num_experts=9), ExpertsConfig(), expert_group=dist.group.WORLD)
         return results
     finally:

@@ -20,7 +20,7 @@ STEPS = 20
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel degree)
 ZERO_2, NO_CLIP = "parallel.zero_stage=2", "optim.max_grad_norm=1e9"
 VARIANTS: dict[str, tuple[list[str], list[int]]] = {
-    # name → (words, experts that the router passes over)
+    # name → (overrides, experts that the router passes over)
     "clipping": ([], []),
     "clipping, ZeRO-2": ([ZERO_2], []),
     "no clipping": ([NO_CLIP], []),
@@ -52,11 +52,11 @@ def _all_cases(world_size: int) -> dict[tuple[int, str], Training]:
     for ranks, expert in TOPOLOGIES:
         if ranks != world_size:
             continue
-        for name, (words, idle) in VARIANTS.items():
-            config = config_of([*words, f"parallel.expert={expert}"])
-            topology, engine = build(config, idle)
-            done = engine_steps(config, topology, engine, 0, STEPS)
-            done.state = engine.master.gather()
+        for name, (overrides, idle) in VARIANTS.items():
+            config = config_of([*overrides, f"parallel.expert_parallel_size={expert}"])
+            mesh, engine = build(config, idle)
+            done = engine_steps(config, mesh, engine, 0, STEPS)
+            done.state = engine.optimizer_state.gather()
             results[expert, name] = done
     return results
 
@@ -68,8 +68,8 @@ def launched(world_size: int) -> list[dict[tuple[int, str], Training]]:
 
 @cache
 def reference(name: str) -> Training:
-    words, idle = VARIANTS[name]
-    return plain_steps(config_of(words), STEPS, idle)
+    overrides, idle = VARIANTS[name]
+    return plain_steps(config_of(overrides), STEPS, idle)
 
 
 def _largest(values: list[float], expected: list[float]) -> float:
@@ -135,10 +135,10 @@ def test_offload_without_a_gpu_is_refused_with_the_reason() -> None:
 
 
 def _bfloat16(expert: int) -> Training:
-    config = config_of(["train.precision=bfloat16", f"parallel.expert={expert}"])
-    topology, engine = build(config)
-    done = engine_steps(config, topology, engine, 0, STEPS)
-    done.state = engine.master.gather()
+    config = config_of(["train.precision=bfloat16", f"parallel.expert_parallel_size={expert}"])
+    mesh, engine = build(config)
+    done = engine_steps(config, mesh, engine, 0, STEPS)
+    done.state = engine.optimizer_state.gather()
     return done
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-WORDS = [*SMALL, f"train.steps={STEPS}", "checkpoint.every=4"]
+OVERRIDES = [*SMALL, f"train.steps={STEPS}", "checkpoint.every=4"]
 
 
 def _why_not() -> str | None:
@@ -61,17 +61,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def single(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """The figures of the run in one process."""
+    """The metrics of the run in one process."""
     run = tmp_path_factory.mktemp("single")
-    words = ("train", f"run_dir={run}", *WORDS, *data)
-    done = subprocess.run(command(words), env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    overrides = ("train", f"run_dir={run}", *OVERRIDES, *data)
+    done = subprocess.run(
+        command(overrides), env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return read_metrics(run)
 
 
-def _start(name: str, logs: Path, *words: str, **more: str) -> subprocess.Popen[str]:
+def _start(name: str, logs: Path, *overrides: str, **more: str) -> subprocess.Popen[str]:
     env = environment({"NAME": name, "LOGS": str(logs), "VENV": str(Path(sys.executable).parent.parent), **more})
-    script = ["bash", str(ROOT / "launch/two_namespaces.sh"), "train", *words]
+    script = ["bash", str(ROOT / "launch/two_namespaces.sh"), "train", *overrides]
     return subprocess.Popen(script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -102,8 +104,8 @@ def _same_curve(run: Path, single: list[dict[str, object]]) -> None:
 def test_experts_split_over_two_nodes_give_the_curve_of_one_process(
     name: str, data: list[str], single: list[dict[str, object]], tmp_path: Path
 ) -> None:
-    split = ["parallel.expert=2", "parallel.expert_across_nodes=true", f"run_dir={tmp_path / 'run'}"]
-    process = _start(name, tmp_path / "logs", *WORDS, *data, *split)
+    split = ["parallel.expert_parallel_size=2", "parallel.expert_across_nodes=true", f"run_dir={tmp_path / 'run'}"]
+    process = _start(name, tmp_path / "logs", *OVERRIDES, *data, *split)
     output = _finish(process)
     assert process.returncode == 0, output
     assert "node 0 | ranks: 2, expert-parallel degree 2" in output
@@ -118,7 +120,14 @@ def test_a_death_on_one_node_restarts_both_and_the_curve_stays(
 ) -> None:
     run = tmp_path / "run"
     process = _start(
-        name, tmp_path / "logs", *WORDS, *data, "parallel.expert=1", f"run_dir={run}", MAX_RESTARTS="1", RATE="20mbit"
+        name,
+        tmp_path / "logs",
+        *OVERRIDES,
+        *data,
+        "parallel.expert_parallel_size=1",
+        f"run_dir={run}",
+        MAX_RESTARTS="1",
+        RATE="20mbit",
     )
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 100
@@ -151,8 +160,8 @@ def test_the_links_rate_bounds_the_step(name: str, data: list[str], tmp_path: Pa
     run = tmp_path / "run"
     parameters = 76_000
     rate = 4 * parameters * 8 / 0.3
-    words = [*WORDS, *data, "train.steps=6", "train.eval_every=100", "train.sample_every=100", f"run_dir={run}"]
-    process = _start(name, tmp_path / "logs", *words, RATE=f"{rate:.0f}bit")
+    overrides = [*OVERRIDES, *data, "train.steps=6", "train.eval_every=100", "train.sample_every=100", f"run_dir={run}"]
+    process = _start(name, tmp_path / "logs", *overrides, RATE=f"{rate:.0f}bit")
     output = _finish(process)
     assert process.returncode == 0, output
     seconds = sum(line["step_seconds"] for line in read_metrics(run)[1:])  # type: ignore[misc]
@@ -163,7 +172,7 @@ def test_the_links_rate_bounds_the_step(name: str, data: list[str], tmp_path: Pa
 
 
 def test_a_signal_leaves_nothing_behind(name: str, data: list[str], tmp_path: Path) -> None:
-    process = _start(name, tmp_path / "logs", *WORDS, *data, "train.steps=100000", f"run_dir={tmp_path / 'run'}")
+    process = _start(name, tmp_path / "logs", *OVERRIDES, *data, "train.steps=100000", f"run_dir={tmp_path / 'run'}")
     deadline = time.monotonic() + 90
     while not (tmp_path / "run/metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()[0]
@@ -185,7 +194,7 @@ def test_a_signal_leaves_nothing_behind(name: str, data: list[str], tmp_path: Pa
 def test_what_tc_refuses_ends_at_once(
     name: str, data: list[str], tmp_path: Path, more: dict[str, str], message: str
 ) -> None:
-    process = _start(name, tmp_path / "logs", *WORDS, *data, f"run_dir={tmp_path / 'run'}", **more)
+    process = _start(name, tmp_path / "logs", *OVERRIDES, *data, f"run_dir={tmp_path / 'run'}", **more)
     output = _finish(process, timeout=30)
     assert process.returncode == 2
     assert message in output

@@ -1,4 +1,4 @@
-"""What DeepSpeed need not do in float32 (moe/dist/shortcuts.py) changes no result."""
+"""What DeepSpeed need not do in float32 (moe/engine/deepspeed/shortcuts.py) changes no result."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe.compose import load_config
 from moe.config import Config
-from moe.dist import engine as engine_module
-from moe.dist import topology as topology_module
-from moe.dist.engine import Engine, expert_groups
-from moe.dist.refusal import Refusal
-from moe.dist.shortcuts import LARGE, ROW, squared_norm
+from moe.config.compose import load_config
+from moe.distributed import rendezvous
+from moe.engine import build_engine, prepare
+from moe.engine.base import SkipReason
+from moe.engine.deepspeed import engine as engine_module
+from moe.engine.deepspeed.shortcuts import LARGE, ROW, squared_norm
 from moe.model.transformer import Transformer
 from moe.sparse.balance import balance_loss
 from tests.ranks import run_ranks
@@ -37,29 +37,29 @@ def _run(overrides: list[str], shortcuts: bool, bad_step: int | None) -> dict[st
         engine_module.take_shortcuts = _nothing
         engine_module._is_plain = _never
     config = load_config([*OVERRIDES, *overrides])
-    topology = topology_module.start(config.parallel.expert)
+    mesh = prepare(config, rendezvous.start(config.parallel.expert_parallel_size))
     torch.set_num_threads(1)
-    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
+    model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
     model.init_weights(config.train.seed)
-    engine = Engine(model, config, topology)
+    engine = build_engine(model, config, mesh)
     losses, results = [], []
     for step in range(STEPS):
         result = None
         generator = torch.Generator().manual_seed(step)
         ids_MBS = torch.randint(320, (MICRO_BATCHES, BATCH, LENGTH), generator=generator)
-        for ids_BS in ids_MBS[topology.rank :: topology.world_size]:
+        for ids_BS in ids_MBS[mesh.rank :: mesh.world_size]:
             output = engine(ids_BS, labels_BS=ids_BS.roll(-1, 1))
             loss = output.lm_loss_sum / ids_BS.numel() + balance_loss(output.routers, config.router).total
             engine.backward(loss * float("inf") if step == bad_step else loss)
             losses.append(loss.item())
             result = engine.step(config.optim.lr)
         results.append(result)
-    state = engine.master.gather()
+    state = engine.optimizer_state.gather()
     shared = all(
         torch.equal(parameter, state["weights"][name].view_as(parameter))
         for name, parameter in model.named_parameters()
     )
-    topology_module.stop()
+    rendezvous.stop()
     return {"losses": losses, "results": results, "state": state, "weights are the masters": shared}
 
 
@@ -79,7 +79,7 @@ def _pair(world_size: int, overrides: list[str], bad_step: int | None = None) ->
         (1, ["parallel.zero_stage=1"]),
         (2, ["parallel.zero_stage=1"]),
         (2, ["parallel.zero_stage=2"]),
-        (2, ["parallel.expert=2"]),
+        (2, ["parallel.expert_parallel_size=2"]),
     ],
     ids=["one rank", "two ranks", "ZeRO-2", "experts split"],
 )
@@ -104,9 +104,9 @@ def test_shortcuts_change_nothing(world_size: int, overrides: list[str], limit: 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_gradient_that_is_not_finite_is_refused_as_before(world_size: int) -> None:
     for ours, theirs in _pair(world_size, [], bad_step=2):
-        expected = [Refusal.not_finite if step == 2 else None for step in range(STEPS)]
-        assert [result.refused for result in ours["results"]] == expected
-        assert [result.refused for result in theirs["results"]] == expected
+        expected = [SkipReason.not_finite if step == 2 else None for step in range(STEPS)]
+        assert [result.skipped for result in ours["results"]] == expected
+        assert [result.skipped for result in theirs["results"]] == expected
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
 
 

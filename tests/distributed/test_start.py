@@ -15,17 +15,17 @@ from torch._C._distributed_c10d import TCPStore
 
 from moe.config import Config
 from moe.config.data import DataConfig
-from moe.dist import topology
-from moe.dist.join import differences, meet
-from moe.errors import StartError, for_user
-from moe.train import rundir
+from moe.distributed import rendezvous
+from moe.distributed.meeting import differences, meet
+from moe.errors import StartError
+from moe.train import run_directory
 from tests.ranks import free_port, run_ranks
 
 
 def _flat(lr: float = 1e-3, **more: object) -> dict[str, object]:
     config = Config(data=DataConfig(path="corpus"))
     config.optim.lr = lr
-    return rundir.flatten(config) | more
+    return run_directory.flatten(config) | more
 
 
 def _start(configs: list[dict[str, object]], absent: tuple[int, ...], seconds: str) -> tuple[str, bool, float]:
@@ -37,16 +37,15 @@ def _start(configs: list[dict[str, object]], absent: tuple[int, ...], seconds: s
         return "", False, 0.0
     started = time.monotonic()
     with pytest.raises(StartError) as caught:
-        topology.start(1, configs[rank])
-    assert for_user(caught.value)
+        rendezvous.start(1, configs[rank])
     return str(caught.value), caught.value.speaks, time.monotonic() - started
 
 
 def _sum_after_start(configs: list[dict[str, object]]) -> float:
     rank = int(os.environ["RANK"])
-    mine = topology.start(1, configs[rank])
+    mine = rendezvous.start(1, configs[rank])
     total = float(mine.sum_(torch.tensor(float(rank))))
-    topology.stop()
+    rendezvous.stop()
     return total
 
 
@@ -86,7 +85,7 @@ def test_many_differences_are_cut_short() -> None:
     texts = [{key: "1" for key in "abcdef"}, {key: "2" for key in "abcde"}]
     message = differences(texts)
     assert "a=1 on rank 0, 2 on rank 1; b=" in message
-    assert message.endswith("; and 3 more keys: start every node with the same words")
+    assert message.endswith("; and 3 more keys: start every node with the same overrides")
     assert "f=1 on rank 0, nothing on rank 1" in differences([{"f": "1"}, {}])
     assert differences([{"a": "1"}] * 3) == ""
 
@@ -100,7 +99,7 @@ def _meet(port: int, rank: int, session: Any, timeout: float) -> None:
 
 
 def test_a_restart_meets_anew_in_the_same_store() -> None:
-    """torchrun keeps its store: a dead attempt's words must neither be taken for this one's nor end it."""
+    """torchrun keeps its store: a dead attempt's overrides must neither be taken for this one's nor end it."""
     port, context = free_port(), multiprocessing.get_context("fork")
     server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
     sessions = []
@@ -127,14 +126,14 @@ def test_a_wrong_timeout_names_the_variable(monkeypatch: pytest.MonkeyPatch, tex
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MOE_START_TIMEOUT", text)
     with pytest.raises(StartError, match=rf"MOE_START_TIMEOUT={text} must be a number of seconds > 0"):
-        topology.start(1)
+        rendezvous.start(1)
 
 
 def test_several_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(StartError, match=r"WORLD_SIZE=2 but MASTER_ADDR= .*start with torchrun"):
-        topology.start(1)
+        rendezvous.start(1)
 
 
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +142,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("MASTER_PORT", str(held.port))
     with pytest.raises(StartError, match=rf"rank 0 could not open .*MASTER_PORT={held.port}.*is the port taken\?"):
-        topology.start(1)
+        rendezvous.start(1)
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +151,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(StartError, match=r"4 processes on this machine but 2 GPUs: NPROC .* must be ≤ 2") as caught:
-        topology.start(1)
+        rendezvous.start(1)
     assert caught.value.speaks
     assert not dist.is_initialized()
 
@@ -164,4 +163,4 @@ def test_a_process_alone_takes_the_threads_that_the_user_states(
     """With several ranks OMP_NUM_THREADS is torchrun's own 1, which would leave cores idle."""
     monkeypatch.setenv("OMP_NUM_THREADS", stated)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
-    assert topology._threads(ranks) == (threads or 8 // ranks)
+    assert rendezvous._threads(ranks) == (threads or 8 // ranks)

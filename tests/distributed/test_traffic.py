@@ -11,10 +11,10 @@ from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
 
-def _sent(words: list[str]) -> tuple[int, int]:
+def _sent(overrides: list[str]) -> tuple[int, int]:
     """Bytes of (rows, counts) that this rank handed to all-to-all in one optimizer step, its own part included."""
-    config = config_of(words)
-    topology, engine = build(config)
+    config = config_of(overrides)
+    mesh, engine = build(config)
     rows, counts, real = [0], [0], dist.all_to_all_single
 
     def counting(output: torch.Tensor, given: torch.Tensor, *arguments: object, **keywords: object) -> object:
@@ -23,7 +23,7 @@ def _sent(words: list[str]) -> tuple[int, int]:
 
     dist.all_to_all_single = counting
     try:
-        engine_steps(config, topology, engine, 0, 1)
+        engine_steps(config, mesh, engine, 0, 1)
     finally:
         dist.all_to_all_single = real
     return rows[0], counts[0]
@@ -34,9 +34,9 @@ def _sent(words: list[str]) -> tuple[int, int]:
 )
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_on_the_wire_equal_the_formula(ranks: int, more: list[str]) -> None:
-    words = [f"parallel.expert={ranks}", *more]
-    sent = run_ranks(ranks, _sent, words)
-    planned = exchange_bytes(config_of(words), ranks)
+    overrides = [f"parallel.expert_parallel_size={ranks}", *more]
+    sent = run_ranks(ranks, _sent, overrides)
+    planned = exchange_bytes(config_of(overrides), ranks)
     # Summed over ranks: how much each one returns depends on where the router sent tokens.
     assert sum(rows for rows, _ in sent) == ranks * planned.rows
     assert sum(counts for _, counts in sent) == ranks * planned.counts

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe.config.train import MAX_HANG_SECONDS, GuardConfig
-from moe.dist import topology as topology_module
+from moe.distributed import rendezvous
 from moe.train.watchdog import EXIT_CODE, LONG, Watchdog
 from tests.ranks import run_ranks, run_until_dead
 
@@ -21,16 +21,16 @@ Act = Callable[[int], None]
 
 def _work(logs: Path, act: Act) -> None:
     """Two steps, `act(rank)` in the second, then the third, which begins in a collective."""
-    topology = topology_module.start(1)
-    os.dup2(os.open(logs / str(topology.rank), os.O_WRONLY | os.O_CREAT), 2)
-    with Watchdog(topology, SECONDS) as watchdog:
+    mesh = rendezvous.start(1)
+    os.dup2(os.open(logs / str(mesh.rank), os.O_WRONLY | os.O_CREAT), 2)
+    with Watchdog(mesh, SECONDS) as watchdog:
         for step in (1, 2):
             watchdog.beat(step, "its start")
             time.sleep(SECONDS / 3)
-        act(topology.rank)
+        act(mesh.rank)
         watchdog.beat(3, "its start")
-        topology.barrier()
-    topology_module.stop()
+        mesh.barrier()
+    rendezvous.stop()
 
 
 def _ended(tmp_path: Path, act: Act, ranks: int) -> tuple[list[int], list[str], float]:
@@ -121,6 +121,6 @@ def test_a_process_that_was_stopped_whole_goes_on(tmp_path: Path) -> None:
 
 def test_a_collective_outlives_the_watchdogs_patience() -> None:
     """Else it would end the run first, and name nobody."""
-    assert topology_module.COLLECTIVE_TIMEOUT.total_seconds() > LONG * MAX_HANG_SECONDS
+    assert rendezvous.COLLECTIVE_TIMEOUT.total_seconds() > LONG * MAX_HANG_SECONDS
     with pytest.raises(ValueError, match=r"guard\.hang_seconds=1200\.0 must be ≤ 850"):
         GuardConfig(hang_seconds=1200.0)

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.compose import load_config
 from moe.config import Config
-from moe.dist import topology as topology_module
-from moe.dist.engine import Engine, expert_groups
-from moe.dist.topology import Topology
+from moe.config.compose import load_config
+from moe.data.loader import Batch
+from moe.distributed import rendezvous
+from moe.distributed.mesh import Mesh
+from moe.engine import build_engine, prepare
+from moe.engine.base import Engine
 from moe.model.transformer import Transformer
 from moe.sparse import Randomness
 from moe.sparse.balance import balance_loss
+from moe.train.objective import training_step
 
 # DeepSpeed imports it when an engine is made: seconds, which every forked rank would spend.
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -40,11 +43,11 @@ class Training:
     experts: set[str] = field(default_factory=set)
 
 
-def config_of(words: list[str]) -> Config:
-    return load_config([*SMALL, *words])
+def config_of(overrides: list[str]) -> Config:
+    return load_config([*SMALL, *overrides])
 
 
-def micro_batches(config: Config, step: int) -> list[tuple[Tensor, Tensor, Randomness]]:
+def micro_batches(config: Config, step: int) -> list[Batch]:
     """All of a step's micro-batches in global order; a fifth of the targets is masked, and the whole last micro-batch:
     on four ranks one rank has no target at all."""
     generator = torch.Generator().manual_seed(step)
@@ -57,12 +60,8 @@ def micro_batches(config: Config, step: int) -> list[tuple[Tensor, Tensor, Rando
         labels = torch.full_like(labels, -100) if index == count - 1 else labels
         first = step * train.global_batch_size + index * train.micro_batch_size
         samples_B = torch.arange(first, first + train.micro_batch_size)
-        batches.append((ids, labels, Randomness.of(train.seed, step, samples_B)))
+        batches.append(Batch(ids, labels, torch.zeros_like(ids, dtype=torch.int32), samples_B, samples_B * 0))
     return batches
-
-
-def loss_of(config: Config, output: Any, targets: int, count: int) -> Tensor:
-    return output.lm_loss_sum * (count / targets) + balance_loss(output.routers, config.router).total
 
 
 def starve(model: Transformer, idle: list[int]) -> None:
@@ -75,37 +74,33 @@ def starve(model: Transformer, idle: list[int]) -> None:
                 weight[idle, 0] = -20.0
 
 
-def build(config: Config, idle: list[int] | None = None) -> tuple[Topology, Engine]:
-    topology = topology_module.start(config.parallel.expert)
+def build(config: Config, idle: list[int] | None = None) -> tuple[Mesh, Engine]:
+    mesh = prepare(config, rendezvous.start(config.parallel.expert_parallel_size))
     torch.set_num_threads(1)
-    model = Transformer(config.model, config.router, config.experts, expert_group=expert_groups(topology)[0])
+    model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
     model.init_weights(config.train.seed)
     starve(model, idle or []) if idle else None
-    return topology, Engine(model, config, topology)
+    return mesh, build_engine(model, config, mesh)
 
 
-def engine_steps(config: Config, topology: Topology, engine: Engine, first: int, count: int) -> Training:
-    """Steps `first` … `first + count − 1` on this rank's micro-batches; figures are over all ranks."""
+def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: int) -> Training:
+    """Steps `first` … `first + count − 1` on this rank's micro-batches; losses, norms and counts are over all ranks."""
     done = Training(experts=engine.expert_names)
+    choices = config.train.global_batch_size * config.train.sequence_length * config.router.top_k
+
+    def record(module: Any, inputs: Any, output: Any) -> None:
+        done.idle_here |= any(bool((router.counts_E == 0).any()) for router in output.routers)
+
+    hook = engine.model.register_forward_hook(record)
     for step in range(first, first + count):
-        batches = micro_batches(config, step)
-        targets = sum(int((labels != -100).sum()) for _, labels, _ in batches)
-        total, counts = torch.zeros((), dtype=torch.float64), torch.tensor(0)
-        result = None
-        for ids, labels, randomness in batches[topology.rank :: topology.world_size]:
-            output = engine(ids, labels_BS=labels, randomness=randomness)
-            loss = loss_of(config, output, targets, len(batches))
-            engine.backward(loss)
-            total += loss.detach().double()
-            counts_LE = torch.stack([router.counts_E for router in output.routers])
-            done.idle_here |= bool((counts_LE == 0).any())
-            counts = counts + counts_LE
-            result = engine.step(config.optim.lr)
-        assert result is not None
-        assert result.refused is None
-        done.losses.append(topology.sum_(total).item() / len(batches))
-        done.counts.append(topology.sum_(counts).tolist())
-        done.norms.append(result.grad_norm)
+        batches = micro_batches(config, step)[mesh.rank :: mesh.world_size]
+        result = training_step(config, mesh, engine, batches, step=step, lr=config.optim.lr)
+        assert result.result.skipped is None
+        done.losses.append(result.metrics["loss"])
+        shares_LE = torch.tensor(result.metrics["expert_shares"], dtype=torch.float64)
+        done.counts.append((shares_LE * choices).round().long().tolist())
+        done.norms.append(result.result.grad_norm)
+    hook.remove()
     return done
 
 
@@ -123,12 +118,13 @@ def plain_steps(config: Config, count: int, idle: list[int] | None = None) -> Tr
     done = Training()
     for step in range(count):
         batches = micro_batches(config, step)
-        targets = sum(int((labels != -100).sum()) for _, labels, _ in batches)
+        targets = sum(int((batch.labels_BS != -100).sum()) for batch in batches)
         optimizer.zero_grad()
         total, counts = 0.0, torch.tensor(0)
-        for ids, labels, randomness in batches:
-            output = model(ids, labels_BS=labels, randomness=randomness)
-            loss = loss_of(config, output, targets, len(batches)) / len(batches)
+        for batch in batches:
+            randomness = Randomness.of(config.train.seed, step, batch.sample_ids_B)
+            output = model(batch.input_ids_BS, labels_BS=batch.labels_BS, randomness=randomness)
+            loss = output.lm_loss_sum / targets + balance_loss(output.routers, config.router).total / len(batches)
             loss.backward()
             total += loss.item()
             counts = counts + torch.stack([router.counts_E for router in output.routers])

@@ -22,11 +22,11 @@ SMALL = [
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def command(words: tuple[str, ...], ranks: int = 1) -> list[str]:
+def command(overrides: tuple[str, ...], ranks: int = 1) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, "-m", "moe", *words]
+    return [*launcher, "-m", "moe", *overrides]
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
@@ -47,13 +47,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def moe() -> Run:
-    """`moe(*words, ranks=N)`: the finished process; N > 1 goes through torchrun."""
+    """`moe(*overrides, ranks=N)`: the finished process; N > 1 goes through torchrun."""
 
     def run(
-        *words: str, ranks: int = 1, timeout: float = 120, more: dict[str, str] | None = None
+        *overrides: str, ranks: int = 1, timeout: float = 120, more: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(words, ranks), capture_output=True, text=True, timeout=timeout, env=environment(more), check=False
+            command(overrides, ranks),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment(more),
+            check=False,
         )
 
     return run

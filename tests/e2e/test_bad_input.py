@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from moe import cli
+from moe.cli import main as cli
 from tests.e2e.conftest import SMALL, Run
 
 
-def _main(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """(exit code, stderr) of `moe WORDS`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["moe", *words])
+def _main(overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """(exit code, stderr) of `moe OVERRIDES`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["moe", *overrides])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     code = caught.value.code
@@ -22,7 +22,7 @@ def _main(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def _files(folder: Path) -> dict[str, list[str]]:
-    """Bad inputs by name → the words that name them."""
+    """Bad inputs by name → the overrides that name them."""
     (folder / "empty.txt").write_bytes(b"")
     (folder / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 3)
     (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "torn\n')
@@ -54,8 +54,8 @@ def _files(folder: Path) -> dict[str, list[str]]:
 def test_bad_data_is_one_line(
     name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["prepare", *_files(tmp_path)[name], f"data.cache_dir={tmp_path / 'cache'}"]
-    code, error = _main(words, monkeypatch, capsys)
+    overrides = ["prepare", *_files(tmp_path)[name], f"data.cache_dir={tmp_path / 'cache'}"]
+    code, error = _main(overrides, monkeypatch, capsys)
     assert code == 2
     assert error.startswith("moe: ")
     assert len(error.splitlines()) == 1
@@ -63,11 +63,14 @@ def test_bad_data_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["train", "router.top_k=9"], "router.top_k=9 must be ≤ router.num_experts=8"),
         (["train", "router.topk=1"], "router.topk=1: no such key"),
-        (["train", "parallel.expert=2"], "parallel.expert=2 must divide the number of ranks, 1"),
+        (
+            ["train", "parallel.expert_parallel_size=2"],
+            "parallel.expert_parallel_size=2 must divide the number of ranks, 1",
+        ),
         (["train", "train.global_batch_size=9"], "train.global_batch_size=9 must be divisible by"),
         (["train", "--fast"], "--fast: no such option"),
         (["trian"], "moe trian: no such verb"),
@@ -80,9 +83,9 @@ def test_bad_data_is_one_line(
     ],
 )
 def test_bad_words_are_one_line(
-    words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, error = _main(words, monkeypatch, capsys)
+    code, error = _main(overrides, monkeypatch, capsys)
     assert code == 2
     assert len(error.splitlines()) == 1
     assert expected in error
@@ -97,8 +100,8 @@ def test_under_torchrun_rank_0_alone_prints_the_line(moe: Run) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sequences_longer_than_the_shards_hold(moe: Run, ranks: int, tmp_path: Path) -> None:
-    words = [*_files(tmp_path)["short"], f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
-    done = moe("train", *words, *SMALL, "train.sequence_length=4096", ranks=ranks)
+    overrides = [*_files(tmp_path)["short"], f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    done = moe("train", *overrides, *SMALL, "train.sequence_length=4096", ranks=ranks)
     assert done.returncode == (2 if ranks == 1 else 1)
     lines = [line for line in done.stderr.splitlines() if line.startswith("moe: ")]
     assert len(lines) == 1, done.stderr
@@ -107,21 +110,21 @@ def test_sequences_longer_than_the_shards_hold(moe: Run, ranks: int, tmp_path: P
 
 
 def test_a_tokenizer_larger_than_the_model(moe: Run, corpus: list[str], tmp_path: Path) -> None:
-    words = ["tokenizer=mistral", "tokenizer.vocab_size=null", f"run_dir={tmp_path}"]
-    done = moe("train", *corpus, *SMALL, *words)
+    overrides = ["tokenizer=mistral", "tokenizer.vocab_size=null", f"run_dir={tmp_path}"]
+    done = moe("train", *corpus, *SMALL, *overrides)
     assert done.returncode == 2, done.stderr
     assert "32000" in done.stderr
     assert "model.vocab_size=512" in done.stderr
 
 
 def test_help_is_useful(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for words, expected in (
+    for overrides, expected in (
         (["train", "--help"], ["model=mistral_7b|mixtral_8x22b", "router.top_k=2", "train.micro_batch_size"]),
         (["generate", "--help"], ["temperature", "checkpoint"]),
         (["--help"], ["moe train", "moe report RUN_DIR"]),
         (["train", "--cfg", "job", "model=small"], ["hidden_size: 256", "run_dir: runs/small-stdlib"]),
     ):
-        monkeypatch.setattr(sys, "argv", ["moe", *words])
+        monkeypatch.setattr(sys, "argv", ["moe", *overrides])
         cli.main()
         output = capsys.readouterr().out
         for text in expected:

@@ -74,29 +74,31 @@ def _same_curve(one: Path, other: Path, tolerance: float) -> None:
 def test_the_same_command_resumes_after_a_kill_and_the_curve_is_bitwise_the_same(
     moe: Run, corpus: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    words = ("train", f"run_dir={tmp_path}", *corpus, *SMALL)
+    overrides = ("train", f"run_dir={tmp_path}", *corpus, *SMALL)
     metrics = tmp_path / "metrics.jsonl"
-    with subprocess.Popen(command(words), env=environment(), stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command(overrides), env=environment(), stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 12):
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    done = moe(*words)
+    done = moe(*overrides)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     _same_curve(tmp_path, whole, 0.0)
-    again = moe(*words)
+    again = moe(*overrides)
     assert again.returncode == 0
     assert "is finished at step 40" in again.stdout
 
 
-@pytest.mark.parametrize("words", [["parallel.expert=1"], ["parallel.expert=2", "parallel.zero_stage=2"]])
+@pytest.mark.parametrize(
+    "overrides", [["parallel.expert_parallel_size=1"], ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]]
+)
 def test_two_ranks_give_the_same_curve(
-    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, words: list[str]
+    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, overrides: list[str]
 ) -> None:
-    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *words, ranks=2)
+    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *overrides, ranks=2)
     assert done.returncode == 0, done.stderr
     _same_curve(tmp_path, whole, 1e-6)
     assert done.stdout.count("validation loss") == 2, "rank 0 alone talks"
@@ -108,16 +110,16 @@ def test_dense_and_capacity_run_too(moe: Run, corpus: list[str], tmp_path: Path)
     last = read_metrics(tmp_path / "dense")[-1]
     assert last["max_violation"] is None
     assert last["expert_shares"] == []
-    words = [*SMALL, "router.capacity_factor=0.5", "train.precision=bfloat16", "train.steps=3"]
-    tight = moe("train", f"run_dir={tmp_path / 'tight'}", *corpus, *words)
+    overrides = [*SMALL, "router.capacity_factor=0.5", "train.precision=bfloat16", "train.steps=3"]
+    tight = moe("train", f"run_dir={tmp_path / 'tight'}", *corpus, *overrides)
     assert tight.returncode == 0, tight.stderr
     # Half the capacity that balance needs: at least half of the choices are dropped.
     assert read_metrics(tmp_path / "tight")[-1]["dropped_fraction"] >= 0.5
 
 
 def test_generate_and_report_take_the_run(moe: Run, whole: Path) -> None:
-    words = ["generate", f"checkpoint={whole}", "prompt=3 plus 4", "max_new_tokens=8", "temperature=0"]
-    first, second = moe(*words), moe(*words)
+    overrides = ["generate", f"checkpoint={whole}", "prompt=3 plus 4", "max_new_tokens=8", "temperature=0"]
+    first, second = moe(*overrides), moe(*overrides)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("3 plus 4")
     assert first.stdout == second.stdout
@@ -133,19 +135,19 @@ def test_a_checkpoint_of_another_shape_is_refused(moe: Run, corpus: list[str], w
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     """From step 6 on no file may grow past 200 kB: older checkpoints stay, training goes on, the exit code tells."""
-    words = ["train", f"run_dir={tmp_path}", *corpus, *SMALL]
-    assert moe(*words, "train.steps=5").returncode == 0
+    overrides = ["train", f"run_dir={tmp_path}", *corpus, *SMALL]
+    assert moe(*overrides, "train.steps=5").returncode == 0
     longer = ("train.steps=12", "checkpoint.allow_changes=true")
-    full = moe(*words, *longer, more={"PYTHONPATH": str(Path(__file__).parent / "full_disk")})
+    full = moe(*overrides, *longer, more={"PYTHONPATH": str(Path(__file__).parent / "full_disk")})
     _one_line(full, 2, "the last checkpoint could not be saved")
     assert "step_00000010: not saved" in full.stdout
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 13))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000005"]
 
 
-def _seconds_to_first_step(words: list[str]) -> float:
+def _seconds_to_first_step(overrides: list[str]) -> float:
     started = time.monotonic()
-    with subprocess.Popen(command(tuple(words)), env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(tuple(overrides)), env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step "):
@@ -157,12 +159,12 @@ def _seconds_to_first_step(words: list[str]) -> float:
 
 
 def test_a_resume_reaches_its_first_step_as_soon_as_a_fresh_start(moe: Run, corpus: list[str], tmp_path: Path) -> None:
-    words = ["train", *corpus, *SMALL, "model.hidden_size=256", "model.intermediate_size=512", "train.steps=400"]
-    done = moe(*words, f"run_dir={tmp_path / 'run'}", "train.steps=2")
+    overrides = ["train", *corpus, *SMALL, "model.hidden_size=256", "model.intermediate_size=512", "train.steps=400"]
+    done = moe(*overrides, f"run_dir={tmp_path / 'run'}", "train.steps=2")
     assert done.returncode == 0, done.stderr
     more = [f"run_dir={tmp_path / 'run'}", "checkpoint.allow_changes=true"]
     fresh = [f"run_dir={tmp_path / 'fresh'}"]
-    assert _seconds_to_first_step([*words, *more]) < 5 + _seconds_to_first_step([*words, *fresh])
+    assert _seconds_to_first_step([*overrides, *more]) < 5 + _seconds_to_first_step([*overrides, *fresh])
 
 
 def _one_line(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:

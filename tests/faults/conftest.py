@@ -7,22 +7,22 @@ import pytest
 
 from tests.e2e.conftest import corpus, moe
 from tests.faults.forked import moe_ranks
-from tests.faults.live import WORDS
+from tests.faults.live import OVERRIDES
 
 __all__ = ["corpus", "moe"]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`undisturbed(ranks, *words)`: the directory of a finished run of WORDS, for others to be compared with."""
+    """`undisturbed(ranks, *overrides)`: the directory of a finished run, for others to be compared with."""
     made: dict[tuple[int, tuple[str, ...]], Path] = {}
 
-    def run(ranks: int, *words: str) -> Path:
-        if (ranks, words) not in made:
+    def run(ranks: int, *overrides: str) -> Path:
+        if (ranks, overrides) not in made:
             run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-            done = moe_ranks(*WORDS, *corpus, *words, f"run_dir={run_dir}", ranks=ranks)
+            done = moe_ranks(*OVERRIDES, *corpus, *overrides, f"run_dir={run_dir}", ranks=ranks)
             assert [one.code for one in done] == [0] * ranks, done[0].err
-            made[ranks, words] = run_dir
-        return made[ranks, words]
+            made[ranks, overrides] = run_dir
+        return made[ranks, overrides]
 
     return run

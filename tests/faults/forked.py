@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe import cli
+from moe.cli import main as cli
 from tests.faults.inject import strike
 from tests.ranks import run_ranks
 
@@ -25,18 +25,18 @@ class Finished:
 
 
 def moe_ranks(
-    *words: str,
+    *overrides: str,
     ranks: int = 1,
     faults: tuple[dict[str, Any], ...] = (),
     more: dict[str, str] | None = None,
     timeout: float = 60,
 ) -> list[Finished]:
-    """`moe WORDS` in `ranks` forked processes, by rank. `more` is added to their environment."""
-    return run_ranks(ranks, moe_here, list(words), faults, more or {}, timeout=timeout)
+    """`moe OVERRIDES` in `ranks` forked processes, by rank. `more` is added to their environment."""
+    return run_ranks(ranks, moe_here, list(overrides), faults, more or {}, timeout=timeout)
 
 
-def moe_here(words: list[str], faults: tuple[dict[str, Any], ...], more: dict[str, str]) -> Finished:
-    """`moe WORDS` in this process, a forked one."""
+def moe_here(overrides: list[str], faults: tuple[dict[str, Any], ...], more: dict[str, str]) -> Finished:
+    """`moe OVERRIDES` in this process, a forked one."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         del os.environ[name]
     os.environ.update(more)
@@ -48,13 +48,13 @@ def moe_here(words: list[str], faults: tuple[dict[str, Any], ...], more: dict[st
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = _exit_code(words)
+                code = _exit_code(overrides)
         return Finished(code, *(path.read_text(errors="replace") for path in paths))
 
 
-def _exit_code(words: list[str]) -> int:
+def _exit_code(overrides: list[str]) -> int:
     """What the process would end with; a traceback is in stderr then, as Python would leave it."""
-    sys.argv = ["moe", *words]
+    sys.argv = ["moe", *overrides]
     try:
         cli.main()
     except SystemExit as stopped:

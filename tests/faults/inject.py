@@ -22,39 +22,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.dist.engine import Engine
-from moe.dist.save import Saver
+from moe.checkpoint.writer import Saver
+from moe.engine.deepspeed.engine import DeepSpeedEngine
 from moe.train.tracking import Tracker
 
-Loss = Callable[[Engine, Tensor], Tensor]
+Loss = Callable[[DeepSpeedEngine, Tensor], Tensor]
 
 
-def _now(engine: Engine) -> int:
+def _now(engine: DeepSpeedEngine) -> int:
     """The optimizer step that is being made, from 1."""
     return int(engine._engine.global_steps) + 1
 
 
 def _before_backward(steps: Iterable[int] | None, change: Loss) -> None:
     """`change` takes the place of each loss that goes into backward at these steps (none: every step)."""
-    original, wanted = Engine.backward, None if steps is None else set(steps)
+    original, wanted = DeepSpeedEngine.backward, None if steps is None else set(steps)
 
-    def backward(self: Engine, loss: Tensor) -> None:
+    def backward(self: DeepSpeedEngine, loss: Tensor) -> None:
         original(self, change(self, loss) if wanted is None or _now(self) in wanted else loss)
 
-    Engine.backward = backward
+    DeepSpeedEngine.backward = backward
 
 
 def _forward_loss(steps: Iterable[int] | None, change: Callable[[Tensor], Tensor]) -> None:
     """`change` takes the place of the language-model loss that the forward pass gives."""
-    original, wanted = Engine.__call__, None if steps is None else set(steps)
+    original, wanted = DeepSpeedEngine.__call__, None if steps is None else set(steps)
 
-    def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
+    def forward(self: DeepSpeedEngine, *inputs: Any, **keywords: Any) -> Any:
         output = original(self, *inputs, **keywords)
         if wanted is None or _now(self) in wanted:
             output.lm_loss_sum = change(output.lm_loss_sum)
         return output
 
-    Engine.__call__ = forward
+    DeepSpeedEngine.__call__ = forward
 
 
 def nan_loss(*, steps: Iterable[int] | None = None) -> None:
@@ -75,7 +75,7 @@ def inf_gradient(*, steps: Iterable[int] | None = None, parameter: str = "") -> 
         gradient.view(-1)[0] = torch.inf
         return gradient
 
-    def change(engine: Engine, loss: Tensor) -> Tensor:
+    def change(engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
         struck = next(p for name, p in engine.model.named_parameters() if parameter in name)
         handle = struck.register_hook(lambda gradient: (handle.remove(), infinite(gradient))[1])
         return loss
@@ -90,14 +90,14 @@ def spike(*, steps: Iterable[int] | None = None, factor: float) -> None:
 
 def sleep(*, seconds: float, steps: Iterable[int] | None = None) -> None:
     """Each step begins `seconds` late, before its first forward pass."""
-    original, wanted = Engine.__call__, None if steps is None else set(steps)
+    original, wanted = DeepSpeedEngine.__call__, None if steps is None else set(steps)
 
-    def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
+    def forward(self: DeepSpeedEngine, *inputs: Any, **keywords: Any) -> Any:
         if self._backwards % self.accumulation == 0 and (wanted is None or _now(self) in wanted):
             time.sleep(seconds)
         return original(self, *inputs, **keywords)
 
-    Engine.__call__ = forward
+    DeepSpeedEngine.__call__ = forward
 
 
 def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: float = 0.0) -> None:
@@ -106,7 +106,7 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
     heard = False
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 
-    def change(engine: Engine, loss: Tensor) -> Tensor:
+    def change(engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
         nonlocal heard
         heard = True
         if engine._backwards % engine.accumulation == 0:
@@ -127,27 +127,27 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
 
 def fail(*, steps: Iterable[int]) -> None:
     """A fault of the program: these steps raise, with the environment in reach of whoever shows variables."""
-    original, wanted = Engine.__call__, set(steps)
+    original, wanted = DeepSpeedEngine.__call__, set(steps)
 
-    def forward(self: Engine, *inputs: Any, **keywords: Any) -> Any:
+    def forward(self: DeepSpeedEngine, *inputs: Any, **keywords: Any) -> Any:
         environment = dict(os.environ)
         if _now(self) in wanted:
             raise RuntimeError(f"a fault on purpose, beside {len(environment)} variables")
         return original(self, *inputs, **keywords)
 
-    Engine.__call__ = forward
+    DeepSpeedEngine.__call__ = forward
 
 
 def kill_wandb(*, steps: Iterable[int]) -> None:
-    """W&B's service process is killed just before the figures of these steps are logged."""
+    """W&B's service process is killed just before the metrics of these steps are logged."""
     original, wanted = Tracker.log, set(steps)
 
-    def log(self: Tracker, figures: dict[str, Any]) -> None:
-        if figures["step"] in wanted:
+    def log(self: Tracker, metrics: dict[str, Any]) -> None:
+        if metrics["step"] in wanted:
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
                 if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text():
                     os.kill(int(child), signal.SIGKILL)
-        original(self, figures)
+        original(self, metrics)
 
     Tracker.log = log
 
@@ -173,7 +173,7 @@ def strike(fault: dict[str, Any], rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from moe.cli import main
+    from moe.cli.main import main
 
     strike(json.loads(os.environ["FAULT"]), int(os.environ.get("RANK", "0")))
     main()

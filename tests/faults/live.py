@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.conftest import SMALL, environment, read_metrics
 
-WORDS = ["train", *SMALL, "train.steps=60", "train.eval_every=30", "train.sample_every=30"]
+OVERRIDES = ["train", *SMALL, "train.steps=60", "train.eval_every=30", "train.sample_every=30"]
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OF_THE_CURVE = ("tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -25,15 +25,15 @@ TORCHRUN_SH = ("bash", "launch/torchrun.sh")
 class Live:
     """`with Live(…) as run:` a process in a session of its own, its output in files beside the run directory.
 
-    `words` start with the verb; `launcher` goes before `-m moe` (or before the words, for a shell script).
+    `overrides` start with the verb; `launcher` goes before `-m moe` (or before the overrides, for a shell script).
     """
 
     def __init__(
-        self, run_dir: Path, words: list[str], launcher: tuple[str, ...] = (), more: dict[str, str] | None = None
+        self, run_dir: Path, overrides: list[str], launcher: tuple[str, ...] = (), more: dict[str, str] | None = None
     ) -> None:
         self.run_dir = run_dir
         module = [] if launcher == TORCHRUN_SH else ["-m", "tests.faults.inject" if more and "FAULT" in more else "moe"]
-        command = [*(launcher or (sys.executable,)), *module, *words]
+        command = [*(launcher or (sys.executable,)), *module, *overrides]
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self._out = run_dir.with_name(run_dir.name + ".out")
         with self._out.open("ab") as out:

@@ -20,14 +20,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.checkpoint.state import TrainState
 from moe.config import Config
 from moe.config.train import GuardConfig
-from moe.dist.checkpoint import TrainState
-from moe.dist.engine import Engine
-from moe.dist.refusal import Refusal
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
+from moe.engine.base import SkipReason
+from moe.engine.deepspeed.engine import DeepSpeedEngine
 from moe.train.guard import Guard
-from tests.distributed.training import build, config_of, loss_of, micro_batches
+from moe.train.objective import training_step
+from tests.distributed.training import build, config_of, micro_batches
 from tests.e2e.conftest import SMALL, command, environment, read_metrics
 from tests.faults.inject import strike
 from tests.ranks import run_ranks
@@ -57,15 +58,17 @@ class Made:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    refused: list[Refusal | None] = field(default_factory=list)
+    refused: list[SkipReason | None] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)  # what the bad step changed
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _everything(engine: Engine) -> dict[str, Tensor]:
+def _everything(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """Master weights, moments, Adam's steps, and the weights that the model computes with."""
-    found = {f"{kind} {name}": t for kind, tensors in engine.master.gather().items() for name, t in tensors.items()}
+    found = {
+        f"{kind} {name}": t for kind, tensors in engine.optimizer_state.gather().items() for name, t in tensors.items()
+    }
     found |= {f"model {name}": parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
     for group, content in enumerate(engine._zero.optimizer.param_groups):
         for index, parameter in enumerate(content["params"]):
@@ -80,45 +83,37 @@ def _differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 def _made(config: Config, fault: dict[str, Any] | None, bad: int = BAD, watch: bool = True) -> Made:
     """With `fault`, on rank 1 at step `bad`; without, that step is never made."""
-    topology, engine = build(config)
+    mesh, engine = build(config)
     made = Made()
-    guard = Guard(GuardConfig(spike_sigmas=6.0, spike_window=8), TrainState(), topology, made.warnings.append)
-    originals = Engine.backward, Engine.__call__
+    guard = Guard(GuardConfig(spike_sigmas=6.0, spike_window=8), TrainState(), mesh, made.warnings.append)
+    originals = DeepSpeedEngine.backward, DeepSpeedEngine.__call__
     if fault is not None:
-        strike({**fault, "rank": 1, "steps": [bad + 1]}, topology.rank)
+        strike({**fault, "rank": 1, "steps": [bad + 1]}, mesh.rank)
     try:
         for step in range(STEPS):
             if step == bad and fault is None:
                 continue
             watched = watch and step == bad
             before = _everything(engine) if watched else {}
-            _step(config, topology, engine, guard, made, step)
+            _step(config, mesh, engine, guard, made, step)
             if watched:
                 made.moved = _differ(before, _everything(engine))
     finally:
-        Engine.backward, Engine.__call__ = originals
+        DeepSpeedEngine.backward, DeepSpeedEngine.__call__ = originals
     made.state = _everything(engine)
     return made
 
 
-def _step(config: Config, topology: Topology, engine: Engine, guard: Guard, made: Made, step: int) -> None:
-    batches = micro_batches(config, step)
-    targets = sum(int((labels != -100).sum()) for _, labels, _ in batches)
-    limit, result = guard.norm_limit(), None
-    size, count = config.train.micro_batch_size, len(batches)
-    for index in range(topology.rank, count, topology.world_size):
-        ids, labels, randomness = batches[index]
-        loss = loss_of(config, engine(ids, labels_BS=labels, randomness=randomness), targets, count)
-        engine.backward(loss)
-        first = (step * count + index) * size
-        guard.saw(loss, torch.arange(first, first + size))
-        made.losses.append(loss.item())
-        result = engine.step(config.optim.lr, limit)
-    assert result is not None
+def _step(config: Config, mesh: Mesh, engine: DeepSpeedEngine, guard: Guard, made: Made, step: int) -> None:
+    size = config.train.global_batch_size
+    batches = micro_batches(config, step)[mesh.rank :: mesh.world_size]
+    limit = guard.norm_limit()
+    done = training_step(config, mesh, engine, batches, step=step, lr=config.optim.lr, norm_limit=limit)
+    made.losses += [loss.item() for loss, _ in done.losses]
     guard._state.step = step + 1
-    guard.judge(result, range(step * count * size, (step + 1) * count * size))
-    made.norms.append(result.grad_norm)
-    made.refused.append(result.refused)
+    guard.judge(done.result, range(step * size, (step + 1) * size), done.losses)
+    made.norms.append(done.result.grad_norm)
+    made.refused.append(done.result.skipped)
 
 
 @dataclass
@@ -128,14 +123,14 @@ class Case:
     never: Made  # the run without the bad step
     faulty: dict[str, Made]
     first: list[str]  # what differs after a run whose first step was refused
-    torn: tuple[Refusal | None, list[str]]  # of a step for which the ranks had other limits: decision, what moved
+    torn: tuple[SkipReason | None, list[str]]  # of a step for which the ranks had other limits: decision, what moved
 
 
 class _OwnLimit(Guard):
     """Against the contract: rank 1's limit is crossed, rank 0's isn't."""
 
     def norm_limit(self) -> float:
-        self._limit = 1e-9 if self._topology.rank == 1 else 1e9
+        self._limit = 1e-9 if self._mesh.rank == 1 else 1e9
         return self._limit
 
 
@@ -146,13 +141,13 @@ def _case(config: Config) -> Case:
         made.state = {name: torch.empty(0) for name in _differ(made.state, never.state)}
     never.state = {}
     late = _made(config, FAULTS["NaN loss"], bad=0, watch=False)
-    assert late.refused == [Refusal.not_finite, *[None] * (STEPS - 1)]
+    assert late.refused == [SkipReason.not_finite, *[None] * (STEPS - 1)]
     first = _differ(late.state, _made(config, None, bad=0).state)
 
-    topology, engine = build(config)
+    mesh, engine = build(config)
     torn, before = Made(), _everything(engine)
-    guard = _OwnLimit(GuardConfig(spike_sigmas=6.0), TrainState(), topology, torn.warnings.append)
-    _step(config, topology, engine, guard, torn, 0)
+    guard = _OwnLimit(GuardConfig(spike_sigmas=6.0), TrainState(), mesh, torn.warnings.append)
+    _step(config, mesh, engine, guard, torn, 0)
     return Case(never, faulty, first, (torn.refused[0], _differ(before, _everything(engine))))
 
 
@@ -163,8 +158,10 @@ def _cases(configs: list[Config]) -> list[Case]:
 @cache
 def launched(setups: tuple[Setup, ...]) -> dict[Setup, tuple[Case, Case]]:
     """Each set-up's two ranks."""
-    words = [[f"train.precision={p}", f"parallel.zero_stage={z}", f"parallel.expert={e}"] for p, z, e in setups]
-    first, second = run_ranks(2, _cases, [config_of(one) for one in words], timeout=240)
+    overrides = [
+        [f"train.precision={p}", f"parallel.zero_stage={z}", f"parallel.expert_parallel_size={e}"] for p, z, e in setups
+    ]
+    first, second = run_ranks(2, _cases, [config_of(one) for one in overrides], timeout=240)
     return {setup: (first[i], second[i]) for i, setup in enumerate(setups)}
 
 
@@ -176,7 +173,7 @@ def ranks_of(setup: Setup) -> tuple[Case, Case]:
 @pytest.mark.parametrize("fault", FAULTS)
 @every_setup
 def test_a_bad_step_on_one_rank_moves_nothing(setup: Setup, fault: str) -> None:
-    reason = Refusal.spike if fault == "spike" else Refusal.not_finite
+    reason = SkipReason.spike if fault == "spike" else SkipReason.not_finite
     cases = ranks_of(setup)
     for case in cases:
         made, never = case.faulty[fault], case.never
@@ -187,7 +184,7 @@ def test_a_bad_step_on_one_rank_moves_nothing(setup: Setup, fault: str) -> None:
         per_step = len(made.losses) // STEPS
         assert made.losses[: BAD * per_step] == never.losses[: BAD * per_step]
         assert made.losses[(BAD + 1) * per_step :] == never.losses[BAD * per_step :]
-        assert math.isfinite(made.norms[BAD]) == (reason is Refusal.spike)
+        assert math.isfinite(made.norms[BAD]) == (reason is SkipReason.spike)
         assert made.norms[:BAD] + made.norms[BAD + 1 :] == never.norms
         assert len(made.warnings) == 1
     # Eight samples a step, two a micro-batch, and rank 1 has the second and the fourth micro-batch.
@@ -217,15 +214,15 @@ def test_the_very_first_step_can_be_refused(setup: Setup) -> None:
 @pytest.mark.fault(6)
 @every_setup
 def test_ranks_that_would_judge_otherwise_still_decide_together(setup: Setup) -> None:
-    assert [case.torn for case in ranks_of(setup)] == [(Refusal.spike, [])] * 2
+    assert [case.torn for case in ranks_of(setup)] == [(SkipReason.spike, [])] * 2
 
 
 @pytest.mark.fault(6)
 def test_a_run_goes_on_after_one_bad_step_and_stops_after_three_in_a_row(
     corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
-    words = ["train", f"run_dir={tmp_path}", *corpus, *SMALL, "guard.max_skipped=3", "checkpoint.every=8"]
-    done = _injected({"kind": "nan_loss", "rank": 1, "steps": [3, 7, 8, 9]}, words, ranks=2)
+    overrides = ["train", f"run_dir={tmp_path}", *corpus, *SMALL, "guard.max_skipped=3", "checkpoint.every=8"]
+    done = _injected({"kind": "nan_loss", "rank": 1, "steps": [3, 7, 8, 9]}, overrides, ranks=2)
     assert done.returncode == 1, "torchrun's own"
     assert "exitcode  : 2" in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("moe:")]
@@ -249,7 +246,7 @@ def test_a_run_goes_on_after_one_bad_step_and_stops_after_three_in_a_row(
 @pytest.mark.fault(6)
 @pytest.mark.slow
 def test_a_resume_counts_on_and_meets_the_same_samples(corpus: list[str], tmp_path: Path) -> None:
-    words = [
+    overrides = [
         "train",
         f"run_dir={tmp_path}",
         *corpus,
@@ -259,19 +256,19 @@ def test_a_resume_counts_on_and_meets_the_same_samples(corpus: list[str], tmp_pa
         "train.steps=12",
     ]
     fault = {"kind": "nan_loss", "steps": [7, 8, 9]}
-    first, again = _injected(fault, words), _injected(fault, words)
+    first, again = _injected(fault, overrides), _injected(fault, overrides)
     (text,) = [line for line in first.stderr.splitlines() if line.startswith("moe: step 9: 3 steps in a row")]
     assert first.returncode == again.returncode == 2
     assert "resuming from" in again.stdout
     assert "moe: step 9: 3 steps in a row" in again.stderr, "step 8's checkpoint knows of two refused steps"
     assert text.endswith("raise guard.max_skipped to pass over them")
-    passed = _injected(fault, [*words, "guard.max_skipped=4"])
+    passed = _injected(fault, [*overrides, "guard.max_skipped=4"])
     assert passed.returncode == 0, passed.stderr
     assert [line["skipped_steps"] for line in read_metrics(tmp_path)] == [0] * 6 + [1, 2, 3, 3, 3, 3]
 
 
-def _injected(fault: dict[str, Any], words: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    started = command(tuple(words), ranks)
+def _injected(fault: dict[str, Any], overrides: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    started = command(tuple(overrides), ranks)
     started[started.index("moe")] = "tests.faults.inject"
     more = environment({"FAULT": json.dumps(fault)})
     return subprocess.run(started, capture_output=True, text=True, timeout=120, env=more, check=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.live import TORCHRUN, WORDS, Live, assert_same_run, gone, send
+from tests.faults.live import OVERRIDES, TORCHRUN, Live, assert_same_run, gone, send
 
 Outcome = Callable[[str], None]
 HANG_SECONDS = 6.0
@@ -22,8 +22,8 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, rank: int
 ) -> None:
     folder = tmp_path / "run"
-    words = [*WORDS, *corpus, f"guard.hang_seconds={HANG_SECONDS}", f"run_dir={folder}"]
-    with Live(folder, words, (*TORCHRUN, "--max-restarts", "1")) as run:
+    overrides = [*OVERRIDES, *corpus, f"guard.hang_seconds={HANG_SECONDS}", f"run_dir={folder}"]
+    with Live(folder, overrides, (*TORCHRUN, "--max-restarts", "1")) as run:
         run.until_step(12)
         ranks = run.ranks()
         send(ranks[rank], signal.SIGSTOP)

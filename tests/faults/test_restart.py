@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.live import TORCHRUN, WORDS, Live, assert_same_run, gone, last_step, send
+from tests.faults.live import OVERRIDES, TORCHRUN, Live, assert_same_run, gone, last_step, send
 
 Outcome = Callable[[str], None]
 KILLS = 20
@@ -22,8 +22,8 @@ KILLS = 20
 def test_torchrun_starts_a_killed_rank_again(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, rank: int
 ) -> None:
-    words = [*WORDS, *corpus, f"run_dir={tmp_path / 'run'}"]
-    with Live(tmp_path / "run", words, (*TORCHRUN, "--max-restarts", "1")) as run:
+    overrides = [*OVERRIDES, *corpus, f"run_dir={tmp_path / 'run'}"]
+    with Live(tmp_path / "run", overrides, (*TORCHRUN, "--max-restarts", "1")) as run:
         run.until_step(12)
         before = run.ranks()
         send(before[rank], signal.SIGKILL)
@@ -33,7 +33,7 @@ def test_torchrun_starts_a_killed_rank_again(
         assert run.wait() == 0, run.output
     assert "resuming from" in run.output
     assert_same_run(tmp_path / "run", undisturbed(2))
-    outcome(f"rank {rank} of 2 killed: new ranks after {again:.1f} s, all figures and tensors bitwise equal")
+    outcome(f"rank {rank} of 2 killed: new ranks after {again:.1f} s, all metrics and tensors bitwise equal")
 
 
 @pytest.mark.fault(3)
@@ -42,8 +42,8 @@ def test_torchrun_starts_a_killed_rank_again(
 def test_the_same_command_goes_on_after_kill_9(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, what: str
 ) -> None:
-    words = [*WORDS, *corpus, f"run_dir={tmp_path / 'run'}"]
-    with Live(tmp_path / "run", words, TORCHRUN) as run:
+    overrides = [*OVERRIDES, *corpus, f"run_dir={tmp_path / 'run'}"]
+    with Live(tmp_path / "run", overrides, TORCHRUN) as run:
         run.until_step(12)
         ranks = [*run.ranks().values()]
         assert len(ranks) == 2
@@ -56,7 +56,7 @@ def test_the_same_command_goes_on_after_kill_9(
             time.sleep(0.01)
         seconds = time.monotonic() - killed_at
         assert run.wait() == -signal.SIGKILL
-    with Live(tmp_path / "run", words, TORCHRUN) as run:
+    with Live(tmp_path / "run", overrides, TORCHRUN) as run:
         assert run.wait() == 0, run.output
     assert "resuming from" in run.output
     assert_same_run(tmp_path / "run", undisturbed(2))
@@ -70,7 +70,7 @@ def test_twenty_random_kills_in_one_run(
 ) -> None:
     """A rank drawn by lot, at a moment drawn by lot: in its start, in a resume, or so many steps after the last one."""
     folder, dice, long = tmp_path / "run", random.Random(0), "train.steps=300"
-    with Live(folder, [*WORDS, *corpus, long, f"run_dir={folder}"], (*TORCHRUN, "--max-restarts", "40")) as run:
+    with Live(folder, [*OVERRIDES, *corpus, long, f"run_dir={folder}"], (*TORCHRUN, "--max-restarts", "40")) as run:
         struck: list[int] = []  # the last whole step at each kill
         while len(struck) < KILLS:
             run.until(lambda: len(run.ranks()) == 2)
@@ -87,4 +87,4 @@ def test_twenty_random_kills_in_one_run(
             run.until(lambda ranks=ranks: not set(run.ranks().values()) & set(ranks.values()))
         assert run.wait(120) == 0, run.output
     assert_same_run(folder, undisturbed(2, long))
-    outcome(f"{KILLS} kills, the last at step {struck[-1]} of 300: finished, all figures and tensors bitwise equal")
+    outcome(f"{KILLS} kills, the last at step {struck[-1]} of 300: finished, all metrics and tensors bitwise equal")

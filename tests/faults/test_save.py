@@ -15,16 +15,23 @@ from typing import Any
 
 import pytest
 
-from moe.compose import to_yaml
+from moe.checkpoint.layout import committed, verify
+from moe.checkpoint.reader import load, newest
+from moe.checkpoint.state import TrainState
+from moe.checkpoint.writer import Saver
 from moe.config import CheckpointConfig
-from moe.dist.checkpoint import TrainState, committed, load, newest, verify
-from moe.dist.save import Saver
+from moe.config.compose import to_yaml
 from tests.distributed.training import build, config_of, engine_steps
 from tests.e2e.conftest import SMALL, Run, read_metrics
 from tests.ranks import run_ranks, run_until_dead
 
-WORDS = ["parallel.expert=2"]
-WATCHED = ("/moe/dist/save.py", "/moe/durable.py", "/distributed/checkpoint/filesystem.py", "/checkpoint/hf_storage.py")
+OVERRIDES = ["parallel.expert_parallel_size=2"]
+WATCHED = (
+    "/moe/checkpoint/writer.py",
+    "/moe/durable.py",
+    "/distributed/checkpoint/filesystem.py",
+    "/checkpoint/hf_storage.py",
+)
 
 
 def _at_line(count: int | None) -> list[int]:
@@ -47,40 +54,40 @@ def _at_line(count: int | None) -> list[int]:
 def _save_twice(folder: Path, victim: int, count: int | None) -> int:
     """Saves steps 1 and 2; rank `victim` dies at line `count` of the second save (None: nobody does). How many lines
     that save has here."""
-    config = config_of(WORDS)
-    topology, engine = build(config)
-    saver = Saver(folder, topology, CheckpointConfig(keep=1), print, print)
-    engine_steps(config, topology, engine, 0, 1)
+    config = config_of(OVERRIDES)
+    mesh, engine = build(config)
+    saver = Saver(folder, mesh, CheckpointConfig(keep=1), print, print)
+    engine_steps(config, mesh, engine, 0, 1)
     saver.save(engine, TrainState(step=1, consumed=8), to_yaml(config))
     assert saver.wait()
-    engine_steps(config, topology, engine, 1, 1)
-    lines = _at_line(count if topology.rank == victim else None)
+    engine_steps(config, mesh, engine, 1, 1)
+    lines = _at_line(count if mesh.rank == victim else None)
     saver.save(engine, TrainState(step=2, consumed=16), to_yaml(config))
     saver.wait()
     sys.settrace(None)
     threading.settrace(None)  # type: ignore[arg-type]
-    engine_steps(config, topology, engine, 2, 1)
+    engine_steps(config, mesh, engine, 2, 1)
     return lines[0]
 
 
 def _resume(folder: Path) -> tuple[int, list[float]]:
     """The step it goes on from, and the losses up to step 3; step 3 is saved."""
-    config = config_of(WORDS)
-    topology, engine = build(config)
-    checkpoint = newest(folder, topology, print)
+    config = config_of(OVERRIDES)
+    mesh, engine = build(config)
+    checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
-    state = load(checkpoint, engine, topology)
-    saver = Saver(folder, topology, CheckpointConfig(keep=1), print, print)
-    losses = engine_steps(config, topology, engine, state.step, 3 - state.step).losses
+    state = load(checkpoint, engine, mesh)
+    saver = Saver(folder, mesh, CheckpointConfig(keep=1), print, print)
+    losses = engine_steps(config, mesh, engine, state.step, 3 - state.step).losses
     saver.save(engine, TrainState(step=3, consumed=24), to_yaml(config))
     assert saver.wait()
     return state.step, losses
 
 
 def _undisturbed() -> list[float]:
-    config = config_of(WORDS)
-    topology, engine = build(config)
-    return engine_steps(config, topology, engine, 0, 3).losses
+    config = config_of(OVERRIDES)
+    mesh, engine = build(config)
+    return engine_steps(config, mesh, engine, 0, 3).losses
 
 
 COMMIT = 300  # lines at the end of rank 0's part: manifest, rename, `latest`, removal
@@ -125,17 +132,17 @@ def test_a_kill_at_many_points_of_a_save(tmp_path: Path, outcome: Callable[[str]
 
 def _two_checkpoints(folder: Path) -> None:
     config = config_of([])
-    topology, engine = build(config)
-    saver = Saver(folder, topology, CheckpointConfig(), print, print)
+    mesh, engine = build(config)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print)
     for step in (1, 2):
-        engine_steps(config, topology, engine, step - 1, 1)
+        engine_steps(config, mesh, engine, step - 1, 1)
         saver.save(engine, TrainState(step=step), to_yaml(config))
     assert saver.wait()
 
 
 def _taken(folder: Path) -> list[tuple[str, str, str, str]]:
     """For each file of the newest checkpoint and each damage: (file, damage, the checkpoint taken, the warning)."""
-    topology, _ = build(config_of([]))
+    mesh, _ = build(config_of([]))
     taken = []
     damaged = committed(folder / "checkpoints")[0]
     for path in sorted(path for path in damaged.rglob("*") if path.is_file()):
@@ -145,12 +152,12 @@ def _taken(folder: Path) -> list[tuple[str, str, str, str]]:
         for damage, changed in (("truncated", content[:-1]), ("bit", bytes(flipped)), ("deleted", None)):
             path.unlink() if changed is None else path.write_bytes(changed)
             warnings: list[str] = []
-            found = newest(folder, topology, warnings.append)
+            found = newest(folder, mesh, warnings.append)
             assert found is not None
             taken.append((str(path.relative_to(damaged)), damage, found.name, " ".join(warnings)))
             damaged.with_name(f"{damaged.name}.damaged").rename(damaged)
             path.write_bytes(content)
-    found = newest(folder, topology, print)
+    found = newest(folder, mesh, print)
     assert found == damaged
     return taken
 
@@ -171,13 +178,13 @@ def test_every_damage_is_found_and_the_previous_checkpoint_taken(
 
 def _save_the_damaged_step_again(folder: Path) -> list[str | None]:
     config = config_of([])
-    topology, engine = build(config)
+    mesh, engine = build(config)
     (folder / "checkpoints" / "step_00000002" / "state.json").unlink()
-    checkpoint = newest(folder, topology, print)
+    checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
-    assert load(checkpoint, engine, topology).step == 1
-    engine_steps(config, topology, engine, 1, 1)
-    saver = Saver(folder, topology, CheckpointConfig(background=False), print, print)
+    assert load(checkpoint, engine, mesh).step == 1
+    engine_steps(config, mesh, engine, 1, 1)
+    saver = Saver(folder, mesh, CheckpointConfig(background=False), print, print)
     saver.save(engine, TrainState(step=2), to_yaml(config))
     assert saver.wait()
     return [verify(path) for path in committed(folder / "checkpoints")]
@@ -193,9 +200,9 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pa
 
 def _retained(folder: Path) -> list[str]:
     config = config_of([])
-    topology, engine = build(config)
-    engine_steps(config, topology, engine, 0, 1)
-    saver = Saver(folder, topology, CheckpointConfig(every=1, keep=2, keep_every=3), print, print)
+    mesh, engine = build(config)
+    engine_steps(config, mesh, engine, 0, 1)
+    saver = Saver(folder, mesh, CheckpointConfig(every=1, keep=2, keep_every=3), print, print)
     for step in range(1, 9):
         saver.save(engine, TrainState(step=step), to_yaml(config))
     saver.wait()
@@ -203,10 +210,10 @@ def _retained(folder: Path) -> list[str]:
 
 
 def _save_beside_leftovers(folder: Path) -> list[str]:
-    topology, engine = build(config_of([]))
+    mesh, engine = build(config_of([]))
     warnings: list[str] = []
-    saver = Saver(folder, topology, CheckpointConfig(), print, warnings.append)
-    engine_steps(config_of([]), topology, engine, 0, 1)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, warnings.append)
+    engine_steps(config_of([]), mesh, engine, 0, 1)
     saver.save(engine, TrainState(step=9), to_yaml(config_of([])))
     assert saver.wait()
     return warnings
@@ -226,8 +233,8 @@ def test_the_last_two_and_every_third_are_kept(tmp_path: Path) -> None:
 
 
 def _newest(folder: Path) -> Path | None:
-    topology, _ = build(config_of([]))
-    return newest(folder, topology, print)
+    mesh, _ = build(config_of([]))
+    return newest(folder, mesh, print)
 
 
 @pytest.mark.fault(5)
@@ -240,9 +247,9 @@ def test_a_copy_that_someone_made_is_no_checkpoint_of_the_run(tmp_path: Path) ->
 
 
 def _refused(folder: Path) -> str:
-    topology, _ = build(config_of([]))
+    mesh, _ = build(config_of([]))
     with pytest.raises(ValueError, match="checkpoint") as refused:
-        newest(folder, topology, print)
+        newest(folder, mesh, print)
     return str(refused.value)
 
 
@@ -255,11 +262,11 @@ def test_checkpoints_that_vanished_are_missed(tmp_path: Path) -> None:
 
 
 def _none_whole(folder: Path) -> str:
-    topology, _ = build(config_of([]))
+    mesh, _ = build(config_of([]))
     for state in (folder / "checkpoints").glob("step_*/state.json"):
         state.unlink()
     with pytest.raises(ValueError, match="none of its 2 checkpoints is whole") as refused:
-        newest(folder, topology, print)
+        newest(folder, mesh, print)
     return str(refused.value)
 
 
@@ -275,11 +282,11 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     folder = tmp_path / "disk"
 
     def of_size(kilobytes: int) -> Path:
-        words = ["-o", f"remount,size={kilobytes}k", str(folder)]
+        overrides = ["-o", f"remount,size={kilobytes}k", str(folder)]
         if not folder.exists():
             folder.mkdir()
-            words = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+            overrides = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        done = subprocess.run(["mount", *overrides], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"mount: {done.stderr.strip()}")
         return folder
@@ -293,7 +300,7 @@ def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on
     moe: Run, corpus: list[str], small_disk: Callable[[int], Path], outcome: Callable[[str], None]
 ) -> None:
     disk = small_disk(1100)  # one checkpoint of 0.8 MB fits, two don't
-    words = [
+    overrides = [
         "train",
         f"run_dir={disk}",
         *corpus,
@@ -302,7 +309,7 @@ def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on
         "train.eval_every=4",
         "train.sample_every=4",
     ]
-    stopped = moe(*words)
+    stopped = moe(*overrides)
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
     lines = [line for line in stopped.stderr.splitlines() if line.startswith("moe:")]
     assert len(lines) == 1
@@ -314,7 +321,7 @@ def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on
     assert verify(disk / "checkpoints" / "step_00000005") is None
     assert len(read_metrics(disk)) >= 15
     small_disk(8000)
-    done = moe(*words)
+    done = moe(*overrides)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert [line["step"] for line in read_metrics(disk)] == list(range(1, 41))

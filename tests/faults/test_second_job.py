@@ -16,17 +16,17 @@ pytestmark = pytest.mark.fault(11)
 SHORT = [*SMALL, "train.steps=100", "train.eval_every=100", "train.sample_every=100", "checkpoint.every=100"]
 
 
-def _alone(words: list[str]) -> Finished:
+def _alone(overrides: list[str]) -> Finished:
     """A job of one process, started beside another."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_PORT=str(free_port()))
-    return moe_here(words, (), {})
+    return moe_here(overrides, (), {})
 
 
 def test_of_two_started_at_once_one_is_refused(
     corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
-    words = ["train", f"run_dir={tmp_path}", *corpus, *SHORT]
-    jobs = run_ranks(2, _alone, words)
+    overrides = ["train", f"run_dir={tmp_path}", *corpus, *SHORT]
+    jobs = run_ranks(2, _alone, overrides)
     assert sorted(job.code for job in jobs) == [0, 2], [job.err for job in jobs]
     (refused,) = [job for job in jobs if job.code == 2]
     (line,) = [line for line in refused.err.splitlines() if line.startswith("moe:")]

@@ -46,13 +46,13 @@ def test_a_leak_would_be_found(tmp_path: Path) -> None:
     assert _leaks(tmp_path, "clean", f"a{CANARY}b") == ["output 1", *(str(p.name) for p in tmp_path.rglob("*"))]
 
 
-def _train(folder: Path, corpus: list[str], more: dict[str, str], *words: str, **keywords: object) -> Finished:
-    words = ("train", f"run_dir={folder}", *corpus, *SHORT, *words)
-    return moe_ranks(*words, more=SECRETS | more, **keywords)[0]  # type: ignore[arg-type]
+def _train(folder: Path, corpus: list[str], more: dict[str, str], *overrides: str, **keywords: object) -> Finished:
+    overrides = ("train", f"run_dir={folder}", *corpus, *SHORT, *overrides)
+    return moe_ranks(*overrides, more=SECRETS | more, **keywords)[0]  # type: ignore[arg-type]
 
 
 def test_a_run_that_ends_well(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    """Checkpoints, report, samples, configuration, figures, W&B's offline run with its settings and logs."""
+    """Checkpoints, report, samples, configuration, metrics, W&B's offline run with its settings and logs."""
     done = _train(tmp_path, corpus, {"WANDB_MODE": "offline"})
     assert done.code == 0, done.err
     assert _leaks(tmp_path, done.out, done.err) == []
@@ -85,9 +85,9 @@ def test_a_run_that_fails(corpus: list[str], tmp_path: Path, outcome: Callable[[
 @pytest.mark.slow
 def test_the_stacks_of_a_hang(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
     fault = {"FAULT": json.dumps({"kind": "sleep", "seconds": 60, "steps": [3]})}
-    words = ["train", f"run_dir={tmp_path}", *corpus, *SHORT, "tracking=none", "guard.hang_seconds=3"]
+    overrides = ["train", f"run_dir={tmp_path}", *corpus, *SHORT, "tracking=none", "guard.hang_seconds=3"]
     hung = subprocess.run(
-        [sys.executable, "-m", "tests.faults.inject", *words],
+        [sys.executable, "-m", "tests.faults.inject", *overrides],
         capture_output=True,
         text=True,
         timeout=100,

@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from moe import cli
+from moe.cli import main as cli
 from tests.e2e.conftest import SMALL, Run
 from tests.faults.forked import Finished, moe_ranks
 
@@ -79,9 +79,9 @@ def test_the_payload_would_run(payloads: dict[str, bytes], marker: Path, tmp_pat
         marker.unlink()
 
 
-def _main(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Finished:
-    """`moe WORDS` in this process: nothing here joins ranks."""
-    monkeypatch.setattr(sys, "argv", ["moe", *words])
+def _main(overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Finished:
+    """`moe OVERRIDES` in this process: nothing here joins ranks."""
+    monkeypatch.setattr(sys, "argv", ["moe", *overrides])
     code = 0
     try:
         cli.main()
@@ -176,8 +176,8 @@ def test_code_in_a_checkpoints_config(
     shutil.copytree(trained, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     _put(checkpoint, "config.yaml", yaml.format(marker=marker).encode())
-    words = ["generate", f"checkpoint={tmp_path / 'run'}", "prompt=3", "max_new_tokens=2"]
-    _refused(_main(words, monkeypatch, capsys), str(checkpoint / "config.yaml"))
+    overrides = ["generate", f"checkpoint={tmp_path / 'run'}", "prompt=3", "max_new_tokens=2"]
+    _refused(_main(overrides, monkeypatch, capsys), str(checkpoint / "config.yaml"))
 
 
 def test_as_a_tokenizer(
@@ -197,12 +197,12 @@ def test_as_a_tokenizer(
     for name, payload in payloads.items():
         bare.write_bytes(payload)
         for kind in ("model_file", "huggingface"):
-            words = ["prepare", *data, f"tokenizer={kind}", f"tokenizer.path={bare}"]
-            _refused(_main(words, monkeypatch, capsys), str(bare))
+            overrides = ["prepare", *data, f"tokenizer={kind}", f"tokenizer.path={bare}"]
+            _refused(_main(overrides, monkeypatch, capsys), str(bare))
         for file_name in ("tokenizer.json", "tokenizer.model"):
             (folder / file_name).write_bytes(payload)
-            words = ["prepare", *data, "tokenizer=huggingface", f"tokenizer.path={folder}"]
-            _refused(_main(words, monkeypatch, capsys), str(folder))
+            overrides = ["prepare", *data, "tokenizer=huggingface", f"tokenizer.path={folder}"]
+            _refused(_main(overrides, monkeypatch, capsys), str(folder))
             (folder / file_name).unlink()
         assert not marker.exists(), name
     # What transformers would run or unpickle beside a sound tokenizer.json is never looked at, or refused.
@@ -216,8 +216,8 @@ def test_as_a_tokenizer(
     (folder / "vocab.pkl").write_bytes(payloads["pickle"])
     remote = {"eos_token": "</s>", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(remote))
-    words = ["prepare", *data, "tokenizer=huggingface", f"tokenizer.path={folder}"]
-    assert _main(words, monkeypatch, capsys).code in (0, 2)
+    overrides = ["prepare", *data, "tokenizer=huggingface", f"tokenizer.path={folder}"]
+    assert _main(overrides, monkeypatch, capsys).code in (0, 2)
     assert not marker.exists()
     for name in ("tokenizer.model", "moe_tokenizer.json"):
         run = tmp_path / f"run with {name}"
@@ -228,7 +228,7 @@ def test_as_a_tokenizer(
 
 
 def _as_data(folder: Path, payloads: dict[str, bytes], marker: Path) -> dict[str, tuple[list[str], bool]]:
-    """By name: the words that offer the payload as data, and whether they must be refused."""
+    """By name: the overrides that offer the payload as data, and whether they must be refused."""
     payload = payloads["pickle"]
     suffixes = (".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".bin", ".joblib", ".parquet", ".jsonl", ".arrow")
     offered: dict[str, tuple[list[str], bool]] = {}
@@ -280,9 +280,9 @@ def test_as_data(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "data").mkdir()
     offered = _as_data(tmp_path / "data", payloads, marker)
-    for name, (words, refused) in offered.items():
-        words = ["prepare", "data=files", *words, f"data.cache_dir={tmp_path / 'cache'}"]
-        done = _main(words, monkeypatch, capsys)
+    for name, (overrides, refused) in offered.items():
+        overrides = ["prepare", "data=files", *overrides, f"data.cache_dir={tmp_path / 'cache'}"]
+        done = _main(overrides, monkeypatch, capsys)
         assert not marker.exists(), name
         if refused:
             _refused(done, "data")
@@ -301,13 +301,13 @@ def test_as_a_file_of_the_shards(
 ) -> None:
     """A damaged cache is prepared again from the text."""
     data = [word for word in corpus if not word.startswith("data.cache_dir=")] + [f"data.cache_dir={tmp_path}"]
-    words = ["prepare", *data, "tokenizer.vocab_size=300"]
-    assert _main(words, monkeypatch, capsys).code == 0
+    overrides = ["prepare", *data, "tokenizer.vocab_size=300"]
+    assert _main(overrides, monkeypatch, capsys).code == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert {"meta.json", "documents.bin", "tokenizer.model"} < {path.name for path in files}
     for path in files:
         path.write_bytes(payloads["pickle"])
-        done = _main(words, monkeypatch, capsys)
+        done = _main(overrides, monkeypatch, capsys)
         assert not marker.exists(), path
         assert done.code == 0, (path, done.err)
 
@@ -341,9 +341,9 @@ def test_a_target_in_an_override(
     for folder in (tmp_path, tmp_path / "experiment"):
         folder.mkdir(exist_ok=True)
         (folder / "evil.yaml").write_text(f"model:\n  _target_: builtins.open\n  file: {marker}\n  mode: w\n")
-    words = [w.replace("{marker}", str(marker)).replace("{folder}", str(tmp_path)) for w in OVERRIDES[name]]
-    words = [word.replace("{{", "{").replace("}}", "}") for word in words]
-    done = _main(["train", *words], monkeypatch, capsys)
+    overrides = [w.replace("{marker}", str(marker)).replace("{folder}", str(tmp_path)) for w in OVERRIDES[name]]
+    overrides = [word.replace("{{", "{").replace("}}", "}") for word in overrides]
+    done = _main(["train", *overrides], monkeypatch, capsys)
     assert done.code == 2, done.out
     assert done.err.startswith("moe: ")
     assert len(done.err.splitlines()) == 1, done.err

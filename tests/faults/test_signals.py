@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.forked import moe_ranks
-from tests.faults.live import TORCHRUN_SH, WORDS, Live, assert_same_run, checkpoints, send
+from tests.faults.live import OVERRIDES, TORCHRUN_SH, Live, assert_same_run, checkpoints, send
 from tests.ranks import free_port
 
 Outcome = Callable[[str], None]
@@ -25,16 +25,16 @@ def test_one_process_saves_and_goes_on(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, name: str
 ) -> None:
     """A second signal comes in the middle of the save (SIGTERM: a second Ctrl-C means something else)."""
-    words = [*WORDS, *corpus, SHORT, f"run_dir={tmp_path}"]
+    overrides = [*OVERRIDES, *corpus, SHORT, f"run_dir={tmp_path}"]
     fault = {"kind": "stop", "name": name, "steps": [7], "in_save": "SIGTERM", "save_seconds": 0.2}
-    (done,) = moe_ranks(*words, faults=(fault,))
+    (done,) = moe_ranks(*overrides, faults=(fault,))
     assert done.code == CODES[name], done.err
     assert f"moe: {name}: the run stops after this step" in done.err
     assert "moe: SIGTERM: the run is stopping already" in done.err
     assert f"moe: {name}: stopped after step 7, which is saved in {tmp_path}" in done.err
     assert "Traceback" not in done.err
     assert checkpoints(tmp_path) == [5, 7]
-    (resumed,) = moe_ranks(*words)
+    (resumed,) = moe_ranks(*overrides)
     assert resumed.code == 0, resumed.err
     assert "step_00000007 (step 7," in resumed.out
     assert_same_run(tmp_path, undisturbed(1, SHORT))
@@ -46,21 +46,21 @@ def test_all_ranks_stop_together_when_one_hears_it(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome
 ) -> None:
     """At a step that is saved anyway: nothing is written twice."""
-    words = [*WORDS, *corpus, SHORT, f"run_dir={tmp_path}"]
-    done = moe_ranks(*words, ranks=2, faults=({"kind": "stop", "name": "SIGUSR1", "steps": [10], "rank": 1},))
+    overrides = [*OVERRIDES, *corpus, SHORT, f"run_dir={tmp_path}"]
+    done = moe_ranks(*overrides, ranks=2, faults=({"kind": "stop", "name": "SIGUSR1", "steps": [10], "rank": 1},))
     assert [one.code for one in done] == [138, 138], done[0].err
     assert "SIGUSR1: stopped after step 10" in done[0].err
     assert done[0].out.count("saved ") == 2
     assert checkpoints(tmp_path) == [5, 10]
-    resumed = moe_ranks(*words, ranks=2)
+    resumed = moe_ranks(*overrides, ranks=2)
     assert [one.code for one in resumed] == [0, 0], resumed[0].err
     assert_same_run(tmp_path, undisturbed(2, SHORT))
     outcome("one of two ranks hears it: both stop after the same step")
 
 
 def test_a_signal_in_the_last_step_does_not_unfinish_the_run(corpus: list[str], tmp_path: Path) -> None:
-    words = [*WORDS, *corpus, "train.steps=6", f"run_dir={tmp_path}"]
-    (done,) = moe_ranks(*words, faults=({"kind": "stop", "name": "SIGTERM", "steps": [6]},))
+    overrides = [*OVERRIDES, *corpus, "train.steps=6", f"run_dir={tmp_path}"]
+    (done,) = moe_ranks(*overrides, faults=({"kind": "stop", "name": "SIGTERM", "steps": [6]},))
     assert done.code == 0, done.err
     assert (tmp_path / "report.html").exists()
     assert checkpoints(tmp_path) == [5, 6]
@@ -70,7 +70,7 @@ def test_a_signal_in_the_last_step_does_not_unfinish_the_run(corpus: list[str], 
 def test_a_second_ctrl_c_gives_up_at_once(corpus: list[str], tmp_path: Path, outcome: Outcome) -> None:
     run_dir = tmp_path / "run"
     fault = {"kind": "stop", "name": "SIGINT", "steps": [7], "in_save": "SIGINT", "save_seconds": 60}
-    with Live(run_dir, [*WORDS, *corpus, f"run_dir={run_dir}"], more={"FAULT": json.dumps(fault)}) as run:
+    with Live(run_dir, [*OVERRIDES, *corpus, f"run_dir={run_dir}"], more={"FAULT": json.dumps(fault)}) as run:
         run.until(lambda: "stops after this step" in run.output)
         started = time.monotonic()
         assert run.wait(60) == 130, run.output
@@ -89,15 +89,15 @@ def test_a_plain_process_from_outside(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     run_dir = tmp_path / "run"
-    words = [*WORDS, *corpus, f"run_dir={run_dir}"]
+    overrides = [*OVERRIDES, *corpus, f"run_dir={run_dir}"]
     # Only what `stop` does to SIGINT, which a background job would ignore: the signal comes from here.
-    with Live(run_dir, words, more={"FAULT": json.dumps({"kind": "stop", "name": name, "steps": []})}) as run:
+    with Live(run_dir, overrides, more={"FAULT": json.dumps({"kind": "stop", "name": name, "steps": []})}) as run:
         run.until_step(12)
         send(run.process.pid, signal.Signals[name])
         assert run.wait(60) == CODES[name], run.output
     stopped = checkpoints(run_dir)[-1]
     assert f"{name}: stopped after step {stopped}" in run.output
-    with Live(run_dir, words) as run:
+    with Live(run_dir, overrides) as run:
         assert run.wait() == 0, run.output
     assert f"step_{stopped:08d} (step {stopped}," in run.output
     assert_same_run(run_dir, undisturbed(1))
@@ -110,9 +110,9 @@ def test_torchrun_hands_it_on_and_starts_nothing_again(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, name: str
 ) -> None:
     run_dir = tmp_path / "run"
-    words = [*WORDS, *corpus, f"run_dir={run_dir}"]
+    overrides = [*OVERRIDES, *corpus, f"run_dir={run_dir}"]
     more = {"NPROC": "2", "MAX_RESTARTS": "3", "GRACE": "20", "MASTER_PORT": str(free_port()), "VENV": ""}
-    with Live(run_dir, words, TORCHRUN_SH, more) as run:
+    with Live(run_dir, overrides, TORCHRUN_SH, more) as run:
         run.until_step(12)
         send(run.process.pid, signal.Signals[name])
         asked_at = time.monotonic()
@@ -122,7 +122,7 @@ def test_torchrun_hands_it_on_and_starts_nothing_again(
     assert f"moe: {name}: stopped after step {stopped}" in run.output
     assert "resuming" not in run.output, "torchrun started the ranks again"
     assert seconds < 20
-    with Live(run_dir, words, TORCHRUN_SH, more) as run:
+    with Live(run_dir, overrides, TORCHRUN_SH, more) as run:
         assert run.wait() == 0, run.output
     assert f"step_{stopped:08d} (step {stopped}," in run.output
     assert_same_run(run_dir, undisturbed(2))

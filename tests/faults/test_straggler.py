@@ -21,8 +21,8 @@ ONLY_STEPS = ["train.eval_every=100", "train.sample_every=100", "checkpoint.ever
 def test_the_slow_rank_is_named_within_20_steps(
     expert: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
-    words = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=15", f"parallel.expert={expert}"]
-    done = moe_ranks("train", f"run_dir={tmp_path}", *words, ranks=2, faults=(SLOW,))
+    overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=15", f"parallel.expert_parallel_size={expert}"]
+    done = moe_ranks("train", f"run_dir={tmp_path}", *overrides, ranks=2, faults=(SLOW,))
     assert [rank.code for rank in done] == [0, 0], done[0].err
     named = re.findall(r"^warning: step (\d+): rank (\d+) on \S+ is slow", done[0].out, re.MULTILINE)
     assert len(named) == 1, done[0].out
@@ -37,8 +37,8 @@ def test_the_slow_rank_is_named_within_20_steps(
 
 @pytest.mark.fault(14)
 def test_without_one_nobody_is_named(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    words = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=60", "parallel.expert=2"]
-    done = moe_ranks("train", f"run_dir={tmp_path}", *words, ranks=2)
+    overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=60", "parallel.expert_parallel_size=2"]
+    done = moe_ranks("train", f"run_dir={tmp_path}", *overrides, ranks=2)
     assert [rank.code for rank in done] == [0, 0], done[0].err
     assert "is slow" not in done[0].out
     assert read_metrics(tmp_path)[0]["slowest_rank"] is None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moe import cli
+from moe.cli import main as cli
 from moe.data.loader import Batch, Loader
 from tests.e2e.conftest import SMALL, read_metrics
 from tests.ranks import run_ranks
@@ -24,13 +24,13 @@ TOPOLOGIES = {  # name → ranks, expert-parallel degree, ZeRO stage
     "4 ranks, EP 4": (4, 4, 1),
     "4 ranks, EP 2": (4, 2, 2),
 }
-WORDS = [
+OVERRIDES = [
     *SMALL, "train.global_batch_size=8", f"train.steps={STEPS}", f"checkpoint.every={RESUMED}", "optim.warmup_steps=1",
     "train.eval_every=8",
 ]  # fmt: skip
 
 
-def _train(words: list[str]) -> list[list[int]]:
+def _train(overrides: list[str]) -> list[list[int]]:
     """`moe train` on this rank; the sample ids of each of its steps."""
     seen: list[list[int]] = []
     next_step = Loader.next_step
@@ -41,7 +41,7 @@ def _train(words: list[str]) -> list[list[int]]:
         return batches
 
     Loader.next_step = spied  # type: ignore[method-assign]
-    sys.argv = ["moe", "train", *words]
+    sys.argv = ["moe", "train", *overrides]
     cli.main()
     return seen
 
@@ -49,8 +49,14 @@ def _train(words: list[str]) -> list[list[int]]:
 def _run(folder: Path, corpus: list[str], name: str) -> list[list[int]]:
     """Trains to the end; the global samples of each step, in order."""
     ranks, expert, stage = TOPOLOGIES[name]
-    words = [f"run_dir={folder}", f"parallel.expert={expert}", f"parallel.zero_stage={stage}", *corpus, *WORDS]
-    by_rank = run_ranks(ranks, _train, words)
+    overrides = [
+        f"run_dir={folder}",
+        f"parallel.expert_parallel_size={expert}",
+        f"parallel.zero_stage={stage}",
+        *corpus,
+        *OVERRIDES,
+    ]
+    by_rank = run_ranks(ranks, _train, overrides)
     return [sorted(chain.from_iterable(step)) for step in zip(*by_rank, strict=True)]
 
 

@@ -10,7 +10,7 @@ import torch
 from moe.config import RouterConfig
 from moe.sparse import TopKRouter, balance_loss, max_violation, router_entropy
 from moe.sparse.balance import load_balancing_loss, z_loss
-from moe.sparse.output import RouterOutput
+from moe.sparse.routers.base import RouterOutput
 
 
 def _collapsed(expert: int, experts: int = 4, tokens: int = 32) -> RouterOutput:

@@ -1,4 +1,4 @@
-"""`moe bench`: both sides compute the same, run for real at a small shape, and bad words are one line."""
+"""`moe bench`: both sides compute the same, run for real at a small shape, and bad overrides are one line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe.bench import peers, run_bench
+from moe.bench.stepper import batch_of
 from moe.model.transformer import Transformer
 
 SMALL = [
@@ -38,7 +39,7 @@ def test_both_sides_have_the_same_loss_and_gradients() -> None:
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     assert peers.loss_gap(ours, peer, ids, config) <= 1e-6
     peer(input_ids=ids, labels=ids).loss.backward()
-    (ours(ids, labels_BS=peers._labels(ids)).lm_loss_sum / peers._targets(ids)).backward()
+    (ours(ids, labels_BS=batch_of(ids).labels_BS).lm_loss_sum / peers._targets(ids)).backward()
     theirs = dict(peer.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
@@ -95,7 +96,7 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("overrides", "text"),
     [
         (["speed"], "no such benchmark; one of peers, expert_parallel, saving, attention"),
         ([], "no such benchmark; one of peers, expert_parallel, saving, attention"),
@@ -106,14 +107,17 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
         (["peers", "router.capacity_factor=1.0"], "router.capacity_factor=1.0 must be null"),
         (["peers", "train.precision=bfloat16"], "train.precision=bfloat16 must be float32"),
         (["peers", "train.global_batch_size=8"], "train.micro_batch_size=4 must equal train.global_batch_size=8"),
-        (["peers", "parallel.expert=2"], "parallel.expert=2 must divide the number of ranks, 1"),
+        (
+            ["peers", "parallel.expert_parallel_size=2"],
+            "parallel.expert_parallel_size=2 must divide the number of ranks, 1",
+        ),
         (["attention", "window=0"], "its only key is window=N"),
         (["attention", "rounds=2"], "its only key is window=N"),
     ],
 )
-def test_bad_words_are_one_line(words: list[str], text: str) -> None:
+def test_bad_words_are_one_line(overrides: list[str], text: str) -> None:
     with pytest.raises(ValueError, match=text.replace(".", r"\.")) as caught:
-        run_bench(words)
+        run_bench(overrides)
     assert "\n" not in str(caught.value)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moe.compose import ConfigError, choices, load_config, read_config, to_yaml
 from moe.config import Config
+from moe.config.compose import ConfigError, choices, load_config, read_config, to_yaml
 
 BAD = [
-    # (words, what the line must hold)
+    # (overrides, what the line must hold)
     (["router.top_k=9"], "router.top_k=9 must be ≤ router.num_experts=8"),
     (["router.topk=2"], "router.topk=2: no such key"),
     (["+router.topk=2"], "router.topk=2: no such key"),
@@ -55,10 +55,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "expected"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_configuration_is_one_line_with_key_value_and_rule(words: list[str], expected: str) -> None:
+@pytest.mark.parametrize(("overrides", "expected"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_configuration_is_one_line_with_key_value_and_rule(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(words)
+        load_config(overrides)
     text = str(caught.value)
     assert expected in text
     assert len(text.splitlines()) == 1
@@ -91,22 +91,30 @@ def test_defaults_are_the_quickstarts_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "world", "expected"),
+    ("overrides", "world", "expected"),
     [
         (
             ["train.global_batch_size=12"],
             2,
             "train.global_batch_size=12 must be divisible by train.micro_batch_size=8 × 2",
         ),
-        (["parallel.expert=2"], 1, "parallel.expert=2 must divide the number of ranks, 1"),
-        (["parallel.expert=2"], 3, "must be divisible"),
-        (["parallel.expert=2", "router.num_experts=3"], 2, "parallel.expert=2 must divide router.num_experts=3"),
-        (["parallel.expert=2", "model.mlp=dense"], 2, "parallel.expert=2 must be 1 with model.mlp=dense"),
+        (["parallel.expert_parallel_size=2"], 1, "parallel.expert_parallel_size=2 must divide the number of ranks, 1"),
+        (["parallel.expert_parallel_size=2"], 3, "must be divisible"),
+        (
+            ["parallel.expert_parallel_size=2", "router.num_experts=3"],
+            2,
+            "parallel.expert_parallel_size=2 must divide router.num_experts=3",
+        ),
+        (
+            ["parallel.expert_parallel_size=2", "model.mlp=dense"],
+            2,
+            "parallel.expert_parallel_size=2 must be 1 with model.mlp=dense",
+        ),
     ],
 )
-def test_rules_that_need_the_number_of_ranks(words: list[str], world: int, expected: str) -> None:
+def test_rules_that_need_the_number_of_ranks(overrides: list[str], world: int, expected: str) -> None:
     with pytest.raises(ValueError, match=expected.replace(".", r"\.")):
-        load_config(words).check_world(world)
+        load_config(overrides).check_world(world)
 
 
 def test_accumulation_counts_micro_batches_per_rank() -> None:
@@ -120,8 +128,10 @@ def test_a_source_added_on_the_command_line_is_typed() -> None:
 
 
 def test_experts_stay_inside_a_node_unless_asked() -> None:
-    words = ["train.micro_batch_size=1", "parallel.expert=4"]
-    load_config(words).check_world(8, 4)
-    with pytest.raises(ValueError, match=r"parallel\.expert=4 must divide the 2 ranks of a node.*across_nodes=true"):
-        load_config(words).check_world(8, 2)
-    load_config([*words, "parallel.expert_across_nodes=true"]).check_world(8, 2)
+    overrides = ["train.micro_batch_size=1", "parallel.expert_parallel_size=4"]
+    load_config(overrides).check_world(8, 4)
+    with pytest.raises(
+        ValueError, match=r"parallel\.expert_parallel_size=4 must divide the 2 ranks of a node.*across_nodes=true"
+    ):
+        load_config(overrides).check_world(8, 2)
+    load_config([*overrides, "parallel.expert_across_nodes=true"]).check_world(8, 2)

@@ -6,19 +6,11 @@ import json
 import pytest
 import torch
 
-from moe.compose import ConfigError, load_config
 from moe.config import ExpertsConfig, Mlp, ModelConfig, RouterConfig
-from moe.generate import (
-    GenerateConfig,
-    Sampling,
-    generate,
-    pick,
-    quote_texts,
-    read_prompts,
-    run_generate,
-    sample_text,
-    stream,
-)
+from moe.config.compose import ConfigError, load_config
+from moe.config.generate import GenerateConfig, Sampling, quote_texts
+from moe.inference.generate import generate, read_prompts, run_generate, sample_text, stream
+from moe.inference.sampling import pick
 from moe.model.transformer import Transformer
 
 

@@ -1,4 +1,4 @@
-"""The guard's arithmetic and words: when a norm is a spike, what a refused step is told as, when a run ends."""
+"""The guard's arithmetic and overrides: when a norm is a spike, what a refused step is told as, when a run ends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe.checkpoint.state import TrainState, read_state
 from moe.config.train import GuardConfig
-from moe.dist.checkpoint import TrainState, read_state
-from moe.dist.engine import StepResult
-from moe.dist.refusal import Refusal
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
+from moe.engine.base import SkipReason, StepResult
 from moe.train.guard import NAMED, Guard
 from moe.train.progress import Display
 from tests.unit.test_tracking import FIGURES
 
-ALONE = Topology(rank=0, world_size=1, local_rank=0, local_world_size=1, expert=1, device=torch.device("cpu"))
-NOT_FINITE = StepResult(math.nan, Refusal.not_finite)
+ALONE = Mesh(rank=0, world_size=1, local_rank=0, local_world_size=1, expert_parallel_size=1, device=torch.device("cpu"))
+NOT_FINITE = StepResult(math.nan, SkipReason.not_finite)
 NORMS = [1.0 + 0.1 * math.sin(step) for step in range(40)]
 
 
@@ -30,10 +29,11 @@ def _guard(state: TrainState | None = None, warnings: list[str] | None = None, *
     return Guard(config, state or TrainState(), ALONE, (warnings if warnings is not None else []).append)
 
 
-def _step(guard: Guard, result: StepResult) -> None:
-    """Four samples a step."""
+def _step(guard: Guard, result: StepResult, *losses: tuple[float, list[int]]) -> None:
+    """Four samples a step; `losses` are micro-batches' with their samples."""
     guard._state.step += 1
-    guard.judge(result, range(4 * guard._state.step - 4, 4 * guard._state.step))
+    samples = range(4 * guard._state.step - 4, 4 * guard._state.step)
+    guard.judge(result, samples, [(torch.tensor(loss), torch.tensor(ids)) for loss, ids in losses])
 
 
 def test_the_limit_is_the_mean_and_n_deviations_of_the_last_accepted_norms() -> None:
@@ -62,7 +62,7 @@ def test_a_refused_norm_stays_out_of_the_window() -> None:
     for norm in NORMS[:8]:
         _step(guard, StepResult(norm, None))
     limit = guard.norm_limit()
-    for result in (StepResult(50.0, Refusal.spike), NOT_FINITE):
+    for result in (StepResult(50.0, SkipReason.spike), NOT_FINITE):
         _step(guard, result)
         assert guard.norm_limit() == limit
 
@@ -70,12 +70,12 @@ def test_a_refused_norm_stays_out_of_the_window() -> None:
 @pytest.mark.parametrize("cut", [3, 10, 14, 15, 16])
 def test_a_resume_decides_as_if_there_had_been_no_break(cut: int, tmp_path: Path) -> None:
     results = [StepResult(norm, None) for norm in NORMS]
-    results[13:16] = [NOT_FINITE, StepResult(9.0, Refusal.spike), NOT_FINITE]
+    results[13:16] = [NOT_FINITE, StepResult(9.0, SkipReason.spike), NOT_FINITE]
 
     def limits(guard: Guard, part: list[StepResult]) -> list[tuple[float | None, int]]:
         found = []
         for result in part:
-            found.append((guard.norm_limit(), guard._state.refused_in_a_row))
+            found.append((guard.norm_limit(), guard._state.skipped_in_a_row))
             _step(guard, result)
         return found
 
@@ -90,11 +90,11 @@ def test_a_state_from_before_the_guard_loads(tmp_path: Path) -> None:
     old = {
         key: value
         for key, value in asdict(TrainState(step=7)).items()
-        if key not in ("recent_norms", "refused_in_a_row")
+        if key not in ("recent_norms", "skipped_in_a_row")
     }
     (tmp_path / "state.json").write_text(json.dumps(old))
     state = read_state(tmp_path)
-    assert (state.step, state.recent_norms, state.refused_in_a_row) == (7, [], 0)
+    assert (state.step, state.recent_norms, state.skipped_in_a_row) == (7, [], 0)
 
 
 def test_a_warning_names_step_reason_norm_and_samples() -> None:
@@ -104,12 +104,9 @@ def test_a_warning_names_step_reason_norm_and_samples() -> None:
         _step(guard, StepResult(norm, None))
     limit = guard.norm_limit()
     assert limit is not None
-    _step(guard, StepResult(50.0, Refusal.spike))
-    for loss, samples in ((1.0, [20, 21]), (math.inf, [22, 23])):
-        guard.saw(torch.tensor(loss), torch.tensor(samples))
-    _step(guard, NOT_FINITE)
-    guard.saw(torch.tensor(1.0), torch.tensor([24]))
-    _step(guard, NOT_FINITE)
+    _step(guard, StepResult(50.0, SkipReason.spike))
+    _step(guard, NOT_FINITE, (1.0, [20, 21]), (math.inf, [22, 23]))
+    _step(guard, NOT_FINITE, (1.0, [24]))
     end = "; the update is skipped on every rank"
     assert warnings == [
         f"step 5: gradient norm 50 > {limit:.4g}, the mean + 3 σ of the last 4 accepted steps, on samples 16–19{end}",
@@ -121,8 +118,7 @@ def test_a_warning_names_step_reason_norm_and_samples() -> None:
 def test_losses_of_an_accepted_step_are_forgotten() -> None:
     warnings: list[str] = []
     guard = _guard(warnings=warnings)
-    guard.saw(torch.tensor(math.nan), torch.tensor([0]))  # cannot be: the engine refuses it
-    _step(guard, StepResult(1.0, None))
+    _step(guard, StepResult(1.0, None), (math.nan, [0]))  # cannot be: the engine skips it
     _step(guard, NOT_FINITE)
     assert "every loss finite" in warnings[0]
 
@@ -133,8 +129,7 @@ def test_the_run_ends_after_so_many_in_a_row_and_says_what_to_change() -> None:
         _step(guard, result)
         assert not guard.exhausted
         guard.check()
-    guard.saw(torch.tensor(math.nan), torch.tensor([21]))
-    _step(guard, NOT_FINITE)
+    _step(guard, NOT_FINITE, (math.nan, [21]))
     assert guard.exhausted
     with pytest.raises(ValueError, match="3 steps in a row") as caught:
         guard.check()
@@ -150,9 +145,7 @@ def test_many_bad_micro_batches_and_steps_stay_one_short_line() -> None:
     warnings: list[str] = []
     guard = _guard(warnings=warnings, max_skipped=1000)
     for _ in range(1000):
-        for sample in range(100):
-            guard.saw(torch.tensor(math.nan), torch.tensor([sample]))
-        _step(guard, NOT_FINITE)
+        _step(guard, NOT_FINITE, *((math.nan, [sample]) for sample in range(100)))
     assert f"(rank 0) and {100 - NAMED} more micro-batches" in warnings[0]
     with pytest.raises(ValueError, match="1000 steps") as caught:
         guard.check()

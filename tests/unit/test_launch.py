@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe.compose import load_config
+from moe.config.compose import load_config
 from tests.e2e.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def _write(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> dict[str, str]:
-    """An environment whose VENV has a torchrun that only says its words, and a machine with 8 GPUs."""
+    """An environment whose VENV has a torchrun that only says its overrides, and a machine with 8 GPUs."""
     _write(tmp_path / "venv/bin/torchrun", TORCHRUN)
     _write(tmp_path / "venv/bin/python", "#!/bin/bash\necho 8\n")
     _write(tmp_path / "bin/srun", SRUN)
@@ -64,8 +64,8 @@ def stubs(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def _bash(script: str, *words: str, env: dict[str, str], timeout: float = 20) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(LAUNCH / script), *words]
+def _bash(script: str, *overrides: str, env: dict[str, str], timeout: float = 20) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(LAUNCH / script), *overrides]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT)
 
 
@@ -142,11 +142,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("words", "more", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("overrides", "more", "message"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_mistakes_end_with_one_line(
-    stubs: dict[str, str], words: list[str], more: dict[str, str], message: str
+    stubs: dict[str, str], overrides: list[str], more: dict[str, str], message: str
 ) -> None:
-    done = _bash("torchrun.sh", *words, env=stubs | more)
+    done = _bash("torchrun.sh", *overrides, env=stubs | more)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("launch/torchrun.sh: ")
@@ -163,8 +163,8 @@ def test_two_ranks_train_on_this_machine(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} and {n + 1}.\n\n" for n in range(3000)))
     data = ["data=files", f"data.path={text}", "data.held_out=0.2", f"data.cache_dir={tmp_path / 'cache'}"]
-    words = [*SMALL, *data, "train.steps=2", "parallel.expert=2", f"run_dir={tmp_path / 'run'}"]
-    done = _bash("torchrun.sh", "train", *words, env=_real() | {"NPROC": "2"}, timeout=180)
+    overrides = [*SMALL, *data, "train.steps=2", "parallel.expert_parallel_size=2", f"run_dir={tmp_path / 'run'}"]
+    done = _bash("torchrun.sh", "train", *overrides, env=_real() | {"NPROC": "2"}, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "ranks: 2, expert-parallel degree 2" in done.stdout
     assert "step 2/2" in done.stdout
@@ -260,8 +260,8 @@ def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) 
 # skypilot.yaml, pytorchjob.yaml
 
 
-def _check_words(words: str, ranks: int) -> None:
-    verb, *rest = words.split()
+def _check_words(overrides: str, ranks: int) -> None:
+    verb, *rest = overrides.split()
     assert verb == "train"
     load_config(rest).check_world(ranks)
 
@@ -279,8 +279,8 @@ def test_skypilot(stubs: dict[str, str]) -> None:
     kind, gpus = task["resources"]["accelerators"].split(":")
     assert kind == "H100"
     assert all(isinstance(value, str) for value in task["envs"].values())
-    _check_words(task["envs"]["WORDS"], task["num_nodes"] * int(gpus))
-    assert f"run_dir={next(iter(task['volumes']))}/" in task["envs"]["WORDS"]
+    _check_words(task["envs"]["ARGUMENTS"], task["num_nodes"] * int(gpus))
+    assert f"run_dir={next(iter(task['volumes']))}/" in task["envs"]["ARGUMENTS"]
     _parses(task["setup"])
     sky = {
         "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5",
@@ -292,7 +292,7 @@ def test_skypilot(stubs: dict[str, str]) -> None:
     assert _render(task["run"], stubs | task["envs"] | sky) == (
         f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id sky-1 --rdzv-backend c10d "
         "--rdzv-endpoint 10.0.0.4:29500 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
-        f"--local-addr 10.0.0.5 -m moe {task['envs']['WORDS']}\n"
+        f"--local-addr 10.0.0.5 -m moe {task['envs']['ARGUMENTS']}\n"
     )
 
 
@@ -311,7 +311,7 @@ def test_pytorchjob(stubs: dict[str, str]) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     stated = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
     assert all(isinstance(value, str) for value in stated.values()), "Kubernetes takes only strings"
-    _check_words(stated["WORDS"], pods * container["resources"]["limits"]["nvidia.com/gpu"])
+    _check_words(stated["ARGUMENTS"], pods * container["resources"]["limits"]["nvidia.com/gpu"])
     assert container["command"] == ["bash", "-c"]
     (command,) = container["args"]
     # What the operator gives the first worker's pod, and the pod's own address.
@@ -319,5 +319,5 @@ def test_pytorchjob(stubs: dict[str, str]) -> None:
     assert _render(command, stubs | stated | operator | {"NODE_ADDR": "10.2.0.9"}) == (
         f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id moe --rdzv-backend c10d "
         "--rdzv-endpoint moe-master-0:23456 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
-        f"--local-addr 10.2.0.9 -m moe {stated['WORDS']}\n"
+        f"--local-addr 10.2.0.9 -m moe {stated['ARGUMENTS']}\n"
     )

@@ -9,10 +9,10 @@ import torch
 
 from moe.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe.data import order
-from moe.data.corpora import DataError
 from moe.data.loader import Loader, held_out_batches, token_counts
 from moe.data.order import Mixture, quotas, shuffled
 from moe.data.prepare import prepare
+from moe.data.readers import DataError
 
 LENGTH = 32
 FIELDS = ("input_ids_BS", "labels_BS", "document_ids_BS", "sample_ids_B", "source_ids_B")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.compose import load_config
-from moe.dist.shares import FILE_BYTES
+from moe.checkpoint.ownership import FILE_BYTES
+from moe.config.compose import load_config
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters, estimate_memory, flops_per_token, plan_memory, visible_keys
 from moe.plan.activations import Shapes, head_memory, kept_by_layers
@@ -14,8 +14,8 @@ from moe.plan.memory import CHECKPOINT_FILE
 SMALL = ["model=tiny", "tokenizer.vocab_size=500", "model.vocab_size=500", "model.num_hidden_layers=2"]
 
 
-def compose(*words: str):
-    return load_config([*SMALL, *words])
+def compose(*overrides: str):
+    return load_config([*SMALL, *overrides])
 
 
 def build(config):
@@ -81,9 +81,9 @@ KEPT = [  # what decides which tensors are kept
 ]
 
 
-@pytest.mark.parametrize("words", KEPT, ids=" ".join)
-def test_activations_are_what_autograd_keeps(words):
-    config = compose(*words, "train.micro_batch_size=4", "train.global_batch_size=4")
+@pytest.mark.parametrize("overrides", KEPT, ids=" ".join)
+def test_activations_are_what_autograd_keeps(overrides):
+    config = compose(*overrides, "train.micro_batch_size=4", "train.global_batch_size=4")
     model = build(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -121,7 +121,7 @@ def sizes(config, expert, world):
 
 @pytest.mark.parametrize(("expert", "world"), [(1, 1), (1, 8), (4, 8), (8, 8)])
 def test_float32_shares_master_weights_with_the_model(expert, world):
-    config = compose(*LOCAL, f"parallel.expert={expert}")
+    config = compose(*LOCAL, f"parallel.expert_parallel_size={expert}")
     local, share = sizes(config, expert, world)
     update = kinds(config, world, "update", device="cuda")
     assert (update["weights"], update["optimizer"]) == (4 * local, round(12 * share))
@@ -134,7 +134,9 @@ def test_float32_shares_master_weights_with_the_model(expert, world):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bfloat16_has_float32_masters_and_sums(stage):
-    config = compose(*LOCAL, "train.precision=bfloat16", "parallel.expert=4", f"parallel.zero_stage={stage}")
+    config = compose(
+        *LOCAL, "train.precision=bfloat16", "parallel.expert_parallel_size=4", f"parallel.zero_stage={stage}"
+    )
     local, share = sizes(config, 4, 8)
     update = kinds(config, 8, "update", device="cuda")
     assert (update["weights"], update["optimizer"]) == (2 * local, round(12 * share))
@@ -144,19 +146,19 @@ def test_bfloat16_has_float32_masters_and_sums(stage):
 
 
 def test_offload_moves_the_optimizer_to_the_host():
-    words = [*LOCAL, "train.precision=bfloat16", "parallel.expert=4"]
-    config = compose(*words, "parallel.offload_optimizer=true")
+    overrides = [*LOCAL, "train.precision=bfloat16", "parallel.expert_parallel_size=4"]
+    config = compose(*overrides, "parallel.offload_optimizer=true")
     plan = plan_memory(config, 8, device="cuda")
     assert all(phase["optimizer"] == 0 for phase in plan.phases.values())
     assert plan.host == pytest.approx(18 * sizes(config, 4, 8)[1], abs=1)
-    assert plan_memory(compose(*words), 8, device="cuda").host == 0
+    assert plan_memory(compose(*overrides), 8, device="cuda").host == 0
 
 
 def test_recomputation_keeps_less_and_imbalance_needs_more():
-    words = ["train.micro_batch_size=8", "train.global_batch_size=32", "train.sequence_length=256"]
+    overrides = ["train.micro_batch_size=8", "train.global_batch_size=32", "train.sequence_length=256"]
 
     def rows(recompute, expert=1, imbalance=1.0):
-        config = compose(*words, f"model.recompute={recompute}", f"parallel.expert={expert}")
+        config = compose(*overrides, f"model.recompute={recompute}", f"parallel.expert_parallel_size={expert}")
         phase = kinds(config, 4, "loss", imbalance=imbalance)
         return phase["activations"] + phase["moe_buffers"], phase["moe_buffers"]
 
@@ -176,13 +178,13 @@ def test_estimate_is_the_fullest_phase_of_a_step():
 
 
 def test_a_checkpoint_takes_its_share_of_host_memory_beside_a_step():
-    words = ["model=small", "train.global_batch_size=32", "train.micro_batch_size=1"]
-    total, _ = count_parameters(load_config(words))
+    overrides = ["model=small", "train.global_batch_size=32", "train.micro_batch_size=1"]
+    total, _ = count_parameters(load_config(overrides))
     for world in (1, 4):
-        plan = plan_memory(load_config(words), world, device="cuda")
+        plan = plan_memory(load_config(overrides), world, device="cuda")
         assert plan.checkpoint_host == pytest.approx(2 * 12 * total / world, rel=1e-3)
     beside, alone = (
-        plan_memory(load_config([*words, f"checkpoint.background={background}"]), 2).total("checkpoint")
+        plan_memory(load_config([*overrides, f"checkpoint.background={background}"]), 2).total("checkpoint")
         for background in ("true", "false")
     )
     assert beside > alone

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe.compose import ConfigError, choices, config_dir, load_config
 from moe.config import PlanConfig
+from moe.config.compose import ConfigError, choices, config_dir, load_config
 from moe.plan import exchange_bytes, flops_per_token, make_plan, plan_traffic
 from moe.plan.run import needed_gb
 from moe.plan.show import run_plan, verdict
@@ -18,8 +18,8 @@ MIXTRAL = [
 ]  # fmt: skip
 
 
-def compose(*words: str) -> PlanConfig:
-    return load_config(list(words), "plan", PlanConfig)
+def compose(*overrides: str) -> PlanConfig:
+    return load_config(list(overrides), "plan", PlanConfig)
 
 
 def test_plan_takes_every_word_of_train():
@@ -40,29 +40,32 @@ def test_hardware_presets_are_whole(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("overrides", "text"),
     [
         (["hardware=abacus"], r"hardware=abacus must be one of a100_8x1, .*h100_8x2.*describe yours: hardware=custom"),
         (["hardware=custom"], r"hardware\.gpus_per_node, .*hardware\.memory_gb, .* must be stated"),
         (["hardware.memory_gb=0"], r"hardware\.memory_gb=0.* must be > 0"),
         (["hardware.reserved_gb=9"], r"hardware\.reserved_gb=9.* must be < hardware\.memory_gb=8"),
         (["plan.imbalance=0.9"], r"plan\.imbalance=0\.9 must be ≥ 1"),
-        ([*MIXTRAL, "hardware=h100_8x2", "router.num_experts=16", "parallel.expert=16"], "expert_across_nodes=true"),
+        (
+            [*MIXTRAL, "hardware=h100_8x2", "router.num_experts=16", "parallel.expert_parallel_size=16"],
+            "expert_across_nodes=true",
+        ),
         (
             ["parallel.offload_optimizer=true"],
             r"offload_optimizer=true must be false on hardware\.device=cpu",
         ),
     ],
 )
-def test_bad_input_is_one_line(words, text):
+def test_bad_input_is_one_line(overrides, text):
     with pytest.raises(ValueError, match=text) as caught:
-        make_plan(compose(*words))
+        make_plan(compose(*overrides))
     assert "\n" not in str(caught.value)
 
 
 def test_exchange_is_the_sum_over_layers_and_passes():
     """Two ways and their gradients of every choice's row, for every layer and micro-batch; counts go forward only."""
-    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8")
+    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8")
     rows = 0
     for _ in range(256 // 16):  # micro-batches of a rank
         for _ in range(32):  # layers
@@ -70,7 +73,9 @@ def test_exchange_is_the_sum_over_layers_and_passes():
                 rows += 4096 * 2 * 4096 * 2
     sent = exchange_bytes(config, 16)
     assert (sent.rows, sent.counts, sent.leaving) == (rows, 16 * 32 * 8 * 8, 7 / 8)
-    again = exchange_bytes(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8", "model.recompute=mlp"), 16)
+    again = exchange_bytes(
+        compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "model.recompute=mlp"), 16
+    )
     assert (again.rows, again.counts) == (rows * 6 // 4, 2 * sent.counts)  # the forward exchanges, and their counts
     assert exchange_bytes(compose(*MIXTRAL, "hardware=h100_8x2"), 16).total == 0
 
@@ -80,7 +85,8 @@ def test_links_are_those_of_the_groups(nodes, ranks, expert):
     """Against walking every rank's peers and rings one by one."""
     world = nodes * ranks
     config = compose(
-        "hardware=h100_8x1", f"hardware.nodes={nodes}", f"hardware.gpus_per_node={ranks}", f"parallel.expert={expert}",
+        "hardware=h100_8x1", f"hardware.nodes={nodes}", f"hardware.gpus_per_node={ranks}",
+        f"parallel.expert_parallel_size={expert}",
         "parallel.expert_across_nodes=true", "train.micro_batch_size=2", "train.global_batch_size=64",
     )  # fmt: skip
     flows, sent = plan_traffic(config, nodes, ranks), exchange_bytes(config, world)
@@ -107,70 +113,72 @@ def test_links_are_those_of_the_groups(nodes, ranks, expert):
 
 
 def test_stage_2_reduces_after_every_micro_batch():
-    words = [*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8"]
-    one, two = (make_plan(compose(*words, f"parallel.zero_stage={stage}")).traffic for stage in (1, 2))
+    overrides = [*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8"]
+    one, two = (make_plan(compose(*overrides, f"parallel.zero_stage={stage}")).traffic for stage in (1, 2))
     assert two["shared gradients"].total == 16 * one["shared gradients"].total
     assert two["shared weights"] == one["shared weights"]
 
 
 def test_times_are_work_over_rates():
-    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8", "plan.imbalance=1")
+    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.imbalance=1")
     plan = make_plan(config)
     assert plan.times.compute == pytest.approx(256 * 4096 / 16 * flops_per_token(config) / 989e12)
     assert plan.times.inter == pytest.approx(sum(flow.inter for flow in plan.traffic.values()) / 50e9)
     assert plan.times.overlapped < plan.times.in_turn
-    full = make_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8", "plan.imbalance=1.5"))
+    full = make_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.imbalance=1.5"))
     again = make_plan(compose(*MIXTRAL, "hardware=h100_8x2", "model.recompute=block"))
     assert full.times.compute > 1.2 * plan.times.compute
     assert 1.3 < again.times.compute / plan.times.compute < 4 / 3
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         [*MIXTRAL, "hardware=h100_8x2"],
-        [*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8"],
+        [*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8"],
         [*MIXTRAL, "hardware=a100_8x1"],
         ["model=small", "hardware=cpu_2x1", "hardware.memory_gb=3", "train.sequence_length=4096"],
         ["model=mistral_7b", "hardware=h100_8x1", "train.sequence_length=8192", "train.global_batch_size=64"],
     ],
 )
-def test_advice_fits_when_it_is_typed(words):
-    plan = make_plan(compose(*words))
+def test_advice_fits_when_it_is_typed(overrides):
+    plan = make_plan(compose(*overrides))
     assert not plan.fits
     assert plan.advice, verdict(plan)
-    advised = make_plan(compose(*words, *plan.advice))
+    advised = make_plan(compose(*overrides, *plan.advice))
     assert advised.fits
     assert advised.needed_gb == pytest.approx(plan.advised_gb)
     assert all(word in verdict(plan) for word in plan.advice)
     for left_out in plan.advice:  # and every part of it is needed
         rest = [word for word in plan.advice if word != left_out]
         try:
-            fewer = make_plan(compose(*words, *rest))
+            fewer = make_plan(compose(*overrides, *rest))
         except ConfigError:
             continue
         assert not fewer.fits, f"{left_out} is not needed"
 
 
 def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_and_said():
-    words = ["model=mixtral_8x7b", "hardware=h100_8x2", "parallel.expert=8"]
-    plan = make_plan(compose(*words))
+    overrides = ["model=mixtral_8x7b", "hardware=h100_8x2", "parallel.expert_parallel_size=8"]
+    plan = make_plan(compose(*overrides))
     assert plan.config.train.global_batch_size == 128
     assert "train.global_batch_size=16 can't be cut into micro-batches of 8 on 16 ranks: planned with 128" in plan.note
-    assert make_plan(compose(*words, "train.global_batch_size=128")).memory == plan.memory
-    assert make_plan(compose(*words, *plan.advice)).fits
-    assert make_plan(compose(*words, "train.global_batch_size=128")).note == ""
+    assert make_plan(compose(*overrides, "train.global_batch_size=128")).memory == plan.memory
+    assert make_plan(compose(*overrides, *plan.advice)).fits
+    assert make_plan(compose(*overrides, "train.global_batch_size=128")).note == ""
 
 
 def test_nothing_fits_is_said():
-    plan = make_plan(compose(*MIXTRAL, "model.num_hidden_layers=3000", "hardware=h100_8x1", "parallel.expert=8"))
+    plan = make_plan(
+        compose(*MIXTRAL, "model.num_hidden_layers=3000", "hardware=h100_8x1", "parallel.expert_parallel_size=8")
+    )
     assert not plan.fits
     assert plan.advice == []
     assert "no other degrees" in verdict(plan)
 
 
 def test_json_is_the_plan(capsys):
-    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8", "plan.json=true")
+    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.json=true")
     run_plan(config)
     shown = json.loads(capsys.readouterr().out)
     plan = make_plan(config)
@@ -184,7 +192,7 @@ def test_json_is_the_plan(capsys):
 
 
 def test_table_names_everything(capsys):
-    run_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8", "plan.imbalance=2"))
+    run_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.imbalance=2"))
     shown = capsys.readouterr().out
     for part in (
         "2 × 8 GPUs of 80 GB", "46,702,792,704, 12,879,925,248 active", "fullest expert rank at 2 × the mean",
@@ -198,7 +206,7 @@ def test_table_names_everything(capsys):
 def test_page_shows_the_command_as_it_answers(capsys):
     """docs/plan.md's output is what the command prints."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
-    run_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert=8"))
+    run_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8"))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     missing = [line for line in lines if line not in page]
     assert not missing, missing

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe.config import DataConfig, SourceFormat, TokenizerConfig, TokenizerKind
-from moe.data.corpora import DataError
-from moe.data.prepare import check_tokenizer, check_vocab, prepare
+from moe.data.corpus import check_tokenizer, check_vocab
+from moe.data.prepare import prepare
+from moe.data.readers import DataError
 
 TOKENIZER = TokenizerConfig(vocab_size=320)
 MISTRAL = TokenizerConfig(kind=TokenizerKind.mistral)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe.compose import load_config
 from moe.config import Config
+from moe.config.compose import load_config
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters
 
@@ -15,8 +15,8 @@ PUBLISHED = {  # Mixtral's and Mistral's own checkpoints
 }
 
 
-def compose(*words: str) -> Config:
-    return load_config(["tokenizer=mistral", *words])
+def compose(*overrides: str) -> Config:
+    return load_config(["tokenizer=mistral", *overrides])
 
 
 def on_meta(config: Config) -> Transformer:
@@ -36,10 +36,10 @@ def test_published_integers(preset):
 
 
 @pytest.mark.parametrize(
-    "words", [["model=tiny", "tokenizer=sentencepiece"], ["model=small", "tokenizer=sentencepiece"]]
+    "overrides", [["model=tiny", "tokenizer=sentencepiece"], ["model=small", "tokenizer=sentencepiece"]]
 )
-def test_small_presets_build(words):
-    config = load_config(words)
+def test_small_presets_build(overrides):
+    config = load_config(overrides)
     assert sum(p.numel() for p in on_meta(config).parameters()) == count_parameters(config)[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.compose import load_config
+from moe.config.compose import load_config
 from moe.model.transformer import Transformer
 from moe.sparse.randomness import _GOLDEN, _MASK, Randomness, _mix, _mix_tensor, _signed
 

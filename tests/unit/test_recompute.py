@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.compose import load_config
+from moe.config.compose import load_config
 from moe.model.transformer import Transformer
 from moe.sparse.balance import balance_loss
 
 
-def _run(words: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+def _run(overrides: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """(loss, gradients, bytes that autograd keeps for the backward pass, weights left out)."""
     small = ["model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "tokenizer.vocab_size=300"]
-    config = load_config([*small, "model.sliding_window=8", *words])
+    config = load_config([*small, "model.sliding_window=8", *overrides])
     model = Transformer(config.model, config.router, config.experts)
     model.init_weights(0)
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))

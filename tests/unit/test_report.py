@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe.compose import load_config, to_yaml
+from moe.config.compose import load_config, to_yaml
 from moe.report import facts, palette
 from moe.report.page import write_report
 from moe.report.plots import Axis, Chart, Reference, Series, line_chart, value_axis
 from moe.report.reader import FRAMES, read_run
 from moe.report.scales import count, downsample, linear_ticks, log_ticks, scientific, short, tick_label
 
-WORDS = """def read(path, mode='r'):
+OVERRIDES = """def read(path, mode='r'):
     with open(path, mode) as file:
         return file.read()
 
@@ -73,18 +73,18 @@ def metrics_line(step: int, steps: int, rng: np.random.Generator, *, layers: int
 def fake_run(
     folder: Path, *, steps: int = 300, layers: int = 4, experts: int = 8, seed: int = 0, dense: bool = False
 ) -> Path:
-    """A run directory as `moe train` leaves it, with invented figures."""
+    """A run directory as `moe train` leaves it, with invented metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    words = [
+    overrides = [
         "tracking=none",
         f"train.steps={steps}",
         f"model.num_hidden_layers={layers}",
         f"router.num_experts={experts}",
     ]
-    words += ["model.mlp=dense"] if dense else []
-    words += ["optim.warmup_steps=1"] if steps < 20 else []
-    (folder / "config.yaml").write_text(to_yaml(load_config(words)), encoding="utf-8")
+    overrides += ["model.mlp=dense"] if dense else []
+    overrides += ["optim.warmup_steps=1"] if steps < 20 else []
+    (folder / "config.yaml").write_text(to_yaml(load_config(overrides)), encoding="utf-8")
     router_keys = ("load_balancing_loss", "router_z_loss", "max_violation", "router_entropy", "dead_experts")
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
@@ -99,7 +99,7 @@ def fake_run(
                 json.dumps({"step": step, "prompt": "def ", "text": f"def read_{step}(path):\n    return path"}) + "\n"
             )
     if not dense:
-        tokens = re.findall(r" ?\w+|\s|[^\w\s]", WORDS * 8)
+        tokens = re.findall(r" ?\w+|\s|[^\w\s]", OVERRIDES * 8)
         ids = [[(len(token) * 3 + ord(token[-1]) + layer) % experts for token in tokens] for layer in range(layers)]
         routing = {"step": steps, "tokens": tokens, "experts": ids, "num_experts": experts}
         (folder / "routing.json").write_text(json.dumps(routing), encoding="utf-8")
@@ -116,7 +116,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.open: list[str] = []
-        self.words = ""
+        self.overrides = ""
         self.feed(text)
         self.close()
         assert self.open == [], "every element is closed"
@@ -140,7 +140,7 @@ class Page(HTMLParser):
             attributes, text = self.scripts[-1]
             self.scripts[-1] = (attributes, text + data)
         elif self.open and self.open[-1] != "style":
-            self.words += data
+            self.overrides += data
 
 
 def report(folder: Path) -> tuple[str, Page]:
@@ -154,18 +154,18 @@ def test_page_shows_the_runs_figures(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
     assert write_report(folder) == folder / "report.html"
-    assert "tiny-stdlib" in page.words
+    assert "tiny-stdlib" in page.overrides
     for value in (last["val_loss"], last["val_bits_per_byte"], 6.02 - last["val_loss"], last["max_violation"]):
-        assert short(value) in page.words
-    assert "of 300" in page.words
+        assert short(value) in page.overrides
+    assert "of 300" in page.overrides
     for title in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "MaxVio", "Load-balancing loss"):
         assert f"<h3>{title}</h3>" in text
     for title in ("Router entropy", "Dead experts", "Dropped choices", "Validation loss by source", "Expert share"):
         assert f"<h3>{title}</h3>" in text
-    assert "unigram entropy 6.020" in page.words
-    assert "minimum 1" in page.words
-    assert "def read_300(path)" in page.words
-    assert "num_key_value_heads" in page.words
+    assert "unigram entropy 6.020" in page.overrides
+    assert "minimum 1" in page.overrides
+    assert "def read_300(path)" in page.overrides
+    assert "num_key_value_heads" in page.overrides
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [], "nothing left beside"
 
 
@@ -216,7 +216,7 @@ def test_text_of_the_run_is_never_markup(tmp_path: Path) -> None:
         file.write(json.dumps(json.loads(last) | {"step": 301, "val_loss_by_source": {PAYLOAD: 1.0, "b": 2.0}}) + "\n")
     text, page = report(folder)
     _, expected = report(clean)
-    assert page.words.count("<script>alert(1)</script>") >= 6, "shown as text, wherever the run wrote it"
+    assert page.overrides.count("<script>alert(1)</script>") >= 6, "shown as text, wherever the run wrote it"
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in expected.elements}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     acting = [body for attributes, body in page.scripts if "type" not in attributes]
@@ -248,17 +248,17 @@ def test_charts_tell_a_screen_reader_what_they_show(tmp_path: Path) -> None:
     assert len(images) == 12
     for image in images:
         assert set((image["aria-labelledby"] or "").split()) <= set(ids)
-    assert "training: from" in page.words
+    assert "training: from" in page.overrides
     canvases = [a for _, a in page.elements if a.get("class") == "canvas"]
     assert all(a["tabindex"] == "0" and a["aria-label"] for a in canvases)
 
 
 def test_dense_model_has_no_router_sections(tmp_path: Path) -> None:
     text, page = report(fake_run(tmp_path / "run", dense=True))
-    assert page.words.count("dense model: no router") == 4  # balance, shares, text, and the MaxVio tile
+    assert page.overrides.count("dense model: no router") == 4  # balance, shares, text, and the MaxVio tile
     assert 'id="heat"' not in text
-    assert "NaN" not in page.words
-    assert "nan" not in page.words
+    assert "NaN" not in page.overrides
+    assert "nan" not in page.overrides
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_torn_lines_are_skipped_and_told(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.steps, whole.steps)
     np.testing.assert_array_equal(again.series["lm_loss"], whole.series["lm_loss"])
     assert again.frames == whole.frames
-    assert "2 unreadable lines skipped" in report(folder)[1].words
+    assert "2 unreadable lines skipped" in report(folder)[1].overrides
 
 
 def test_steps_trained_again_count_once_with_their_last_line(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_steps_trained_again_count_once_with_their_last_line(tmp_path: Path) -> 
     assert run.steps.tolist() == list(range(1, 31))
     assert run.series["lm_loss"][20:].tolist() == [line["lm_loss"] for line in again]
     assert run.frames[-1] == again[-1]["expert_shares"]
-    assert "10 lines replaced" in report(folder)[1].words
+    assert "10 lines replaced" in report(folder)[1].overrides
 
 
 def test_values_that_are_not_finite_leave_a_gap_and_a_word(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_values_that_are_not_finite_leave_a_gap_and_a_word(tmp_path: Path) -> No
     lines[9]["lm_loss"], lines[10]["lm_loss"], lines[20]["grad_norm"] = math.nan, None, math.inf
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, page = report(folder)
-    assert "2 of 40 steps have no finite value here." in page.words
+    assert "2 of 40 steps have no finite value here." in page.overrides
     loss = re.search(r'id="loss".*?class="line s0" d="([^"]+)"', text, re.DOTALL)
     assert loss is not None
     assert loss[1].count("M") == 2, "the curve is interrupted"
@@ -346,8 +346,8 @@ def test_only_metrics_and_one_step(tmp_path: Path) -> None:
     """The least a run can hold: a page all the same."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 7.5}')
     text, page = report(tmp_path)
-    assert "no config.yaml" in page.words.lower()
-    assert "dense model: no router" in page.words
+    assert "no config.yaml" in page.overrides.lower()
+    assert "dense model: no router" in page.overrides
     assert 'class="dots s0"' in text
 
 
@@ -364,9 +364,9 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
             file.write(json.dumps(line) + "\n")
     text, page = report(folder)
     assert len(text.encode()) < 2_000_000
-    assert "100,000" in page.words
-    assert "mean of about 209 steps" in page.words
-    assert "highest 31.25" in page.words, "one spike among 100,000 steps is still told and drawn"
+    assert "100,000" in page.overrides
+    assert "mean of about 209 steps" in page.overrides
+    assert "highest 31.25" in page.overrides, "one spike among 100,000 steps is still told and drawn"
 
 
 def test_downsampling_keeps_mean_and_range() -> None:

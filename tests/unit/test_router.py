@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moe.config import DropPolicy, RouterConfig
-from moe.sparse.router import TopKRouter, expert_capacity, keep_choices
+from moe.sparse.routers.topk import TopKRouter, expert_capacity, keep_choices
 
 
 def _router(hidden: int = 16, **settings: object) -> TopKRouter:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from moe.compose import load_config, to_yaml
-from moe.train import rundir
+from moe.config.compose import load_config, to_yaml
+from moe.train import run_directory
 from moe.train.tracking import cut_back
 
 
 def test_a_second_job_is_refused_and_the_holder_named(tmp_path: Path) -> None:
-    held = rundir.lock(tmp_path)
+    held = run_directory.lock(tmp_path)
     with pytest.raises(ValueError, match=r"run_dir=.* is in use by process \d+ on .*choose another run_dir"):
-        rundir.lock(tmp_path)
+        run_directory.lock(tmp_path)
     held.close()
-    rundir.lock(tmp_path).close()
+    run_directory.lock(tmp_path).close()
 
 
 SAME = ("d1", "d1")
@@ -36,46 +36,46 @@ def test_a_holder_that_has_only_just_locked_is_waited_for(tmp_path: Path) -> Non
         fcntl.flock(held, fcntl.LOCK_EX)
         threading.Timer(0.2, lambda: (held.write("process 7 on here\n"), held.flush())).start()
         with pytest.raises(ValueError, match="is in use by process 7 on here"):
-            rundir.lock(tmp_path)
+            run_directory.lock(tmp_path)
 
 
 def test_another_model_cannot_continue_and_the_key_is_named(checkpoint: Path) -> None:
     for allowed in ("checkpoint.allow_changes=true", "checkpoint.allow_changes=false"):
         with pytest.raises(ValueError, match=r"model\.hidden_size=256, but the checkpoint .* model\.hidden_size=128"):
-            rundir.check_resumable(checkpoint, load_config(["model.hidden_size=256", allowed]), SAME)
+            run_directory.check_resumable(checkpoint, load_config(["model.hidden_size=256", allowed]), SAME)
         with pytest.raises(ValueError, match=r"router\.num_experts=4"):
-            rundir.check_resumable(checkpoint, load_config(["router.num_experts=4", allowed]), SAME)
+            run_directory.check_resumable(checkpoint, load_config(["router.num_experts=4", allowed]), SAME)
 
 
 def test_what_changes_the_mathematics_needs_the_flag(checkpoint: Path) -> None:
-    words = ["train.steps=500", "optim.lr=0.5", "checkpoint.every=7"]
+    overrides = ["train.steps=500", "optim.lr=0.5", "checkpoint.every=7"]
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 → 0\.5; train\.steps: 300 → 500; .*allow_changes=true"):
-        rundir.check_resumable(checkpoint, load_config(words), SAME)
-    lines = rundir.check_resumable(checkpoint, load_config([*words, "checkpoint.allow_changes=true"]), SAME)
+        run_directory.check_resumable(checkpoint, load_config(overrides), SAME)
+    lines = run_directory.check_resumable(checkpoint, load_config([*overrides, "checkpoint.allow_changes=true"]), SAME)
     assert set(lines) >= {"train.steps: 300 → 500", "optim.lr: 0.001 → 0.5", "checkpoint.every: 200 → 7"}
     with pytest.raises(ValueError, match="the data's fingerprint: d1 → d2"):
-        rundir.check_resumable(checkpoint, load_config([]), ("d1", "d2"))
+        run_directory.check_resumable(checkpoint, load_config([]), ("d1", "d2"))
 
 
 def test_what_computes_the_same_in_another_way_is_only_told(checkpoint: Path) -> None:
-    words = ["parallel.zero_stage=2", "experts=loop", "model.attention=naive", "train.log_every=1", "tracking=none"]
-    lines = rundir.check_resumable(checkpoint, load_config(words), SAME)
+    overrides = ["parallel.zero_stage=2", "experts=loop", "model.attention=naive", "train.log_every=1", "tracking=none"]
+    lines = run_directory.check_resumable(checkpoint, load_config(overrides), SAME)
     assert "parallel.zero_stage: 1 → 2" in lines
     assert "model.attention: auto → naive" in lines
-    assert rundir.check_resumable(checkpoint, load_config([]), SAME) == []
+    assert run_directory.check_resumable(checkpoint, load_config([]), SAME) == []
 
 
 def test_a_longer_run_is_the_same_run_when_the_rate_depends_on_the_step_alone(tmp_path: Path) -> None:
-    words = ["optim.schedule=constant", "optim.warmup_steps=10"]
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config(words)))
-    assert rundir.check_resumable(tmp_path, load_config([*words, "train.steps=500"]), SAME) == [
+    overrides = ["optim.schedule=constant", "optim.warmup_steps=10"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(overrides)))
+    assert run_directory.check_resumable(tmp_path, load_config([*overrides, "train.steps=500"]), SAME) == [
         "train.steps: 300 → 500"
     ]
 
 
 def test_every_key_that_may_change_exists() -> None:
-    keys = rundir.flatten(load_config([]))
-    for prefix in (*rundir.FIXED, *rundir.NEUTRAL):
+    keys = run_directory.flatten(load_config([]))
+    for prefix in (*run_directory.FIXED, *run_directory.NEUTRAL):
         assert any(key == prefix or key.startswith(f"{prefix}.") for key in keys), prefix
 
 

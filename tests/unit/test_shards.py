@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moe.data.corpora import DataError
 from moe.data.packing import NO_TARGET, full_samples, pack
+from moe.data.readers import DataError
 from moe.data.shards import StreamWriter, TokenStream, token_dtype
 
 DOCUMENTS = [[1, 10, 11, 2], [1, 2], [1, *range(20, 33), 2], [1, 40, 2]]

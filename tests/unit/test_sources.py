@@ -8,9 +8,9 @@ import re
 import pytest
 
 from moe.config import DataConfig, SourceFormat
-from moe.data import corpora, stdlib
-from moe.data.corpora import DataError, open_sources
-from moe.data.readers import as_piece, read_text
+from moe.data import sources, stdlib
+from moe.data.readers import DataError, as_piece, read_text
+from moe.data.sources import open_sources
 
 ROWS = ["first document\n", "second, with é and 😀", "third\nover lines\n"]
 
@@ -122,7 +122,7 @@ def test_pieces_of_a_text_file_join_to_it(tmp_path):
 
 
 def test_many_files_are_not_cut(tmp_path):
-    for i in range(corpora.MIN_PIECES):
+    for i in range(sources.MIN_PIECES):
         (tmp_path / f"{i:03d}.txt").write_text(f"{i}\n" * 2000)
     assert all(piece.starts for piece in read(tmp_path))
 

@@ -8,10 +8,10 @@ import pytest
 import sentencepiece
 
 from moe.config import TokenizerConfig, TokenizerKind
-from moe.data.corpora import DataError
+from moe.data.readers import DataError
 from moe.data.stdlib import arithmetic
 from moe.data.tokenizer import SentencePieceTokenizer, load_saved, open_tokenizer
-from moe.data.trainer import sample_blocks, train_sentencepiece
+from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 
 HARD_TEXTS = [
     "def f(x):\n\tif x  ==   1:\r\n        return 'é中😀'\n\n\n",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.compose import load_config
+from moe.config.compose import load_config
 from moe.train.tracking import Tracker
 from tests.ranks import run_ranks
 

@@ -1,5 +1,4 @@
-"""DeepSpeed behind one adapter: with `moe.dist.master` the only file that imports it. The version is pinned and the seam
-is tested (tests/distributed/test_engine.py), for these reasons:
+"""DeepSpeed behind one adapter. The version is pinned and the seam is tested (tests/distributed/test_engine.py):
 
 - DeepSpeed treats a parameter as an expert's if `param.allreduce is False` and it has a `group_name`, but switches its
   expert paths on only when it finds an instance of its own `MoE` module. `_ExpertMarker` is that instance: it has no
@@ -10,7 +9,7 @@ is tested (tests/distributed/test_engine.py), for these reasons:
   whose mean over all micro-batches of the step is the step's loss.
 - A step whose loss or gradient is not finite on any rank is refused on all of them: `backward` makes the gradients of
   such a loss NaN, and DeepSpeed's optimizers refuse what isn't finite. A limit on the norm is added to that
-  (moe/dist/refusal.py).
+  (moe/engine/deepspeed/skip.py).
 - Without `communication_data_type: fp32`, bf16 gradients are reduced in bf16; without an explicit
   `gradient_clipping`, DeepSpeed clips at 1.0.
 """
@@ -20,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -34,10 +33,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from moe.config import Config, Precision
-from moe.dist.master import MasterState
-from moe.dist.refusal import NormLimit, Refusal
-from moe.dist.shortcuts import take_shortcuts
-from moe.dist.topology import Topology
+from moe.distributed.mesh import Mesh
+from moe.engine.base import OptimizerState, SkipReason, StepResult
+from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
+from moe.engine.deepspeed.shortcuts import take_shortcuts
+from moe.engine.deepspeed.skip import NormLimit
+from moe.errors import UserError
 from moe.sparse.experts import Experts
 
 # Renamed collectives that the pinned DeepSpeed still calls by their old names; nothing that a user could change.
@@ -59,37 +60,23 @@ class _ExpertMarker(MoE):
         del use_data_before_expert_parallel_  # the groups exist: `start` made them
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """`grad_norm` is the norm before clipping over all parameters, NaN when it is not finite.
-
-    `refused`: why no rank's weights, moments or Adam steps moved; None when the update was applied.
-    """
-
-    grad_norm: float
-    refused: Refusal | None
-
-
 def _group_name(expert: int) -> str:
     return f"ep_size_{expert}"
 
 
-def expert_groups(topology: Topology) -> tuple[Any, Any]:
-    """(expert-parallel group, group of the ranks that hold copies of the same experts); (None, None) at degree 1.
-
-    Expert-parallel ranks are consecutive, so that on several nodes their exchange stays inside a node.
-    """
+def prepare(mesh: Mesh) -> Mesh:
+    """The mesh with its expert group: consecutive ranks, whose exchange stays inside a node."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_not_about_overflow)
     # NOTE: this op would be compiled for 45 s at first use, needs a compiler and sums in another order than gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
-    if topology.expert == 1:
-        return None, None
-    name = _group_name(topology.expert)
+    if mesh.expert_parallel_size == 1:
+        return mesh
+    name = _group_name(mesh.expert_parallel_size)
     if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(topology.expert)
-    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+        groups._create_expert_and_data_parallel(mesh.expert_parallel_size)
+    return replace(mesh, expert_group=groups._get_expert_parallel_group(name))
 
 
 def _not_about_overflow(record: logging.LogRecord) -> bool:
@@ -107,11 +94,11 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def _deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_accumulation_steps": config.accumulation(data_parallel_size),
         "gradient_clipping": config.optim.max_grad_norm,
         "communication_data_type": "fp32",
         # Expert-parallel parameters need contiguous gradients and reduce-scatter in both stages.
@@ -141,34 +128,29 @@ def _shares_weights(config: Config) -> bool:
 
 
 def _is_plain(config: Config) -> bool:
-    return config.parallel.zero_stage == 1 and config.parallel.expert == 1 and _shares_weights(config)
+    return config.parallel.zero_stage == 1 and config.parallel.expert_parallel_size == 1 and _shares_weights(config)
 
 
-class Engine:
-    """ZeRO, precision, accumulation, clipping and expert-gradient reduction around one model.
+class DeepSpeedEngine:
+    """`moe.engine.base.Engine` by ZeRO-1 or 2. Raises UserError for `parallel.offload_optimizer` on a CPU, where the
+    optimizer is in the host's memory anyway."""
 
-    Raises ValueError for `parallel.offload_optimizer` on a CPU, where the optimizer is in the host's memory anyway.
-
-    Per optimizer step: for each of `accumulation` micro-batches `backward(loss)` then `step(lr)`; the last `step` of
-    the step returns a `StepResult`, the others None.
-    """
-
-    def __init__(self, model: nn.Module, config: Config, topology: Topology) -> None:
-        if config.parallel.offload_optimizer and topology.device.type == "cpu":
-            raise ValueError(
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
+        if config.parallel.offload_optimizer and mesh.device.type == "cpu":
+            raise UserError(
                 "parallel.offload_optimizer=true needs a CUDA device: on a CPU the optimizer is in the host's memory"
             )
-        self.topology = topology
-        self.accumulation = config.accumulation(topology.world_size)
+        self.mesh = mesh
+        self.accumulation = config.accumulation(mesh.data_parallel_size)
         experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
         self.expert_names = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
         parameter_groups = _parameter_groups(model, config.optim.weight_decay)
-        if topology.expert > 1:
+        if mesh.expert_parallel_size > 1:
             for name, parameter in model.named_parameters():
                 if name in self.expert_names:
                     setattr(parameter, "allreduce", False)  # noqa: B010  # DeepSpeed's own attributes
-                    setattr(parameter, "group_name", _group_name(topology.expert))  # noqa: B010
-            model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, topology.expert))
+                    setattr(parameter, "group_name", _group_name(mesh.expert_parallel_size))  # noqa: B010
+            model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, mesh.expert_parallel_size))
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
         optimizer = torch.optim.AdamW(
             parameter_groups,
@@ -180,17 +162,17 @@ class Engine:
         engine, zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(config, topology.world_size),
+            config=_deepspeed_config(config, mesh.data_parallel_size),
             dist_init_required=False,
         )
         # Any: DeepSpeed annotates every kind of engine and optimizer that it could have returned.
         self._engine: Any = engine
         self._zero: Any = zero
-        assert self._engine.has_moe_layers == (topology.expert > 1)
+        assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1)
         if _shares_weights(config):
-            take_shortcuts(self._zero, topology.world_size)
-        self._norm = NormLimit(self._zero, topology)
-        self.master = MasterState(self._engine.module, zero)
+            take_shortcuts(self._zero, mesh.world_size)
+        self._norm = NormLimit(self._zero, mesh)
+        self.optimizer_state: OptimizerState = ZeroOptimizerState(self._engine.module, zero)
         self._backwards = 0
 
     @property
@@ -223,10 +205,10 @@ class Engine:
         self._engine.step()
         if self._backwards % self.accumulation:
             return None
-        norm, refused = self._norm.norm, None
+        norm, skipped = self._norm.norm, None
         if not self._engine.was_step_applied():
-            refused = Refusal.not_finite if math.isnan(norm) else Refusal.spike
-        return StepResult(norm, refused)
+            skipped = SkipReason.not_finite if math.isnan(norm) else SkipReason.spike
+        return StepResult(norm, skipped)
 
     def resumed(self, steps: int, skipped_steps: int) -> None:
         """After `master.fill` on all ranks: the model gets the master weights, the counters go on. A collective."""

@@ -16,14 +16,12 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from torch import Tensor, nn
+from torch import nn
 
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weights", *ADAM_MOMENTS)
-States = dict[str, dict[str, Tensor]]  # {kind: {parameter name: float32 tensor on the CPU}}; experts: this rank's slice
+from moe.engine.base import ADAM_MOMENTS, KINDS, States
 
 
-class MasterState:
+class ZeroOptimizerState:
     """Of one ZeRO-1/2 optimizer or BF16_Optimizer, `zero`, and its model."""
 
     def __init__(self, model: nn.Module, zero: Any) -> None:

@@ -12,20 +12,12 @@ such too. The decision is reduced over the ranks, because norms may differ in th
 from __future__ import annotations
 
 import math
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.dist.topology import Topology
-
-
-class Refusal(Enum):
-    """Why a step was refused: a loss or a gradient was not finite, or the gradient norm was over the limit."""
-
-    not_finite = "not finite"
-    spike = "spike"
+from moe.distributed.mesh import Mesh
 
 
 class NormLimit:
@@ -34,11 +26,11 @@ class NormLimit:
     `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite.
     """
 
-    def __init__(self, zero: Any, topology: Topology) -> None:
+    def __init__(self, zero: Any, mesh: Mesh) -> None:
         """Patches a DeepSpeed ZeRO-1/2 optimizer or BF16_Optimizer."""
         self.limit: float | None = None
         self.norm = math.nan
-        self._topology = topology
+        self._mesh = mesh
         if hasattr(zero, "scaled_global_norm"):
             self._watch_zero(zero)
         else:
@@ -49,7 +41,7 @@ class NormLimit:
 
         def scaled_global_norm(norm_type: float = 2) -> Tensor:
             norm = original(norm_type)
-            return torch.full_like(norm, -1.0) if self._refuses(norm) else norm
+            return torch.full_like(norm, -1.0) if self._skips(norm) else norm
 
         zero.scaled_global_norm = scaled_global_norm
 
@@ -58,27 +50,27 @@ class NormLimit:
         assert zero.clip_grad > 0, "without clipping its step can't be left"
 
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
-            if for_clipping and self._refuses(zero._global_grad_norm):
-                raise _Refused
+            if for_clipping and self._skips(zero._global_grad_norm):
+                raise _Skipped
             return gradients(for_clipping)
 
         def guarded_step() -> None:
             try:
                 step()
-            except _Refused:
+            except _Skipped:
                 zero.overflow = True
 
         zero.get_grads_for_norm, zero.step = get_grads_for_norm, guarded_step
 
-    def _refuses(self, norm: Tensor | float) -> bool:
+    def _skips(self, norm: Tensor | float) -> bool:
         """A collective if there is a limit."""
         value = float(norm)
         self.norm = value if math.isfinite(value) and value >= 0 else math.nan  # DeepSpeed answers −1 for a NaN
         if self.limit is None:
             return False
-        over = torch.tensor(float(value > self.limit), device=self._topology.device)
-        return bool(self._topology.sum_(over) > 0)
+        over = torch.tensor(float(value > self.limit), device=self._mesh.device)
+        return bool(self._mesh.sum_(over) > 0)
 
 
-class _Refused(Exception):
+class _Skipped(Exception):
     """Leaves BF16_Optimizer's step."""

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from moe.config import DropPolicy, RouterConfig
 from moe.sparse.balance import load_balancing_loss, z_loss
-from moe.sparse.output import RouterOutput
 from moe.sparse.randomness import Randomness
+from moe.sparse.routers.base import RouterOutput
 
 
 class TopKRouter(nn.Module):

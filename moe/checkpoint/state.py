@@ -1,0 +1,47 @@
+"""What a resume needs beside the tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from moe import __version__
+from moe.errors import UserError
+
+
+def _versions() -> dict[str, str]:
+    return {"moe": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
+
+
+RENAMED = {"refused_in_a_row": "skipped_in_a_row"}  # name in older checkpoints → today's
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks);
+    `recent_norms` and `skipped_in_a_row` are the guard's (`moe.train.guard`)."""
+
+    step: int = 0
+    consumed: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    recent_norms: list[float] = field(default_factory=list)
+    skipped_in_a_row: int = 0
+    tokenizer: str = ""
+    data: str = ""
+    versions: dict[str, str] = field(default_factory=_versions)
+
+
+def read_state(folder: Path) -> TrainState:
+    """Raises UserError naming the file."""
+    path = folder / "state.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
+        return TrainState(**{field.name: values[field.name] for field in fields(TrainState) if field.name in values})
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a training state ({error!r})") from error

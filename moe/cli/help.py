@@ -1,0 +1,39 @@
+"""`moe VERB --help`: what the verb does, its configuration groups and its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe.cli.verbs import VERBS, schema
+from moe.config.compose import choices, compose_dict, groups
+
+
+def help_text(verb: str) -> str:
+    from omegaconf import OmegaConf
+
+    text = [f"moe {verb}: {VERBS[verb].__doc__}"]
+    composed_from = schema(verb)
+    if composed_from is None:
+        return "\n".join(text)
+    name, kind = composed_from
+    text.append(
+        f"\nUsage: moe {verb} [GROUP=NAME …] [KEY=VALUE …] [--cfg job]   (--cfg job prints the composed config)"
+    )
+    composed: Any = OmegaConf.to_container(compose_dict([], name, kind), resolve=False, enum_to_str=True)
+    if name != "generate":
+        named = [group for group in groups() if group in (*composed, "experiment")]
+        text.append("\nGroups:")
+        text += [f"  {group}={'|'.join(choices(group)) or '(yours)'}" for group in named]
+    text.append("\nKeys and their values in this command:")
+    text.append(_indented(composed))
+    return "\n".join(text)
+
+
+def _indented(node: Any, prefix: str = "") -> str:
+    lines = []
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            lines.append(_indented(value, f"{prefix}{key}."))
+        else:
+            lines.append(f"  {prefix}{key}={'null' if value is None else value}")
+    return "\n".join(lines)

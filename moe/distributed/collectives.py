@@ -1,0 +1,83 @@
+"""What all ranks do together: sums, small values from everyone, and agreement on failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from moe.errors import OtherRankFailed, UserError
+
+T = TypeVar("T")
+
+
+class Collectives:
+    """Over all ranks; in one process nothing is sent. Every method but `is_main` is a collective."""
+
+    __slots__ = ()
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place sum over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on every rank. For small things: they are pickled."""
+        values: list[T] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def agree(self, action: Callable[[], T], what: str, group: dist.ProcessGroup | None = None) -> T:
+        """Run `action` on every rank; if it failed on any, every rank raises the first failure's one line.
+
+        `group` holds all ranks too, for a thread that must not meet training's collectives.
+
+        Without this, a rank that alone meets a bad file would leave the others waiting in the next collective.
+        Raises UserError on every rank for a UserError or an OSError on any. A fault of the program is raised as it is
+        on its own rank, and as OtherRankFailed on the others.
+        """
+        result: T | None = None
+        failure: tuple[bool, str] | None = None  # is it for the user? in one line
+        cause: Exception | None = None
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            cause = error
+            failure = True, str(error) if isinstance(error, UserError) else f"{what}: {error}"
+        except Exception as error:
+            cause = error
+            failure = False, f"{what}: {type(error).__name__}: {error}"
+        failures = [failure]
+        if self.world_size > 1:
+            failures = [None] * self.world_size
+            dist.all_gather_object(failures, failure, group=group)
+        if failure is not None and not failure[0]:
+            assert cause is not None
+            raise cause
+        found = [(rank, *one) for rank, one in enumerate(failures) if one is not None]
+        for rank, for_user, text in sorted(found, key=lambda one: one[1]):  # faults first
+            if not for_user:
+                raise OtherRankFailed(f"rank {rank} failed: {text} (its own output has the traceback)") from cause
+            raise UserError(text if rank == 0 else f"{text} (on rank {rank})") from cause
+        return result  # type: ignore[return-value]  # no rank failed, so this one has a result

@@ -1,0 +1,100 @@
+"""What training needs of an engine: gradients, an update, and the optimizer's state by parameter name.
+
+`tests/distributed/test_engine_contract.py` holds every engine to what is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from moe.distributed.mesh import Mesh
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weights", *ADAM_MOMENTS)
+States = dict[str, dict[str, Tensor]]  # {kind: {parameter name: float32 tensor on the CPU}}; experts: this rank's slice
+
+
+class SkipReason(Enum):
+    """Why a step was skipped: a loss or a gradient was not finite, or the gradient norm was over the limit."""
+
+    not_finite = "not finite"
+    spike = "spike"
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`grad_norm` is the norm before clipping over all parameters, NaN when it is not finite.
+
+    `skipped`: why no rank's weights, moments or Adam steps moved; None when the update was applied.
+    """
+
+    grad_norm: float
+    skipped: SkipReason | None
+
+
+class OptimizerState(Protocol):
+    """Float32 weights and Adam's moments, whole and by name, for checkpoints."""
+
+    def sizes(self) -> dict[str, int]:
+        """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
+        ...
+
+    def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
+        """A collective that gathers one tensor at a time; a rank holds on to the (kind, name) in `keep` (None: all)."""
+        ...
+
+    def empty(self, max_bytes: int) -> Iterator[States]:
+        """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`, and only of
+        parameters that this rank needs."""
+        ...
+
+    def fill(self, parts: Iterable[States], adam_steps: int) -> None:
+        """Take `empty`'s parts, filled, before the first step; `adam_steps` counts applied updates. `Engine.resumed`
+        must follow."""
+        ...
+
+
+class Engine(Protocol):
+    """Precision, accumulation, clipping, reduction over ranks and AdamW around one model.
+
+    Per optimizer step: for each of `accumulation` micro-batches `backward(loss)` then `step(lr)`; the last `step` of
+    the step returns a `StepResult`, the others None. The gradient is the mean over all micro-batches of all ranks.
+    """
+
+    mesh: Mesh
+    accumulation: int
+    expert_names: set[str]  # parameters of which each rank of an expert group holds its own slice
+    optimizer_state: OptimizerState
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps skipped, on all ranks together."""
+        ...
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's forward pass, for training."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's loss. A loss that isn't finite makes every rank skip the step."""
+        ...
+
+    def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
+        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`.
+
+        The update is skipped on all ranks if a loss or a gradient was not finite on any, or if the gradient norm is
+        over `norm_limit` (None, on all ranks, for no limit).
+        """
+        ...
+
+    def resumed(self, steps: int, skipped_steps: int) -> None:
+        """After `optimizer_state.fill` on all ranks: the model gets the new weights. A collective."""
+        ...

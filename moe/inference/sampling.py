@@ -1,0 +1,27 @@
+"""How the next token is picked from the model's logits. V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.config.generate import Sampling
+
+
+def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.Generator) -> int:
+    """The next token after `ids`, from float32 logits [V] (not changed)."""
+    if settings.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(ids)))
+        values = logits_V[seen]
+        penalty = settings.repetition_penalty
+        logits_V = logits_V.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    if settings.temperature == 0:
+        return int(logits_V.argmax())
+    values_V, order_V = logits_V.sort(descending=True, stable=True)
+    probs_V = torch.softmax(values_V / settings.temperature, dim=-1)
+    if settings.top_k is not None:
+        probs_V[settings.top_k :] = 0
+    if settings.top_p < 1:  # of what top_k left: the fewest tokens that hold the share top_p
+        probs_V /= probs_V.sum()
+        probs_V[probs_V.cumsum(0) - probs_V >= settings.top_p] = 0
+    return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])

@@ -1,0 +1,88 @@
+"""The one training step, which the loop, every benchmark and the tests take.
+
+For each of the step's micro-batches: forward pass → language-model and balance losses → backward pass → engine. The
+language-model loss is the sum over the target tokens of the step's whole global batch divided by their number, so it
+doesn't depend on how many ranks or micro-batches the batch is cut into; balance losses are means over micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.config import Config, Mlp
+from moe.data.loader import Batch
+from moe.data.packing import NO_TARGET
+from moe.distributed.mesh import Mesh
+from moe.engine.base import Engine, StepResult
+from moe.sparse import Randomness
+from moe.sparse.balance import balance_loss
+from moe.train.metrics import StepSums
+
+
+@dataclass(slots=True)
+class TrainedStep:
+    """What came of one optimizer step.
+
+    `metrics` are over the global batch. `losses` are this rank's micro-batches' total losses, each with its sample ids.
+    `busy_seconds` and `flags` are what the caller gave, by rank and summed over the ranks.
+    """
+
+    result: StepResult
+    metrics: dict[str, Any]
+    losses: list[tuple[Tensor, Tensor]]
+    busy_seconds: list[float]
+    flags: list[float]
+
+
+def training_step(
+    config: Config,
+    mesh: Mesh,
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    lr: float,
+    norm_limit: float | None = None,
+    busy_seconds: float = 0.0,
+    flags: Sequence[float] = (),
+    before_micro_batch: Callable[[int], None] | None = None,
+) -> TrainedStep:
+    """Optimizer step number `step` (0-based) on this rank's micro-batches of it, on the CPU. A collective.
+
+    `norm_limit` is `Engine.step`'s. `busy_seconds` and `flags` travel with the sum of the metrics, so that they cost no
+    collective of their own. `before_micro_batch` is called with each micro-batch's index.
+    """
+    targets = _global_targets(batches, mesh)
+    micro_batches = len(batches) * mesh.data_parallel_size
+    sums, losses = StepSums(mesh), list[tuple[Tensor, Tensor]]()
+    result: StepResult | None = None
+    for index, batch in enumerate(batches):
+        if before_micro_batch is not None:
+            before_micro_batch(index)
+        output = engine(
+            batch.input_ids_BS.to(mesh.device),
+            document_ids_BS=batch.document_ids_BS.to(mesh.device),
+            labels_BS=batch.labels_BS.to(mesh.device),
+            randomness=Randomness.of(config.train.seed, step, batch.sample_ids_B.to(mesh.device)),
+        )
+        # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
+        loss = output.lm_loss_sum * (micro_batches / max(1, targets))
+        if config.model.mlp is Mlp.sparse:
+            loss = loss + balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers).total
+        engine.backward(loss)
+        result = engine.step(lr, norm_limit)
+        losses.append((loss.detach(), batch.sample_ids_B))
+        sums.add(output.lm_loss_sum, loss, output.routers)
+    assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
+    metrics, busy, raised = sums.reduced(targets, busy_seconds, flags)
+    return TrainedStep(result, metrics, losses, busy, raised)
+
+
+def _global_targets(batches: Sequence[Batch], mesh: Mesh) -> int:
+    mine = sum(int((batch.labels_BS != NO_TARGET).sum()) for batch in batches)
+    return int(mesh.sum_(torch.tensor(mine, device=mesh.device)))
