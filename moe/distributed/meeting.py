@@ -135,7 +135,7 @@ def differences(configs: list[dict[str, str]]) -> str:
     return (
         f"the ranks were started with different configurations: {'; '.join(shown)}"
         + (f"; and {more} more key{'s' * (more > 1)}" if more else "")
-        + ": start every node with the same words"
+        + ": start every node with the same overrides"
     )
 
 

@@ -19,8 +19,8 @@ from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
 from moe.config import CheckpointConfig
 from moe.config.compose import to_yaml
-from moe.engine.base import OptimizerState
 from moe.engine.deepspeed import optimizer_state as optimizer_state_module
+from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
@@ -159,9 +159,9 @@ def _forget(what: str) -> None:
         for kind in zero_kinds:
             kind.update_lp_params = lambda self: None
         return
-    link = OptimizerState._link_moments
+    link = ZeroOptimizerState._link_moments
 
-    def changed(self: OptimizerState, adam_steps: int | None = None) -> None:
+    def changed(self: ZeroOptimizerState, adam_steps: int | None = None) -> None:
         link(self, 0 if what == "Adam's step" and adam_steps is not None else adam_steps)
         if what == "the step in every group" and adam_steps is not None:
             optimizer = self._zero.optimizer
@@ -171,7 +171,7 @@ def _forget(what: str) -> None:
 
     if what == "the moments":
         optimizer_state_module.safe_set_full_optimizer_state = lambda *_: None
-    OptimizerState._link_moments = changed  # type: ignore[method-assign]
+    ZeroOptimizerState._link_moments = changed  # type: ignore[method-assign]
 
 
 def _resume_without(what: str, folder: Path, overrides: list[str]) -> list[float]:
