@@ -104,7 +104,7 @@ def _step(run: TrainingRun) -> dict[str, Any]:
         lr=lr,
         norm_limit=run.guard.norm_limit(),
         busy_seconds=run.collective_timing.busy_seconds,
-        flags=run.stop.flags(),
+        flags=run.stop.flags,
         before_micro_batch=lambda index: run.watchdog.beat(number, f"micro-batch {index + 1} of {len(batches)}"),
     )
     state.step = number

@@ -49,13 +49,14 @@ def training_step(
     lr: float,
     norm_limit: float | None = None,
     busy_seconds: float = 0.0,
-    flags: Sequence[float] = (),
+    flags: Callable[[], Sequence[float]] = list,
     before_micro_batch: Callable[[int], None] | None = None,
 ) -> TrainedStep:
     """Optimizer step number `step` (0-based) on this rank's micro-batches of it, on the CPU. A collective.
 
-    `norm_limit` is `Engine.step`'s. `busy_seconds` and `flags` travel with the sum of the metrics, so that they cost no
-    collective of their own. `before_micro_batch` is called with each micro-batch's index.
+    `norm_limit` is `Engine.step`'s. `busy_seconds` and `flags()`, which is asked after the update, travel with the sum
+    of the metrics, so that they cost no collective of their own. `before_micro_batch` is called with each
+    micro-batch's index.
     """
     targets = _global_targets(batches, mesh)
     micro_batches = len(batches) * mesh.data_parallel_size
@@ -79,7 +80,7 @@ def training_step(
         losses.append((loss.detach(), batch.sample_ids_B))
         sums.add(output.lm_loss_sum, loss, output.routers)
     assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
-    metrics, busy, raised = sums.reduced(targets, busy_seconds, flags)
+    metrics, busy, raised = sums.reduced(targets, busy_seconds, flags())
     return TrainedStep(result, metrics, losses, busy, raised)
 
 
