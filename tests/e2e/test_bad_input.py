@@ -129,3 +129,19 @@ def test_help_is_useful(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         output = capsys.readouterr().out
         for text in expected:
             assert text in output
+
+
+@pytest.mark.parametrize("fault", ["list(zip([1], [1, 2], strict=True))", "a, b = [1]", "max([])", "int('x')"])
+def test_a_fault_of_the_program_keeps_its_traceback(
+    fault: str, moe: Run, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError that no rule raised is not the user's: exit code 1, also where a whole run is under way."""
+    broken = (
+        "import moe.data.prepare as prepare\n\n\ndef fault(*_, **__):\n    " + fault + "\n\n\nprepare.prepare = fault\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(broken)
+    done = moe("prepare", *corpus, more={"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"})
+    assert done.returncode == 1, done.stderr
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "ValueError" in done.stderr
+    assert not done.stderr.startswith("moe: ")

@@ -1,76 +1,150 @@
-"""Who may import whom (docs/architecture.md), held against the code's own imports."""
+"""Who may import whom (docs/architecture.md), held against the imports that the code has and against what they load."""
 
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "moe"
-BELOW_TRAINING = {
-    "config", "errors", "durable", "kernels", "sparse", "model", "distributed", "engine", "checkpoint", "data", "plan",
-    "inference", "report",
-}  # fmt: skip
-ALLOWED = {
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Each room (a folder of moe/, or a file beside them) and the rooms that it imports: exactly these, so that the table
+# says what is. Nothing imports upwards: a room names only rooms above its own line.
+ROOMS: dict[str, set[str]] = {
+    "__init__": set(),
     "errors": set(),
     "durable": set(),
     "config": {"errors"},
     "distributed": {"errors"},
-    "kernels": {"config", "errors"},
-    "sparse": {"kernels", "config", "errors"},
-    "model": {"kernels", "sparse", "config", "errors"},
+    "kernels": set(),
+    "sparse": {"config", "errors"},
+    "model": {"sparse", "config", "errors"},
     "engine": {"distributed", "sparse", "config", "errors"},
-    "checkpoint": {"engine", "distributed", "model", "config", "errors", "durable"},
+    "checkpoint": {"engine", "distributed", "model", "config", "errors", "durable", "__init__"},
     "data": {"config", "errors", "durable"},
-    "plan": {"kernels", "model", "sparse", "config", "errors"},
+    "plan": {"model", "config", "errors"},
     "inference": {"model", "data", "config", "errors"},
-    "report": {"errors"},
-    "train": BELOW_TRAINING,
-    "bench": BELOW_TRAINING | {"train"},
-    "cli": BELOW_TRAINING | {"train", "bench"},
+    "report": {"errors", "__init__"},
+    "train": {
+        "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "distributed", "config",
+        "durable", "errors",
+    },
+    "bench": {
+        "train", "plan", "data", "checkpoint", "engine", "model", "distributed", "config", "errors",
+    },
+    "cli": {"bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "config", "errors"},
     "__main__": {"cli"},
-    "__init__": set(),
-}
+}  # fmt: skip
+# A package that only these files may name.
 ONLY_IN = {
-    "deepspeed": {"engine/deepspeed/engine.py", "engine/deepspeed/optimizer_state.py"},
-    "wandb": {"train/tracking.py"},
-    "hydra": {"config/compose.py"},
-    "megablocks": {"sparse/megablocks.py"},
+    "deepspeed": "engine/deepspeed/",
+    "wandb": "train/tracking.py",
+    "hydra": "config/compose.py",
+    "datasets": "data/",
+}
+# What importing a room must not load, however far down the chain.
+NEVER_LOADED = {
+    "kernels": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
+    "sparse": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
+    "model": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
+    "plan": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
+    "report": {"hydra", "deepspeed", "wandb", "datasets", "transformers", "torch"},
+    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch"},
 }
 
 
-def _imports(path: Path) -> set[str]:
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """Dotted names that a file imports, inside functions too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names |= (
-                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "moe" else {node.module or ""}
-            )
-    return names
+            assert node.module is not None
+            bare = node.module == "moe"
+            names |= {f"moe.{alias.name}" for alias in node.names} if bare else {node.module}
+    return frozenset(names)
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def _rooms_imported(path: Path) -> Iterator[str]:
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] == "moe" and len(parts) > 1:
+            yield "__init__" if parts[1] == "__version__" else parts[1]
+
+
+def test_every_room_is_listed_and_there() -> None:
+    assert {_room(path) for path in FILES} == ROOMS.keys()
+
+
+def test_rooms_import_what_the_table_says() -> None:
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in FILES:
+        found[_room(path)] |= set(_rooms_imported(path)) - {_room(path)}
+    assert found == ROOMS
+
+
+def test_nothing_imports_upwards() -> None:
+    order = list(ROOMS)
+    for room, below in ROOMS.items():
+        assert all(order.index(other) < order.index(room) for other in below), f"{room} imports a room under its line"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def test_packages_stay_where_they_belong(path: Path) -> None:
     for name in _imports(path):
-        parts = name.split(".")
-        if parts[0] == "moe" and len(parts) > 1 and parts[1] != room and parts[1] != "__version__":
-            assert parts[1] in ALLOWED[room], f"{path}: {room} may not import moe.{parts[1]}"
-        if parts[0] in ONLY_IN:
-            assert str(path.relative_to(PACKAGE)) in ONLY_IN[parts[0]], (
-                f"{path}: {parts[0]} belongs to {ONLY_IN[parts[0]]}"
-            )
-        if room in ("model", "sparse"):
-            assert parts[0] not in ("hydra", "omegaconf", "wandb", "deepspeed"), f"{path} imports {name}"
+        place = ONLY_IN.get(name.split(".")[0])
+        assert place is None or str(path.relative_to(PACKAGE)).startswith(place), f"{path} imports {name}"
 
 
-def test_every_room_is_listed() -> None:
-    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
-    assert rooms <= ALLOWED.keys()
+LOADER = """
+import importlib, json, os, sys
+for room, modules in json.loads(sys.argv[1]).items():
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        for module in modules:
+            importlib.import_module(module)
+        os.write(writer, json.dumps(sorted({name.partition(".")[0] for name in sys.modules})).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        print(json.dumps([room, json.load(pipe)]))
+    os.wait()
+"""
+
+
+def test_what_a_room_loads_stays_small() -> None:
+    """Real imports in fresh processes: a chain of them is as good as one."""
+    modules: dict[str, list[str]] = {}
+    for path in FILES:
+        if _room(path) in NEVER_LOADED:
+            dotted = ".".join(("moe", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+            modules.setdefault(_room(path), []).append(dotted)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, json.dumps(modules)], capture_output=True, text=True, check=True, timeout=200
+    )
+    loaded = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert loaded.keys() == modules.keys()
+    for room, packages in loaded.items():
+        assert not NEVER_LOADED[room] & set(packages), f"importing moe.{room} loads them"
+
+
+def test_class_names_are_unique() -> None:
+    seen: dict[str, Path] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                assert node.name not in seen, f"class {node.name} is in {path} and in {seen[node.name]}"
+                seen[node.name] = path
