@@ -3,7 +3,7 @@
     moe train                                             a tiny Mixtral on text that every Python carries
     moe train model=small data=files data.path='*.txt'    your own text
     torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 train.precision=bfloat16
-    moe plan model=mixtral_8x7b hardware=h100_8x2 …       what that needs, before it is launched
+    moe plan model=mixtral_8x7b hardware=h100 …           what that needs, before it is launched
     moe prepare data=files data.path=corpus.jsonl         token shards only
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run

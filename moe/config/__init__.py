@@ -1,7 +1,7 @@
 """Every configuration dataclass, its types, defaults and rules.
 
-The YAML under ``configs/`` holds chosen values; this package owns what is allowed. A broken rule raises ``ValueError``
-whose text names the key, its value and the rule; `moe.config.compose` turns it into one line on stderr and exit code 2.
+The YAML under ``configs/`` says only what differs from the defaults here. A broken rule raises `UserError`, whose text
+names the key, its value, the rule and the fix; the command prints it as one line on stderr and ends with exit code 2.
 Field names are Hugging Face's wherever Hugging Face has one.
 """
 

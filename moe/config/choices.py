@@ -75,7 +75,7 @@ class Schedule(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of the model; master weights, accumulation, communication and the router stay float32."""
+    """Arithmetic of the model; the optimizer's weights, accumulation, communication and the router stay float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

@@ -15,6 +15,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import Config
+from moe.config.migrate import check_overrides, migrate
+from moe.config.rules import require
+from moe.config.suggest import closest, dotted_keys, no_such_key
 from moe.errors import UserError
 
 
@@ -44,42 +47,61 @@ _HINTS = {
 }
 
 
-def _one_line(error: BaseException, overrides: list[str]) -> str:
-    """Hydra's and OmegaConf's many-line messages as one: the key, the value, the rule."""
+def _one_line(error: BaseException, overrides: list[str], known: list[str]) -> str:
+    """Hydra's and OmegaConf's many-line messages as one: the key, the value, the rule. `known`: the keys there are."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if text.startswith("Error merging override") and error.__cause__ is not None:
         override = text.removeprefix("Error merging override ").lstrip("+~")
-        return f"{override}: {_one_line(error.__cause__, [])}"
+        cause = str(error.__cause__)
+        section, _, value = override.partition("=")
+        if cause.startswith("Invalid type assigned: str"):  # a group's name where no group is
+            keys = ", ".join(key for key in known if key.startswith(f"{section}."))
+            return f"{override}: there is no preset {value}; {section} is set by its keys, {keys}"
+        return f"{override}: {_one_line(error.__cause__, [], known)}"
     missing = re.match(r"In '.*': Could not find '(?P<group>\w+)/(?P<name>.*)'", text)
     if missing:
-        group = missing["group"]
-        return f"{group}={missing['name']} must be one of {', '.join(choices(group))}{_HINTS.get(group, '')}"
+        group, name = missing["group"], missing["name"]
+        near = closest(name, choices(group))
+        meant = f"; did you mean {group}={near}?" if near else ""
+        return f"{group}={name} must be one of {', '.join(choices(group))}{meant}{_HINTS.get(group, '')}"
+    full = re.search(r"full_key: (\S+)", f"{error}\n{error.__cause__}")
+    key = full[1] if full else ""
     unknown = re.match(r"(Could not override|Key) '(?P<key>[^']+)'", text)
     if unknown:
-        key = unknown["key"]
-        given = next((override for override in overrides if override.lstrip("+~").startswith(f"{key}=")), key)
-        return f"{given}: no such key; `moe train --cfg job` lists them all"
-    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+        return no_such_key(key or unknown["key"], overrides, known)
     given = next((override for override in overrides if key and override.lstrip("+~").startswith(f"{key}=")), key)
     return f"{given}: {text}" if given else text
 
 
 def compose_dict(overrides: list[str], name: str = "train", schema: type = Config) -> DictConfig:
     """The composed, typed, not yet checked configuration. Raises ConfigError."""
+    for override in overrides:
+        if not re.match(r"~|[^=]+=", override):
+            raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
+    try:
+        check_overrides(overrides)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
     hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
     if hydras:
-        raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe train --cfg job` lists the keys")
+        raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe {name} --help` lists the keys")
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose(name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_one_line(error, overrides)) from error
+        known = _keys(compose_dict([], name, schema)) if overrides else []
+        raise ConfigError(_one_line(error, overrides, known)) from error
     HydraConfig.instance().set_config(composed)  # so that ${hydra:runtime.choices.*} resolves
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
     return composed
+
+
+def _keys(node: DictConfig | ListConfig) -> list[str]:
+    tree: Any = OmegaConf.to_container(node, resolve=False)
+    return dotted_keys(tree)
 
 
 def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None) -> Any:
@@ -87,18 +109,18 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
     try:
         missing = sorted(OmegaConf.missing_keys(node))
     except OmegaConfBaseException as error:  # an interpolation that can't be resolved
-        raise ConfigError(_one_line(error, overrides or [])) from error
+        raise ConfigError(_one_line(error, overrides or [], [])) from error
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be stated: {missing[0]}=…")
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        raise ConfigError(_one_line(cause, overrides or [])) from error
+        raise ConfigError(_one_line(cause, overrides or [], [])) from error
     except AttributeError as error:  # slots refuse a key that `+key=` added
         key = str(error).rpartition(" attribute ")[2].strip("'")
-        given = next((override for override in overrides or [] if re.search(rf"(^|[.+]){key}=", override)), key)
-        raise ConfigError(f"{given.lstrip('+')}: no such key; `moe train --cfg job` lists them all") from error
+        found = re.search(rf"(?m)^\+*((?:\w+\.)*{key})[.=]", "\n".join(overrides or []))
+        raise ConfigError(no_such_key(found[1] if found else key, overrides or [], _keys(node))) from error
     except UserError as error:
         raise ConfigError(str(error)) from error
 
@@ -114,9 +136,12 @@ def to_yaml(config: Any) -> str:
 
 
 def read_config(path: Path, schema: type = Config) -> Any:
-    """A run's config.yaml. Raises ConfigError naming the file."""
+    """A run's config.yaml, also that of an earlier version. Raises ConfigError naming the file."""
+    defaults = OmegaConf.structured(schema)
     try:
-        return to_config(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+        saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        require(isinstance(saved, dict), "must be a mapping of keys")
+        return to_config(OmegaConf.merge(defaults, migrate(saved)))
     # YAML's reader is one that makes no objects: a tag that asks for one is an error too.
-    except (OSError, ConfigError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: {_one_line(error, [])}") from error
+    except (OSError, UserError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{path}: {_one_line(error, [], _keys(defaults))}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe.config.choices import SourceFormat, TokenizerKind
 from moe.config.rules import positive, require
+from moe.config.suggest import no_such_key
 from moe.errors import UserError
 
 
@@ -69,6 +70,9 @@ def _source(name: str, value: Any) -> SourceConfig:
     if isinstance(value, SourceConfig):
         return value
     require(isinstance(value, dict), f"data.sources.{name}={value} must be a mapping with a path")
+    known = [f"data.sources.{name}.{one.name}" for one in fields(SourceConfig)]
+    for key in (f"data.sources.{name}.{one}" for one in value):
+        require(key in known, no_such_key(key, [], known))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), value))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -81,7 +85,7 @@ class TokenizerConfig:
     """`vocab_size` (pieces to train) and `train_bytes` (text sampled for it) belong to `kind=sentencepiece`; `path` to
     the kinds that read a file or folder; `kind=mistral` needs neither (mistral-common carries its own)."""
 
-    kind: TokenizerKind = TokenizerKind.sentencepiece
+    kind: TokenizerKind = TokenizerKind.mistral  # the one kind that needs no other key
     path: str | None = None
     vocab_size: int | None = None
     train_bytes: int = 2_000_000

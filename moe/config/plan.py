@@ -13,7 +13,7 @@ from moe.config.run import Config
 
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
-    """`nodes` of `gpus_per_node` ranks; every figure but the host's memory is of one rank.
+    """`nodes` of `gpus_per_node` ranks (on a CPU: processes); every value but the host's memory is of one rank.
 
     GB is 10⁹ bytes. `memory_gb` is what the vendor states and `reserved_gb` what is taken before a tensor exists (CUDA
     context, NCCL's and cuBLAS's buffers; on a CPU Python and PyTorch). `peak_tflops` is the dense bfloat16 rate,
@@ -21,11 +21,11 @@ class HardwareConfig:
     """
 
     name: str
-    device: DeviceKind
-    nodes: int
+    device: DeviceKind = DeviceKind.cuda
+    nodes: int = 1
     gpus_per_node: int
     memory_gb: float
-    reserved_gb: float
+    reserved_gb: float = 3.0
     host_memory_gb: float
     peak_tflops: float
     peak_tflops_float32: float
@@ -66,7 +66,7 @@ class PlanSettings:
 class PlanConfig(Config):
     """Every key of `moe train`, and what it would run on; `check_world` is called by the plan."""
 
-    hardware: HardwareConfig = MISSING  # a preset or the command line states every figure: none has a default
+    hardware: HardwareConfig = MISSING  # a group of presets, which has no default here
     plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:

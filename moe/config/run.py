@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.choices import Mlp, Schedule, TokenizerKind
+from moe.config.choices import Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
+from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
 from moe.config.rules import require
 from moe.config.train import (
@@ -20,14 +21,19 @@ from moe.config.train import (
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """One training run. `run_dir` receives config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html."""
+    """One training run. `run_dir` receives config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html.
 
+    `config_version` is raised whenever a key is renamed, so that saved configurations stay readable
+    (`moe.config.migrate`).
+    """
+
+    config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(kind=TokenizerKind.mistral))
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -37,7 +43,14 @@ class Config:
 
     def __post_init__(self) -> None:
         train, model, optim = self.train, self.model, self.optim
-        require(bool(self.data.all_sources()), "data.path=null must name a file, folder, glob or data set")
+        require(
+            self.config_version == CONFIG_VERSION,
+            f"config_version={self.config_version} must be {CONFIG_VERSION}, this code's: leave it out",
+        )
+        require(
+            bool(self.data.all_sources()),
+            "data.path=null must name a file, folder, glob or data set, as in data=files data.path='corpus/*.txt'",
+        )
         require(
             train.sequence_length <= model.max_position_embeddings,
             f"train.sequence_length={train.sequence_length} must be ≤ "
@@ -62,12 +75,17 @@ class Config:
         require(
             train.global_batch_size % micro == 0,
             f"train.global_batch_size={train.global_batch_size} must be divisible by train.micro_batch_size="
-            f"{train.micro_batch_size} × {world_size} ranks = {micro}",
+            f"{train.micro_batch_size} × {world_size} ranks = {micro}, as "
+            f"{-(-train.global_batch_size // micro) * micro} is",
         )
         stated = f"parallel.expert_parallel_size={size}"
         if self.model.mlp is Mlp.dense:
             require(size == 1, f"{stated} must be 1 with model.mlp=dense: there are no experts")
-        require(world_size % size == 0, f"{stated} must divide the number of ranks, {world_size}")
+        require(
+            world_size % size == 0,
+            f"{stated} must divide the number of ranks, {world_size} "
+            "(torchrun --nproc-per-node=N starts N on a machine)",
+        )
         require(
             self.router.num_experts % size == 0, f"{stated} must divide router.num_experts={self.router.num_experts}"
         )

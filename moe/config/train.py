@@ -30,12 +30,12 @@ class OptimConfig:
         not_negative("optim", self, "weight_decay", "warmup_steps")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optim.betas={self.betas} must be two numbers in [0, 1)",
+            f"optim.betas={self.betas} must be two numbers in [0, 1), as in optim.betas=[0.9,0.95]",
         )
         require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
         require(
             self.decay_steps is None or self.schedule is Schedule.warmup_stable_decay,
-            f"optim.decay_steps={self.decay_steps} needs optim.schedule=warmup_stable_decay",
+            f"optim.decay_steps={self.decay_steps} needs optim.schedule=warmup_stable_decay, not {self.schedule.name}",
         )
 
 
@@ -44,7 +44,7 @@ class ParallelConfig:
     """`expert_parallel_size` ranks share one set of experts; every rank is data-parallel for the rest.
 
     `expert_across_nodes` allows a set to span nodes, whose exchange then crosses the network; `offload_optimizer` keeps
-    master weights and moments in the host's memory (CUDA only).
+    the optimizer's state (float32 weights, moments) in the host's memory (CUDA only).
     """
 
     expert_parallel_size: int = 1
@@ -67,7 +67,7 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """W&B: `project`, `name` and `mode` are wandb.init's; the key comes from the environment only."""
+    """W&B: `project` and `name` are wandb.init's; WANDB_MODE and the key come from the environment only."""
 
     backend: TrackingBackend = TrackingBackend.wandb
     project: str = "moe"
@@ -100,11 +100,11 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GuardConfig:
-    """When a step is refused, when a rank counts as hung.
+    """When a step is skipped, when a rank counts as hung.
 
-    A step whose loss or gradient is not finite is always refused on all ranks; so is, if `spike_sigmas` is set, one
+    A step whose loss or gradient is not finite is always skipped on all ranks; so is, if `spike_sigmas` is set, one
     whose gradient norm is more than so many standard deviations above the mean of the last `spike_window` accepted
-    steps (once there are half as many). After `max_skipped` refused steps in a row the run stops. A rank that makes no
+    steps (once there are half as many). After `max_skipped` skipped steps in a row the run stops. A rank that makes no
     progress for `hang_seconds` ends the run, so that the launcher can start it again (null: never).
     """
 

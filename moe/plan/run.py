@@ -74,7 +74,7 @@ class Plan:
             "step": {
                 "tokens": tokens,
                 "ranks": world,
-                "expert_ranks": config.parallel.expert_parallel_size,
+                "expert_parallel_size": config.parallel.expert_parallel_size,
                 "micro_batches_per_rank": config.accumulation(world),
                 "flops": flops * tokens,
             },
@@ -234,16 +234,16 @@ def _combinations(config: PlanConfig) -> list[dict[str, Any]]:
 def _choices(config: PlanConfig) -> dict[str, list[Any]]:
     """What may change and to what, the cheapest first."""
     model, train, parallel, hardware = config.model, config.train, config.parallel, config.hardware
-    experts: list[int] = []
+    sizes: list[int] = []
     if model.mlp is Mlp.sparse:
         count = config.router.num_experts
         limit = min(count, hardware.gpus_per_node)
-        experts = [degree for degree in range(parallel.expert_parallel_size + 1, limit + 1) if count % degree == 0]
+        sizes = [size for size in range(parallel.expert_parallel_size + 1, limit + 1) if count % size == 0]
     halves = [train.micro_batch_size >> shift for shift in range(1, train.micro_batch_size.bit_length())]
     order = list(Recompute)
     cuda = hardware.device is DeviceKind.cuda
     return {
-        "parallel.expert_parallel_size": experts,
+        "parallel.expert_parallel_size": sizes,
         "train.micro_batch_size": halves,
         "parallel.zero_stage": [2] if parallel.zero_stage == 1 else [],
         "model.recompute": order[order.index(model.recompute) + 1 :],

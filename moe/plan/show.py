@@ -1,7 +1,7 @@
 """`moe plan key=value …`: a plan as a table for people, or as one JSON object.
 
-    moe plan model=mixtral_8x7b parallel.expert_parallel_size=8 hardware=h100_8x2 train.precision=bfloat16 \\
-        train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256
+    moe plan model=mixtral_8x7b parallel.expert_parallel_size=8 hardware=h100 hardware.nodes=2 \\
+        train.precision=bfloat16 train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256
     moe plan … plan.json=true plan.imbalance=2
 
 Takes every override of `moe train`; docs/plan.md explains the figures.
@@ -78,7 +78,7 @@ def _run(plan: Plan) -> Table:
     local = local_tensors(config, world).local
     table.add_row("parameters", f"{total:,}, {active:,} active per token, {local:,} on a rank")
     table.add_row("FLOPs", f"{flops_per_token(config) / 1e9:,.4g} GFLOP per token in training")
-    sets = f"{parallel.expert_parallel_size} expert ranks, " if config.model.mlp is Mlp.sparse else ""
+    sets = f"expert_parallel_size {parallel.expert_parallel_size}, " if config.model.mlp is Mlp.sparse else ""
     table.add_row(
         "ranks",
         f"{world}, {sets}ZeRO-{parallel.zero_stage}, {train.precision.name}, recompute={config.model.recompute.name}",
@@ -165,4 +165,4 @@ def verdict(plan: Plan) -> str:
         )
     if plan.advice:
         return f"{line}; try {', '.join(plan.advice)}: needs {plan.advised_gb:.3g} GB"
-    return f"{line}; no other degrees, recomputation, micro-batch, precision or number of nodes was found to fit"
+    return f"{line}; no expert_parallel_size, micro-batch, recomputation, precision or number of nodes was found to fit"

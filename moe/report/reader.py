@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from moe.config.migrate import migrate
 from moe.errors import UserError
 
 SCALARS = (
@@ -211,7 +212,7 @@ def _by_source(rows: list[dict[str, float] | None]) -> dict[str, np.ndarray]:
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The file's text, and its values without any check: an older run's configuration is shown as it was."""
+    """The file's text as the run wrote it, and its values under today's keys; no rule is checked, since all is past."""
     if not path.is_file():
         return "", {}
     try:
@@ -224,7 +225,10 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: not a mapping of keys; restore it or remove it")
     container = OmegaConf.to_container(loaded, resolve=False)
     assert isinstance(container, dict)
-    return text, {str(key): value for key, value in container.items()}
+    try:
+        return text, migrate({str(key): value for key, value in container.items()})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _read_routing(path: Path) -> Routing | None:

@@ -66,7 +66,10 @@ def test_bad_data_is_one_line(
     ("overrides", "expected"),
     [
         (["train", "router.top_k=9"], "router.top_k=9 must be ≤ router.num_experts=8"),
-        (["train", "router.topk=1"], "router.topk=1: no such key"),
+        (["train", "router.topk=1"], "router.topk=1: no such key; did you mean router.top_k=1?"),
+        (["train", "parallel.expert=2"], "parallel.expert is now parallel.expert_parallel_size"),
+        (["train", "experts=loop"], "experts=loop: write experts.backend=loop"),
+        (["plan", "hardware=h100_8x2"], "hardware=h100_8x2: write hardware=h100 hardware.nodes=2"),
         (
             ["train", "parallel.expert_parallel_size=2"],
             "parallel.expert_parallel_size=2 must divide the number of ranks, 1",
@@ -82,7 +85,7 @@ def test_bad_data_is_one_line(
         (["bench", "nothing"], "nothing"),
     ],
 )
-def test_bad_words_are_one_line(
+def test_bad_overrides_are_one_line(
     overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, error = _main(overrides, monkeypatch, capsys)

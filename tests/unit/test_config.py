@@ -41,7 +41,7 @@ BAD = [
     (["data=files"], "data.path"),
     (["data.path=x"], "data.path=x and data.sources can't both be set"),
     (["+data.sources.x.path=a"], "must be stated for every source or for none"),
-    (["+data.sources.x.pth=a"], "Key 'pth' not in 'SourceConfig'"),
+    (["+data.sources.x.pth=a"], "data.sources.x.pth: no such key; did you mean data.sources.x.path?"),
     (["data.held_out=1"], "data.held_out=1.0 must be between 0 and 1"),
     (["optim.lr=nan"], "optim.lr=nan must be > 0"),
     (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers"),

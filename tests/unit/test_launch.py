@@ -260,7 +260,7 @@ def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) 
 # skypilot.yaml, pytorchjob.yaml
 
 
-def _check_words(overrides: str, ranks: int) -> None:
+def _check_overrides(overrides: str, ranks: int) -> None:
     verb, *rest = overrides.split()
     assert verb == "train"
     load_config(rest).check_world(ranks)
@@ -279,7 +279,7 @@ def test_skypilot(stubs: dict[str, str]) -> None:
     kind, gpus = task["resources"]["accelerators"].split(":")
     assert kind == "H100"
     assert all(isinstance(value, str) for value in task["envs"].values())
-    _check_words(task["envs"]["ARGUMENTS"], task["num_nodes"] * int(gpus))
+    _check_overrides(task["envs"]["ARGUMENTS"], task["num_nodes"] * int(gpus))
     assert f"run_dir={next(iter(task['volumes']))}/" in task["envs"]["ARGUMENTS"]
     _parses(task["setup"])
     sky = {
@@ -311,7 +311,7 @@ def test_pytorchjob(stubs: dict[str, str]) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     stated = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
     assert all(isinstance(value, str) for value in stated.values()), "Kubernetes takes only strings"
-    _check_words(stated["ARGUMENTS"], pods * container["resources"]["limits"]["nvidia.com/gpu"])
+    _check_overrides(stated["ARGUMENTS"], pods * container["resources"]["limits"]["nvidia.com/gpu"])
     assert container["command"] == ["bash", "-c"]
     (command,) = container["args"]
     # What the operator gives the first worker's pod, and the pod's own address.

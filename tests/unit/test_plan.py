@@ -58,7 +58,7 @@ def test_flops_equal_torchs_count(mlp, tied):
         "model.attention=naive",
         "model.sliding_window=null",
         f"train.sequence_length={length}",
-        "experts=loop",
+        "experts.backend=loop",
     )
     model, ids = build(config), torch.randint(0, 500, (2, length))
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
@@ -77,7 +77,7 @@ KEPT = [  # what decides which tensors are kept
     ["train.sequence_length=640", "model.sliding_window=null"],
     ["train.sequence_length=256", "model.sliding_window=96"],
     ["train.sequence_length=128", "router.top_k=1", "router.num_experts=4"],
-    ["train.sequence_length=128", "experts=loop"],
+    ["train.sequence_length=128", "experts.backend=loop"],
 ]
 
 
@@ -120,7 +120,7 @@ def sizes(config, expert, world):
 
 
 @pytest.mark.parametrize(("expert", "world"), [(1, 1), (1, 8), (4, 8), (8, 8)])
-def test_float32_shares_master_weights_with_the_model(expert, world):
+def test_float32_shares_the_optimizers_weights_with_the_model(expert, world):
     config = compose(*LOCAL, f"parallel.expert_parallel_size={expert}")
     local, share = sizes(config, expert, world)
     update = kinds(config, world, "update", device="cuda")

@@ -16,18 +16,19 @@ MIXTRAL = [
     "model=mixtral_8x7b", "train.precision=bfloat16", "train.sequence_length=4096", "train.micro_batch_size=1",
     "train.global_batch_size=256",
 ]  # fmt: skip
+TWO_H100_NODES = ["hardware=h100", "hardware.nodes=2"]
 
 
 def compose(*overrides: str) -> PlanConfig:
     return load_config(list(overrides), "plan", PlanConfig)
 
 
-def test_plan_takes_every_word_of_train():
+def test_plan_takes_every_key_of_train():
     """Its defaults are train.yaml's, and the hardware."""
     train, plan = (
         yaml.safe_load((config_dir() / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("train", "plan")
     )
-    kept = [entry for entry in plan["defaults"] if entry not in ("plan_schema", {"hardware": "cpu_1x1"})]
+    kept = [entry for entry in plan["defaults"] if entry not in ("plan_schema", {"hardware": "cpu"})]
     assert kept == [entry for entry in train["defaults"] if entry != "train_schema"]
     assert plan["run_dir"] == train["run_dir"]
 
@@ -35,20 +36,43 @@ def test_plan_takes_every_word_of_train():
 @pytest.mark.parametrize("name", [name for name in choices("hardware") if name != "custom"])
 def test_hardware_presets_are_whole(name):
     config = compose(f"hardware={name}", "train.micro_batch_size=1", "train.global_batch_size=64")
-    assert config.hardware.name == name
-    assert name.endswith(f"_{config.hardware.gpus_per_node}x{config.hardware.nodes}") or config.hardware.nodes == 1
+    hardware = config.hardware
+    assert (hardware.name, hardware.nodes) == (name, 1)
+    assert (hardware.device.name, hardware.gpus_per_node) == (("cpu", 1) if name == "cpu" else ("cuda", 8))
+    assert compose(f"hardware={name}", "hardware.nodes=2", "train.global_batch_size=64").hardware.nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("a100_8x1", "hardware=a100"),
+        ("h100_8x8", "hardware=h100 hardware.nodes=8"),
+        ("h200_1x1", "hardware=h200 hardware.gpus_per_node=1 hardware.host_memory_gb=256"),
+        ("cpu_1x1", "hardware=cpu"),
+        ("cpu_2x1", "hardware=cpu hardware.gpus_per_node=2"),
+    ],
+)
+def test_a_preset_of_before_is_told_what_to_write(before, now):
+    with pytest.raises(ConfigError, match=f"^hardware={before}: write {now}$"):
+        compose(f"hardware={before}")
+    hardware = compose(*now.split(), "train.micro_batch_size=1", "train.global_batch_size=64").hardware
+    per_node, nodes = before.partition("_")[2].split("x")
+    assert hardware.world_size == int(per_node) * int(nodes)
 
 
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["hardware=abacus"], r"hardware=abacus must be one of a100_8x1, .*h100_8x2.*describe yours: hardware=custom"),
+        (
+            ["hardware=abacus"],
+            r"hardware=abacus must be one of a100, cpu, custom, h100, h200; or describe yours: hardware=custom",
+        ),
         (["hardware=custom"], r"hardware\.gpus_per_node, .*hardware\.memory_gb, .* must be stated"),
         (["hardware.memory_gb=0"], r"hardware\.memory_gb=0.* must be > 0"),
         (["hardware.reserved_gb=9"], r"hardware\.reserved_gb=9.* must be < hardware\.memory_gb=8"),
         (["plan.imbalance=0.9"], r"plan\.imbalance=0\.9 must be ≥ 1"),
         (
-            [*MIXTRAL, "hardware=h100_8x2", "router.num_experts=16", "parallel.expert_parallel_size=16"],
+            [*MIXTRAL, *TWO_H100_NODES, "router.num_experts=16", "parallel.expert_parallel_size=16"],
             "expert_across_nodes=true",
         ),
         (
@@ -65,7 +89,7 @@ def test_bad_input_is_one_line(overrides, text):
 
 def test_exchange_is_the_sum_over_layers_and_passes():
     """Two ways and their gradients of every choice's row, for every layer and micro-batch; counts go forward only."""
-    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8")
+    config = compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8")
     rows = 0
     for _ in range(256 // 16):  # micro-batches of a rank
         for _ in range(32):  # layers
@@ -74,10 +98,10 @@ def test_exchange_is_the_sum_over_layers_and_passes():
     sent = exchange_bytes(config, 16)
     assert (sent.rows, sent.counts, sent.leaving) == (rows, 16 * 32 * 8 * 8, 7 / 8)
     again = exchange_bytes(
-        compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "model.recompute=mlp"), 16
+        compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "model.recompute=mlp"), 16
     )
     assert (again.rows, again.counts) == (rows * 6 // 4, 2 * sent.counts)  # the forward exchanges, and their counts
-    assert exchange_bytes(compose(*MIXTRAL, "hardware=h100_8x2"), 16).total == 0
+    assert exchange_bytes(compose(*MIXTRAL, *TWO_H100_NODES), 16).total == 0
 
 
 @pytest.mark.parametrize(("nodes", "ranks", "expert"), [(1, 4, 2), (2, 8, 8), (2, 8, 4), (4, 4, 2), (2, 4, 8)])
@@ -85,7 +109,7 @@ def test_links_are_those_of_the_groups(nodes, ranks, expert):
     """Against walking every rank's peers and rings one by one."""
     world = nodes * ranks
     config = compose(
-        "hardware=h100_8x1", f"hardware.nodes={nodes}", f"hardware.gpus_per_node={ranks}",
+        "hardware=h100", f"hardware.nodes={nodes}", f"hardware.gpus_per_node={ranks}",
         f"parallel.expert_parallel_size={expert}",
         "parallel.expert_across_nodes=true", "train.micro_batch_size=2", "train.global_batch_size=64",
     )  # fmt: skip
@@ -113,20 +137,20 @@ def test_links_are_those_of_the_groups(nodes, ranks, expert):
 
 
 def test_stage_2_reduces_after_every_micro_batch():
-    overrides = [*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8"]
+    overrides = [*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"]
     one, two = (make_plan(compose(*overrides, f"parallel.zero_stage={stage}")).traffic for stage in (1, 2))
     assert two["shared gradients"].total == 16 * one["shared gradients"].total
     assert two["shared weights"] == one["shared weights"]
 
 
 def test_times_are_work_over_rates():
-    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.imbalance=1")
+    config = compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.imbalance=1")
     plan = make_plan(config)
     assert plan.times.compute == pytest.approx(256 * 4096 / 16 * flops_per_token(config) / 989e12)
     assert plan.times.inter == pytest.approx(sum(flow.inter for flow in plan.traffic.values()) / 50e9)
     assert plan.times.overlapped < plan.times.in_turn
-    full = make_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.imbalance=1.5"))
-    again = make_plan(compose(*MIXTRAL, "hardware=h100_8x2", "model.recompute=block"))
+    full = make_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.imbalance=1.5"))
+    again = make_plan(compose(*MIXTRAL, *TWO_H100_NODES, "model.recompute=block"))
     assert full.times.compute > 1.2 * plan.times.compute
     assert 1.3 < again.times.compute / plan.times.compute < 4 / 3
 
@@ -134,11 +158,17 @@ def test_times_are_work_over_rates():
 @pytest.mark.parametrize(
     "overrides",
     [
-        [*MIXTRAL, "hardware=h100_8x2"],
-        [*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8"],
-        [*MIXTRAL, "hardware=a100_8x1"],
-        ["model=small", "hardware=cpu_2x1", "hardware.memory_gb=3", "train.sequence_length=4096"],
-        ["model=mistral_7b", "hardware=h100_8x1", "train.sequence_length=8192", "train.global_batch_size=64"],
+        [*MIXTRAL, *TWO_H100_NODES],
+        [*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"],
+        [*MIXTRAL, "hardware=a100"],
+        [
+            "model=small",
+            "hardware=cpu",
+            "hardware.gpus_per_node=2",
+            "hardware.memory_gb=3",
+            "train.sequence_length=4096",
+        ],
+        ["model=mistral_7b", "hardware=h100", "train.sequence_length=8192", "train.global_batch_size=64"],
     ],
 )
 def test_advice_fits_when_it_is_typed(overrides):
@@ -148,9 +178,9 @@ def test_advice_fits_when_it_is_typed(overrides):
     advised = make_plan(compose(*overrides, *plan.advice))
     assert advised.fits
     assert advised.needed_gb == pytest.approx(plan.advised_gb)
-    assert all(word in verdict(plan) for word in plan.advice)
+    assert all(override in verdict(plan) for override in plan.advice)
     for left_out in plan.advice:  # and every part of it is needed
-        rest = [word for word in plan.advice if word != left_out]
+        rest = [override for override in plan.advice if override != left_out]
         try:
             fewer = make_plan(compose(*overrides, *rest))
         except ConfigError:
@@ -159,7 +189,7 @@ def test_advice_fits_when_it_is_typed(overrides):
 
 
 def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_and_said():
-    overrides = ["model=mixtral_8x7b", "hardware=h100_8x2", "parallel.expert_parallel_size=8"]
+    overrides = ["model=mixtral_8x7b", *TWO_H100_NODES, "parallel.expert_parallel_size=8"]
     plan = make_plan(compose(*overrides))
     assert plan.config.train.global_batch_size == 128
     assert "train.global_batch_size=16 can't be cut into micro-batches of 8 on 16 ranks: planned with 128" in plan.note
@@ -170,15 +200,15 @@ def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_and_said():
 
 def test_nothing_fits_is_said():
     plan = make_plan(
-        compose(*MIXTRAL, "model.num_hidden_layers=3000", "hardware=h100_8x1", "parallel.expert_parallel_size=8")
+        compose(*MIXTRAL, "model.num_hidden_layers=3000", "hardware=h100", "parallel.expert_parallel_size=8")
     )
     assert not plan.fits
     assert plan.advice == []
-    assert "no other degrees" in verdict(plan)
+    assert "no expert_parallel_size, micro-batch" in verdict(plan)
 
 
 def test_json_is_the_plan(capsys):
-    config = compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.json=true")
+    config = compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.json=true")
     run_plan(config)
     shown = json.loads(capsys.readouterr().out)
     plan = make_plan(config)
@@ -192,7 +222,7 @@ def test_json_is_the_plan(capsys):
 
 
 def test_table_names_everything(capsys):
-    run_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8", "plan.imbalance=2"))
+    run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.imbalance=2"))
     shown = capsys.readouterr().out
     for part in (
         "2 × 8 GPUs of 80 GB", "46,702,792,704, 12,879,925,248 active", "fullest expert rank at 2 × the mean",
@@ -206,7 +236,7 @@ def test_table_names_everything(capsys):
 def test_page_shows_the_command_as_it_answers(capsys):
     """docs/plan.md's output is what the command prints."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
-    run_plan(compose(*MIXTRAL, "hardware=h100_8x2", "parallel.expert_parallel_size=8"))
+    run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     missing = [line for line in lines if line not in page]
     assert not missing, missing

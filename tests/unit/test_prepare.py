@@ -14,7 +14,12 @@ from moe.data.corpus import check_tokenizer, check_vocab
 from moe.data.prepare import prepare
 from moe.data.readers import DataError
 
-TOKENIZER = TokenizerConfig(vocab_size=320)
+
+def pieces(count):
+    return TokenizerConfig(kind=TokenizerKind.sentencepiece, vocab_size=count)
+
+
+TOKENIZER = pieces(320)
 MISTRAL = TokenizerConfig(kind=TokenizerKind.mistral)
 DATA = Path(__file__).parents[2] / "data"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -76,7 +81,7 @@ def test_the_split_depends_on_the_text_alone(rows, tmp_path):
 def test_tokenizer_never_sees_held_out_text(tmp_path):
     rows = [f"{chr(0x4E00 + i)} {'abc ' * 5}\n" for i in range(40)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    corpus = make(path, tmp_path / "cache", TokenizerConfig(vocab_size=500), held_out=0.3)
+    corpus = make(path, tmp_path / "cache", pieces(500), held_out=0.3)
     known = {corpus.tokenizer.piece(i) for i in range(corpus.tokenizer.vocab_size)}
     assert {text[0] for text in documents(corpus, corpus.train[0])} <= known
     assert not {text[0] for text in documents(corpus, corpus.held_out[0])} & known
@@ -116,7 +121,7 @@ def test_fingerprint_follows_content_tokenizer_and_split_only(rows, tmp_path):
     assert make(renamed, cache, text_field="body").fingerprint == first.fingerprint
     others = [
         make(rows, cache, held_out=0.1),
-        make(rows, cache, TokenizerConfig(vocab_size=321)),
+        make(rows, cache, pieces(321)),
         make(rows, cache, MISTRAL),
         make(write_rows(tmp_path / "copy.jsonl", lines(401)), cache),
         make(write_rows(tmp_path / "copy.jsonl", [*lines(399), "nummer"]), cache),
@@ -285,7 +290,7 @@ def test_weights_follow_tokens_or_the_configuration(tmp_path):
 
 @pytest.mark.parametrize("name", ["sample.txt", "sample.jsonl"])
 def test_shipped_samples(tmp_path, name):
-    corpus = make(DATA / name, tmp_path / "cache", TokenizerConfig(vocab_size=512))
+    corpus = make(DATA / name, tmp_path / "cache", pieces(512))
     assert corpus.tokenizer.vocab_size == 512
     assert corpus.train[0].tokens > 5000
     assert corpus.held_out[0].tokens > 200
@@ -295,9 +300,9 @@ def test_builtin_corpus_is_quick_and_opens_at_once(tmp_path):
     sources = {name: {"path": name, "format": "stdlib"} for name in ("python", "prose", "arithmetic")}
     data = DataConfig(sources=sources, cache_dir=str(tmp_path / "cache"))
     start = time.monotonic()
-    first = prepare(data, TokenizerConfig(vocab_size=2048), log=lambda line: None)
+    first = prepare(data, pieces(2048), log=lambda line: None)
     built = time.monotonic()
-    second = prepare(data, TokenizerConfig(vocab_size=2048), log=lambda line: None)
+    second = prepare(data, pieces(2048), log=lambda line: None)
     opened = time.monotonic()
     assert second.fingerprint == first.fingerprint
     assert built - start < 30  # 3 s when the machine is idle

@@ -58,7 +58,13 @@ def test_what_changes_the_mathematics_needs_the_flag(checkpoint: Path) -> None:
 
 
 def test_what_computes_the_same_in_another_way_is_only_told(checkpoint: Path) -> None:
-    overrides = ["parallel.zero_stage=2", "experts=loop", "model.attention=naive", "train.log_every=1", "tracking=none"]
+    overrides = [
+        "parallel.zero_stage=2",
+        "experts.backend=loop",
+        "model.attention=naive",
+        "train.log_every=1",
+        "tracking=none",
+    ]
     lines = run_directory.check_resumable(checkpoint, load_config(overrides), SAME)
     assert "parallel.zero_stage: 1 → 2" in lines
     assert "model.attention: auto → naive" in lines

@@ -1,0 +1,48 @@
+"""What to say about a key that doesn't exist: today's name of an old one, or the nearest of those that do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from moe.config.migrate import renamed
+
+
+def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
+    """One line about the unknown dotted `key`, which one of `overrides` sets (none of them: a file does)."""
+    plain = [override.lstrip("+~") for override in overrides]
+    given = next((override for override in plain if override.startswith(f"{key}=")), key)
+    if now := renamed(key):
+        return f"{given}: {'' if given == key else f'{key} '}is now {now}"
+    near = nearest_keys(key, known)
+    if not near:
+        return f"{given}: no such key; `moe VERB --help` lists them all"
+    return f"{given}: no such key; did you mean {' or '.join(name + given.removeprefix(key) for name in near)}?"
+
+
+def nearest_keys(key: str, known: list[str]) -> list[str]:
+    """Those of `known` that were probably meant: of the same last part, or written alike."""
+    known = [name for name in known if not f"{key}.".startswith(f"{name}.") and not name.startswith(f"{key}.")]
+    last = {name: name.rpartition(".")[2] for name in known}
+    part = key.rpartition(".")[2]
+    if same := [name for name in known if last[name] == part]:
+        return same
+    if near := closest(key, known):
+        return [near]
+    alike = closest(part, list(last.values()))
+    return [name for name in known if last[name] == alike]
+
+
+def closest(name: str, known: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+
+
+def dotted_keys(tree: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """Every key of nested mappings, sections included."""
+    found: list[str] = []
+    for name, value in tree.items():
+        found.append(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            found += dotted_keys(value, f"{prefix}{name}.")
+    return found
