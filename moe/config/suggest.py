@@ -14,7 +14,7 @@ def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
     plain = [override.lstrip("+~") for override in overrides]
     given = next((override for override in plain if override.startswith(f"{key}=")), key)
     if now := renamed(key):
-        return f"{given}: {'' if given == key else f'{key} '}is now {now}"
+        return f"{'' if given == key else f'{given}: '}{key} is now {now}"
     near = nearest_keys(key, known)
     if not near:
         return f"{given}: no such key; `moe VERB --help` lists them all"

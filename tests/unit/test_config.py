@@ -12,11 +12,17 @@ from moe.config.compose import ConfigError, choices, load_config, read_config, t
 BAD = [
     # (overrides, what the line must hold)
     (["router.top_k=9"], "router.top_k=9 must be ≤ router.num_experts=8"),
-    (["router.topk=2"], "router.topk=2: no such key"),
-    (["+router.topk=2"], "router.topk=2: no such key"),
-    (["+foo=1"], "foo=1: no such key"),
-    (["modle=tiny"], "modle=tiny: no such key"),
+    (["router.topk=2"], "router.topk=2: no such key; did you mean router.top_k=2?"),
+    (["+router.topk=2"], "router.topk=2: no such key; did you mean router.top_k=2?"),
+    (["lr=1"], "lr=1: no such key; did you mean optim.lr=1?"),
+    (["train.name=x"], "train.name=x: no such key; did you mean tracking.name=x?"),
+    (["train.seq_length=8"], "train.seq_length=8: no such key; did you mean train.sequence_length=8?"),
+    (["+model.heads.x=3"], "model.heads: no such key"),
+    (["+foo=1"], "foo=1: no such key; `moe VERB --help` lists them all"),
+    (["modle=tiny"], "modle=tiny: no such key; did you mean model=tiny?"),
     (["model=big"], "model=big must be one of mistral_7b, mixtral_8x22b, mixtral_8x7b, small, tiny"),
+    (["model=mixtral_8x7"], "did you mean model=mixtral_8x7b?"),
+    (["checkpoint=often"], "checkpoint=often: there is no preset often; checkpoint is set by its keys, checkpoint.ev"),
     (["model.hidden_size=abc"], "model.hidden_size=abc"),
     (["train.steps=1.5"], "train.steps=1.5"),
     (["train.steps=null"], "train.steps=null"),
@@ -50,8 +56,9 @@ BAD = [
     (["train.sequence_length=100000"], "must be ≤ model.max_position_embeddings=32768"),
     (["router.aux_loss_coef=-1"], "router.aux_loss_coef=-1.0 must be ≥ 0"),
     (["router.capacity_factor=0"], "router.capacity_factor=0.0 must be > 0"),
-    (["=3"], ""),
-    (["model"], "model"),
+    (["data.path=null", "data=files"], "data.path=null must name a file, folder, glob or data set, as in data=files"),
+    (["=3"], "=3: must be key=value"),
+    (["model"], "model: must be key=value"),
 ]
 
 
@@ -62,7 +69,6 @@ def test_bad_configuration_is_one_line_with_key_value_and_rule(overrides: list[s
     text = str(caught.value)
     assert expected in text
     assert len(text.splitlines()) == 1
-    assert len(text) > 10
 
 
 @pytest.mark.parametrize("model", choices("model"))
@@ -96,7 +102,7 @@ def test_defaults_are_the_quickstarts_parts() -> None:
         (
             ["train.global_batch_size=12"],
             2,
-            "train.global_batch_size=12 must be divisible by train.micro_batch_size=8 × 2",
+            "train.global_batch_size=12 must be divisible by train.micro_batch_size=8 × 2 ranks = 16, as 16 is",
         ),
         (["parallel.expert_parallel_size=2"], 1, "parallel.expert_parallel_size=2 must divide the number of ranks, 1"),
         (["parallel.expert_parallel_size=2"], 3, "must be divisible"),

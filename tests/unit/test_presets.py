@@ -1,10 +1,15 @@
-"""Parameter counts of the shipped presets, on the meta device, against the published integers."""
+"""The shipped presets: parameter counts on the meta device against the published integers, and no repeated default."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 
-from moe.config import Config
-from moe.config.compose import load_config
+from moe.config import Config, HardwareConfig, SourceConfig
+from moe.config.compose import config_dir, load_config
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters
 
@@ -52,3 +57,40 @@ def test_presets_share_no_head_dim():
 def test_windows_are_the_published_ones():
     assert compose("model=mistral_7b").model.sliding_window == 4096
     assert compose("model=mixtral_8x7b").model.sliding_window is None
+
+
+def repeated(stated: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys of `stated` that say what `defaults` say."""
+    found = []
+    for key, value in stated.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            found += repeated(value, default, f"{prefix}{key}.")
+        elif key in defaults and value == default:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def plain(schema: type) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(config_dir().rglob("*.yaml")) if path.parent.name != "router"],
+    ids=lambda p: p.stem,
+)
+def test_yaml_says_only_what_differs_from_the_dataclasses(path: Path):
+    stated = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    whole = plain(Config) | {"hardware": plain(HardwareConfig)}
+    group = path.parent.name
+    defaults = whole.get(group, whole)
+    assert repeated(stated, defaults) == []
+    for source in stated.get("sources", {}).values():
+        assert repeated(source, plain(SourceConfig)) == []
+
+
+def test_a_repeated_default_is_found():
+    assert repeated({"optim": {"lr": 1e-3, "eps": 1.0}, "run_dir": "x"}, plain(Config)) == ["optim.lr"]
