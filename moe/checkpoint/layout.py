@@ -2,7 +2,7 @@
 any number of ranks and any expert-parallel size.
 
     RUN_DIR/checkpoints/latest                     text: the newest folder's name
-    RUN_DIR/checkpoints/step_00000200/model/       float32 weights under transformers' names, experts stacked
+    RUN_DIR/checkpoints/step_00000200/model/       float32 weights under transformers' names, experts stacked; buffers
                                       optimizer/   exp_avg.NAME and exp_avg_sq.NAME
                                       state.json   TrainState
                                       config.yaml  the run's configuration
@@ -17,9 +17,17 @@ import os
 import re
 from pathlib import Path
 
+from moe.engine.base import ADAM_MOMENTS
+
 NAME = re.compile(r"step_\d{8,}")
 MANIFEST = "manifest.json"
 TEXTS = {"state.json", "config.yaml"}
+
+FIXED = "fixed"  # a kind beside the engine's: tensors of the model that no optimizer updates (`moe.checkpoint.fixed`)
+
+
+def key_in_file(kind: str, name: str) -> str:
+    return f"{kind}.{name}" if kind in ADAM_MOMENTS else name
 
 
 def committed(folder: Path) -> list[Path]:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from moe.checkpoint.layout import committed, verify
+from moe.checkpoint.fixed import empty_parts, fixed_tensors
+from moe.checkpoint.layout import committed, key_in_file, verify
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
@@ -27,7 +28,7 @@ READ_BYTES = 2 << 30  # of tensors that a rank reads at once
 
 
 def load(folder: Path, engine: Engine, mesh: Mesh) -> TrainState:
-    """Weights, moments and counters into a fresh engine. A collective. Raises UserError if the shapes differ."""
+    """Weights, buffers, moments and counters into a fresh engine. A collective. Raises UserError if shapes differ."""
     state = mesh.agree(lambda: read_state(folder), "resume")
     experts = ExpertSharding(engine.expert_names, mesh)
     model, optimizer = _Reader(folder / "model"), _Reader(folder / "optimizer")
@@ -35,12 +36,13 @@ def load(folder: Path, engine: Engine, mesh: Mesh) -> TrainState:
     def parts() -> Iterator[States]:
         for tensors in engine.optimizer_state.empty(READ_BYTES):
             sharded = {kind: experts.sharded(tensors[kind]) for kind in KINDS}
-            moments = {f"{kind}.{name}": t for kind in ADAM_MOMENTS for name, t in sharded[kind].items()}
+            moments = {key_in_file(kind, name): t for kind in ADAM_MOMENTS for name, t in sharded[kind].items()}
             model.fill(sharded["weights"])
             optimizer.fill(moments)
             yield tensors
 
     mesh.agree(lambda: engine.optimizer_state.fill(parts(), state.step - state.skipped_steps), "resume")
+    mesh.agree(lambda: model.fill_fixed(engine.model, experts.sharded), "resume")
     engine.resumed(state.step, state.skipped_steps)
     return state
 
@@ -103,7 +105,9 @@ def load_model(folder: Path) -> Transformer:
     config: Config = read_config(folder / "config.yaml")
     model = Transformer(config.model, config.router, config.experts)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    _Reader(folder / "model").fill(weights)  # in place: the tensors share the parameters' memory
+    reader = _Reader(folder / "model")
+    reader.fill(weights)  # in place: the tensors share the parameters' memory
+    reader.fill_fixed(model)
     return model.eval()
 
 
@@ -130,3 +134,23 @@ class _Reader(HuggingFaceStorageReader):
         except CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise UserError(f"{self.path}: does not fit this model ({first})") from error
+
+    def fill_fixed(
+        self, model: nn.Module, sharded: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
+    ) -> None:
+        """The tensors of `model` that no optimizer updates. Raises UserError if shapes or dtypes differ."""
+        tensors = fixed_tensors(model)
+        for part in empty_parts(tensors, READ_BYTES):
+            self._check_dtypes(part)
+            self.fill(sharded(part))
+            for name, value in part.items():
+                tensors[name].copy_(value)
+
+    def _check_dtypes(self, tensors: dict[str, Tensor]) -> None:
+        saved = self.read_metadata().state_dict_metadata
+        for name, tensor in tensors.items():
+            if name in saved and saved[name].properties.dtype != tensor.dtype:
+                raise UserError(
+                    f"{self.path}: does not fit this model ({name} is {saved[name].properties.dtype}, "
+                    f"the model's is {tensor.dtype})"
+                )

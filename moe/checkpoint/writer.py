@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from moe.checkpoint.layout import MANIFEST, committed, sha256, step_of
+from moe.checkpoint.fixed import copied, fixed_tensors
+from moe.checkpoint.layout import FIXED, MANIFEST, committed, key_in_file, sha256, step_of
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState
@@ -42,12 +43,12 @@ from moe.config import CheckpointConfig
 from moe.distributed.mesh import Mesh
 from moe.distributed.rendezvous import COLLECTIVE_TIMEOUT
 from moe.durable import PARTIAL, fsync, write_durably
-from moe.engine.base import KINDS, Engine
+from moe.engine.base import ADAM_MOMENTS, Engine
 from moe.errors import UserError
 
-LONGEST_SAVE = timedelta(
-    days=1
-)  # a rank may wait so long for a slower one's disk; training's own collectives see the dead
+# A rank may wait so long for a slower one's disk. A dead rank is detected by training's collectives, whose timeout is
+# shorter.
+LONGEST_SAVE = timedelta(days=1)
 PARTS = ("model", "optimizer")
 VISIBLE_SECONDS = 60.0  # until rank 0 must see what others wrote: network file systems remember for a while
 
@@ -141,14 +142,18 @@ class Saver:
         return sorted(path for part in PARTS for path in _listed(self._partial / part) if path.name.startswith(mine))
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
-        sizes, mesh = engine.optimizer_state.sizes(), self._mesh
+        trained, fixed, mesh = engine.optimizer_state.sizes(), fixed_tensors(engine.model), self._mesh
+        sizes = {("weights", name): 4 * size for name, size in trained.items()}
+        sizes |= {(FIXED, name): tensor.nbytes for name, tensor in fixed.items()}
+        sizes |= {(moment, name): 4 * size for moment in ADAM_MOMENTS for name, size in trained.items()}
         mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
-        tensors = engine.optimizer_state.gather(mine)
+        tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != FIXED})
+        tensors[FIXED] = copied(fixed, {name for kind, name in mine if kind == FIXED})
         experts = self._experts = self._experts or ExpertSharding(engine.expert_names, mesh)
-        parts: dict[str, dict[str, Tensor]] = {"model": experts.sharded(tensors["weights"]), "optimizer": {}}
-        assert tuple(parts) == PARTS
-        for kind in KINDS[1:]:
-            parts["optimizer"] |= {f"{kind}.{name}": t for name, t in experts.sharded(tensors[kind]).items()}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+        for kind, named in tensors.items():
+            part = "optimizer" if kind in ADAM_MOMENTS else "model"
+            parts[part].update({key_in_file(kind, name): t for name, t in experts.sharded(named).items()})
         texts = {"state.json": json.dumps(asdict(state), indent=1) + "\n", "config.yaml": config_yaml}
         folder = self.folder / f"step_{state.step:08d}"
         return _Snapshot(folder, state.step, parts, texts, file_numbers(sizes))

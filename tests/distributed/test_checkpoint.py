@@ -5,13 +5,18 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from moe.checkpoint import reader as reader_module
 from moe.checkpoint import writer as save_module
 from moe.checkpoint.layout import committed, verify
 from moe.checkpoint.reader import load, load_model, newest, resolve
@@ -19,8 +24,10 @@ from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
 from moe.config import CheckpointConfig
 from moe.config.compose import to_yaml
-from moe.engine.base import OptimizerState
 from moe.engine.deepspeed import optimizer_state as optimizer_state_module
+from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
+from moe.errors import UserError
+from moe.model.transformer import Transformer
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
@@ -95,6 +102,99 @@ def test_layout_has_no_pickle_and_loads_as_a_whole_model(tmp_path: Path) -> None
     assert losses[0] > 0
 
 
+def _add_buffers(model: Transformer) -> None:
+    """A stateful router's: a bias and counts in each layer, a scalar, and one that no checkpoint holds."""
+    for index, layer in enumerate(model.model.layers):
+        layer.register_buffer("bias", torch.full((4,), 1 / 3) + index)
+        layer.register_buffer("counts", torch.arange(4) + 2**40 * index)
+        layer.register_buffer("scratch", torch.zeros(2), persistent=False)
+    model.register_buffer("seen", torch.tensor(7))
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _move_buffers_and_save(folder: Path, overrides: list[str]) -> dict[str, Tensor]:
+    """Saves, then moves the buffers on while the save is under way; what they were when it began."""
+    config = config_of(overrides)
+    mesh, engine = build(config, change=_add_buffers)
+    engine_steps(config, mesh, engine, 0, 1)
+    for buffer in engine.model.buffers():
+        buffer.add_(1)
+    then = _buffers(engine.model)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print)
+    saver.save(engine, TrainState(step=1), to_yaml(config))
+    for buffer in engine.model.buffers():
+        buffer.add_(1)
+    assert saver.wait()
+    return then
+
+
+def _resumed_buffers(folder: Path, overrides: list[str]) -> dict[str, Tensor]:
+    mesh, engine = build(config_of(overrides), change=_add_buffers)
+    checkpoint = newest(folder, mesh, print)
+    assert checkpoint is not None
+    load(checkpoint, engine, mesh)
+    return _buffers(engine.model)
+
+
+class _WithBuffers(Transformer):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        _add_buffers(self)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (2, 2))])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_buffers_are_saved_like_weights(
+    saved: tuple[int, int],
+    resumed: tuple[int, int],
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overrides(world: tuple[int, int]) -> list[str]:
+        return [f"parallel.expert_parallel_size={world[1]}", f"train.precision={precision}"]
+
+    expected, *_ = run_ranks(saved[0], _move_buffers_and_save, tmp_path, overrides(saved))
+    assert {tensor.dtype for tensor in expected.values()} == {torch.float32, torch.int64}
+    persistent = expected.keys() - {f"model.layers.{layer}.scratch" for layer in range(2)}
+    for found in run_ranks(resumed[0], _resumed_buffers, tmp_path, overrides(resumed)):
+        assert found.keys() == expected.keys()
+        for name in found:
+            assert torch.equal(found[name], expected[name]) == (name in persistent), name
+            assert found[name].dtype == expected[name].dtype
+    (folder,) = committed(tmp_path / "checkpoints")
+    times: Counter[str] = Counter()
+    for path in (folder / "model").iterdir():
+        with safe_open(path, "pt") as file:
+            times.update(file.keys())
+    assert {name: times[name] for name in expected} == {name: int(name in persistent) for name in expected}
+    monkeypatch.setattr(reader_module, "Transformer", _WithBuffers)
+    whole = _buffers(load_model(folder))
+    assert all(torch.equal(whole[name], expected[name]) for name in persistent)
+
+
+def _resume_with_other_buffers(folder: Path) -> str:
+    def change(model: Transformer) -> None:
+        _add_buffers(model)
+        model.model.layers[1].counts = torch.zeros(4)  # float32, where the file has int64
+
+    mesh, engine = build(config_of([]), change=change)
+    checkpoint = newest(folder, mesh, print)
+    assert checkpoint is not None
+    with pytest.raises(UserError) as refused:
+        load(checkpoint, engine, mesh)
+    return str(refused.value)
+
+
+def test_a_buffer_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    run_ranks(1, _move_buffers_and_save, tmp_path, [])
+    (message,) = run_ranks(1, _resume_with_other_buffers, tmp_path)
+    assert "model.layers.1.counts is torch.int64, the model's is torch.float32" in message
+
+
 def _save_twice_the_second_into_a_full_disk(folder: Path) -> list[str]:
     config = config_of([])
     mesh, engine = build(config)
@@ -159,9 +259,9 @@ def _forget(what: str) -> None:
         for kind in zero_kinds:
             kind.update_lp_params = lambda self: None
         return
-    link = OptimizerState._link_moments
+    link = ZeroOptimizerState._link_moments
 
-    def changed(self: OptimizerState, adam_steps: int | None = None) -> None:
+    def changed(self: ZeroOptimizerState, adam_steps: int | None = None) -> None:
         link(self, 0 if what == "Adam's step" and adam_steps is not None else adam_steps)
         if what == "the step in every group" and adam_steps is not None:
             optimizer = self._zero.optimizer
@@ -171,7 +271,7 @@ def _forget(what: str) -> None:
 
     if what == "the moments":
         optimizer_state_module.safe_set_full_optimizer_state = lambda *_: None
-    OptimizerState._link_moments = changed  # type: ignore[method-assign]
+    ZeroOptimizerState._link_moments = changed  # type: ignore[method-assign]
 
 
 def _resume_without(what: str, folder: Path, overrides: list[str]) -> list[float]:
