@@ -104,9 +104,9 @@ def load_model(folder: Path) -> Transformer:
         raise UserError(f"{folder}: damaged checkpoint, {reason}")
     config: Config = read_config(folder / "config.yaml")
     model = Transformer(config.model, config.router, config.experts)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     reader = _Reader(folder / "model")
-    reader.fill(weights)  # in place: the tensors share the parameters' memory
+    # In place: the tensors share the parameters' memory.
+    reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})
     reader.fill_fixed(model)
     return model.eval()
 
@@ -144,7 +144,7 @@ class _Reader(HuggingFaceStorageReader):
             self._check_dtypes(part)
             self.fill(sharded(part))
             for name, value in part.items():
-                tensors[name].copy_(value)
+                tensors[name].detach().copy_(value)
 
     def _check_dtypes(self, tensors: dict[str, Tensor]) -> None:
         saved = self.read_metadata().state_dict_metadata

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from moe.checkpoint.fixed import copied, fixed_tensors
+from moe.checkpoint.fixed import copied, fixed_tensors, saved_dtype
 from moe.checkpoint.layout import FIXED, MANIFEST, committed, key_in_file, sha256, step_of
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
@@ -144,7 +144,7 @@ class Saver:
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
         trained, fixed, mesh = engine.optimizer_state.sizes(), fixed_tensors(engine.model), self._mesh
         sizes = {("weights", name): 4 * size for name, size in trained.items()}
-        sizes |= {(FIXED, name): tensor.nbytes for name, tensor in fixed.items()}
+        sizes |= {(FIXED, name): saved_dtype(tensor).itemsize * tensor.numel() for name, tensor in fixed.items()}
         sizes |= {(moment, name): 4 * size for moment in ADAM_MOMENTS for name, size in trained.items()}
         mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
         tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != FIXED})

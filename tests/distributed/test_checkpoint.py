@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,26 @@ from tests.ranks import run_ranks
 BEFORE, AFTER = 3, 3
 
 
-def _save_and_go_on(folder: Path, overrides: list[str], background: bool = True) -> list[float]:
+def _freeze(model: Transformer, endings: tuple[str, ...]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(endings))
+
+
+def _save_and_go_on(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) -> list[float]:
     config = config_of(overrides)
-    mesh, engine = build(config)
+    mesh, engine = build(config, change=partial(_freeze, endings=frozen))
     engine_steps(config, mesh, engine, 0, BEFORE)
     state = TrainState(step=BEFORE, consumed=BEFORE * 8, tokens=BEFORE * 128, tokenizer="t", data="d")
-    saver = Saver(folder, mesh, CheckpointConfig(background=background), print, print)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print)
     saver.save(engine, state, to_yaml(config))
     losses = engine_steps(config, mesh, engine, BEFORE, AFTER).losses
     assert saver.wait()
     return losses
 
 
-def _resume(folder: Path, overrides: list[str]) -> tuple[list[float], TrainState]:
-    config = config_of(overrides)
-    mesh, engine = build(config)
+def _resume(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) -> tuple[list[float], TrainState]:
+    config = config_of([*overrides, "train.seed=7"] if frozen else overrides)  # weights that are not read show
+    mesh, engine = build(config, change=partial(_freeze, endings=frozen))
     checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
     state = load(checkpoint, engine, mesh)
@@ -87,6 +93,55 @@ def test_resume_is_exact(
     for losses, state in results:
         assert (state.step, state.consumed, state.tokens) == (BEFORE, BEFORE * 8, BEFORE * 128)
         assert losses == (expected[0] if tolerance == 0 else pytest.approx(expected[0], rel=tolerance))
+
+
+FROZEN_CASES = [
+    # (ranks, expert-parallel size, ZeRO stage) that saved → that resumes, precision, tolerance, what is frozen
+    ((2, 2, 1), (2, 2, 1), "float32", 0.0, ("mlp.gate.weight",)),
+    ((2, 2, 2), (2, 2, 2), "bfloat16", 0.0, ("mlp.gate.weight",)),
+    ((2, 1, 2), (2, 1, 2), "float32", 0.0, ("mlp.gate.weight",)),
+    ((1, 1, 1), (1, 1, 1), "bfloat16", 0.0, ("mlp.gate.weight",)),
+    ((2, 2, 2), (1, 1, 1), "float32", 1e-6, ("mlp.gate.weight",)),
+    ((2, 2, 1), (2, 1, 2), "bfloat16", 5e-3, ("mlp.gate.weight",)),
+    # Attention and the head alone train, as with adapters: DeepSpeed has no norm and no expert then.
+    ((2, 2, 1), (2, 2, 1), "float32", 0.0, ("gate.weight", "norm.weight", "_proj", "embed_tokens.weight")),
+    ((2, 2, 2), (1, 1, 1), "float32", 1e-6, ("gate.weight", "norm.weight", "_proj", "embed_tokens.weight")),
+    ((2, 2, 2), (2, 2, 2), "bfloat16", 0.0, ("gate.weight", "norm.weight", "_proj", "embed_tokens.weight")),
+    # Experts alone train.
+    ((2, 2, 1), (2, 2, 1), "float32", 0.0, (".weight",)),
+]
+
+
+@pytest.mark.parametrize(("saved", "resumed", "precision", "tolerance", "frozen"), FROZEN_CASES)
+def test_parameters_that_do_not_train_are_saved_without_moments(
+    saved: tuple[int, ...],
+    resumed: tuple[int, ...],
+    precision: str,
+    tolerance: float,
+    frozen: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    def overrides(world: tuple[int, ...]) -> list[str]:
+        stages = [f"parallel.expert_parallel_size={world[1]}", f"parallel.zero_stage={world[2]}"]
+        return [*stages, f"train.precision={precision}"]
+
+    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved), frozen)[0]
+    for losses, _ in run_ranks(resumed[0], _resume, tmp_path, overrides(resumed), frozen):
+        assert losses == (expected if tolerance == 0 else pytest.approx(expected, rel=tolerance))
+    (folder,) = committed(tmp_path / "checkpoints")
+    moments: set[str] = set()
+    for path in (folder / "optimizer").iterdir():
+        with safe_open(path, "pt") as file:
+            moments.update(file.keys())
+    config = config_of(overrides(saved))
+    start = Transformer(config.model, config.router, config.experts)
+    start.init_weights(config.train.seed)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for name, parameter in load_model(folder).named_parameters():
+        before = start.get_parameter(name).detach().to(dtype).float()
+        trains = not name.endswith(frozen)
+        assert torch.equal(parameter, before) == (not trains), name
+        assert (f"exp_avg.{name}" in moments) == (f"exp_avg_sq.{name}" in moments) == trains, name
 
 
 def test_layout_has_no_pickle_and_loads_as_a_whole_model(tmp_path: Path) -> None:
