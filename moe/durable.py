@@ -18,11 +18,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace `path` so that a reader sees the old or the new text, never part of one, even after a power cut."""
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace `path` so that a reader sees the old or the new content, never part of one, even after a power cut."""
     beside = path.with_name(path.name + PARTIAL)
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
         fsync(beside)
         beside.replace(path)
     except OSError:

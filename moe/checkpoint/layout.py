@@ -1,12 +1,16 @@
-"""Where a checkpoint's files are, and whether they are whole. They are safetensors and JSON, no pickle; they load at
-any number of ranks and any expert-parallel size.
+"""Where a checkpoint's files are, and whether they are whole. They are safetensors, JSON and the tokenizer's own, no
+pickle; they load at any number of ranks and any expert-parallel size.
 
     RUN_DIR/checkpoints/latest                     text: the newest folder's name
-    RUN_DIR/checkpoints/step_00000200/model/       float32 weights under transformers' names, experts stacked
-                                      optimizer/   exp_avg.NAME and exp_avg_sq.NAME
+    RUN_DIR/checkpoints/step_00000200/model/       float32 weights under transformers' names, experts stacked; buffers
+                                      optimizer/   exp_avg.NAME and exp_avg_sq.NAME of the weights that train
+                                      tokenizer/   what moe.data.tokenizer.load_saved reads
                                       state.json   TrainState
                                       config.yaml  the run's configuration
                                       manifest.json  size and SHA-256 of every file above
+
+A folder that holds a model only has no `optimizer/`, and its weights have the model's dtype. In runs of before, the
+tokenizer is in RUN_DIR/tokenizer.
 """
 
 from __future__ import annotations
@@ -17,9 +21,43 @@ import os
 import re
 from pathlib import Path
 
-NAME = re.compile(r"step_\d{8,}")
+from moe.engine.base import ADAM_MOMENTS
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+MODEL, OPTIMIZER = "model", "optimizer"
+PARTS = (MODEL, OPTIMIZER)  # folders of safetensors
+TOKENIZER = "tokenizer"
+STATE = "state.json"
+CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
-TEXTS = {"state.json", "config.yaml"}
+STEP = "step_"  # and its number, in a checkpoint's name
+NAME = re.compile(rf"{STEP}\d{{8,}}")
+
+FIXED = "fixed"  # a kind beside the engine's: tensors of the model that no optimizer updates (`moe.checkpoint.fixed`)
+
+
+def folder_name(step: int) -> str:
+    return f"{STEP}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(STEP))
+
+
+def part_of(kind: str) -> str:
+    """The folder that tensors of this kind are in."""
+    return OPTIMIZER if kind in ADAM_MOMENTS else MODEL
+
+
+def key_in_file(kind: str, name: str) -> str:
+    return f"{kind}.{name}" if kind in ADAM_MOMENTS else name
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """Where the tokenizer of this checkpoint's model is."""
+    inside = checkpoint / TOKENIZER
+    return inside if inside.is_dir() else checkpoint.resolve().parent.parent / TOKENIZER
 
 
 def committed(folder: Path) -> list[Path]:
@@ -29,10 +67,6 @@ def committed(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return sorted((folder / name for name in found), key=step_of, reverse=True)
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def sha256(path: Path) -> str:
@@ -47,8 +81,8 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not manifest.keys() >= TEXTS:
-            return f"{MANIFEST} doesn't list {' and '.join(sorted(TEXTS - manifest.keys()))}"
+        if not manifest.keys() >= {STATE, CONFIG}:
+            return f"{MANIFEST} doesn't list {' and '.join(sorted({STATE, CONFIG} - manifest.keys()))}"
         for name, expected in sorted(manifest.items())[part::parts]:
             path = folder / name
             if not path.is_file():

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from moe.engine.base import KINDS
+from moe.checkpoint.layout import key_in_file
+from moe.engine.base import ADAM_MOMENTS
 
 FILE_BYTES = 2 << 30  # of one safetensors file; it is put together in memory
 
 
-def owned(sizes: dict[str, int], experts: set[str], rank: int, world_size: int, degree: int) -> set[tuple[str, str]]:
-    """{(kind, parameter name)} that `rank` writes: each tensor, or each slice of an expert tensor, goes to the one
-    with the fewest elements so far among the ranks that have it."""
+def owned(
+    sizes: dict[tuple[str, str], int], experts: set[str], rank: int, world_size: int, expert_parallel_size: int
+) -> set[tuple[str, str]]:
+    """{(kind, name)} that `rank` writes: each tensor, or each slice of an expert tensor, goes to the one with the
+    fewest bytes so far among the ranks that have it.
+
+    `sizes` holds a rank's bytes of each (kind, name), in an order that all ranks share.
+    """
     load = [0] * world_size
     mine = set()
-    for kind in KINDS:
-        for name, size in sizes.items():
-            slices = degree if name in experts else 1
-            for first in range(slices):
-                owner = min(range(first, world_size, slices), key=load.__getitem__)
-                load[owner] += size
-                if owner == rank:
-                    mine.add((kind, name))
+    for (kind, name), size in sizes.items():
+        slices = expert_parallel_size if name in experts else 1
+        for first in range(slices):
+            owner = min(range(first, world_size, slices), key=load.__getitem__)
+            load[owner] += size
+            if owner == rank:
+                mine.add((kind, name))
     return mine
 
 
-def file_numbers(sizes: dict[str, int]) -> dict[str, int]:
-    """Name in the file → number of the file, from 1: as many tensors in each as make about `FILE_BYTES`."""
-    numbers, number = {}, 1
-    for kind in KINDS:
-        filled, number = 0, 1
-        for name, size in sizes.items():
-            if filled and filled + 4 * size > FILE_BYTES:
-                filled, number = 0, number + 1
-            filled += 4 * size
-            numbers[name if kind == "weights" else f"{kind}.{name}"] = number
+def file_numbers(sizes: dict[tuple[str, str], int]) -> dict[str, int]:
+    """Key in the file → number of the file, from 1: as many tensors in each as make about `FILE_BYTES`, twice that in
+    the optimizer's, which hold both moments of the same parameters."""
+    numbers, number, filled, previous = {}, 1, 0, ""
+    for (kind, name), size in sizes.items():
+        if kind in ADAM_MOMENTS and kind != previous:
+            filled, number, previous = 0, 1, kind
+        if filled and filled + size > FILE_BYTES:
+            filled, number = 0, number + 1
+        filled += size
+        numbers[key_in_file(kind, name)] = number
     return numbers

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moe import __version__
+from moe.checkpoint.layout import STATE
 from moe.errors import UserError
 
 
@@ -38,7 +39,7 @@ class TrainState:
 
 def read_state(folder: Path) -> TrainState:
     """Raises UserError naming the file."""
-    path = folder / "state.json"
+    path = folder / STATE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = {RENAMED.get(name, name): value for name, value in values.items()}

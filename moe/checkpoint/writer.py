@@ -6,21 +6,19 @@ Order of a save, so that a folder without the `.partial` ending is always whole:
    about as many bytes. Training waits for this step alone.
 2. Into `step_N.partial` every rank writes its shards, fsyncs and hashes them.
 3. When all could, rank 0 checks that it sees every file (a run directory that nodes don't share stops here), writes
-   state.json, config.yaml and the manifest, fsyncs all of it, renames the folder, fsyncs its parent, and only then
-   moves `latest` and removes what is no longer kept.
+   state.json, config.yaml, the tokenizer and the manifest, fsyncs all of it, renames the folder, fsyncs its parent,
+   and only then moves `latest` and removes what is no longer kept.
 
 Steps 2 and 3 run in a thread with a process group of its own, so that its collectives never meet training's.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from moe.checkpoint.layout import MANIFEST, committed, sha256, step_of
+from moe.checkpoint import files, layout
+from moe.checkpoint.fixed import copied, fixed_tensors, saved_dtype
+from moe.checkpoint.layout import FIXED
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState
@@ -42,32 +39,31 @@ from moe.config import CheckpointConfig
 from moe.distributed.mesh import Mesh
 from moe.distributed.rendezvous import COLLECTIVE_TIMEOUT
 from moe.durable import PARTIAL, fsync, write_durably
-from moe.engine.base import KINDS, Engine
+from moe.engine.base import ADAM_MOMENTS, Engine
 from moe.errors import UserError
 
-LONGEST_SAVE = timedelta(
-    days=1
-)  # a rank may wait so long for a slower one's disk; training's own collectives see the dead
-PARTS = ("model", "optimizer")
+# A rank may wait so long for a slower one's disk. A dead rank is detected by training's collectives, whose timeout is
+# shorter.
+LONGEST_SAVE = timedelta(days=1)
 VISIBLE_SECONDS = 60.0  # until rank 0 must see what others wrote: network file systems remember for a while
 
 
 @dataclass(slots=True)
 class _Snapshot:
-    """What is written: this rank's share of the tensors, and texts for rank 0."""
+    """What is written: this rank's share of the tensors, and small files for rank 0."""
 
     folder: Path
     step: int
-    parts: dict[str, dict[str, Tensor]]  # {"model" | "optimizer": {name in the file: tensor}}
-    texts: dict[str, str]
-    file_numbers: dict[str, int]  # name in the file → which of the numbered files it goes to
+    parts: dict[str, dict[str, Tensor]]  # {folder: {key in the file: tensor}}
+    small_files: dict[str, bytes]
+    file_numbers: dict[str, int]  # key in the file → which of the numbered files it goes to
 
 
 class Saver:
     """Saves one run's checkpoints. Every method is a collective: all ranks call it, in the same order.
 
     `say` and `warn` show a line to the user; `beat` is told, while the caller waits, each time the save has come
-    further. At most one save is under way: another waits for its end.
+    further. At most one save is under way: another waits for its end. `tokenizer` goes into every checkpoint.
     """
 
     def __init__(
@@ -78,11 +74,12 @@ class Saver:
         say: Callable[[str], None],
         warn: Callable[[str], None],
         beat: Callable[[str], None] | None = None,
+        tokenizer: files.SavedTokenizer | None = None,
     ) -> None:
-        self.folder = run_dir / "checkpoints"
+        self.folder = run_dir / layout.CHECKPOINTS
         self.failures = 0  # in a row
         self._mesh, self._config = mesh, config
-        self._say, self._warn, self._beat = say, warn, beat
+        self._say, self._warn, self._beat, self._tokenizer = say, warn, beat, tokenizer
         self._doing = ""  # the thread's part of the work
         self._partial = self.folder
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -129,7 +126,7 @@ class Saver:
         mine, everyone = None, -1
         while thread.is_alive():
             thread.join(1.0)
-            written = self._doing, sum(_bytes(path) for path in self._my_files())
+            written = self._doing, sum(files.bytes_now(path) for path in self._my_files())
             steps = self._store.add("progress", int(written != mine))
             if self._beat is not None and steps != everyone:
                 self._beat(f"the save, {self._doing}")
@@ -138,20 +135,26 @@ class Saver:
     def _my_files(self) -> list[Path]:
         """This rank's shards under way, by the writer's names; its counting starts at 1."""
         mine = f"shard-{self._mesh.rank + 1:05d}-"
-        return sorted(path for part in PARTS for path in _listed(self._partial / part) if path.name.startswith(mine))
+        return sorted(
+            path for part in layout.PARTS for path in files.listed(self._partial / part) if path.name.startswith(mine)
+        )
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
-        sizes, mesh = engine.optimizer_state.sizes(), self._mesh
+        trained, fixed, mesh = engine.optimizer_state.sizes(), fixed_tensors(engine.model), self._mesh
+        sizes = {("weights", name): 4 * size for name, size in trained.items()}
+        sizes |= {(FIXED, name): saved_dtype(tensor).itemsize * tensor.numel() for name, tensor in fixed.items()}
+        sizes |= {(moment, name): 4 * size for moment in ADAM_MOMENTS for name, size in trained.items()}
         mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
-        tensors = engine.optimizer_state.gather(mine)
+        tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != FIXED})
+        tensors[FIXED] = copied(fixed, {name for kind, name in mine if kind == FIXED})
         experts = self._experts = self._experts or ExpertSharding(engine.expert_names, mesh)
-        parts: dict[str, dict[str, Tensor]] = {"model": experts.sharded(tensors["weights"]), "optimizer": {}}
-        assert tuple(parts) == PARTS
-        for kind in KINDS[1:]:
-            parts["optimizer"] |= {f"{kind}.{name}": t for name, t in experts.sharded(tensors[kind]).items()}
-        texts = {"state.json": json.dumps(asdict(state), indent=1) + "\n", "config.yaml": config_yaml}
-        folder = self.folder / f"step_{state.step:08d}"
-        return _Snapshot(folder, state.step, parts, texts, file_numbers(sizes))
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in layout.PARTS}
+        for kind, named in tensors.items():
+            parts[layout.part_of(kind)].update(
+                {layout.key_in_file(kind, name): t for name, t in experts.sharded(named).items()}
+            )
+        small = files.small_files(state, config_yaml, self._tokenizer)
+        return _Snapshot(self.folder / layout.folder_name(state.step), state.step, parts, small, file_numbers(sizes))
 
     def _run(self, snapshot: _Snapshot, waited: float) -> None:
         """The thread: what goes wrong is kept for `wait` to raise or count."""
@@ -177,12 +180,12 @@ class Saver:
         self._doing, self._partial = "clearing away", partial
         try:
             mesh.agree(lambda: self._clear(partial), "checkpoint", self._group)
-            files = mesh.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
+            written = mesh.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
             everyone: list[dict[str, Any]] = [{}] * mesh.world_size
             self._doing = "waiting for all shards"
-            dist.all_gather_object(everyone, files, group=self._group)
+            dist.all_gather_object(everyone, written, group=self._group)
             self._doing = "the commit"
-            manifest = {name: entry for files in everyone for name, entry in files.items()}
+            manifest = {name: entry for shards in everyone for name, entry in shards.items()}
             mesh.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
         except UserError as error:
             if mesh.is_main:
@@ -198,19 +201,20 @@ class Saver:
     def _clear(self, partial: Path) -> None:
         """Away with what killed saves and removals have left: it takes room."""
         if self._mesh.is_main:
-            for torn in self.folder.glob(f"step_*{PARTIAL}"):
+            for torn in self.folder.glob(f"{layout.STEP}*{PARTIAL}"):
                 self._remove(torn)
             partial.mkdir(parents=True)
 
     def _tidy(self, snapshot: _Snapshot) -> None:
         """`latest`, and away with what is no longer kept. Nothing here can make the save less whole than it is."""
         try:
-            write_durably(self.folder / "latest", snapshot.folder.name + "\n")
+            write_durably(self.folder / layout.LATEST, snapshot.folder.name + "\n")
         except OSError as error:
-            self._warn(f"{self.folder}/latest could not be written ({error}); a resume doesn't need it")
+            self._warn(f"{self.folder / layout.LATEST} could not be written ({error}); a resume doesn't need it")
         keep_every = self._config.keep_every
-        for path in [path for path in committed(self.folder) if step_of(path) <= snapshot.step][self._config.keep :]:
-            if keep_every is None or step_of(path) % keep_every:
+        older = [path for path in layout.committed(self.folder) if layout.step_of(path) <= snapshot.step]
+        for path in older[self._config.keep :]:
+            if keep_every is None or layout.step_of(path) % keep_every:
                 self._remove(path)
 
     def _remove(self, folder: Path) -> None:
@@ -226,68 +230,35 @@ class Saver:
     def _write_shards(self, snapshot: _Snapshot, partial: Path) -> dict[str, Any]:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
         self._doing = "writing shards"
-        try:
-            for part, tensors in snapshot.parts.items():
-                writer = HuggingFaceStorageWriter(
-                    str(partial / part), fqn_to_index_mapping=snapshot.file_numbers, save_distributed=True
-                )
-                writer.per_thread_copy_ahead = 0  # tensors are in host memory: no stream of training's to wait for
-                state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group)
-        except CheckpointException as error:  # raised on all ranks when any failed; not an Exception
-            first = next(iter(error.failures.values()))[0]
-            raise OSError(f"{partial}: could not be written ({first})") from error
-        files = {}
+        for part, tensors in snapshot.parts.items():
+            files.write_tensors(partial / part, tensors, snapshot.file_numbers, self._group)
+        written = {}
         for path in self._my_files():
             name = str(path.relative_to(partial))
             self._doing = f"hashing {name}"
             fsync(path)
-            files[name] = _entry(path)
+            written[name] = files.entry(path)
         for part in snapshot.parts:
             fsync(partial / part)
-        return files
+        return written
 
     def _commit(self, snapshot: _Snapshot, partial: Path, manifest: dict[str, Any]) -> None:
         if not self._mesh.is_main:
             return
         deadline = time.monotonic() + VISIBLE_SECONDS
         for name, entry in manifest.items():
-            while _bytes(partial / name) != entry["bytes"]:
+            while files.bytes_now(partial / name) != entry["bytes"]:
                 if time.monotonic() > deadline:
                     raise OSError(
                         f"{partial / name}: another rank wrote it, but rank 0 doesn't see it: run_dir must lie on a "
                         "file system that all nodes share"
                     )
                 time.sleep(0.2)
-        for name, text in snapshot.texts.items():
-            write_durably(partial / name, text)
-            manifest[name] = _entry(partial / name)
-        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))  # the last byte matters: a cut is seen
+        files.write_small_files(partial, snapshot.small_files, manifest)
         if snapshot.folder.exists():  # a damaged one, which the resume passed over
             self._remove(snapshot.folder)
         partial.rename(snapshot.folder)
         fsync(self.folder)
-
-
-def _listed(folder: Path) -> list[Path]:
-    """Empty when it is not there: it may be renamed at any moment."""
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-
-
-def _bytes(path: Path) -> int:
-    """Of the file as it is now, also where another node writes it (NFS asks anew when a file is opened); −1 if it is
-    not there."""
-    try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        return -1
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _size(snapshot: _Snapshot) -> int:

@@ -45,11 +45,12 @@ def _generate(overrides: list[str]) -> None:
     from moe.inference.generate import run_generate
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
+    from moe.checkpoint.layout import tokenizer_folder
     from moe.checkpoint.reader import load_model, resolve
     from moe.data.tokenizer import load_saved
 
     folder = resolve(Path(config.checkpoint))
-    run_generate(config, load_model(folder), load_saved(folder.parent.parent / "tokenizer"))
+    run_generate(config, load_model(folder), load_saved(tokenizer_folder(folder)))
 
 
 def _report(overrides: list[str]) -> None:

@@ -49,8 +49,12 @@ class Tokenizer(Protocol):
         """[V] int64: the UTF-8 bytes of text that each id stands for; 0 for special tokens."""
         ...
 
+    def files(self) -> dict[str, bytes]:
+        """{name: content} that `load_saved` reads from a folder."""
+        ...
+
     def save(self, folder: Path) -> None:
-        """Write into `folder` what `load_saved` reads."""
+        """Write `files` into `folder`."""
         ...
 
 
@@ -108,8 +112,11 @@ class SentencePieceTokenizer:
                 sizes[token_id] = len(str(processor.id_to_piece(token_id)).replace(SPACE, " ").encode())
         return sizes
 
+    def files(self) -> dict[str, bytes]:
+        return _files(self, self._model)
+
     def save(self, folder: Path) -> None:
-        _save(folder, self, self._model)
+        _save(folder, self.files())
 
 
 class HuggingFaceTokenizer:
@@ -177,8 +184,11 @@ class HuggingFaceTokenizer:
                 sizes[token_id] = 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
         return sizes
 
+    def files(self) -> dict[str, bytes]:
+        return _files(self, self._model)
+
     def save(self, folder: Path) -> None:
-        _save(folder, self, self._model)
+        _save(folder, self.files())
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -198,16 +208,20 @@ def _document_ends(bos: int | None, eos: int | None, where: str) -> tuple[int, i
     return (eos if bos is None or bos < 0 else bos), eos
 
 
-def _save(folder: Path, tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, model: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / tokenizer.file_name).write_bytes(model)
+def _files(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, model: bytes) -> dict[str, bytes]:
     card = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
     card |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return {tokenizer.file_name: model, CARD: (json.dumps(card, indent=1) + "\n").encode()}
+
+
+def _save(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def load_saved(folder: Path) -> Tokenizer:
-    """What `save` wrote. Raises DataError when a file is missing or its content isn't what was saved."""
+    """From what `Tokenizer.save` wrote. Raises DataError when a file is missing or its content isn't what was saved."""
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         model = (folder / card["file"]).read_bytes()

@@ -38,7 +38,10 @@ class StepResult:
 
 
 class OptimizerState(Protocol):
-    """Float32 weights and Adam's moments, whole and by name, for checkpoints."""
+    """Float32 weights and Adam's moments, whole and by name, for checkpoints.
+
+    Of the parameters that train (`requires_grad`): the others are the model's alone, and no step changes them.
+    """
 
     def sizes(self) -> dict[str, int]:
         """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from moe.checkpoint.layout import CONFIG
 from moe.config import Config, Schedule
 from moe.config.compose import read_config
 from moe.errors import UserError
@@ -76,6 +77,12 @@ def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     }
 
 
+def model_differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """{key: (old value, new value)} where the models differ, by more than how they are computed."""
+    changed = differences(old, new).items()
+    return {key: values for key, values in changed if _under(key, ("model", "router")) and not _under(key, NEUTRAL)}
+
+
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
@@ -85,7 +92,7 @@ def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> 
 
     Raises UserError for what can't change, and for what changes the mathematics unless `checkpoint.allow_changes`.
     """
-    changed = differences(read_config(checkpoint / "config.yaml"), config)
+    changed = differences(read_config(checkpoint / CONFIG), config)
     lines = [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
     # A longer or shorter run has other learning rates, unless they depend on nothing but the step.
     flat = config.optim.schedule is Schedule.constant and config.optim.warmup_steps is not None

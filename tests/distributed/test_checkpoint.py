@@ -5,13 +5,19 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from moe.checkpoint import reader as reader_module
 from moe.checkpoint import writer as save_module
 from moe.checkpoint.layout import committed, verify
 from moe.checkpoint.reader import load, load_model, newest, resolve
@@ -21,27 +27,34 @@ from moe.config import CheckpointConfig
 from moe.config.compose import to_yaml
 from moe.engine.deepspeed import optimizer_state as optimizer_state_module
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
+from moe.errors import UserError
+from moe.model.transformer import Transformer
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
 BEFORE, AFTER = 3, 3
 
 
-def _save_and_go_on(folder: Path, overrides: list[str], background: bool = True) -> list[float]:
+def _freeze(model: Transformer, endings: tuple[str, ...]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(endings))
+
+
+def _save_and_go_on(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) -> list[float]:
     config = config_of(overrides)
-    mesh, engine = build(config)
+    mesh, engine = build(config, change=partial(_freeze, endings=frozen))
     engine_steps(config, mesh, engine, 0, BEFORE)
     state = TrainState(step=BEFORE, consumed=BEFORE * 8, tokens=BEFORE * 128, tokenizer="t", data="d")
-    saver = Saver(folder, mesh, CheckpointConfig(background=background), print, print)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print)
     saver.save(engine, state, to_yaml(config))
     losses = engine_steps(config, mesh, engine, BEFORE, AFTER).losses
     assert saver.wait()
     return losses
 
 
-def _resume(folder: Path, overrides: list[str]) -> tuple[list[float], TrainState]:
-    config = config_of(overrides)
-    mesh, engine = build(config)
+def _resume(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) -> tuple[list[float], TrainState]:
+    config = config_of([*overrides, "train.seed=7"] if frozen else overrides)  # weights that are not read show
+    mesh, engine = build(config, change=partial(_freeze, endings=frozen))
     checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
     state = load(checkpoint, engine, mesh)
@@ -82,6 +95,55 @@ def test_resume_is_exact(
         assert losses == (expected[0] if tolerance == 0 else pytest.approx(expected[0], rel=tolerance))
 
 
+FROZEN_CASES = [
+    # (ranks, expert-parallel size, ZeRO stage) that saved → that resumes, precision, tolerance, what is frozen
+    ((2, 2, 1), (2, 2, 1), "float32", 0.0, ("mlp.gate.weight",)),
+    ((2, 2, 2), (2, 2, 2), "bfloat16", 0.0, ("mlp.gate.weight",)),
+    ((2, 1, 2), (2, 1, 2), "float32", 0.0, ("mlp.gate.weight",)),
+    ((1, 1, 1), (1, 1, 1), "bfloat16", 0.0, ("mlp.gate.weight",)),
+    ((2, 2, 2), (1, 1, 1), "float32", 1e-6, ("mlp.gate.weight",)),
+    ((2, 2, 1), (2, 1, 2), "bfloat16", 5e-3, ("mlp.gate.weight",)),
+    # Attention and the head alone train, as with adapters: DeepSpeed has no norm and no expert then.
+    ((2, 2, 1), (2, 2, 1), "float32", 0.0, ("gate.weight", "norm.weight", "_proj", "embed_tokens.weight")),
+    ((2, 2, 2), (1, 1, 1), "float32", 1e-6, ("gate.weight", "norm.weight", "_proj", "embed_tokens.weight")),
+    ((2, 2, 2), (2, 2, 2), "bfloat16", 0.0, ("gate.weight", "norm.weight", "_proj", "embed_tokens.weight")),
+    # Experts alone train.
+    ((2, 2, 1), (2, 2, 1), "float32", 0.0, (".weight",)),
+]
+
+
+@pytest.mark.parametrize(("saved", "resumed", "precision", "tolerance", "frozen"), FROZEN_CASES)
+def test_parameters_that_do_not_train_are_saved_without_moments(
+    saved: tuple[int, ...],
+    resumed: tuple[int, ...],
+    precision: str,
+    tolerance: float,
+    frozen: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    def overrides(world: tuple[int, ...]) -> list[str]:
+        stages = [f"parallel.expert_parallel_size={world[1]}", f"parallel.zero_stage={world[2]}"]
+        return [*stages, f"train.precision={precision}"]
+
+    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved), frozen)[0]
+    for losses, _ in run_ranks(resumed[0], _resume, tmp_path, overrides(resumed), frozen):
+        assert losses == (expected if tolerance == 0 else pytest.approx(expected, rel=tolerance))
+    (folder,) = committed(tmp_path / "checkpoints")
+    moments: set[str] = set()
+    for path in (folder / "optimizer").iterdir():
+        with safe_open(path, "pt") as file:
+            moments.update(file.keys())
+    config = config_of(overrides(saved))
+    start = Transformer(config.model, config.router, config.experts)
+    start.init_weights(config.train.seed)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for name, parameter in load_model(folder).named_parameters():
+        before = start.get_parameter(name).detach().to(dtype).float()
+        trains = not name.endswith(frozen)
+        assert torch.equal(parameter, before) == (not trains), name
+        assert (f"exp_avg.{name}" in moments) == (f"exp_avg_sq.{name}" in moments) == trains, name
+
+
 def test_layout_has_no_pickle_and_loads_as_a_whole_model(tmp_path: Path) -> None:
     run_ranks(2, _save_and_go_on, tmp_path, ["parallel.expert_parallel_size=2"])
     (folder,) = committed(tmp_path / "checkpoints")
@@ -93,6 +155,99 @@ def test_layout_has_no_pickle_and_loads_as_a_whole_model(tmp_path: Path) -> None
     assert model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").shape[0] == 4
     losses, _ = run_ranks(1, _resume, tmp_path, [])[0]
     assert losses[0] > 0
+
+
+def _add_buffers(model: Transformer) -> None:
+    """A stateful router's: a bias and counts in each layer, a scalar, and one that no checkpoint holds."""
+    for index, layer in enumerate(model.model.layers):
+        layer.register_buffer("bias", torch.full((4,), 1 / 3) + index)
+        layer.register_buffer("counts", torch.arange(4) + 2**40 * index)
+        layer.register_buffer("scratch", torch.zeros(2), persistent=False)
+    model.register_buffer("seen", torch.tensor(7))
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def _move_buffers_and_save(folder: Path, overrides: list[str]) -> dict[str, Tensor]:
+    """Saves, then moves the buffers on while the save is under way; what they were when it began."""
+    config = config_of(overrides)
+    mesh, engine = build(config, change=_add_buffers)
+    engine_steps(config, mesh, engine, 0, 1)
+    for buffer in engine.model.buffers():
+        buffer.add_(1)
+    then = _buffers(engine.model)
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print)
+    saver.save(engine, TrainState(step=1), to_yaml(config))
+    for buffer in engine.model.buffers():
+        buffer.add_(1)
+    assert saver.wait()
+    return then
+
+
+def _resumed_buffers(folder: Path, overrides: list[str]) -> dict[str, Tensor]:
+    mesh, engine = build(config_of(overrides), change=_add_buffers)
+    checkpoint = newest(folder, mesh, print)
+    assert checkpoint is not None
+    load(checkpoint, engine, mesh)
+    return _buffers(engine.model)
+
+
+class _WithBuffers(Transformer):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        _add_buffers(self)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 1), (2, 2))])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_buffers_are_saved_like_weights(
+    saved: tuple[int, int],
+    resumed: tuple[int, int],
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overrides(world: tuple[int, int]) -> list[str]:
+        return [f"parallel.expert_parallel_size={world[1]}", f"train.precision={precision}"]
+
+    expected, *_ = run_ranks(saved[0], _move_buffers_and_save, tmp_path, overrides(saved))
+    assert {tensor.dtype for tensor in expected.values()} == {torch.float32, torch.int64}
+    persistent = expected.keys() - {f"model.layers.{layer}.scratch" for layer in range(2)}
+    for found in run_ranks(resumed[0], _resumed_buffers, tmp_path, overrides(resumed)):
+        assert found.keys() == expected.keys()
+        for name in found:
+            assert torch.equal(found[name], expected[name]) == (name in persistent), name
+            assert found[name].dtype == expected[name].dtype
+    (folder,) = committed(tmp_path / "checkpoints")
+    times: Counter[str] = Counter()
+    for path in (folder / "model").iterdir():
+        with safe_open(path, "pt") as file:
+            times.update(file.keys())
+    assert {name: times[name] for name in expected} == {name: int(name in persistent) for name in expected}
+    monkeypatch.setattr(reader_module, "Transformer", _WithBuffers)
+    whole = _buffers(load_model(folder))
+    assert all(torch.equal(whole[name], expected[name]) for name in persistent)
+
+
+def _resume_with_other_buffers(folder: Path) -> str:
+    def change(model: Transformer) -> None:
+        _add_buffers(model)
+        model.model.layers[1].counts = torch.zeros(4)  # float32, where the file has int64
+
+    mesh, engine = build(config_of([]), change=change)
+    checkpoint = newest(folder, mesh, print)
+    assert checkpoint is not None
+    with pytest.raises(UserError) as refused:
+        load(checkpoint, engine, mesh)
+    return str(refused.value)
+
+
+def test_a_buffer_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    run_ranks(1, _move_buffers_and_save, tmp_path, [])
+    (message,) = run_ranks(1, _resume_with_other_buffers, tmp_path)
+    assert "model.layers.1.counts is torch.int64, the model's is torch.float32" in message
 
 
 def _save_twice_the_second_into_a_full_disk(folder: Path) -> list[str]:

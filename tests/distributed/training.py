@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,12 +75,16 @@ def starve(model: Transformer, idle: list[int]) -> None:
                 weight[idle, 0] = -20.0
 
 
-def build(config: Config, idle: list[int] | None = None) -> tuple[Mesh, Engine]:
+def build(
+    config: Config, idle: list[int] | None = None, change: Callable[[Transformer], None] | None = None
+) -> tuple[Mesh, Engine]:
+    """`change` is made to the model before an engine takes it."""
     mesh = prepare(config, rendezvous.start(config.parallel.expert_parallel_size))
     torch.set_num_threads(1)
     model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
     model.init_weights(config.train.seed)
     starve(model, idle or []) if idle else None
+    change(model) if change else None
     return mesh, build_engine(model, config, mesh)
 
 

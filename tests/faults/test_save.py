@@ -28,6 +28,7 @@ from tests.ranks import run_ranks, run_until_dead
 OVERRIDES = ["parallel.expert_parallel_size=2"]
 WATCHED = (
     "/moe/checkpoint/writer.py",
+    "/moe/checkpoint/files.py",
     "/moe/durable.py",
     "/distributed/checkpoint/filesystem.py",
     "/checkpoint/hf_storage.py",

@@ -129,7 +129,8 @@ def test_as_each_file_of_a_checkpoint(
 ) -> None:
     names = sorted(str(p.relative_to(trained)) for p in trained.glob("checkpoints/step_*/**/*") if p.is_file())
     inside = [name.split("/", 2)[2] for name in names]
-    assert {"config.yaml", "manifest.json", "state.json"} < set(inside)
+    small = {"config.yaml", "manifest.json", "state.json", "tokenizer/tokenizer.model", "tokenizer/moe_tokenizer.json"}
+    assert small < set(inside)
     assert sum(name.endswith(".safetensors") for name in inside) >= 2
     (optimizer, *_) = [name for name in inside if name.startswith("optimizer/")]
     # The rest is read by the same functions as for text from the model.
@@ -219,9 +220,15 @@ def test_as_a_tokenizer(
     overrides = ["prepare", *data, "tokenizer=huggingface", f"tokenizer.path={folder}"]
     assert _main(overrides, monkeypatch, capsys).code in (0, 2)
     assert not marker.exists()
+    # A run of before: its tokenizer is beside its checkpoints, in no manifest.
     for name in ("tokenizer.model", "moe_tokenizer.json"):
         run = tmp_path / f"run with {name}"
         shutil.copytree(trained, run)
+        (checkpoint,) = (run / "checkpoints").glob("step_*")
+        (checkpoint / "tokenizer").rename(run / "tokenizer")
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = {key: entry for key, entry in manifest.items() if not key.startswith("tokenizer/")}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         (run / "tokenizer" / name).write_bytes(payloads["pickle"])
         _refused(_main(["generate", f"checkpoint={run}", "prompt=3"], monkeypatch, capsys), str(run / "tokenizer"))
     outcome("as a tokenizer model, tokenizer.json, a folder with code, a run's own tokenizer: refused or never read")

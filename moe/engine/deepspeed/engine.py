@@ -85,9 +85,10 @@ def _not_about_overflow(record: logging.LogRecord) -> bool:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only: norms (and any other vector) are left alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    """Decay on matrices only: norms (and any other vector) are left alone. Parameters that don't train are in none."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
     return [
         {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
         {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
@@ -145,15 +146,17 @@ class DeepSpeedEngine:
         experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
         self.expert_names = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
         parameter_groups = _parameter_groups(model, config.optim.weight_decay)
+        experts_train = any(model.get_parameter(name).requires_grad for name in self.expert_names)
         if mesh.expert_parallel_size > 1:
             for name, parameter in model.named_parameters():
                 if name in self.expert_names:
                     setattr(parameter, "allreduce", False)  # noqa: B010  # DeepSpeed's own attributes
                     setattr(parameter, "group_name", _group_name(mesh.expert_parallel_size))  # noqa: B010
-            model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, mesh.expert_parallel_size))
+            if experts_train:
+                model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, mesh.expert_parallel_size))
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
         optimizer = torch.optim.AdamW(
-            parameter_groups,
+            [group for group in parameter_groups if group["params"]],  # DeepSpeed fails on an empty group
             lr=config.optim.lr,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
@@ -168,7 +171,7 @@ class DeepSpeedEngine:
         # Any: DeepSpeed annotates every kind of engine and optimizer that it could have returned.
         self._engine: Any = engine
         self._zero: Any = zero
-        assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1)
+        assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1 and experts_train)
         if _shares_weights(config):
             take_shortcuts(self._zero, mesh.world_size)
         self._norm = NormLimit(self._zero, mesh)

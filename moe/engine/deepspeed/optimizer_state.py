@@ -29,13 +29,13 @@ class ZeroOptimizerState:
 
     def sizes(self) -> dict[str, int]:
         """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
-        return {name: parameter.numel() for name, parameter in self._model.named_parameters()}
+        return {name: parameter.numel() for name, parameter in self._trained().items()}
 
     def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
         """A collective that gathers one tensor at a time; a rank holds on to the (kind, name) in `keep` (None: all)."""
         self._link_moments()
         states: States = {kind: {} for kind in KINDS}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained().items():
             for kind in KINDS:
                 if kind == "weights":
                     value = safe_get_full_fp32_param(parameter)
@@ -51,7 +51,7 @@ class ZeroOptimizerState:
         """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`, and only of
         parameters that this rank's partition has a piece of."""
         part: dict[str, nn.Parameter] = {}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained().items():
             if getattr(parameter, "_hp_mapping") is None:  # noqa: B009  # DeepSpeed's own attribute
                 continue
             if part and 12 * (parameter.numel() + sum(p.numel() for p in part.values())) > max_bytes:
@@ -65,13 +65,17 @@ class ZeroOptimizerState:
         """Put `empty`'s parts, filled, into this rank's partition, before the first step; `adam_steps` counts applied
         updates. `Engine.resumed` must follow."""
         self._link_moments(adam_steps)
-        parameters = dict(self._model.named_parameters())
+        parameters = self._trained()
         for part in parts:
             for name, value in part["weights"].items():
                 device = parameters[name].device
                 safe_set_full_fp32_param(parameters[name], value.to(device))
                 for moment in ADAM_MOMENTS:
                     safe_set_full_optimizer_state(parameters[name], part[moment][name].to(device), moment)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What DeepSpeed has: the optimizer is not given the others."""
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     def _link_moments(self, adam_steps: int | None = None) -> None:
         """Make the moments accessible: as they are, or zero after `adam_steps` updates (and where there are none yet:

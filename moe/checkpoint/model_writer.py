@@ -1,0 +1,53 @@
+"""Writing a whole model, without an optimizer's state, as a checkpoint: `load_model` reads it, `moe generate` speaks
+from it, `checkpoint.init_from` starts a run from it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from moe.checkpoint.files import SavedTokenizer, entry, listed, small_files, write_small_files, write_tensors
+from moe.checkpoint.layout import FIXED, MODEL
+from moe.checkpoint.ownership import file_numbers
+from moe.checkpoint.state import TrainState
+from moe.config import Config
+from moe.config.compose import to_yaml
+from moe.durable import PARTIAL, fsync
+from moe.errors import UserError
+
+
+def write_model(
+    folder: Path, model: nn.Module, tokenizer: SavedTokenizer, config: Config, state: TrainState | None = None
+) -> None:
+    """`model`, whole and in one process, into the new folder `folder`: parameters and buffers in the model's dtypes.
+
+    `config` describes it: its `model`, `router` and `experts` build it again. `state` tells where the weights come from
+    (step, tokens, data); its `tokenizer` is taken from `tokenizer`. Raises UserError when `folder` exists, OSError.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists: a model is written into a new folder")
+    state = replace(state or TrainState(), tokenizer=tokenizer.fingerprint)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
+    persistent = model.state_dict().keys()
+    tensors |= {name: buffer.cpu().contiguous() for name, buffer in model.named_buffers() if name in persistent}
+    numbers = file_numbers({(FIXED, name): tensor.nbytes for name, tensor in tensors.items()})
+    partial = folder.with_name(folder.name + PARTIAL)
+    if partial.exists():
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial / MODEL, tensors, numbers)
+        manifest = {}
+        for path in listed(partial / MODEL):
+            fsync(path)
+            manifest[str(path.relative_to(partial))] = entry(path)
+        fsync(partial / MODEL)
+        write_small_files(partial, small_files(state, to_yaml(config), tokenizer), manifest)
+        partial.rename(folder)
+        fsync(folder.parent)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,77 @@
+"""What a run trains on and what it trains: data, model and engine, from the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe.config import Config
+from moe.data.corpus import Corpus, check_vocab
+from moe.data.loader import Batch, Loader, held_out_batches
+from moe.data.prepare import prepare
+from moe.distributed.mesh import Mesh
+from moe.engine import build_engine
+from moe.engine import prepare as prepare_engine
+from moe.engine.base import Engine
+from moe.model.transformer import Transformer
+from moe.train.progress import Display
+from moe.train.startup import choose_backends, describe_run, peak_flops
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The corpus, this rank's training batches, and its share of the held-out ones."""
+
+    corpus: Corpus
+    loader: Loader
+    held_out: list[Batch]
+
+
+def open_data(config: Config, mesh: Mesh, display: Display) -> Data:
+    """Prepared now where they aren't yet. A collective. Raises UserError."""
+    quiet = display.line if mesh.is_main else _silent
+    corpus = mesh.agree(lambda: prepare(config.data, config.tokenizer, log=quiet), "data")
+    mesh.agree(lambda: check_vocab(corpus, config.model.vocab_size), "data")
+    train = config.train
+    loader = mesh.agree(
+        lambda: Loader(
+            corpus,
+            sequence_length=train.sequence_length,
+            micro_batch_size=train.micro_batch_size,
+            global_batch_size=train.global_batch_size,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+            seed=train.seed,
+        ),
+        "data",
+    )
+    held_out = mesh.agree(
+        lambda: held_out_batches(
+            corpus,
+            sequence_length=train.sequence_length,
+            micro_batch_size=train.micro_batch_size,
+            max_sequences=train.eval_sequences,
+            rank=mesh.rank,
+            world_size=mesh.world_size,
+        ),
+        "data",
+    )
+    return Data(corpus, loader, held_out)
+
+
+def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple[Mesh, Engine, float]:
+    """The mesh with the engine's groups, the engine around a new model, and a rank's peak FLOP/s; tells what they are.
+    A collective. Raises UserError."""
+    mesh = prepare_engine(config, mesh)
+    model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
+    model.init_weights(config.train.seed)
+    model.to(mesh.device)
+    backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
+    peak = peak_flops(config, mesh)
+    engine = build_engine(model, config, mesh)
+    for line in (*corpus.describe().splitlines(), *describe_run(config, mesh, peak), *backends):
+        display.line(line)
+    return mesh, engine, peak
+
+
+def _silent(_: str) -> None:
+    """Ranks other than the first leave the talking to it."""

@@ -1,0 +1,99 @@
+"""Where a run starts from: its own newest checkpoint, other weights (`checkpoint.init_from`), or random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe.checkpoint import reader
+from moe.checkpoint.layout import CONFIG
+from moe.checkpoint.state import TrainState, read_state
+from moe.config import Config
+from moe.config.compose import read_config
+from moe.data.corpus import Corpus
+from moe.distributed.mesh import Mesh
+from moe.engine.base import Engine
+from moe.errors import UserError
+from moe.train import run_directory
+from moe.train.progress import Display
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`resumed` is the run's own checkpoint, `weights` another one, of which only the model is taken; at most one is
+    set. `changes`: a line for each thing that was different when it was written."""
+
+    resumed: Path | None
+    weights: Path | None
+    changes: list[str]
+
+
+def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display: Display) -> Start:
+    """Finds and checks files, before a model is built. A collective. Raises UserError for what the run can't use."""
+    resumed = reader.newest(folder, mesh, display.warn)
+    if resumed is not None:
+        return Start(resumed, None, mesh.agree(lambda: _changes(resumed, corpus, config), "resume"))
+    if config.checkpoint.init_from is None:
+        return Start(None, None, [])
+    path = Path(config.checkpoint.init_from).expanduser()
+    found = mesh.agree(lambda: reader.candidates(path, "checkpoint.init_from"), "checkpoint.init_from")
+    weights = mesh.from_main(found[0])
+    reason = reader.damage(weights, mesh)
+    if reason is not None:
+        raise UserError(f"checkpoint.init_from={path}: {weights} is damaged: {reason}")
+    return Start(None, weights, mesh.agree(lambda: _model_changes(weights, corpus, config), "checkpoint.init_from"))
+
+
+def load_start(
+    start: Start, config: Config, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
+) -> TrainState:
+    """Fills the engine and says from where; the state that training goes on with. A collective. Raises UserError."""
+    fresh = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
+    if start.weights is not None:
+        mesh.agree(lambda: _check_fit(start, config, engine, mesh), "checkpoint.init_from")
+        reader.load_weights(start.weights, engine, mesh)
+        display.line(f"starting from the weights of {start.weights}")
+    if start.resumed is not None:
+        state = reader.load(start.resumed, engine, mesh)
+        state.data, state.versions = fresh.data, fresh.versions
+        display.line(f"resuming from {start.resumed} (step {state.step}, {state.tokens:,} tokens)")
+    else:
+        state = fresh
+    for line in start.changes:
+        display.warn(f"changed since then: {line}")
+    return state
+
+
+def _changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
+    """What is not as it was when `checkpoint` was written. Raises UserError for what can't go on."""
+    then, now = read_state(checkpoint), TrainState().versions
+    _check_tokenizer(then, corpus, checkpoint, "use the run's own tokenizer or another run_dir")
+    lines = run_directory.check_resumable(checkpoint, config, (then.data, corpus.fingerprint))
+    return lines + [f"{name}: {old} → {now[name]}" for name, old in then.versions.items() if now.get(name, old) != old]
+
+
+def _model_changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
+    fix = "use the tokenizer of checkpoint.init_from or other weights"
+    _check_tokenizer(read_state(checkpoint), corpus, checkpoint, fix)
+    changed = run_directory.model_differences(read_config(checkpoint / CONFIG), config)
+    return [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
+
+
+def _check_tokenizer(then: TrainState, corpus: Corpus, checkpoint: Path, fix: str) -> None:
+    tokenizer = corpus.tokenizer.fingerprint
+    if then.tokenizer != tokenizer:
+        raise UserError(
+            f"tokenizer fingerprint {tokenizer[:12]} differs from {then.tokenizer[:12]} in {checkpoint}: "
+            f"the same ids would mean other text; {fix}"
+        )
+
+
+def _check_fit(start: Start, config: Config, engine: Engine, mesh: Mesh) -> None:
+    assert start.weights is not None
+    unfit = reader.misfits(start.weights, engine, mesh)
+    if unfit:
+        changes = "; ".join(start.changes) or "no key of model or router differs"
+        raise UserError(
+            f"checkpoint.init_from={config.checkpoint.init_from}: {len(unfit)} tensors don't fit this run ({changes}), "
+            f"the first one: {unfit[0]}; set these keys as they are in {start.weights / CONFIG}"
+        )
