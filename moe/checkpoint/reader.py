@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,6 +22,7 @@ from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
 from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
 from moe.errors import UserError
+from moe.model.build import empty_model
 from moe.model.transformer import Transformer
 
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
@@ -101,7 +103,7 @@ def load_model(folder: Path) -> Transformer:
     if reason is not None:
         raise UserError(f"{folder}: damaged checkpoint, {reason}")
     config: Config = read_config(folder / "config.yaml")
-    model = Transformer(config.model, config.router, config.experts)
+    model = empty_model(config, torch.device("cpu"))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     _Reader(folder / "model").fill(weights)  # in place: the tensors share the parameters' memory
     return model.eval()

@@ -20,7 +20,7 @@ from moe.engine import build_engine
 from moe.engine import prepare as prepare_engine
 from moe.engine.base import Engine
 from moe.errors import UserError
-from moe.model.transformer import Transformer
+from moe.model.build import build_model
 from moe.plan import flops_per_token
 from moe.train import run_directory
 from moe.train.evaluate import Evaluation
@@ -90,9 +90,7 @@ def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> Traini
     changes = mesh.agree(lambda: _changes(checkpoint, corpus, config) if checkpoint else [], "resume")
 
     mesh = prepare_engine(config, mesh)
-    model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
-    model.init_weights(train.seed)
-    model.to(mesh.device)
+    model = build_model(config, mesh.device, mesh.expert_group)
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     peak = peak_flops(config, mesh)
     engine = build_engine(model, config, mesh)
