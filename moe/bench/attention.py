@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.config import AttentionBackend
-from moe.model.attention import make_attend
+from moe.kernels.attention import make_attend
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 32
 

@@ -33,6 +33,7 @@ from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
 from moe.errors import UserError
+from moe.model.build import build_model
 from moe.model.transformer import ModelOutput, Transformer
 from moe.plan import flops_per_token
 from moe.train.metrics import measure_peak_flops
@@ -94,9 +95,7 @@ def run(overrides: list[str]) -> None:
 def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], str]:
     """The measured rounds and the peer's experts implementation."""
     mesh = prepare(config, mesh)
-    ours = Transformer(config.model, config.router, config.experts)
-    ours.init_weights(config.train.seed)
-    ours.to(mesh.device)
+    ours = build_model(config, mesh.device)
     peer = peer_model(config).to(mesh.device)
     peer.load_state_dict(ours.state_dict())
     batches = _batches(config, mesh.device)

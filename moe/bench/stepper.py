@@ -8,7 +8,7 @@ from moe.config import Config
 from moe.data.loader import Batch
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
-from moe.model.transformer import Transformer
+from moe.model.build import build_model
 from moe.train.objective import TrainedStep, training_step
 
 
@@ -39,9 +39,7 @@ class Stepper:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, prepare(config, mesh)
-        model = Transformer(config.model, config.router, config.experts, expert_group=self.mesh.expert_group)
-        model.init_weights(config.train.seed)
-        self.engine = build_engine(model.to(mesh.device), config, self.mesh)
+        self.engine = build_engine(build_model(config, mesh.device, self.mesh.expert_group), config, self.mesh)
         self._generator = torch.Generator().manual_seed(mesh.data_parallel_rank)
         self._step = 0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,6 +23,7 @@ from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
 from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
 from moe.errors import UserError
+from moe.model.build import empty_model
 from moe.model.transformer import Transformer
 
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
@@ -146,7 +148,7 @@ def load_model(folder: Path) -> Transformer:
     if reason is not None:
         raise UserError(f"{folder}: damaged checkpoint, {reason}")
     config: Config = read_config(folder / CONFIG)
-    model = Transformer(config.model, config.router, config.experts)
+    model = empty_model(config, torch.device("cpu"))
     reader = _Reader(folder / MODEL)
     # In place: the tensors share the parameters' memory.
     reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})

@@ -68,8 +68,7 @@ def stream(
         f"{width} prompt tokens + max_new_tokens={settings.max_new_tokens} must be ≤ "
         f"model.max_position_embeddings={config.max_position_embeddings}",
     )
-    weight = model.model.embed_tokens.weight
-    cache = KVCache(config, len(texts), total, weight.device, weight.dtype)
+    cache = KVCache(config, len(texts), total, model.device, model.dtype)
     was_training = model.training
     model.eval()
     try:
@@ -94,18 +93,17 @@ def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], chunk
     width = max(map(len, prompts))
     ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts])
     documents_BP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    device, logits = model.model.embed_tokens.weight.device, None
+    logits = None
     for ids, documents in zip(ids_BP.split(chunk, 1), documents_BP.split(chunk, 1), strict=True):
-        logits = model(ids.to(device), document_ids_BS=documents.to(device), cache=cache).logits_BSV
+        logits = model(ids.to(model.device), document_ids_BS=documents.to(model.device), cache=cache).logits_BSV
     assert logits is not None
     return logits[:, -1]
 
 
 @torch.no_grad()
 def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
-    device = model.model.embed_tokens.weight.device
-    documents_B1 = torch.ones_like(ids_B1, device=device)
-    logits_B1V = model(ids_B1.to(device), document_ids_BS=documents_B1, cache=cache).logits_BSV
+    documents_B1 = torch.ones_like(ids_B1, device=model.device)
+    logits_B1V = model(ids_B1.to(model.device), document_ids_BS=documents_B1, cache=cache).logits_BSV
     assert logits_B1V is not None
     return logits_B1V[:, -1]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moe.config import ModelConfig
-from moe.model.attention import sdpa, visible
+from moe.kernels.attention.naive import sdpa
+from moe.kernels.attention.pattern import visible
 
 
 class KVCache:
@@ -23,13 +24,14 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.window, self.max_length, self.length = config.sliding_window, max_length, 0
-        self.slots = max_length if self.window is None else min(self.window, max_length)
+        self.max_length, self.length = max_length, 0
+        window = config.sliding_window  # the widest of all layers
+        self.slots = max_length if window is None else min(window, max_length)
         shape = (config.num_hidden_layers, batch, self.slots, config.num_key_value_heads, config.head_size)
         self._keys, self._values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self._positions_L = torch.full((self.slots,), -1, device=device)
         self._documents_BL = torch.zeros(batch, self.slots, dtype=torch.int64, device=device)
-        self._mask: Tensor | None = None
+        self._masks: dict[int | None, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -60,17 +62,18 @@ class KVCache:
         else:
             keys_K = torch.cat((old_positions, new_C))
             documents_BK = torch.cat((old_documents, documents_BC), dim=1)
-        seen_CK = visible(new_C, keys_K, self.window) & (keys_K >= 0)
-        self._mask = (seen_CK & (documents_BC[:, :, None] == documents_BK[:, None, :]))[:, None]
+        self._new_C, self._keys_K = new_C, keys_K
+        self._open_BCK = (keys_K >= 0) & (documents_BC[:, :, None] == documents_BK[:, None, :])
         self._count = count
 
     def write(self, layer: int, k_BCGD: Tensor, v_BCGD: Tensor) -> None:
         self._keys[layer][:, self._where] = k_BCGD[:, -self._kept :]
         self._values[layer][:, self._where] = v_BCGD[:, -self._kept :]
 
-    def attend(self, layer: int, q_BCND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor) -> Tensor:
+    def attend(self, layer: int, window: int | None, q_BCND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor) -> Tensor:
         """The new tokens' attention over what is cached and themselves, [B, C, N·D]; stores their keys and values."""
-        assert self._mask is not None
+        if window not in self._masks:
+            self._masks[window] = (visible(self._new_C, self._keys_K, window) & self._open_BCK)[:, None]
         if self._in_place:
             self.write(layer, k_BCGD, v_BCGD)
             keys, values = self._keys[layer][:, : self._used], self._values[layer][:, : self._used]
@@ -78,8 +81,8 @@ class KVCache:
             keys = torch.cat((self._keys[layer], k_BCGD), dim=1)
             values = torch.cat((self._values[layer], v_BCGD), dim=1)
             self.write(layer, k_BCGD, v_BCGD)
-        return sdpa(q_BCND, keys, values, self._mask).flatten(2)
+        return sdpa(q_BCND, keys, values, self._masks[window]).flatten(2)
 
     def commit(self) -> None:
         self.length += self._count
-        self._mask = None
+        self._masks = {}

@@ -1,64 +1,27 @@
-"""The language-model head and its cross-entropy in one, a slice of tokens at a time.
-
-The logits of a whole batch are the largest tensor of a small model ([T, V] float32), and plain cross-entropy walks over
-them six times. Here each slice's logits turn into their gradient in place and are gone.
-Legend: T tokens, H hidden, V vocabulary.
-"""
+"""The language model's loss from the head's input, without the logits of a whole batch. T tokens, H hidden."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-from moe.model.norm import widen
-
-IGNORED = -100
-SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in flight: what a core's cache likes, what fills a GPU
+from moe.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy, slice_rows
+from moe.kernels.policy import recomputed
+from moe.model.linear import plain_weight
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, need_grad: bool) -> Tensor:
-        tokens, vocab = x_TH.shape[0], weight_VH.shape[0]
-        rows = max(64, SLICE_ELEMENTS.get(x_TH.device.type, 1 << 21) // vocab)
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=x_TH.device)
-        grad_x = torch.empty_like(x_TH) if need_grad and ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(weight_VH, dtype=wide) if need_grad and ctx.needs_input_grad[1] else None
-        for start in range(0, tokens, rows):
-            x, labels = x_TH[start : start + rows], labels_T[start : start + rows, None]
-            target, valid = labels.clamp(min=0), (labels != IGNORED).to(wide)
-            logits = widen(x @ weight_VH.T)
-            top = logits.amax(-1, keepdim=True)
-            at_target = logits.gather(1, target)
-            exps = logits.sub_(top).exp_()
-            sums = exps.sum(-1, keepdim=True)
-            total += (sums.log().add_(top).sub_(at_target) * valid).sum()
-            if grad_x is None and grad_w is None:
-                continue
-            grad = exps.mul_(valid / sums).scatter_add_(1, target, -valid).to(x.dtype)  # softmax − one-hot
-            if grad_x is not None:
-                torch.mm(grad, weight_VH, out=grad_x[start : start + rows])
-            if grad_w is not None and grad_w.dtype == grad.dtype:
-                grad_w.addmm_(grad.T, x)
-            elif grad_w is not None:
-                grad_w += grad.T @ x
-        ctx.save_for_backward(*(g for g in (grad_x, grad_w) if g is not None))
-        ctx.has, ctx.weight_dtype = (grad_x is not None, grad_w is not None), weight_VH.dtype
-        return total
+def head_loss(head: nn.Module, x_TH: Tensor, labels_T: Tensor, vocab_size: int) -> Tensor:
+    """Σ over labels ≠ −100 of −log softmax(head(x))[label]; a scalar, float32 (float64 for float64 inputs).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        saved, (scale,) = list(ctx.saved_tensors), grads
-        grad_x = saved.pop(0) * scale if ctx.has[0] else None
-        grad_w = (saved.pop(0) * scale).to(ctx.weight_dtype) if ctx.has[1] else None
-        return grad_x, grad_w, None, None
+    A head that is more than a product runs in slices of tokens, each again in the backward pass.
+    """
+    weight = plain_weight(head)
+    if weight is not None:
+        return linear_cross_entropy(x_TH, weight, labels_T)
+    rows = slice_rows(x_TH.device.type, vocab_size)
+    slices = zip(x_TH.split(rows), labels_T.split(rows), strict=True)
+    return torch.stack([recomputed(_slice_loss, head, x, labels) for x, labels in slices]).sum()
 
 
-def linear_cross_entropy(x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
-    """Σ over labels ≠ −100 of −log softmax(x Wᵀ)[label]; a scalar, float32 (float64 for float64 inputs)."""
-    return _LinearCrossEntropy.apply(x_TH, weight_VH, labels_T, torch.is_grad_enabled())  # type: ignore[return-value]
+def _slice_loss(head: nn.Module, x_TH: Tensor, labels_T: Tensor) -> Tensor:
+    return cross_entropy_reference(head(x_TH), labels_T)

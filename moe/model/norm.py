@@ -1,63 +1,32 @@
-"""RMSNorm (arXiv 1910.07467) whose statistics are float32 whatever the activations' dtype is.
-
-Legend: T tokens (any leading dimensions), H hidden.
-"""
+"""The norms of the decoder. `build_norm` is the only place that makes one."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-
-def widen(x: Tensor) -> Tensor:
-    """float32 for half precisions; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = x·r·w with r = (mean(x²) + eps)^−½, so dx = r·(g·w) − x·r³/H·Σ(g·w·x) and dw = Σ_T g·x·r.
-
-    By hand because autograd's chain of element-wise steps, each a pass over memory, takes twice as long on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        wide_TH = widen(x_TH)
-        square_T1 = torch.linalg.vector_norm(wide_TH, dim=-1, keepdim=True).square_()
-        r_T1 = square_T1.div_(x_TH.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_TH, weight_H, r_T1)
-        return (wide_TH * r_T1).mul_(weight_H).to(x_TH.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
-        x_TH, weight_H, r_T1 = ctx.saved_tensors
-        hidden, dtype = x_TH.shape[-1], x_TH.dtype
-        x_TH, grad_TH, w_H = widen(x_TH), widen(grads[0]), weight_H.to(r_T1.dtype)
-        product_TH = grad_TH * x_TH
-        grad_weight_H = r_T1.reshape(-1) @ product_TH.reshape(-1, hidden)
-        dot_T1 = (product_TH @ w_H).unsqueeze(-1)
-        grad_x_TH = (grad_TH * w_H).mul_(r_T1)
-        grad_x_TH.addcmul_(x_TH, r_T1.pow(3).mul_(dot_T1).div_(-hidden))
-        return grad_x_TH.to(dtype), grad_weight_H.to(weight_H.dtype), None
+from moe.config import ModelConfig
+from moe.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension."""
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension (arXiv 1910.07467)."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
     def forward(self, x_TH: Tensor) -> Tensor:
-        if x_TH.is_cuda:  # one fused kernel there, float32 inside too
-            return F.rms_norm(x_TH, self.weight.shape, self.weight, self.eps)
-        return _RMSNorm.apply(x_TH, self.weight, self.eps)  # type: ignore[return-value]
+        return rms_norm(x_TH, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def build_norm(config: ModelConfig, size: int) -> nn.Module:
+    """The norm that `config` asks for, over a last dimension of `size`."""
+    return RMSNorm(size, config.rms_norm_eps)

@@ -1,7 +1,7 @@
 """What one micro-batch keeps for its backward pass, and what a layer's backward pass needs on top, in bytes.
 
-Counted are the tensors that the code of moe/model and moe/sparse keeps, so a change there changes the numbers here;
-tests/unit/test_plan.py compares them with what autograd really keeps.
+Counted are the tensors that the code of moe/model, moe/sparse and moe/kernels keeps, so a change there changes the
+numbers here; tests/unit/test_plan.py compares them with what autograd really keeps.
 
 Legend: T tokens of the micro-batch, S sequence, H hidden, F feed-forward, N query heads, G key/value heads, D head
 dimension, E experts, k choices per token, R = T·k rows of this rank's tokens, M rows that its experts receive,
@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, Recompute
-from moe.model.attention import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
-from moe.model.loss import SLICE_ELEMENTS
+from moe.kernels.attention.block import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
+from moe.kernels.cross_entropy import slice_rows
 from moe.plan.gradients import MemoryBlock, element_size
 
 
@@ -37,7 +37,7 @@ class Shapes:
         share = router.num_experts // expert if self.sparse else 1
         self.fullest = min(self.received, math.ceil(self.received / share * imbalance))
         backend = config.experts.backend
-        # `auto` on CUDA takes grouped_mm only for bfloat16 (moe/sparse/experts.py)
+        # `auto` on CUDA takes grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
 
     @property
@@ -143,7 +143,7 @@ def head_memory(shapes: Shapes) -> tuple[int, int]:
     """(kept, working) bytes of the last norm and the loss, which already computes its gradients going forward."""
     weight = 4 * shapes.vocab * shapes.hidden
     kept = 2 * shapes.stream + weight  # the last norm's input, and both gradients
-    rows = min(shapes.tokens, max(64, SLICE_ELEMENTS["cuda" if shapes.cuda else "cpu"] // shapes.vocab))
+    rows = min(shapes.tokens, slice_rows("cuda" if shapes.cuda else "cpu", shapes.vocab))
     slice_bytes = rows * shapes.vocab * (4 if shapes.s == 4 else 8)
     scaled = shapes.stream + weight + (weight // 2 if shapes.s == 2 else 0)
     return kept, max(slice_bytes, scaled)

@@ -1,7 +1,7 @@
 """What makes a Mixtral sparse: router, balance losses, dispatch, experts, and the layer that joins them."""
 
 from moe.sparse.balance import BalanceLoss, balance_loss, max_violation, router_entropy
-from moe.sparse.experts import Experts, resolve_backend
+from moe.sparse.experts import Experts
 from moe.sparse.layer import SparseMLP
 from moe.sparse.randomness import Randomness
 from moe.sparse.routers.base import RouterOutput
@@ -16,6 +16,5 @@ __all__ = [
     "TopKRouter",
     "balance_loss",
     "max_violation",
-    "resolve_backend",
     "router_entropy",
 ]

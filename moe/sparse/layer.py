@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
 from moe.errors import UserError
-from moe.sparse import dispatch, megablocks
+from moe.kernels import megablocks
+from moe.sparse import dispatch
 from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
 from moe.sparse.randomness import Randomness
@@ -41,6 +42,7 @@ class SparseMLP(nn.Module):
             )
         num_local = router.num_experts // ranks
         self.expert_group = expert_group if ranks > 1 else None
+        self.moves_by_megablocks = experts.backend is ExpertBackend.megablocks
         self.gate = TopKRouter(hidden_size, router)
         self.experts = Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local)
 
@@ -48,8 +50,7 @@ class SparseMLP(nn.Module):
         """x [B, S, H] → (y [B, S, H], what the router did). Every rank of the expert group must call it together."""
         routed = self.gate(x_BSH, randomness)
         order = sort_by_expert(routed.ids_TK, routed.keep_TK, routed.counts_E)
-        on_megablocks = self.experts.backend_for(x_BSH) is ExpertBackend.megablocks and order.keep_TK is None
-        rows = megablocks if on_megablocks else dispatch
+        rows = megablocks if self.moves_by_megablocks and order.keep_TK is None else dispatch
         # The counts travel while the rows are gathered.
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_BSH.flatten(0, 1), order)

@@ -12,7 +12,7 @@ from moe.distributed.mesh import Mesh
 from moe.engine import build_engine
 from moe.engine import prepare as prepare_engine
 from moe.engine.base import Engine
-from moe.model.transformer import Transformer
+from moe.model.build import build_model
 from moe.train.progress import Display
 from moe.train.startup import choose_backends, describe_run, peak_flops
 
@@ -62,9 +62,7 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
     """The mesh with the engine's groups, the engine around a new model, and a rank's peak FLOP/s; tells what they are.
     A collective. Raises UserError."""
     mesh = prepare_engine(config, mesh)
-    model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
-    model.init_weights(config.train.seed)
-    model.to(mesh.device)
+    model = build_model(config, mesh.device, mesh.expert_group)
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     peak = peak_flops(config, mesh)
     engine = build_engine(model, config, mesh)

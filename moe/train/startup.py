@@ -6,9 +6,10 @@ import torch
 
 from moe.config import Config, Mlp, Precision
 from moe.distributed.mesh import Mesh
-from moe.model.attention import resolve_attention
+from moe.kernels.attention import resolve_attention
+from moe.kernels.grouped_swiglu import resolve_backend
+from moe.kernels.policy import exact_float32
 from moe.plan import count_parameters, estimate_memory, flops_per_token
-from moe.sparse.experts import resolve_backend
 from moe.train.metrics import measure_peak_flops
 
 
@@ -20,6 +21,8 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     model, dtype = config.model, _dtype(config)
     attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
     lines = [f"attention: {attention.name} ({reason})"]
+    if (products := exact_float32(mesh.device)) is not None:
+        lines.append(products)
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.intermediate_size)
         backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)

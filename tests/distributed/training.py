@@ -17,6 +17,7 @@ from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
+from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.sparse import Randomness
 from moe.sparse.balance import balance_loss
@@ -81,8 +82,7 @@ def build(
     """`change` is made to the model before an engine takes it."""
     mesh = prepare(config, rendezvous.start(config.parallel.expert_parallel_size))
     torch.set_num_threads(1)
-    model = Transformer(config.model, config.router, config.experts, expert_group=mesh.expert_group)
-    model.init_weights(config.train.seed)
+    model = build_model(config, mesh.device, mesh.expert_group)
     starve(model, idle or []) if idle else None
     change(model) if change else None
     return mesh, build_engine(model, config, mesh)
@@ -111,8 +111,7 @@ def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: 
 
 def plain_steps(config: Config, count: int, idle: list[int] | None = None) -> Training:
     """The same without DeepSpeed and without ranks: PyTorch's AdamW and clipping."""
-    model = Transformer(config.model, config.router, config.experts)
-    model.init_weights(config.train.seed)
+    model = build_model(config, torch.device("cpu"))
     starve(model, idle) if idle else None
     optim = config.optim
     groups = [

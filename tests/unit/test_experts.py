@@ -1,161 +1,33 @@
-"""Experts: every back-end against the float64 oracle, forward and gradients; initialisation; choice of back-end."""
+"""The experts' module: names of its initial values, the meta device, and a wrapped one."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch import Tensor
 
-from moe.config import ExpertBackend, ExpertsConfig
-from moe.sparse.experts import Experts, grouped_ffn, loop_ffn, resolve_backend
-from moe.sparse.swiglu import GroupedSwiGLU, PerExpertSwiGLU, torch_products
-
-CPU = torch.device("cpu")
-COUNTS = {
-    "uneven": [5, 1, 9, 3],
-    "an expert idle": [4, 0, 11, 2],
-    "all on one": [0, 0, 17, 0],
-    "first and last idle": [0, 8, 8, 0],
-    "one expert": [6],
-    "three experts": [2, 7, 1],
-    "all idle": [0, 0, 0],
-}
+from moe.config import ExpertsConfig
+from moe.sparse.experts import Experts
 
 
-def _inputs(counts: list[int], dtype: torch.dtype = torch.float64, hidden: int = 16, inner: int = 24) -> list[Tensor]:
-    """x, gate_up_proj, down_proj and the output's gradient."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (
-        (sum(counts), hidden),
-        (len(counts), 2 * inner, hidden),
-        (len(counts), hidden, inner),
-        (sum(counts), hidden),
-    )
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) * 0.5 for shape in shapes]
-    return [tensor.requires_grad_(index < 3) for index, tensor in enumerate(tensors)]
+def test_initial_values_are_named_by_the_global_expert() -> None:
+    whole = {seed: weight.shape for weight, seed in Experts(8, 12, 4, ExpertsConfig()).draws(_seed_for)}
+    assert list(whole) == [1000, 1001, 1002, 1003, 2000, 2001, 2002, 2003]
+    half = Experts(8, 12, 2, ExpertsConfig(), first_expert=2)
+    assert {seed: weight.shape for weight, seed in half.draws(_seed_for)} == {
+        seed: shape for seed, shape in whole.items() if seed % 1000 >= 2
+    }
 
 
-def _by_hand(x: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    """Row by row from the definition, with no code of the project."""
-    experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
-    rows = []
-    for row, expert in zip(x, experts, strict=True):
-        gate, up = (gate_up[expert] @ row).tensor_split(2)
-        rows.append(down[expert] @ (gate / (1 + torch.exp(-gate)) * up))
-    return torch.stack(rows) if rows else x * 0
+def _seed_for(name: str, expert: int) -> int:
+    return {"gate_up_proj": 1000, "down_proj": 2000}[name] + expert
 
 
-def _run(function: object, tensors: list[Tensor]) -> list[Tensor]:
-    """Output and the gradients of x, gate_up_proj and down_proj."""
-    x, gate_up, down, grad = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
-    y = function(x, gate_up, down)  # type: ignore[operator]
-    y.backward(grad)
-    return [y.detach(), x.grad, gate_up.grad, down.grad]
-
-
-def _oracle(tensors: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The loop in float64 on the same values."""
-    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-    return _run(lambda x, gate_up, down: loop_ffn(x, counts, gate_up, down), doubles)
-
-
-def _relative(ours: Tensor, exact: Tensor) -> float:
-    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
-
-
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_the_loop_is_the_definition(counts: list[int]) -> None:
-    tensors = _inputs(counts)
-    ours = _run(lambda x, g, d: loop_ffn(x, counts, g, d), tensors)
-    for tensor in tensors:
-        tensor.grad = None
-    y = _by_hand(tensors[0], counts, tensors[1], tensors[2])
-    if sum(counts):
-        y.backward(tensors[3])
-        expected = [y.detach(), *[t.grad for t in tensors[:3]]]
-    else:
-        expected = [y.detach(), *[torch.zeros_like(t) for t in tensors[:3]]]
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-@pytest.mark.parametrize("backend", [ExpertBackend.loop, ExpertBackend.grouped_mm])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 5e-7), (torch.bfloat16, 2e-2)]
-)
-def test_back_ends_equal_the_float64_oracle(
-    backend: ExpertBackend, counts: list[int], dtype: torch.dtype, tolerance: float
-) -> None:
-    tensors = _inputs(counts, dtype)
-    exact = _oracle(tensors, counts)
-    ours = _run(lambda x, g, d: grouped_ffn(x, torch.tensor(counts), g, d, backend), tensors)
-    for name, mine, reference in zip(("y", "dx", "dgate_up", "ddown"), ours, exact, strict=True):
-        assert mine.dtype == dtype
-        assert mine.shape == reference.shape
-        assert _relative(mine, reference) <= tolerance, name
-
-
-@pytest.mark.parametrize("counts", [c for c in COUNTS.values() if sum(c)], ids=[k for k, c in COUNTS.items() if sum(c)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.bfloat16, 2e-2)])
-def test_the_gpu_function_over_torchs_grouped_mm(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    """The function a GPU runs, on the CPU's grouped_mm, which has the same interface and the same traps."""
-    tensors = _inputs(counts, dtype)
-    exact = _oracle(tensors, counts)
-    ours = _run(lambda x, g, d: GroupedSwiGLU.apply(x, g, d, counts, torch_products(counts, CPU)), tensors)
-    for name, mine, reference in zip(("y", "dx", "dgate_up", "ddown"), ours, exact, strict=True):
-        assert _relative(mine, reference) <= tolerance, name
-
-
-def test_idle_experts_get_zero_gradients_whatever_the_kernel_leaves_there() -> None:
-    counts = [4, 0, 3]
-    x, gate_up, down, grad = _inputs(counts, torch.float32)
-    products = torch_products(counts, CPU)
-
-    def outer_with_garbage(left: Tensor, right: Tensor) -> Tensor:
-        result = products.outer(left, right)
-        result[1] = float("nan")
-        return result
-
-    garbage = products._replace(outer=outer_with_garbage)
-    GroupedSwiGLU.apply(x, gate_up, down, counts, garbage).backward(grad)
-    assert gate_up.grad[1].count_nonzero() == down.grad[1].count_nonzero() == 0
-    assert gate_up.grad.isfinite().all()
-    assert down.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("counts", [[2, 3], [0, 4, 1], [0, 0]])
-def test_hand_written_backward_passes_gradcheck(counts: list[int]) -> None:
-    x, gate_up, down, _ = _inputs(counts, hidden=4, inner=3)
-    assert torch.autograd.gradcheck(lambda *t: PerExpertSwiGLU.apply(*t, counts), (x, gate_up, down))
-
-
-def test_input_without_gradient_and_expanded_output_gradient() -> None:
-    counts = [3, 2]
-    x, gate_up, down, _ = _inputs(counts, torch.float32)
-    PerExpertSwiGLU.apply(x.detach(), gate_up, down, counts).sum().backward()  # sum's gradient has strides of 0
-    frozen = gate_up.grad.clone()
-    gate_up.grad = None
-    loop_ffn(x, counts, gate_up, down).sum().backward()
-    torch.testing.assert_close(frozen, gate_up.grad)
-
-
-def test_initialisation_is_a_function_of_the_global_expert() -> None:
-    def seed_for(name: str, expert: int) -> int:
-        return {"gate_up_proj": 1000, "down_proj": 2000}[name] + expert
-
-    whole = Experts(8, 12, 4, ExpertsConfig())
-    whole.reset_parameters(0.02, seed_for)
-    for first in (0, 2):
-        half = Experts(8, 12, 2, ExpertsConfig(), first_expert=first)
-        half.reset_parameters(0.02, seed_for)
-        assert torch.equal(half.gate_up_proj, whole.gate_up_proj[first : first + 2])
-        assert torch.equal(half.down_proj, whole.down_proj[first : first + 2])
-    assert not torch.equal(whole.gate_up_proj[0], whole.gate_up_proj[1])
-    large = Experts(128, 256, 2, ExpertsConfig())
-    large.reset_parameters(0.5, seed_for)
-    assert large.down_proj.std().item() == pytest.approx(0.5, rel=0.02)
-    assert large.down_proj.mean().item() == pytest.approx(0.0, abs=0.01)
+def test_what_is_drawn_is_the_parameters_own_memory() -> None:
+    experts = Experts(8, 12, 4, ExpertsConfig())
+    with torch.no_grad():
+        for weight, seed in experts.draws(_seed_for):
+            weight.fill_(seed)
+    assert experts.gate_up_proj[:, 0, 0].tolist() == [1000, 1001, 1002, 1003]
+    assert experts.down_proj[:, 5, 5].tolist() == [2000, 2001, 2002, 2003]
 
 
 def test_construction_on_the_meta_device() -> None:
@@ -163,24 +35,3 @@ def test_construction_on_the_meta_device() -> None:
         experts = Experts(4096, 14336, 8, ExpertsConfig())
     assert sum(p.numel() for p in experts.parameters()) == 8 * 3 * 4096 * 14336
     assert {p.device.type for p in experts.parameters()} == {"meta"}
-
-
-def test_auto_says_what_it_chose_and_why() -> None:
-    backend, reason = resolve_backend(ExpertsConfig(), CPU, torch.float32, (256, 896))
-    assert backend is ExpertBackend.grouped_mm
-    assert "CPU" in reason
-    loop = ExpertsConfig(backend=ExpertBackend.loop)
-    assert resolve_backend(loop, CPU, torch.float32, (256, 896)) == (ExpertBackend.loop, "set by experts.backend")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "shapes", "rule"),
-    [(torch.float32, (256, 896), "bfloat16 rows"), (torch.bfloat16, (256, 900), "16-byte aligned")],
-)
-def test_grouped_mm_that_cannot_run_on_cuda(dtype: torch.dtype, shapes: tuple[int, int], rule: str) -> None:
-    backend, reason = resolve_backend(ExpertsConfig(), torch.device("cuda"), dtype, shapes)
-    assert backend is ExpertBackend.loop
-    assert rule in reason
-    asked = ExpertsConfig(backend=ExpertBackend.grouped_mm)
-    with pytest.raises(ValueError, match=f"experts.backend=grouped_mm must have {rule}|{rule}"):
-        resolve_backend(asked, torch.device("cuda"), dtype, shapes)

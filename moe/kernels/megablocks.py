@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moe.errors import UserError
-from moe.sparse.dispatch import Order
-from moe.sparse.swiglu import GroupedProducts
+from moe.kernels.grouped_products import GroupedProducts
+
+
+class Order(Protocol):
+    """Choices sorted by expert, as the sparse layer has them."""
+
+    choices_N: Tensor  # int64, the flat choice (token · K + slot) of each sorted row
+    rows_TK: Tensor  # int64, the sorted row of each choice
+    counts_E: Tensor  # int64
 
 
 @cache

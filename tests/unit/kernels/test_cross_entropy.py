@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.model import loss
-from moe.model.loss import linear_cross_entropy
+from moe.kernels import cross_entropy
+from moe.kernels.cross_entropy import linear_cross_entropy
 
 
 def tensors(tokens=150, hidden=7, vocab=31, dtype=torch.float64):
@@ -23,7 +23,7 @@ def plain(x, weight, labels):
 
 @pytest.mark.parametrize("elements", [1, 70 * 31, 1 << 21], ids=["64 rows", "70 rows", "one slice"])
 def test_equals_torch_whatever_the_slices(monkeypatch, elements):
-    monkeypatch.setitem(loss.SLICE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(cross_entropy.SLICE_ELEMENTS, "cpu", elements)
     x, weight, labels = tensors()
     actual, expected = linear_cross_entropy(x, weight, labels), plain(x, weight, labels)
     torch.testing.assert_close(actual, expected)

@@ -1,5 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864), Hugging Face's `rotate_half` pairing: dimension i turns with i + D/2.
 
+`project_rotated` is the fast path of bias-free projections on every device; `rotated` turns what any module projected.
+
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, H hidden.
 """
 
@@ -29,12 +31,30 @@ def rotary_table(
 
     The angles are float32 products, as in transformers, so that weights trained there see the same rotation here.
     """
-    exponents_D = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies_D = (1.0 / theta**exponents_D).to(device)
+    exponents_D = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies_D = 1.0 / theta**exponents_D
     positions_S = torch.arange(start, start + length, device=device).float()
     angles_SD = positions_S[:, None] * frequencies_D
     cos_SD, sin_SD = angles_SD.cos().to(dtype), angles_SD.sin().to(dtype)
     return RotaryTable(torch.cat((cos_SD, cos_SD), 1)[:, None], torch.cat((-sin_SD, sin_SD), 1)[:, None])
+
+
+class RotaryTables:
+    """The table of the positions of one forward pass, from a longer one that stays as long as device and dtype do."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim, self.theta = head_dim, theta
+        self._whole: RotaryTable | None = None
+
+    def __call__(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
+        """Positions start … start+length−1."""
+        whole, end = self._whole, start + length
+        if whole is None or whole.cos_S1D.device != device or whole.cos_S1D.dtype != dtype:
+            whole = rotary_table(0, end, self.head_dim, self.theta, device, dtype)
+        elif len(whole.cos_S1D) < end:  # twice as long, so that a text that grows by a token makes few tables
+            whole = rotary_table(0, 2 * end, self.head_dim, self.theta, device, dtype)
+        self._whole = whole
+        return RotaryTable(whole.cos_S1D[start:end], whole.sin_S1D[start:end])
 
 
 def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tensor | None = None) -> Tensor:
@@ -48,7 +68,48 @@ def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tenso
     return out
 
 
-class _ProjectRotated(torch.autograd.Function):
+def project_rotated(
+    x_BSH: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, table: RotaryTable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [B, S, N, D], rotated keys and plain values [B, S, G, D]; weights are [heads · D, H]."""
+    return HandWrittenProjectRotated.apply(x_BSH, q_weight, k_weight, v_weight, table)  # type: ignore[return-value]
+
+
+def project_rotated_reference(
+    x_BSH: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, table: RotaryTable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three products, two rotations, autograd's own backward pass of each."""
+    head_dim = table.cos_S1D.shape[-1]
+    q, k, v = (F.linear(x_BSH, weight).unflatten(-1, (-1, head_dim)) for weight in (q_weight, k_weight, v_weight))
+    return rotated_reference(q, table), rotated_reference(k, table), v
+
+
+def rotated(x_BSND: Tensor, table: RotaryTable) -> Tensor:
+    """Every head turned by its position's angle."""
+    return HandWrittenRotation.apply(x_BSND, table)  # type: ignore[return-value]
+
+
+def rotated_reference(x_BSND: Tensor, table: RotaryTable) -> Tensor:
+    """The definition, with autograd's own backward pass."""
+    first, second = x_BSND.chunk(2, -1)
+    return x_BSND * table.cos_S1D + torch.cat((second, first), -1) * table.sin_S1D
+
+
+class HandWrittenRotation(torch.autograd.Function):
+    """The backward pass turns back; nothing is kept but the table."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSND: Tensor, table: RotaryTable) -> Tensor:
+        ctx.table = table
+        return rotate(x_BSND, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return rotate(grads[0], ctx.table, back=True), None
+
+
+class HandWrittenProjectRotated(torch.autograd.Function):
     """One matrix product for q, k and v, then one rotation of q and k together; the backward mirrors it.
 
     The three weights stay three parameters (their names are Hugging Face's); joining them per call is a small copy
@@ -87,10 +148,3 @@ class _ProjectRotated(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:4]):
             grad_weights = (joined_TD.T @ x_BSH.reshape(joined_TD.shape[0], -1)).split(dims)
         return grad_x, *grad_weights, None
-
-
-def project_rotated(
-    x_BSH: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, table: RotaryTable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [B, S, N, D], rotated keys and plain values [B, S, G, D]; weights are [heads · D, H]."""
-    return _ProjectRotated.apply(x_BSH, q_weight, k_weight, v_weight, table)  # type: ignore[return-value]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from moe.bench.attention import HEAD_DIM, HEADS, multiply_adds_per_token
 from moe.config import AttentionBackend, ModelConfig
-from moe.model import attention
-from moe.model.attention import make_attend, resolve_attention
+from moe.kernels.attention import make_attend, resolve_attention
+from moe.kernels.attention.pattern import document_bounds
+from moe.kernels.attention.varlen import varlen_obstacle
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -95,9 +96,9 @@ def test_flex_pattern_equals_the_reference(window):
 
 
 def test_document_bounds_never_join_rows():
-    bounds = attention.document_bounds(torch.tensor([[0, 0, 1], [1, 1, 1]]), 2, 3, CPU)
+    bounds = document_bounds(torch.tensor([[0, 0, 1], [1, 1, 1]]), 2, 3, CPU)
     assert bounds.tolist() == [0, 2, 3, 6]
-    assert attention.document_bounds(None, 2, 3, CPU).tolist() == [0, 3, 6]
+    assert document_bounds(None, 2, 3, CPU).tolist() == [0, 3, 6]
 
 
 @needs_cuda
@@ -130,8 +131,8 @@ def test_an_explicit_backend_that_cannot_run_is_one_line(backend):
 
 def test_varlen_names_the_rule_it_breaks():
     cuda = torch.device("cuda")
-    assert "bfloat16" in attention._varlen_obstacle(cuda, torch.float32, 64)
-    assert "model.head_dim=36" in attention._varlen_obstacle(cuda, torch.bfloat16, 36)
+    assert "bfloat16" in varlen_obstacle(cuda, torch.float32, 64)
+    assert "model.head_dim=36" in varlen_obstacle(cuda, torch.bfloat16, 36)
 
 
 @pytest.mark.parametrize(

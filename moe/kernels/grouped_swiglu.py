@@ -5,46 +5,123 @@ the backward pass; the activation is recomputed there (as in SonicMoE, arXiv 251
 sigmoid:  dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
 The element-wise part is float32 for narrower dtypes.
 
+`resolve_backend` is the rule of what runs where; `loop_ffn` is the plain reference.
+
 Shapes: N rows sorted by expert, H hidden, F feed-forward, G = 2F (gate, then up), E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
-class GroupedProducts(NamedTuple):
-    """The three matrix products of a grouped layer, on rows [N, ·] whose expert boundaries are already bound."""
-
-    times_weight: Callable[[Tensor, Tensor], Tensor]  # rows [N, I], weight [E, I, O] → [N, O]
-    times_weight_t: Callable[[Tensor, Tensor], Tensor]  # rows [N, I], weight [E, O, I] → [N, O]
-    outer: Callable[[Tensor, Tensor], Tensor]  # rows [N, O], rows [N, I] → [E, O, I]; anything for an empty group
+from moe.config import ExpertBackend, ExpertsConfig
+from moe.errors import UserError
+from moe.kernels import megablocks
+from moe.kernels.grouped_products import GroupedProducts, torch_products
+from moe.kernels.policy import wide_dtype
 
 
-def torch_products(counts: list[int], device: torch.device) -> GroupedProducts:
-    """`F.grouped_mm`: needs 16-byte aligned rows and int32 offsets. No rows may lie past the last offset (there it
-    leaves memory uninitialised), which exact counts guarantee."""
-    offsets_E = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
-    return GroupedProducts(
-        times_weight=lambda rows, weight: F.grouped_mm(rows, weight, offs=offsets_E),
-        times_weight_t=lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets_E),
-        outer=lambda left, right: F.grouped_mm(left.t(), right, offs=offsets_E),
-    )
+def resolve_backend(
+    config: ExpertsConfig, device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]
+) -> tuple[ExpertBackend, str]:
+    """The back-end that will run, and why, for a start-up log; `shapes` is (hidden_size, intermediate_size).
+
+    `auto` takes grouped_mm where it runs and else the loop. Raises UserError, saying what is missing, when
+    `experts.backend` names one that can't run here.
+    """
+    asked = config.backend
+    if asked is ExpertBackend.loop:
+        return asked, "set by experts.backend"
+    if asked is ExpertBackend.megablocks:
+        megablocks.require(device, dtype)
+        return asked, "set by experts.backend"
+    obstacle = _grouped_mm_obstacle(device, dtype, shapes)
+    if obstacle is None:
+        how = "torch's grouped_mm" if device.type == "cuda" else "one product per expert, as torch's grouped_mm on CPU"
+        return ExpertBackend.grouped_mm, how
+    if asked is ExpertBackend.grouped_mm:
+        raise UserError(f"experts.backend=grouped_mm {obstacle}; use experts.backend=auto or loop")
+    return ExpertBackend.loop, f"grouped_mm {obstacle}"
+
+
+def _grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]) -> str | None:
+    """Why grouped_mm can't run, or None. On a CPU it has no rule of its own."""
+    if device.type != "cuda":
+        return None
+    if dtype is not torch.bfloat16:
+        return f"must have bfloat16 rows on CUDA, not {str(dtype).removeprefix('torch.')}"
+    if any(size * dtype.itemsize % 16 for size in shapes):
+        return f"must have 16-byte aligned rows: hidden and intermediate size {shapes} must be multiples of 8"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "must have a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def grouped_ffn(
+    x_NH: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, backend: ExpertBackend
+) -> Tensor:
+    """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
+
+    On CUDA grouped_mm never waits for the counts; the loop and megablocks read them on the host, one wait a call.
+    """
+    if backend is ExpertBackend.loop:
+        return loop_ffn(x_NH, counts_E.tolist(), gate_up_proj, down_proj)
+    if x_NH.shape[0] == 0:
+        return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, [0] * counts_E.numel())  # type: ignore[return-value]
+    if x_NH.device.type != "cuda":
+        return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts_E.tolist())  # type: ignore[return-value]
+    if backend is ExpertBackend.megablocks:
+        counts = counts_E.tolist()
+        return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, lambda: counts, megablocks.products(counts))  # type: ignore[return-value]
+    return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, LateCounts(counts_E), torch_products(counts_E))  # type: ignore[return-value]
+
+
+def loop_ffn(x_NH: Tensor, counts: list[int], gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """The oracle: one plain SwiGLU per expert, any dtype, device and shape, with autograd's own backward."""
+    outputs = []
+    for rows_H, gate_up, down in zip(x_NH.split(counts), gate_up_proj, down_proj, strict=True):
+        gate_F, up_F = F.linear(rows_H, gate_up).chunk(2, dim=-1)
+        outputs.append(F.linear(F.silu(gate_F) * up_F, down))
+    return torch.cat(outputs)
+
+
+class LateCounts:
+    """CUDA counts on the host without a wait in the forward pass: the copy travels while the GPU computes.
+
+    Called in the backward pass, which waits for the copy alone: by then the GPU has passed the layer's router, and work
+    is queued behind it.
+    """
+
+    def __init__(self, counts_E: Tensor) -> None:
+        self._counts_E = counts_E.to("cpu", non_blocking=True)  # torch takes pinned memory for it
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def __call__(self) -> list[int]:
+        self._arrived.synchronize()
+        return self._counts_E.tolist()
 
 
 class GroupedSwiGLU(torch.autograd.Function):
-    """All experts at once, over any set of grouped products (a GPU's). At least one row."""
+    """All experts at once, over any set of grouped products (a GPU's). At least one row.
+
+    `counts()` gives the rows of each expert; only the backward pass asks.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int], products: GroupedProducts
+        ctx: Any,
+        x_NH: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        counts: Callable[[], list[int]],
+        products: GroupedProducts,
     ) -> Tensor:
         x_NH = x_NH.contiguous()
         gate_up_NG = products.times_weight_t(x_NH, gate_up_proj)
@@ -63,7 +140,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         ddown = products.outer(dy_NH, act_NF)
         dgate_up = products.outer(dgate_up_NG, x_NH)
         # Kernels leave an empty group's gradient unwritten: grouped_gemm always, grouped_mm on some GPUs.
-        _zero_idle(ctx.counts, dgate_up, ddown)
+        _zero_idle(ctx.counts(), dgate_up, ddown)
         dx_NH = products.times_weight(dgate_up_NG, gate_up_proj) if ctx.needs_input_grad[0] else None
         return dx_NH, dgate_up, ddown, None, None
 
@@ -134,7 +211,7 @@ def _activation_backward(
     Five passes, in place where the cache gains by it: `dact_NF` is overwritten, and the results lie in `scratch` (at
     least N rows each) where it is given and the dtype needs no widening.
     """
-    dtype, work = gate_up_NG.dtype, torch.promote_types(gate_up_NG.dtype, torch.float32)
+    dtype, work = gate_up_NG.dtype, wide_dtype(gate_up_NG.dtype)
     gate_NF, up_NF = gate_up_NG.to(work).chunk(2, dim=1)
     dact_NF = dact_NF.to(work)
     if scratch is None or dtype != work:

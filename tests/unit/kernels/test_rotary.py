@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.model.rope import project_rotated, rotary_table, rotate
+from moe.kernels.rotary import project_rotated, rotary_table, rotate
 
 CPU = torch.device("cpu")
 

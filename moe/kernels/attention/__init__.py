@@ -1,0 +1,65 @@
+"""Causal attention over packed documents, with grouped queries and a sliding window: four back-ends, chosen here.
+
+Query i sees key j when both are in one document and 0 ≤ i − j < W: the window counts the query's own key. (The
+published reference code let it see one key more.) `W = None` is full causal attention. `naive` is the plain reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.config import AttentionBackend
+from moe.errors import UserError
+from moe.kernels.attention.block import block
+from moe.kernels.attention.flex import flex, flex_obstacle
+from moe.kernels.attention.naive import naive
+from moe.kernels.attention.pattern import Attend
+from moe.kernels.attention.varlen import varlen, varlen_obstacle
+
+
+def resolve_attention(
+    wanted: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[AttentionBackend, str]:
+    """The back-end that will run, and why. Raises UserError when an explicit one can't run on the device and dtype."""
+    if wanted in (AttentionBackend.naive, AttentionBackend.block):
+        return wanted, "chosen"
+    obstacles = {
+        AttentionBackend.varlen: varlen_obstacle(device, dtype, head_dim),
+        AttentionBackend.flex: flex_obstacle(device),
+    }
+    if wanted is not AttentionBackend.auto:
+        if obstacles[wanted]:
+            raise UserError(f"model.attention={wanted.value} can't run here: {obstacles[wanted]}; use auto")
+        return wanted, "chosen"
+    for backend, obstacle in obstacles.items():
+        if not obstacle:
+            return backend, "the fastest that runs here"
+    if device.type == "cpu":
+        return AttentionBackend.block, "CPU: banded blocks, linear in sequence length"
+    reasons = "; ".join(f"{backend.value}: {obstacle}" for backend, obstacle in obstacles.items())
+    return AttentionBackend.block, reasons
+
+
+def make_attend(
+    backend: AttentionBackend,
+    shape: tuple[int, int],
+    window: int | None,
+    document_ids_BS: Tensor | None,
+    device: torch.device,
+) -> Attend:
+    """What the layers with this window call in one forward pass over [B, S] tokens: the pattern of documents and window
+    is worked out once, here."""
+    if window is not None and window >= shape[1]:
+        window = None
+    match backend:
+        case AttentionBackend.naive:
+            return naive(shape[1], window, document_ids_BS, device)
+        case AttentionBackend.block:
+            return block(window, document_ids_BS)
+        case AttentionBackend.varlen:
+            return varlen(shape, window, document_ids_BS, device)
+        case AttentionBackend.flex:
+            return flex(shape, window, document_ids_BS, device)
+        case AttentionBackend.auto:
+            raise AssertionError("auto is resolved first")

@@ -1,0 +1,97 @@
+"""`block`: documents one by one, each in blocks of queries that see the keys they need and no others. Any device.
+
+With a window its cost is linear in the sequence length; on CUDA it is the last resort.
+Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window, C queries of a block,
+K keys.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.kernels.attention.naive import sdpa
+from moe.kernels.attention.pattern import Attend, document_bounds, visible
+
+# Queries per block on a CPU. Its SDPA skips only whole spans of 512 keys: up to there, cutting the queries saves work.
+CAUSAL_BLOCK, CAUSAL_SPAN = 128, 512
+BAND_BLOCKS = 4  # a window's queries are cut in so many blocks: each then sees W + C keys for the W it needs
+MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
+
+
+def block(window: int | None, document_ids_BS: Tensor | None) -> Attend:
+    return partial(_block, lengths=_cuts(document_ids_BS), window=window)
+
+
+def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
+    """Lengths of all documents of the batch in order, rows one after another; None when every row is one document."""
+    if document_ids_BS is None or bool((document_ids_BS[:, 0] == document_ids_BS[:, -1]).all()):
+        return None
+    batch, length = document_ids_BS.shape
+    return document_bounds(document_ids_BS, batch, length, document_ids_BS.device).diff().tolist()
+
+
+def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int] | None, window: int | None) -> Tensor:
+    if lengths is None:
+        return _one_document(q_BSND, k_BSGD, v_BSGD, window).flatten(2)
+    # split, not slices: the gradient of n slices is n full-size sums, that of a split is one concatenation.
+    pieces = zip(*(tensor.flatten(0, 1)[None].split(lengths, 1) for tensor in (q_BSND, k_BSGD, v_BSGD)), strict=True)
+    outs = [_one_document(q, k, v, window) for q, k, v in pieces]
+    return torch.cat(outs, 1).view(*q_BSND.shape[:2], -1)
+
+
+def _one_document(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int | None) -> Tensor:
+    length = q_BSND.shape[1]
+    if window is not None and window < length:
+        return _banded(q_BSND, k_BSGD, v_BSGD, window)
+    on_cpu = q_BSND.device.type == "cpu"
+    if not on_cpu or not CAUSAL_BLOCK < length <= CAUSAL_SPAN:
+        return sdpa(q_BSND, k_BSGD, v_BSGD, None)
+    mask_CK = _band(CAUSAL_BLOCK, length + CAUSAL_BLOCK, length, None, q_BSND)  # any block's mask is a slice of it
+    outs, start = [], 0
+    for q in q_BSND.split(CAUSAL_BLOCK, 1):
+        end = start + q.shape[1]
+        mask = mask_CK[: q.shape[1], length - start :][:, :end] if start else None
+        outs.append(sdpa(q, k_BSGD[:, :end], v_BSGD[:, :end], mask))
+        start = end
+    return torch.cat(outs, 1)
+
+
+def _band(queries: int, keys: int, first_query: int, window: int | None, like: Tensor) -> Tensor:
+    """[C, K] to add to scores: 0 where query first_query + c sees key k, −∞ elsewhere."""
+    positions = torch.arange(first_query, first_query + queries, device=like.device)
+    seen_CK = visible(positions, torch.arange(keys, device=like.device), window)
+    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(~seen_CK, float("-inf"))
+
+
+def _banded(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int) -> Tensor:
+    """Blocks of C queries; block b sees its own keys and those of the `back` blocks before it, which hold its window.
+
+    All blocks that have `back` blocks before them are one SDPA call over a batch of blocks with one [C, K] mask; the
+    few at the start, which have fewer, are a call each.
+    """
+    batch, length, _, head_dim = q_BSND.shape
+    block = min(max(-(-window // BAND_BLOCKS // 8) * 8, MIN_BAND_BLOCK), MAX_BAND_BLOCK)
+    back = -(-(window - 1) // block)
+    padding = -length % block  # queries after the end see the keys before them and are cut off again
+    blocks = (length + padding) // block
+    q, k, v = (
+        F.pad(tensor, (0, 0, 0, 0, 0, padding)).unflatten(1, (blocks, block)) for tensor in (q_BSND, k_BSGD, v_BSGD)
+    )
+    mask_CK = _band(block, (back + 1) * block, back * block, window, q_BSND)
+    outs = []
+    for index in range(min(back, blocks)):
+        keys, values = (tensor[:, : index + 1].flatten(1, 2) for tensor in (k, v))
+        outs.append(sdpa(q[:, index], keys, values, mask_CK[:, (back - index) * block :]))
+    full = blocks - back
+    if full > 0:
+        keys, values = (
+            torch.cat([tensor[:, shift : shift + full] for shift in range(back + 1)], dim=2).flatten(0, 1)
+            for tensor in (k, v)
+        )
+        out = sdpa(q[:, back:].flatten(0, 1), keys, values, mask_CK)
+        outs.append(out.reshape(batch, full * block, -1, head_dim))
+    return torch.cat(outs, 1)[:, :length]

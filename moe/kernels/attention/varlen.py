@@ -1,0 +1,60 @@
+"""`varlen`: torch's FlashAttention over packed documents, with a sliding window. CUDA, half precision.
+
+Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.kernels.attention.pattern import Attend, document_bounds
+
+
+@cache
+def _arguments() -> frozenset[str]:
+    """The arguments of this torch's `varlen_attn`; none if there is no such function."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why it can't run; empty if it can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16, this is {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 256:
+        return f"model.head_dim={head_dim} must be a multiple of 8 and ≤ 256"
+    if "window_size" not in _arguments():
+        return f"torch {torch.__version__} has no varlen_attn with a window"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "FlashAttention needs compute capability ≥ 8.0"
+    return ""
+
+
+def varlen(shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device) -> Attend:
+    """With documents, finding where they begin is one wait for the device a forward pass."""
+    bounds = document_bounds(document_ids_BS, *shape, device)
+    return partial(_varlen, bounds=bounds, longest=shape[1], window=window)
+
+
+def _varlen(
+    q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, bounds: Tensor, longest: int, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    sizes = (-1 if window is None else window - 1, 0)  # keys left of the query's own, keys right of it
+    q, k, v = (tensor.flatten(0, 1).contiguous() for tensor in (q_BSND, k_BSGD, v_BSGD))
+    # torch 2.11 has no such argument and no check in its place: its kernel takes any N divisible by G.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _arguments() else {}
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=sizes, **grouped)
+    assert isinstance(out, Tensor)
+    return out.view(*q_BSND.shape[:2], -1)

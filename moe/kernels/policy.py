@@ -1,0 +1,59 @@
+"""What all modules and kernels decide alike: dtypes, float32 products, compilation, recomputation.
+
+- Activations have the dtype of the weights they meet (`train.precision`). Statistics, softmaxes, losses, router
+  arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
+- float32 matrix products on CUDA are IEEE float32, never TF32: `exact_float32`.
+- `torch.compile` is used where eager mode has no kernel at all (flex attention), through `compiled` alone.
+- What `model.recompute` names runs through `recomputed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precisions; float32 and float64 as they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in its `wide_dtype`."""
+    return x.to(wide_dtype(x.dtype))
+
+
+def exact_float32(device: torch.device) -> str | None:
+    """Make float32 matrix products on CUDA IEEE float32; a line that says so, None on other devices.
+
+    A float32 run promises the numbers of a CPU run to rounding, and the router computes in float32 under bfloat16
+    weights too: TF32's 10-bit mantissa there would send tokens to other experts.
+    """
+    if device.type != "cuda":
+        return None
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return "float32 matrix products: IEEE float32, no TF32"
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile(function)`, once a process and at its first use: importing a module starts no compiler.
+
+    The first call compiles for its shapes, the second other shape once more for all shapes.
+    """
+    return torch.compile(function)
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, whose backward pass runs it again, with the same numbers from `Randomness`.
+
+    With expert parallelism the exchange runs again too: every rank's backward pass meets the blocks in the same order.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,38 @@
+"""The dense SwiGLU activation (arXiv 2002.05202), silu(gate) · up, on every device. `grouped_swiglu` has the experts'.
+
+Legend: T tokens (any leading dimensions), F feed-forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """silu(gate) · up, element by element."""
+    return HandWrittenSwiGLU.apply(gate_TF, up_TF)  # type: ignore[return-value]
+
+
+def swiglu_reference(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """The definition, with autograd's own backward pass."""
+    return F.silu(gate_TF) * up_TF
+
+
+class HandWrittenSwiGLU(torch.autograd.Function):
+    """Keeps only its two inputs: the product and silu are cheaper to redo than to store."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TF, up_TF)
+        return F.silu(gate_TF).mul_(up_TF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        gate_TF, up_TF = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up_TF, gate_TF), F.silu(gate_TF).mul_(grads[0])

@@ -1,0 +1,35 @@
+"""A model with its weights on its device: allocated there at once, each weight drawn or read once."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed import ProcessGroup
+
+from moe.config import Config
+from moe.kernels.policy import exact_float32
+from moe.model.transformer import Transformer
+
+
+def build_model(config: Config, device: torch.device, expert_group: ProcessGroup | None = None) -> Transformer:
+    """The model of `config` with the initial weights of `train.seed`, float32 on `device`."""
+    model = empty_model(config, device, expert_group)
+    model.init_weights(config.train.seed)
+    return model
+
+
+def empty_model(config: Config, device: torch.device, expert_group: ProcessGroup | None = None) -> Transformer:
+    """The same with uninitialised weights, for a checkpoint to fill. Buffers have their initial values.
+
+    A module with buffers must set them in `reset_buffers()`, which its constructor calls too.
+    """
+    exact_float32(device)
+    with torch.device("meta"):
+        model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for name, module in model.named_modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            reset = getattr(module, "reset_buffers", None)
+            assert callable(reset), f"{name} ({type(module).__name__}) has buffers but no reset_buffers()"
+            reset()
+    return model

@@ -1,0 +1,40 @@
+"""What all layers of one forward pass share.
+
+Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe.config import AttentionBackend
+from moe.kernels.attention import Attend, make_attend
+from moe.kernels.rotary import RotaryTable
+from moe.model.cache import KVCache
+from moe.sparse import Randomness
+
+
+@dataclass(slots=True)
+class Context:
+    table: RotaryTable
+    backend: AttentionBackend | None  # over the tokens of this pass; None when earlier ones are cached
+    shape: tuple[int, int]
+    device: torch.device
+    document_ids_BS: Tensor | None
+    cache: KVCache | None
+    randomness: Randomness | None
+    _attends: dict[int | None, Attend] = field(default_factory=dict)
+
+    def attend(self, layer: int, window: int | None, q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
+        """Attention of one layer, [B, S, N·D]. The pattern of each distinct window is worked out once."""
+        if self.backend is None:
+            assert self.cache is not None
+            return self.cache.attend(layer, window, q_BSND, k_BSGD, v_BSGD)
+        if self.cache is not None:
+            self.cache.write(layer, k_BSGD, v_BSGD)
+        if window not in self._attends:
+            self._attends[window] = make_attend(self.backend, self.shape, window, self.document_ids_BS, self.device)
+        return self._attends[window](q_BSND, k_BSGD, v_BSGD)

@@ -1,0 +1,26 @@
+"""When may a product be joined with others instead of calling the module that owns it?"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a module whose forward pass is `x @ weight.T` and nothing else; None for any other.
+
+    Other are: a bias, a subclass or a wrapper (an adapter), a parametrization (it makes a subclass), hooks, a `forward`
+    set on the instance, and weights that are no ordinary tensors (quantised, sharded). Callers then call the module.
+    """
+    if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:
+        return None
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks):
+        return None
+    weight = module.weight
+    return None if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight) else weight
