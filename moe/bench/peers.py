@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moe.bench.settings import Rounds, split
 from moe.bench.stepper import batch_of
-from moe.config import Config, Mlp, ModelConfig, Precision, RouterConfig
+from moe.config import Config, Mlp, ModelConfig, Precision, TopKRouterConfig
 from moe.config.compose import load_config
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
@@ -64,6 +64,8 @@ def parse(overrides: list[str]) -> tuple[Rounds, Config]:
     train = config.train
     if config.model.mlp is not Mlp.sparse:
         raise UserError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
+    if not isinstance(config.router, TopKRouterConfig):
+        raise UserError(f"router.kind={config.router.kind} must be topk: the peer is a Mixtral")
     if config.router.capacity_factor is not None:
         raise UserError(f"router.capacity_factor={config.router.capacity_factor} must be null: the peer drops nothing")
     if train.precision is not Precision.float32:
@@ -150,7 +152,7 @@ def peer_model(config: Config, implementation: str = "eager") -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model, router = config.model, config.router
+    model, router = config.model, _top_k(config)
     shapes = MixtralConfig(
         **_shared(model),
         num_local_experts=router.num_experts,
@@ -183,7 +185,7 @@ def loss_gap(ours: Transformer, peer: Any, ids_BS: Tensor, config: Config) -> fl
     theirs = peer(input_ids=ids_BS, labels=ids_BS)
     nats = float(output.lm_loss_sum) / _targets(ids_BS)
     aux = float(theirs.aux_loss)
-    pooled = float(_pooled_balance(output, config.router))
+    pooled = float(_pooled_balance(output))
     gaps = abs(nats - (float(theirs.loss) - peer.config.router_aux_loss_coef * aux)), abs(pooled - aux)
     if not max(gaps) <= SAME_LOSS:
         raise RuntimeError(
@@ -192,11 +194,16 @@ def loss_gap(ours: Transformer, peer: Any, ids_BS: Tensor, config: Config) -> fl
     return max(gaps)
 
 
-def _pooled_balance(output: ModelOutput, router: RouterConfig) -> Tensor:
+def _top_k(config: Config) -> TopKRouterConfig:
+    assert isinstance(config.router, TopKRouterConfig)
+    return config.router
+
+
+def _pooled_balance(output: ModelOutput) -> Tensor:
     counts_E = torch.stack([each.counts_E for each in output.routers]).sum(0)
     probs_E = torch.cat([each.probs_TE for each in output.routers]).mean(0)
     rows = sum(each.probs_TE.shape[0] for each in output.routers)
-    return router.num_experts * torch.dot(counts_E / rows, probs_E)
+    return probs_E.numel() * torch.dot(counts_E / rows, probs_E)
 
 
 def _batches(config: Config, device: torch.device) -> Callable[[], Tensor]:
@@ -266,7 +273,7 @@ def _best_implementation(peer: Any, step: Step, batches: Callable[[], Tensor], c
 def _batched_bytes(config: Config) -> int:
     """batched_mm gathers a full set of expert weights for every choice, and keeps them for the backward pass."""
     model, train = config.model, config.train
-    choices = train.micro_batch_size * train.sequence_length * config.router.top_k
+    choices = train.micro_batch_size * train.sequence_length * config.router.experts_per_token
     return 4 * choices * 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers
 
 

@@ -19,8 +19,9 @@ from moe.config.choices import (
     TrackingBackend,
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
-from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
+from moe.config.router import RouterConfig, TopKRouterConfig
 from moe.config.run import Config
 from moe.config.train import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
 
@@ -49,6 +50,7 @@ __all__ = [
     "SourceFormat",
     "TokenizerConfig",
     "TokenizerKind",
+    "TopKRouterConfig",
     "TrackingBackend",
     "TrackingConfig",
     "TrainConfig",

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import Config
 from moe.config.migrate import check_overrides, migrate
+from moe.config.router import registered_router, router_kinds
 from moe.config.rules import require
 from moe.config.suggest import closest, dotted_keys, no_such_key
 from moe.errors import UserError
@@ -86,7 +87,10 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
     if hydras:
         raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe {name} --help` lists the keys")
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_schema", node=_typed(schema, router=None))
+    for kind in router_kinds():
+        store.store(group="router", name=f"{kind}_schema", node=registered_router(kind).schema)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = compose(name, overrides=overrides, return_hydra_config=True)
@@ -97,6 +101,20 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
     return composed
+
+
+def _typed(schema: type, *, router: object) -> DictConfig:
+    """The schema's defaults, with the options of the router of that kind; None: without any, for a preset to bring."""
+    node = OmegaConf.structured(schema)
+    if "router" in node:
+        node.router = "???" if router is None else OmegaConf.structured(registered_router(router).schema)
+    return node
+
+
+def _kind(saved: dict[Any, Any]) -> object:
+    """`router.kind` of a config.yaml; before there were kinds, every router was top-k."""
+    section = saved.get("router")
+    return section.get("kind", "topk") if isinstance(section, dict) else "topk"
 
 
 def _keys(node: DictConfig | ListConfig) -> list[str]:
@@ -141,6 +159,7 @@ def read_config(path: Path, schema: type = Config) -> Any:
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         require(isinstance(saved, dict), "must be a mapping of keys")
+        defaults = _typed(schema, router=_kind(saved))
         return to_config(OmegaConf.merge(defaults, migrate(saved)))
     # YAML's reader is one that makes no objects: a tag that asks for one is an error too.
     except (OSError, UserError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:

@@ -1,11 +1,11 @@
-"""The backbone, its router and its experts."""
+"""The backbone and its experts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config.choices import AttentionBackend, DropPolicy, ExpertBackend, Mlp, Recompute
-from moe.config.rules import not_negative, positive, require, share
+from moe.config.choices import AttentionBackend, ExpertBackend, Mlp, Recompute
+from moe.config.rules import positive, require, share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,31 +60,6 @@ class ModelConfig:
         """Dimensions of one head. NOTE: not stored into `head_dim`, or the default model's would become every model's:
         the schema is an instance, and YAML that says nothing of head_dim would inherit its number."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
-
-
-@dataclass(kw_only=True, slots=True)
-class RouterConfig:
-    """Top-k token-choice router. `capacity_factor=None` is dropless; coefficients scale losses, not metrics.
-
-    `jitter_noise` multiplies the router's input by uniform noise in [1 − ε, 1 + ε), in training only.
-    """
-
-    num_experts: int = 8
-    top_k: int = 2
-    aux_loss_coef: float = 0.02
-    z_loss_coef: float = 0.001
-    jitter_noise: float = 0.0
-    capacity_factor: float | None = None
-    drop_policy: DropPolicy = DropPolicy.position
-
-    def __post_init__(self) -> None:
-        positive("router", self, "num_experts", "top_k", "capacity_factor")
-        not_negative("router", self, "aux_loss_coef", "z_loss_coef")
-        share("router", self, "jitter_noise")
-        require(
-            self.top_k <= self.num_experts,
-            f"router.top_k={self.top_k} must be ≤ router.num_experts={self.num_experts}",
-        )
 
 
 @dataclass(kw_only=True, slots=True)

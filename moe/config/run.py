@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from moe.config.choices import Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
-from moe.config.model import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config.model import ExpertsConfig, ModelConfig
+from moe.config.router import RouterConfig, TopKRouterConfig
 from moe.config.rules import require
 from moe.config.train import (
     CheckpointConfig,
@@ -30,7 +31,7 @@ class Config:
     config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
     model: ModelConfig = field(default_factory=ModelConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
+    router: RouterConfig = field(default_factory=TopKRouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

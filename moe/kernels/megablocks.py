@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe.errors import UserError
 from moe.kernels.grouped_products import GroupedProducts
-
-
-class Order(Protocol):
-    """Choices sorted by expert, as the sparse layer has them."""
-
-    choices_N: Tensor  # int64, the flat choice (token · K + slot) of each sorted row
-    rows_TK: Tensor  # int64, the sorted row of each choice
-    counts_E: Tensor  # int64
+from moe.kernels.permute import RowOrder
 
 
 @cache
@@ -61,26 +54,26 @@ def products(counts: list[int]) -> GroupedProducts:
     )
 
 
-def gather_rows(x_TH: Tensor, order: Order) -> Tensor:
+def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
     """`dispatch.gather_rows` by MegaBlocks' kernel, which knows dropless routing only; [N, H]."""
     return _packages()[0].gather(x_TH, *_bins(order), order.rows_TK.shape[1])
 
 
-def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
     """`dispatch.combine_rows` by MegaBlocks' kernel; [T, H].
 
     The weights are applied before it, in float32: its own weighting would return the router a bfloat16 gradient.
     """
-    weights_N = weights_TK.flatten()[order.choices_N]
+    weights_N = weights_TK.flatten()[order.places_N]
     weighted_NH = (y_NH * weights_N.unsqueeze(1)).to(y_NH.dtype)
     indices_N, expert_ids_N, bins_E = _bins(order)
     return _packages()[0].scatter(weighted_NH, indices_N, expert_ids_N, None, bins_E, order.rows_TK.shape[1])
 
 
-def _bins(order: Order) -> tuple[Tensor, Tensor, Tensor]:
+def _bins(order: RowOrder) -> tuple[Tensor, Tensor, Tensor]:
     """What MegaBlocks' kernels take, int32: sorted choices [N], their experts [N], inclusive row bounds [E]."""
     counts_E = order.counts_E
     experts_E = torch.arange(counts_E.numel(), dtype=torch.int32, device=counts_E.device)
-    expert_ids_N = experts_E.repeat_interleave(counts_E, output_size=order.choices_N.numel())
+    expert_ids_N = experts_E.repeat_interleave(counts_E, output_size=order.places_N.numel())
     bins_E = _packages()[0].inclusive_cumsum(counts_E.to(torch.int32), 0)
-    return order.choices_N.to(torch.int32), expert_ids_N, bins_E.view(-1)
+    return order.places_N.to(torch.int32), expert_ids_N, bins_E.view(-1)

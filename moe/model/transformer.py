@@ -23,7 +23,7 @@ from moe.model.initialize import fill_weights
 from moe.model.loss import head_loss
 from moe.model.mlp import DenseMLP
 from moe.model.norm import build_norm
-from moe.sparse import Randomness, RouterOutput, SparseMLP
+from moe.sparse import Randomness, RouterOutput, SparseMLP, build_sparse_mlp
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(model, hidden)
         self.mlp: SparseMLP | DenseMLP
         if model.mlp is Mlp.sparse:
-            self.mlp = SparseMLP(hidden, intermediate, router, experts, expert_group=expert_group)
+            self.mlp = build_sparse_mlp(hidden, intermediate, router, experts, expert_group=expert_group)
         else:
             self.mlp = DenseMLP(hidden, intermediate)
         self.layer, self.recompute, self.dropout = layer, model.recompute, model.hidden_dropout

@@ -31,7 +31,7 @@ class Shapes:
         self.queries = model.num_attention_heads * model.head_size
         self.keys = model.num_key_value_heads * model.head_size
         self.sparse = model.mlp is Mlp.sparse
-        self.rows = self.tokens * router.top_k if self.sparse else 0
+        self.rows = self.tokens * router.experts_per_token if self.sparse else 0
         expert = config.parallel.expert_parallel_size
         self.received = math.ceil(self.rows * min(imbalance, expert)) if expert > 1 else self.rows
         share = router.num_experts // expert if self.sparse else 1
@@ -103,7 +103,7 @@ def _layer(shapes: Shapes, recompute: Recompute) -> tuple[int, int]:
     tokens, hidden, feed, s = shapes.tokens, shapes.hidden, shapes.feed, shapes.s
     attention = 2 * shapes.stream + 4 * tokens + _attention(shapes)  # the block's input, and normed
     if shapes.sparse:
-        experts, top_k = shapes.config.router.num_experts, shapes.config.router.top_k
+        experts, top_k = shapes.config.router.num_experts, shapes.config.router.experts_per_token
         routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
         index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert_parallel_size > 1 else 0)
         mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32

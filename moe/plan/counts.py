@@ -39,11 +39,11 @@ def parameter_parts(config: Config) -> ParameterParts:
     shared = (1 if model.tie_word_embeddings else 2) * embedding + norms + layers * heads * model.head_size * hidden
     if model.mlp is Mlp.dense:
         return ParameterParts(shared + layers * mlp, 0, 0, embedding, norms)
-    shared += layers * router.num_experts * hidden  # the routers
+    shared += layers * router.num_parameters(hidden)  # the routers
     return ParameterParts(
         shared=shared,
         experts=layers * router.num_experts * mlp,
-        active_experts=layers * router.top_k * mlp,
+        active_experts=layers * router.experts_per_token * mlp,
         embedding=embedding,
         norms=norms,
     )

@@ -73,7 +73,7 @@ def local_tensors(config: Config, world_size: int) -> Tensors:
     ]
     if parts.experts:
         down = experts // layers // 3
-        sizes += [(layers, 2 * down), (layers, down), (layers, config.router.num_experts * hidden)]
+        sizes += [(layers, 2 * down), (layers, down), (layers, config.router.num_parameters(hidden))]
     else:
         sizes += [(3 * layers, hidden * model.intermediate_size)]
     share = parts.shared / world_size + experts / (world_size // expert)

@@ -44,7 +44,7 @@ def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
         return ExchangeBytes(0, 0, 0.0)
     forwards = 1 if model.recompute is Recompute.none else 2
     times = model.num_hidden_layers * config.accumulation(world_size)
-    rows = train.micro_batch_size * train.sequence_length * router.top_k
+    rows = train.micro_batch_size * train.sequence_length * router.experts_per_token
     return ExchangeBytes(
         rows=times * (2 * forwards + 2) * rows * model.hidden_size * element_size(config),
         counts=times * forwards * router.num_experts * 8,

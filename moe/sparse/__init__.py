@@ -1,20 +1,21 @@
-"""What makes a Mixtral sparse: router, balance losses, dispatch, experts, and the layer that joins them."""
+"""What makes a Mixtral sparse: routers, balance losses, dispatch, experts, and the layer that joins them."""
 
-from moe.sparse.balance import BalanceLoss, balance_loss, max_violation, router_entropy
+from moe.sparse.balance import balance_loss, max_violation, router_entropy
 from moe.sparse.experts import Experts
-from moe.sparse.layer import SparseMLP
+from moe.sparse.layer import SparseMLP, build_sparse_mlp
 from moe.sparse.randomness import Randomness
-from moe.sparse.routers.base import RouterOutput
-from moe.sparse.routers.topk import TopKRouter
+from moe.sparse.routers import Router, RouterOutput, build_router, routers_of
 
 __all__ = [
-    "BalanceLoss",
     "Experts",
     "Randomness",
+    "Router",
     "RouterOutput",
     "SparseMLP",
-    "TopKRouter",
     "balance_loss",
+    "build_router",
+    "build_sparse_mlp",
     "max_violation",
     "router_entropy",
+    "routers_of",
 ]

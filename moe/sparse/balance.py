@@ -1,4 +1,4 @@
-"""Balance: the losses that keep experts in use, and the figures that show whether they are.
+"""Balance: the losses that keep experts in use, and the metrics that show whether they are.
 
 Shapes: T tokens, E experts, L sparse layers.
 """
@@ -6,13 +6,13 @@ Shapes: T tokens, E experts, L sparse layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moe.config import RouterConfig
-from moe.sparse.routers.base import RouterOutput
+if TYPE_CHECKING:
+    from moe.sparse.routers.base import RouterOutput
 
 
 def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
@@ -31,32 +31,33 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     return torch.logsumexp(logits_TE, dim=1).square().mean()
 
 
-class BalanceLoss(NamedTuple):
-    """`total` is what is added to the language-model loss; the other two are the unscaled means over layers."""
-
-    total: Tensor
-    load_balancing: Tensor
-    z: Tensor
-
-
-def balance_loss(
-    outputs: Sequence[RouterOutput], config: RouterConfig, *, num_layers: int | None = None
-) -> BalanceLoss:
-    """The balance losses of a sparse model's layers, each computed per layer and then averaged.
+def balance_loss(outputs: Sequence[RouterOutput], *, num_layers: int | None = None) -> Tensor:
+    """What is added to the language-model loss, a scalar: each of the routers' losses, computed per layer, averaged
+    over the layers and multiplied by its coefficient.
 
     Pooling the layers first would score layers that collapsed onto *different* experts as perfectly balanced.
     Raises ValueError when no output, or not one for each of `num_layers`, arrives: training a router without its
-    balance losses must be a choice (`router.aux_loss_coef=0`), never an accident.
+    balance losses must be a choice (a coefficient of 0), never an accident.
     """
     if not outputs or (num_layers is not None and len(outputs) != num_layers):
         expected = "≥ 1" if num_layers is None else str(num_layers)
         raise ValueError(
             f"router outputs={len(outputs)} must be {expected}, one per sparse layer: without them the balance "
-            "losses are lost (to train without them set router.aux_loss_coef=0 router.z_loss_coef=0)"
+            "losses are lost (to train without them set their coefficients to 0)"
         )
-    load_balancing = torch.stack([output.load_balancing_loss for output in outputs]).mean()
-    z = torch.stack([output.z_loss for output in outputs]).mean()
-    return BalanceLoss(config.aux_loss_coef * load_balancing + config.z_loss_coef * z, load_balancing, z)
+    terms = []
+    for name in dict.fromkeys(name for output in outputs for name in output.losses):
+        losses = [output.losses[name] for output in outputs if name in output.losses]
+        values, coefficients = torch.stack([loss.value for loss in losses]), {loss.coefficient for loss in losses}
+        if len(losses) == len(outputs) and len(coefficients) == 1:
+            terms.append(coefficients.pop() * values.mean())
+        else:  # layers with routers of their own
+            weights = values.new_tensor([loss.coefficient for loss in losses])
+            terms.append((weights * values).sum() / len(outputs))
+    total = outputs[0].probs_TE.new_zeros(()) if not terms else terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def max_violation(counts_LE: Tensor) -> Tensor:

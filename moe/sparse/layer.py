@@ -11,46 +11,30 @@ from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
 from moe.errors import UserError
-from moe.kernels import megablocks
-from moe.sparse import dispatch
+from moe.kernels import megablocks, permute
 from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
 from moe.sparse.randomness import Randomness
-from moe.sparse.routers.base import RouterOutput
-from moe.sparse.routers.topk import TopKRouter
+from moe.sparse.routers import Router, RouterOutput, build_router
 
 
 class SparseMLP(nn.Module):
     """Mixtral's sparse feed-forward (arXiv 2401.04088, §2.1). With an expert group of N ranks, rank r holds experts
-    [r·E/N, (r+1)·E/N). Raises UserError when N doesn't divide E."""
+    [r·E/N, (r+1)·E/N). The router is handed in."""
 
     def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        router: RouterConfig,
-        experts: ExpertsConfig,
-        *,
-        expert_group: dist.ProcessGroup | None = None,
+        self, gate: Router, experts: Experts, *, expert_group: dist.ProcessGroup | None = None, megablocks: bool = False
     ) -> None:
+        """`experts` holds this rank's share; `megablocks`: its kernels move the rows where every choice is kept."""
         super().__init__()
-        ranks = 1 if expert_group is None else dist.get_world_size(expert_group)
-        rank = 0 if expert_group is None else dist.get_rank(expert_group)
-        if router.num_experts % ranks:
-            raise UserError(
-                f"parallel.expert_parallel_size={ranks} must divide router.num_experts={router.num_experts}"
-            )
-        num_local = router.num_experts // ranks
-        self.expert_group = expert_group if ranks > 1 else None
-        self.moves_by_megablocks = experts.backend is ExpertBackend.megablocks
-        self.gate = TopKRouter(hidden_size, router)
-        self.experts = Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local)
+        self.gate, self.experts, self.expert_group = gate, experts, expert_group
+        self.moves_by_megablocks = megablocks
 
     def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> tuple[Tensor, RouterOutput]:
         """x [B, S, H] → (y [B, S, H], what the router did). Every rank of the expert group must call it together."""
         routed = self.gate(x_BSH, randomness)
-        order = sort_by_expert(routed.ids_TK, routed.keep_TK, routed.counts_E)
-        rows = megablocks if self.moves_by_megablocks and order.keep_TK is None else dispatch
+        order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
+        rows = megablocks if self.moves_by_megablocks and order.filled_TK is None else permute
         # The counts travel while the rows are gathered.
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_BSH.flatten(0, 1), order)
@@ -60,4 +44,26 @@ class SparseMLP(nn.Module):
             exchange = plan_exchange(counts)
             y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)
             y_NH = from_experts(y_MH, exchange)
-        return rows.combine_rows(y_NH, routed.weights_TK, order).view_as(x_BSH), routed
+        return rows.combine_rows(y_NH, weights_TK, order).view_as(x_BSH), routed
+
+
+def build_sparse_mlp(
+    hidden_size: int,
+    intermediate_size: int,
+    router: RouterConfig,
+    experts: ExpertsConfig,
+    *,
+    expert_group: dist.ProcessGroup | None = None,
+) -> SparseMLP:
+    """The configured router and this rank's experts in a layer. Raises UserError when the ranks don't divide them."""
+    ranks = 1 if expert_group is None else dist.get_world_size(expert_group)
+    rank = 0 if expert_group is None else dist.get_rank(expert_group)
+    if router.num_experts % ranks:
+        raise UserError(f"parallel.expert_parallel_size={ranks} must divide router.num_experts={router.num_experts}")
+    num_local = router.num_experts // ranks
+    return SparseMLP(
+        build_router(hidden_size, router),
+        Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local),
+        expert_group=expert_group if ranks > 1 else None,
+        megablocks=experts.backend is ExpertBackend.megablocks,
+    )

@@ -13,6 +13,7 @@ from moe.engine import build_engine
 from moe.engine import prepare as prepare_engine
 from moe.engine.base import Engine
 from moe.model.build import build_model
+from moe.sparse.routers.base import routers_of
 from moe.train.progress import Display
 from moe.train.startup import choose_backends, describe_run, peak_flops
 
@@ -64,6 +65,8 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
     mesh = prepare_engine(config, mesh)
     model = build_model(config, mesh.device, mesh.expert_group)
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
+    if not all(router.keeps_balance for router in routers_of(model)):
+        display.warn(f"router.kind={config.router.kind}: nothing keeps the experts balanced in this run")
     peak = peak_flops(config, mesh)
     engine = build_engine(model, config, mesh)
     for line in (*corpus.describe().splitlines(), *describe_run(config, mesh, peak), *backends):

@@ -13,6 +13,7 @@ from moe.data.corpus import Corpus
 from moe.data.loader import Batch, token_counts
 from moe.distributed.mesh import Mesh
 from moe.model.transformer import Transformer
+from moe.sparse import RouterOutput
 from moe.train.metrics import bits_per_byte, entropy_nats
 
 ROUTED_TOKENS = 400  # of the text that the report colours by expert
@@ -54,7 +55,7 @@ class Evaluation:
                 length = min(ROUTED_TOKENS, batch.input_ids_BS.shape[1])
                 routing = {
                     "tokens": [self._tokenizer.piece(int(token)) for token in batch.input_ids_BS[0, :length]],
-                    "experts": [router.ids_TK[:length, 0].tolist() for router in output.routers],
+                    "experts": [_first_experts(router, length) for router in output.routers],
                     "num_experts": output.routers[0].counts_E.numel(),
                 }
         model.train()
@@ -69,6 +70,15 @@ class Evaluation:
             },
         }
         return metrics, routing
+
+
+def _first_experts(router: RouterOutput, tokens: int) -> list[int]:
+    """Each of the first tokens' best expert; −1 where none took it."""
+    choices = router.choices
+    first_T = torch.full((choices.num_tokens,), -1, device=choices.experts_N.device)
+    # Backwards, so that a token's first choice is written last.
+    first_T[choices.tokens_N.flip(0)] = choices.experts_N.flip(0)
+    return first_T[:tokens].tolist()
 
 
 def _loss_by_sequence(logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Figures of one optimizer step, exact over its whole global batch: one packed sum over ranks at the end of the step.
 
-L sparse layers, E experts.
+E experts of a layer.
 """
 
 from __future__ import annotations
@@ -8,89 +8,101 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe.distributed.mesh import Mesh
-from moe.sparse.balance import max_violation, router_entropy
+from moe.sparse.balance import max_violation
 from moe.sparse.routers.base import RouterOutput
+
+NO_ROUTERS: dict[str, Any] = {  # of a dense model
+    "load_balancing_loss": None,
+    "max_violation": None,
+    "dead_experts": None,
+    "dropped_fraction": None,
+    "expert_shares": [],
+}
 
 
 class StepSums:
-    """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the metrics."""
+    """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the metrics.
+
+    What routers call their losses and diagnostics are the metrics' names.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._scalars: Tensor | None = None  # [2 + 4 L]: see `add`
-        self._counts_LE: Tensor | None = None
+        self._names: list[list[str]] = []  # of each layer's scalars, in the order in which they are packed
+        self._scalars: Tensor | None = None  # [2 + scalars of all layers]: see `add`
+        self._counts: list[Tensor] = []  # [E] of each layer
         self._micro_batches = 0
 
     def add(self, lm_loss_sum: Tensor, total_loss: Tensor, routers: list[RouterOutput]) -> None:
         """`lm_loss_sum` in nats over this micro-batch's targets; `total_loss` is what was given to backward."""
         with torch.no_grad():
-            parts = [lm_loss_sum, total_loss]
-            for router in routers:
-                parts += [router.load_balancing_loss, router.z_loss, router_entropy(router.probs_TE), router.dropped]
+            layers = [_scalars(router) for router in routers]
+            parts = [lm_loss_sum, total_loss, *(value for layer in layers for value in layer.values())]
             scalars = torch.stack([part.detach().double().reshape(()) for part in parts])
-            self._scalars = scalars if self._scalars is None else self._scalars + scalars
-            if routers:
-                counts = torch.stack([router.counts_E for router in routers]).double()
-                self._counts_LE = counts if self._counts_LE is None else self._counts_LE + counts
+            counts = [router.counts_E.double() for router in routers]
+        names = [list(layer) for layer in layers]
+        if self._scalars is None:
+            self._scalars, self._counts, self._names = scalars, counts, names
+        else:
+            assert names == self._names, "the routers named other metrics in an earlier micro-batch"
+            self._scalars = self._scalars + scalars
+            self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
         self._micro_batches += 1
 
     def reduced(
         self, targets: int, mine: float, flags: Sequence[float]
-    ) -> tuple[dict[str, Any], list[float], list[float]]:
-        """The step's metrics, every rank's `mine`, and `flags` summed over the ranks.
+    ) -> tuple[dict[str, Any], list[Tensor], list[float], list[float]]:
+        """The step's metrics, each layer's counts_E (int64, on the CPU), every rank's `mine`, and the ranks' summed
+        `flags`. A collective.
 
         `targets` is the number of target tokens of the global batch.
         """
         assert self._scalars is not None
         by_rank = self._scalars.new_zeros(self._mesh.world_size)
         by_rank[self._mesh.rank] = mine
-        parts = [by_rank, self._scalars.new_tensor(flags), self._scalars]
-        if self._counts_LE is not None:
-            parts.append(self._counts_LE.flatten())
-        own = [len(by_rank), len(by_rank) + len(flags)]
-        ranks, raised, packed = self._mesh.sum_(torch.cat(parts)).cpu().tensor_split(own)
-        return self._figures(packed, targets), ranks.tolist(), raised.tolist()
+        parts = [by_rank, self._scalars.new_tensor(flags), self._scalars, *self._counts]
+        summed = self._mesh.sum_(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        ranks, raised, packed, counts = summed[0], summed[1], summed[2], list(summed[3:])
+        metrics = self._metrics(packed, counts, targets)
+        return metrics, [counts_E.long() for counts_E in counts], ranks.tolist(), raised.tolist()
 
-    def _figures(self, packed: Tensor, targets: int) -> dict[str, Any]:
-        micro_batches = self._micro_batches * self._mesh.world_size
+    def _metrics(self, packed: Tensor, counts: list[Tensor], targets: int) -> dict[str, Any]:
+        micro_batches = self._micro_batches * self._mesh.data_parallel_size
         metrics: dict[str, Any] = {
             "loss": packed[1].item() / micro_batches,
             "lm_loss": packed[0].item() / max(1, targets),
         }
-        if self._counts_LE is None:
-            return metrics | DENSE
-        layers, experts = self._counts_LE.shape
-        per_layer = packed[2 : 2 + 4 * layers].view(layers, 4)
-        counts_LE = packed[2 + 4 * layers :].view(layers, experts)
-        balance, z_loss, entropy = (per_layer[:, :3] / micro_batches).unbind(-1)
+        if not counts:
+            return metrics | NO_ROUTERS
+        by_name: dict[str, list[Tensor]] = {}  # sums over micro-batches and ranks, a layer each
+        for name, value in zip(chain.from_iterable(self._names), packed[2:], strict=True):
+            by_name.setdefault(name, []).append(value)
+        dropped = torch.stack(by_name.pop(DROPPED)).sum()
+        chosen = torch.stack([counts_E.sum() for counts_E in counts]).sum()
+        for name, sums in by_name.items():
+            layers = torch.stack(sums) / micro_batches
+            metrics[name] = layers.mean().item()
+            metrics[f"{name}_layers"] = layers.tolist()
         return metrics | {
-            "load_balancing_loss": balance.mean().item(),
-            "router_z_loss": z_loss.mean().item(),
-            "max_violation": max_violation(counts_LE).mean().item(),
-            "router_entropy": entropy.mean().item(),
-            "dead_experts": int((counts_LE == 0).sum()),
-            "dropped_fraction": (per_layer[:, 3].sum() / counts_LE.sum()).item(),
-            "expert_shares": (counts_LE / counts_LE.sum(-1, keepdim=True)).tolist(),
-            "load_balancing_loss_layers": balance.tolist(),
+            "max_violation": torch.stack([max_violation(counts_E) for counts_E in counts]).mean().item(),
+            "dead_experts": sum(int((counts_E == 0).sum()) for counts_E in counts),
+            "dropped_fraction": (dropped / chosen).item(),
+            "expert_shares": [(counts_E / counts_E.sum()).tolist() for counts_E in counts],
         }
 
 
-DENSE: dict[str, Any] = {
-    "load_balancing_loss": None,
-    "router_z_loss": None,
-    "max_violation": None,
-    "router_entropy": None,
-    "dead_experts": None,
-    "dropped_fraction": None,
-    "expert_shares": [],
-    "load_balancing_loss_layers": [],
-}
+DROPPED = "dropped"
+
+
+def _scalars(router: RouterOutput) -> dict[str, Tensor]:
+    return {name: loss.value for name, loss in router.losses.items()} | router.diagnostics | {DROPPED: router.dropped}
 
 
 def entropy_nats(counts_V: Tensor) -> float:

@@ -19,8 +19,7 @@ from moe.data.loader import Batch
 from moe.data.packing import NO_TARGET
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine, StepResult
-from moe.sparse import Randomness
-from moe.sparse.balance import balance_loss
+from moe.sparse import Randomness, balance_loss, routers_of
 from moe.train.metrics import StepSums
 
 
@@ -61,6 +60,9 @@ def training_step(
     targets = _global_targets(batches, mesh)
     micro_batches = len(batches) * mesh.data_parallel_size
     sums, losses = StepSums(mesh), list[tuple[Tensor, Tensor]]()
+    routers = list(routers_of(engine.model))
+    for router in routers:
+        router.begin_step(step, config.train.steps)
     result: StepResult | None = None
     for index, batch in enumerate(batches):
         if before_micro_batch is not None:
@@ -74,13 +76,16 @@ def training_step(
         # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
         loss = output.lm_loss_sum * (micro_batches / max(1, targets))
         if config.model.mlp is Mlp.sparse:
-            loss = loss + balance_loss(output.routers, config.router, num_layers=config.model.num_hidden_layers).total
+            loss = loss + balance_loss(output.routers, num_layers=config.model.num_hidden_layers)
         engine.backward(loss)
         result = engine.step(lr, norm_limit)
         losses.append((loss.detach(), batch.sample_ids_B))
         sums.add(output.lm_loss_sum, loss, output.routers)
     assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
-    metrics, busy, raised = sums.reduced(targets, busy_seconds, flags())
+    metrics, counts, busy, raised = sums.reduced(targets, busy_seconds, flags())
+    if result.skipped is None:
+        for router, counts_E in zip(routers, counts, strict=True):
+            router.after_step(counts_E.to(mesh.device))
     return TrainedStep(result, metrics, losses, busy, raised)
 
 

@@ -52,8 +52,10 @@ class Display:
     def step(self, metrics: dict[str, Any]) -> None:
         step = metrics["step"]
         text = f"loss {metrics['lm_loss']:.3f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics.get("load_balancing_loss") is not None:
+            text += f" · balance {metrics['load_balancing_loss']:.3f}"
         if metrics["max_violation"] is not None:
-            text += f" · balance {metrics['load_balancing_loss']:.3f} · MaxVio {metrics['max_violation']:.2f}"
+            text += f" · MaxVio {metrics['max_violation']:.2f}"
         if metrics["dropped_fraction"]:
             text += f" · dropped {metrics['dropped_fraction']:.1%}"
         if self._bar is not None:

@@ -27,9 +27,8 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
         shapes = (model.hidden_size, model.intermediate_size)
         backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)
         router = config.router
-        lines.append(f"experts: {router.num_experts}, top-{router.top_k}, {backend.name} ({reason})")
-        if router.aux_loss_coef == 0:
-            lines.append("warning: router.aux_loss_coef=0: nothing keeps the experts balanced in this run")
+        each = f"{router.experts_per_token} a token"
+        lines.append(f"router: {router.kind}; experts: {router.num_experts}, {each}, {backend.name} ({reason})")
     return lines
 
 

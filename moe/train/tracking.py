@@ -23,12 +23,14 @@ from urllib.parse import urlsplit
 from moe.config import Config, TrackingBackend
 from moe.durable import append_line, write_durably
 
-PANELS = {  # figure → W&B section; sections are shown in alphabetical order, so balance comes first
-    "balance": ("load_balancing_loss", "max_violation", "router_entropy", "router_z_loss", "dead_experts"),
+# W&B section → metrics; sections are shown in alphabetical order. What stands in none is a router's and belongs to
+# "balance", which comes first.
+PANELS = {
     "train": ("loss", "lm_loss", "grad_norm", "lr", "dropped_fraction", "tokens"),
     "speed": ("tokens_per_second", "step_seconds", "mfu", "straggler_seconds"),
     "val": ("val_loss", "val_bits_per_byte", "val_unigram_entropy"),
 }
+UNSHOWN = ("step", "skipped_steps", "slowest_rank")
 
 
 def plain(value: Any) -> Any:
@@ -81,10 +83,15 @@ def _has_key() -> bool:
 
 
 def panels(metrics: dict[str, Any]) -> dict[str, Any]:
-    """A step's metrics under W&B's sections, the load-balancing loss per layer beside the total; no nulls."""
-    shown = {f"{section}/{name}": metrics.get(name) for section, names in PANELS.items() for name in names}
-    for layer, value in enumerate(metrics["load_balancing_loss_layers"]):
-        shown[f"balance/load_balancing_loss_layer_{layer:02d}"] = value
+    """A step's metrics under W&B's sections, the routers' losses per layer beside their means; no nulls."""
+    section_of = {name: section for section, names in PANELS.items() for name in names}
+    shown: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if name.endswith("_layers"):
+            base = f"balance/{name.removesuffix('_layers')}_layer"
+            shown |= {f"{base}_{layer:02d}": one for layer, one in enumerate(value)}
+        elif isinstance(value, int | float) and name not in UNSHOWN:
+            shown[f"{section_of.get(name, 'balance')}/{name}"] = value
     for layer, shares in enumerate(metrics["expert_shares"]):
         for expert, share in enumerate(shares):
             shown[f"experts/layer_{layer:02d}/share_{expert:02d}"] = share

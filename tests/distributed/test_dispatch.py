@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, RouterConfig
+from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, TopKRouterConfig
 from moe.sparse import SparseMLP
 from tests.ranks import run_ranks
 
@@ -29,7 +29,7 @@ class Case:
     backend: ExpertBackend = ExpertBackend.auto
 
     def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
-        config = RouterConfig(**{"num_experts": EXPERTS, **self.router})
+        config = TopKRouterConfig(**{"num_experts": EXPERTS, **self.router})
         layer = SparseMLP(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
         layer.experts.reset_parameters(0.3, lambda name, expert: len(name) * 100 + expert)
         torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(5))
@@ -88,7 +88,7 @@ def _rank_runs_all_cases(store: str, ranks: int) -> dict[str, dict[str, Tensor]]
             xs, grads = case.batch(ranks)
             results[name] = _step(case.layer(dist.group.WORLD), xs[rank], grads[rank])
         with pytest.raises(ValueError, match=f"parallel.expert_parallel_size={ranks} must divide router.num_experts=9"):
-            SparseMLP(HIDDEN, INNER, RouterConfig(num_experts=9), ExpertsConfig(), expert_group=dist.group.WORLD)
+            SparseMLP(HIDDEN, INNER, TopKRouterConfig(num_experts=9), ExpertsConfig(), expert_group=dist.group.WORLD)
         return results
     finally:
         dist.destroy_process_group()

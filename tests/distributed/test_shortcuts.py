@@ -49,7 +49,7 @@ def _run(overrides: list[str], shortcuts: bool, bad_step: int | None) -> dict[st
         ids_MBS = torch.randint(320, (MICRO_BATCHES, BATCH, LENGTH), generator=generator)
         for ids_BS in ids_MBS[mesh.rank :: mesh.world_size]:
             output = engine(ids_BS, labels_BS=ids_BS.roll(-1, 1))
-            loss = output.lm_loss_sum / ids_BS.numel() + balance_loss(output.routers, config.router).total
+            loss = output.lm_loss_sum / ids_BS.numel() + balance_loss(output.routers)
             engine.backward(loss * float("inf") if step == bad_step else loss)
             losses.append(loss.item())
             result = engine.step(config.optim.lr)

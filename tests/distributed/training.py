@@ -91,7 +91,7 @@ def build(
 def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: int) -> Training:
     """Steps `first` … `first + count − 1` on this rank's micro-batches; losses, norms and counts are over all ranks."""
     done = Training(experts=engine.expert_names)
-    choices = config.train.global_batch_size * config.train.sequence_length * config.router.top_k
+    choices = config.train.global_batch_size * config.train.sequence_length * config.router.experts_per_token
 
     def record(module: Any, inputs: Any, output: Any) -> None:
         done.idle_here |= any(bool((router.counts_E == 0).any()) for router in output.routers)
@@ -128,7 +128,7 @@ def plain_steps(config: Config, count: int, idle: list[int] | None = None) -> Tr
         for batch in batches:
             randomness = Randomness.of(config.train.seed, step, batch.sample_ids_B)
             output = model(batch.input_ids_BS, labels_BS=batch.labels_BS, randomness=randomness)
-            loss = output.lm_loss_sum / targets + balance_loss(output.routers, config.router).total / len(batches)
+            loss = output.lm_loss_sum / targets + balance_loss(output.routers) / len(batches)
             loss.backward()
             total += loss.item()
             counts = counts + torch.stack([router.counts_E for router in output.routers])

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, Mlp, ModelConfig, RouterConfig
+from moe.config import ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.config.compose import ConfigError, load_config
 from moe.config.generate import GenerateConfig, Sampling, quote_texts
 from moe.inference.generate import generate, read_prompts, run_generate, sample_text, stream
@@ -42,7 +42,7 @@ def build(mlp=Mlp.sparse, window=None, **settings) -> Transformer:
         initializer_range=0.3,
         **settings,
     )
-    model = Transformer(config, RouterConfig(), ExpertsConfig())
+    model = Transformer(config, TopKRouterConfig(), ExpertsConfig())
     model.init_weights(0)
     return model
 
@@ -237,7 +237,7 @@ def test_lengths_and_vocabularies_that_do_not_fit():
         generate(build(max_position_embeddings=11), TOKENIZER, ["ab"], Sampling(max_new_tokens=9))
     config = ModelConfig(vocab_size=257)
     with pytest.raises(ValueError, match=r"the tokenizer's 258 pieces must be ≤ model.vocab_size=257"):
-        generate(Transformer(config, RouterConfig(), ExpertsConfig()), TOKENIZER, ["a"], Sampling())
+        generate(Transformer(config, TopKRouterConfig(), ExpertsConfig()), TOKENIZER, ["a"], Sampling())
 
 
 @pytest.mark.parametrize(

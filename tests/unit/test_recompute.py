@@ -30,7 +30,7 @@ def _run(overrides: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor], i
         output = model(ids, labels_BS=ids.roll(-1, 1))
         loss = output.lm_loss_sum
         if output.routers:
-            loss = loss + balance_loss(output.routers, config.router).total
+            loss = loss + balance_loss(output.routers)
         size = sum(kept.values())
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, size

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.config import AttentionBackend, ExpertsConfig, Mlp, ModelConfig, RouterConfig
+from moe.config import AttentionBackend, ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 
@@ -15,7 +15,7 @@ def build(mlp: Mlp = Mlp.sparse, seed: int = 0, **settings) -> Transformer:
     config = ModelConfig(
         mlp=mlp, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, **settings
     )
-    model = Transformer(config, RouterConfig(), ExpertsConfig())
+    model = Transformer(config, TopKRouterConfig(), ExpertsConfig())
     model.init_weights(seed)
     return model
 
@@ -138,7 +138,7 @@ def test_packed_documents_equal_documents_alone():
 def test_the_window_reaches_exactly_its_width():
     """One layer: the last of 20 tokens sees the W − 1 before it and no further."""
     config = ModelConfig(mlp=Mlp.dense, vocab_size=VOCAB, hidden_size=64, num_hidden_layers=1, sliding_window=6)
-    model = Transformer(config, RouterConfig(), ExpertsConfig()).double()
+    model = Transformer(config, TopKRouterConfig(), ExpertsConfig()).double()
     model.init_weights(0)
     ids, last = tokens(1, 20), []
     for position in range(20):
@@ -164,7 +164,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
     model, same, other = build(), build(), build(seed=1)
     larger = Transformer(
         ModelConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=5),
-        RouterConfig(),
+        TopKRouterConfig(),
         ExpertsConfig(),
     )
     torch.manual_seed(123)  # the global generator has no say
@@ -186,7 +186,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
 def test_experts_start_alike_whichever_rank_holds_them():
     """Expert 5 of 8 is expert 1 of the rank that holds 4 … 7."""
     model = build()
-    part = Transformer(model.config, RouterConfig(num_experts=4), ExpertsConfig())
+    part = Transformer(model.config, TopKRouterConfig(num_experts=4), ExpertsConfig())
     for block in part.model.layers:
         block.mlp.experts.first_expert = 4
     part.init_weights(0)
@@ -199,7 +199,7 @@ def test_meta_construction_then_weights():
     """Built without memory, materialised, initialised: the same model as one built at once."""
     config = build().config
     with torch.device("meta"):
-        model = Transformer(config, RouterConfig(), ExpertsConfig())
+        model = Transformer(config, TopKRouterConfig(), ExpertsConfig())
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     model.to_empty(device="cpu")
     model.init_weights(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from moe.config import ExpertsConfig, Mlp, ModelConfig, RouterConfig
+from moe.config import ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.kernels import cross_entropy
 from moe.model.cache import KVCache
 from moe.model.linear import plain_weight
@@ -23,7 +23,7 @@ def build(mlp: Mlp = Mlp.sparse, **settings: object) -> Transformer:
     config = ModelConfig(
         mlp=mlp, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, **settings
     )
-    model = Transformer(config, RouterConfig(), ExpertsConfig())
+    model = Transformer(config, TopKRouterConfig(), ExpertsConfig())
     model.init_weights(0)
     return model.double()
 

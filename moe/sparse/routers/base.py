@@ -1,29 +1,127 @@
-"""What a sparse layer tells about its routing.
+"""What a sparse layer needs of a router, and what a router tells about a micro-batch.
 
-Shapes: T tokens, K choices per token, E experts.
+Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, K choices per token, N choices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from moe.config import RouterConfig
+from moe.sparse.randomness import Randomness
+
+
+@dataclass(slots=True)
+class Choices:
+    """Which token goes to which expert with which weight: one row a choice, in token order.
+
+    A token may have any number of rows, also none. `per_token` is K when every token has exactly K: then nothing about
+    the rows has to be counted, which on a GPU would wait for the device.
+    """
+
+    tokens_N: Tensor  # int64, not decreasing
+    experts_N: Tensor  # int64, a token's best first
+    weights_N: Tensor  # float32 (float64 in a float64 model)
+    num_tokens: int
+    per_token: int | None = None
+
+    @classmethod
+    def top_k(cls, experts_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor | None = None) -> Choices:
+        """K choices a token; without those that `keep_TK` (bool) marks False."""
+        tokens, per_token = experts_TK.shape
+        tokens_N = torch.arange(tokens * per_token, device=experts_TK.device) // per_token
+        experts_N, weights_N = experts_TK.flatten(), weights_TK.flatten()
+        if keep_TK is None:
+            return cls(tokens_N, experts_N, weights_N, tokens, per_token)
+        keep_N = keep_TK.flatten()
+        return cls(tokens_N[keep_N], experts_N[keep_N], weights_N[keep_N], tokens)
+
+
+class RouterLoss(NamedTuple):
+    """A scalar of one layer and micro-batch, unscaled as metrics show it, and what it is multiplied by in training."""
+
+    value: Tensor
+    coefficient: float
 
 
 @dataclass(slots=True)
 class RouterOutput:
-    """What a sparse layer's router did with one micro-batch; returned by every sparse layer, never parked in a global.
+    """What a layer's router did with one micro-batch; returned by every sparse layer, never parked in a global.
 
-    Floats are float32 whatever the model's dtype (float64 in a float64 model). `counts_E` and the losses are those of
-    this rank's tokens. `keep_TK` is None when dropless; a choice it marks False contributes zero to its token's output.
+    Names in `losses` and `diagnostics` (scalars) become metrics, means over layers and micro-batches, as they are.
+    Floats are float32 whatever the model's dtype (float64 in a float64 model). All is of this rank's tokens.
     """
 
+    choices: Choices
     logits_TE: Tensor
-    probs_TE: Tensor  # softmax over all experts
-    ids_TK: Tensor  # int64, best first
-    weights_TK: Tensor  # renormalised over the K chosen, dropped ones included
-    counts_E: Tensor  # int64, choices per expert before any dropping
-    dropped: Tensor  # int64 scalar, choices dropped by capacity
-    load_balancing_loss: Tensor  # scalar, 1.0 = uniform
-    z_loss: Tensor  # scalar
-    keep_TK: Tensor | None = None  # bool
+    probs_TE: Tensor  # what the router thinks of each expert; each row sums to 1
+    counts_E: Tensor  # int64, choices per expert before any dropping: the demand
+    losses: dict[str, RouterLoss]
+    diagnostics: dict[str, Tensor]
+
+    @property
+    def dropped(self) -> Tensor:
+        """int64 scalar, choices that an expert's capacity turned away."""
+        return self.counts_E.sum() - self.choices.experts_N.numel()
+
+
+class Router(nn.Module):
+    """`forward(x_BSH, randomness) -> RouterOutput`. A subclass is registered in `moe.config.router`.
+
+    Buffers are part of the model: they are saved, resharded and verified like weights, and keep their dtype when the
+    model is cast. `reset_buffers` sets their initial values.
+    """
+
+    def __init__(self, hidden_size: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.step, self.total_steps = 0, 1  # of the optimizer, 0-based; set before each step
+
+    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
+        """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere."""
+        raise NotImplementedError
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Optimizer step number `step` (0-based) of `total_steps` begins, for schedules. The same on all ranks, and
+        unchanged until the next one, also where activations are recomputed."""
+        self.step, self.total_steps = step, total_steps
+
+    def after_step(self, counts_E: Tensor) -> None:
+        """An update was accepted; `counts_E` (int64) are its choices before dropping, over all ranks and micro-batches.
+
+        Called on all ranks alike, so that buffers stay equal.
+        """
+
+    def reset_buffers(self) -> None:
+        """Set the buffers' initial values."""
+
+    @property
+    def keeps_balance(self) -> bool:
+        """Whether anything keeps the experts in use: a run with a router that says no warns at its start."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Casts leave buffers alone: a float32 bias that moves by thousandths would stand still in bfloat16."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+def routers_of(model: nn.Module) -> Iterator[Router]:
+    """The routers of a model's sparse layers, in order."""
+    return (module for module in model.modules() if isinstance(module, Router))
+
+
+def count_choices(experts_N: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how often each expert was chosen."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_N.device)
+    return counts_E.scatter_add_(0, experts_N, torch.ones_like(experts_N))

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with what weight.
+"""The top-k router: each token goes to its k most probable experts.
 
 Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, K choices per token.
 """
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import DropPolicy, RouterConfig
-from moe.sparse.balance import load_balancing_loss, z_loss
+from moe.config import DropPolicy, TopKRouterConfig
+from moe.sparse.balance import load_balancing_loss, router_entropy, z_loss
 from moe.sparse.randomness import Randomness
-from moe.sparse.routers.base import RouterOutput
+from moe.sparse.routers.base import Choices, Router, RouterLoss, RouterOutput, count_choices
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Top-k token choice with Mixtral's weights: softmax over the k chosen logits (arXiv 2401.04088, eq. 2–3).
 
     Softmax over all experts renormalised over the chosen is the same number; this form also yields the probabilities
@@ -26,11 +26,16 @@ class TopKRouter(nn.Module):
     is another expert, not a small difference.
     """
 
-    def __init__(self, hidden_size: int, config: RouterConfig) -> None:
-        super().__init__()
-        self.config = config
+    config: TopKRouterConfig
+
+    def __init__(self, hidden_size: int, config: TopKRouterConfig) -> None:
+        super().__init__(hidden_size, config)
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def keeps_balance(self) -> bool:
+        return self.config.aux_loss_coef > 0
 
     def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
         """Route x [B, S, H] of any float dtype. Differentiable through logits, probs, weights and both losses.
@@ -51,28 +56,25 @@ class TopKRouter(nn.Module):
             probs_TE = torch.softmax(logits_TE, dim=-1)
             top_TK, ids_TK = torch.topk(probs_TE, config.top_k, dim=-1)
             weights_TK = top_TK / top_TK.sum(-1, keepdim=True)
-            flat_N = ids_TK.flatten()
-            counts_E = torch.zeros(config.num_experts, dtype=torch.int64, device=x_BSH.device)
-            counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N))
-            keep_TK, dropped = None, torch.zeros((), dtype=torch.int64, device=x_BSH.device)
+            counts_E = count_choices(ids_TK.flatten(), config.num_experts)
+            keep_TK = None
             if config.capacity_factor is not None and self.training:
                 capacity = expert_capacity(x_BSH.shape[1], config)
                 keep_TK = keep_choices(ids_TK, probs_TE.detach(), x_BSH.shape[0], capacity, config.drop_policy)
-                dropped = (~keep_TK).sum()
             return RouterOutput(
+                choices=Choices.top_k(ids_TK, weights_TK, keep_TK),
                 logits_TE=logits_TE,
                 probs_TE=probs_TE,
-                ids_TK=ids_TK,
-                weights_TK=weights_TK,
                 counts_E=counts_E,
-                dropped=dropped,
-                load_balancing_loss=load_balancing_loss(probs_TE, counts_E),
-                z_loss=z_loss(logits_TE),
-                keep_TK=keep_TK,
+                losses={
+                    "load_balancing_loss": RouterLoss(load_balancing_loss(probs_TE, counts_E), config.aux_loss_coef),
+                    "router_z_loss": RouterLoss(z_loss(logits_TE), config.z_loss_coef),
+                },
+                diagnostics={"router_entropy": router_entropy(probs_TE.detach())},
             )
 
 
-def expert_capacity(sequence_length: int, config: RouterConfig) -> int:
+def expert_capacity(sequence_length: int, config: TopKRouterConfig) -> int:
     """ceil(S · k / E · factor): choices one expert takes from one sequence, ≥ 1 (GShard, arXiv 2006.16668, §2.2).
 
     Exact decimal arithmetic: in floats 100 · 1.1 is just above 110 and would round up to 111.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from moe.config import ExpertBackend, ExpertsConfig
-from moe.kernels import megablocks
+from moe.kernels import megablocks, permute
 from moe.kernels.grouped_swiglu import GroupedSwiGLU, loop_ffn, resolve_backend
-from moe.sparse import dispatch
+from moe.sparse.dispatch import sort_by_expert
+from moe.sparse.routers import Choices
 
 
 def _gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans_b: bool = False) -> Tensor:
@@ -89,11 +90,11 @@ def test_products_give_the_oracles_results(counts: list[int]) -> None:
 def test_permutation_equals_ours(experts: int, top_k: int) -> None:
     ids_TK = torch.rand(9, experts).argsort(1)[:, :top_k]
     counts_E = torch.bincount(ids_TK.flatten(), minlength=experts)
-    order = dispatch.sort_by_expert(ids_TK, None, counts_E)
     x_TH = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
     weights_TK = torch.rand(9, top_k, dtype=torch.float64, requires_grad=True)
+    order, _ = sort_by_expert(Choices.top_k(ids_TK, weights_TK), counts_E)
     results = []
-    for rows in (dispatch, megablocks):
+    for rows in (permute, megablocks):
         x_NH = rows.gather_rows(x_TH, order)
         y_TH = rows.combine_rows(x_NH.tanh(), weights_TK, order)
         results.append((x_NH, y_TH, *torch.autograd.grad(y_TH.square().sum(), (x_TH, weights_TK))))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, RouterConfig
-from moe.sparse import RouterOutput, SparseMLP
+from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, TopKRouterConfig
+from moe.sparse import RouterOutput, SparseMLP, balance_loss, build_sparse_mlp
 
 HIDDEN, INNER = 16, 24
 
 
 def _layer(backend: ExpertBackend = ExpertBackend.auto, **router: object) -> SparseMLP:
-    layer = SparseMLP(HIDDEN, INNER, RouterConfig(**router), ExpertsConfig(backend=backend))
+    layer = build_sparse_mlp(HIDDEN, INNER, TopKRouterConfig(**router), ExpertsConfig(backend=backend))
     generator = torch.Generator().manual_seed(3)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
@@ -24,10 +24,11 @@ def _oracle(layer: SparseMLP, x_BSH: Tensor, routed: RouterOutput) -> Tensor:
     """Every expert on every token, in one dense sum; Σₑ weight · expert(x), a dropped or unchosen expert weighing 0."""
     x_TH = x_BSH.flatten(0, 1)
     logits_TE = x_TH @ layer.gate.weight.t()
-    chosen_TK = logits_TE.gather(1, routed.ids_TK).softmax(1)
-    if routed.keep_TK is not None:
-        chosen_TK = chosen_TK * routed.keep_TK
-    weights_TE = torch.zeros_like(logits_TE).scatter(1, routed.ids_TK, chosen_TK)
+    ids_TK = routed.logits_TE.topk(layer.gate.config.top_k, dim=1).indices
+    weights_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, logits_TE.gather(1, ids_TK).softmax(1))
+    kept_TE = torch.zeros_like(logits_TE)
+    kept_TE[routed.choices.tokens_N, routed.choices.experts_N] = 1
+    weights_TE = weights_TE * kept_TE
     gate_TEF, up_TEF = torch.einsum("th,egh->teg", x_TH, layer.experts.gate_up_proj).chunk(2, dim=2)
     y_TEH = torch.einsum("tef,ehf->teh", gate_TEF * gate_TEF.sigmoid() * up_TEF, layer.experts.down_proj)
     return (weights_TE.unsqueeze(2) * y_TEH).sum(1).view_as(x_BSH)
@@ -136,7 +137,7 @@ def test_recomputation_gives_the_same_gradients() -> None:
     results = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
         y_BSH, routed = run(x_BSH)
-        loss = y_BSH.square().sum() + routed.load_balancing_loss + routed.z_loss
+        loss = y_BSH.square().sum() + balance_loss([routed])
         results.append(torch.autograd.grad(loss, [x_BSH, *layer.parameters()]))
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
@@ -144,7 +145,7 @@ def test_recomputation_gives_the_same_gradients() -> None:
 
 def test_parameters_are_named_as_transformers_names_them() -> None:
     with torch.device("meta"):
-        layer = SparseMLP(4096, 14336, RouterConfig(), ExpertsConfig())
+        layer = build_sparse_mlp(4096, 14336, TopKRouterConfig(), ExpertsConfig())
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     assert shapes == {
         "gate.weight": (8, 4096),

@@ -7,15 +7,19 @@ import math
 import pytest
 import torch
 
-from moe.config import RouterConfig
-from moe.sparse import TopKRouter, balance_loss, max_violation, router_entropy
-from moe.sparse.balance import load_balancing_loss, z_loss
-from moe.sparse.routers.base import RouterOutput
+from moe.config import TopKRouterConfig
+from moe.sparse.balance import balance_loss, load_balancing_loss, max_violation, router_entropy, z_loss
+from moe.sparse.routers.base import RouterLoss, RouterOutput
+from moe.sparse.routers.topk import TopKRouter
+
+
+def _value(output: RouterOutput, name: str = "load_balancing_loss") -> float:
+    return output.losses[name].value.item()
 
 
 def _collapsed(expert: int, experts: int = 4, tokens: int = 32) -> RouterOutput:
     """What a router that sends every token to one expert with near certainty returns."""
-    router = TopKRouter(2, RouterConfig(num_experts=experts, top_k=1))
+    router = TopKRouter(2, TopKRouterConfig(num_experts=experts, top_k=1, aux_loss_coef=1.0, z_loss_coef=0.0))
     with torch.no_grad():
         router.weight.zero_()
         router.weight[expert] = 20.0
@@ -30,13 +34,12 @@ def test_uniform_usage_scores_exactly_one(experts: int, top_k: int) -> None:
 
 
 def test_one_expert_for_all_scores_the_number_of_experts() -> None:
-    assert _collapsed(2).load_balancing_loss.item() == pytest.approx(4.0, rel=1e-5)
+    assert _value(_collapsed(2)) == pytest.approx(4.0, rel=1e-5)
 
 
 def test_layers_collapsed_onto_different_experts_are_not_scored_as_balanced() -> None:
     layers = [_collapsed(expert) for expert in range(4)]
-    result = balance_loss(layers, RouterConfig(num_experts=4, top_k=1))
-    assert result.load_balancing.item() == pytest.approx(4.0, rel=1e-5)  # pooled over layers it would be 1.0
+    assert balance_loss(layers).item() == pytest.approx(4.0, rel=1e-5)  # pooled over layers it would be 1.0
 
 
 def test_load_balancing_loss_is_the_double_sum_of_its_formula() -> None:
@@ -66,22 +69,30 @@ def test_z_loss_is_the_mean_squared_logsumexp() -> None:
 
 
 def test_total_scales_the_means_by_their_coefficients() -> None:
-    router = TopKRouter(8, RouterConfig())
+    router = TopKRouter(8, TopKRouterConfig(aux_loss_coef=0.5, z_loss_coef=0.25))
     outputs = [router(torch.randn(2, 16, 8)) for _ in range(3)]
-    config = RouterConfig(aux_loss_coef=0.5, z_loss_coef=0.25)
-    total, load_balancing, z = balance_loss(outputs, config, num_layers=3)
-    assert load_balancing.item() == pytest.approx(sum(o.load_balancing_loss.item() for o in outputs) / 3)
-    assert z.item() == pytest.approx(sum(o.z_loss.item() for o in outputs) / 3)
-    assert total.item() == pytest.approx(0.5 * load_balancing.item() + 0.25 * z.item())
+    total = balance_loss(outputs, num_layers=3)
+    load_balancing, z = (sum(_value(o, name) for o in outputs) / 3 for name in ("load_balancing_loss", "router_z_loss"))
+    assert total.item() == pytest.approx(0.5 * load_balancing + 0.25 * z)
     total.backward()
     assert router.weight.grad.abs().sum() > 0
 
 
+def test_layers_with_other_losses_and_coefficients_are_averaged_over_all_layers() -> None:
+    outputs = [_collapsed(0), _collapsed(1)]
+    outputs[0].losses = {"a": RouterLoss(torch.tensor(3.0), 0.5)}
+    outputs[1].losses = {"a": RouterLoss(torch.tensor(5.0), 0.1), "b": RouterLoss(torch.tensor(7.0), 2.0)}
+    assert balance_loss(outputs).item() == pytest.approx((0.5 * 3 + 0.1 * 5 + 2 * 7) / 2)
+    for output in outputs:
+        output.losses = {}
+    assert balance_loss(outputs).item() == 0
+
+
 def test_missing_router_outputs_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"router outputs=0 must be ≥ 1.*balance losses are lost"):
-        balance_loss([], RouterConfig())
+        balance_loss([])
     with pytest.raises(ValueError, match="router outputs=1 must be 2, one per sparse layer"):
-        balance_loss([_collapsed(0)], RouterConfig(), num_layers=2)
+        balance_loss([_collapsed(0)], num_layers=2)
 
 
 def test_max_violation() -> None:

@@ -1,0 +1,121 @@
+"""Token rows into expert order and back: copies by a permutation, whose backward passes are gathers too.
+
+Nothing is added atomically, so results are deterministic. Runs on every device; `gather_rows_reference` and
+`combine_rows_reference` are the same in plain PyTorch.
+
+Shapes: T tokens, K places a token has (at least as many as it has choices), N rows (choices), H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+@dataclass(slots=True)
+class RowOrder:
+    """Rows sorted by expert, stably: inside an expert they are in token order."""
+
+    tokens_N: Tensor  # int64, the token of each row
+    places_N: Tensor  # int64, token · K + place of each row
+    rows_TK: Tensor  # int64, the row at each place; some row (or 0) where a token has no choice at that place
+    counts_E: Tensor  # int64, rows per expert
+    filled_TK: Tensor | None  # bool, the places that have a choice; None when all have
+
+
+def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
+    """Copy each token's row to its rows in expert order; [N, H]."""
+    return _GatherRows.apply(x_TH, order)  # type: ignore[no-any-return]
+
+
+def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
+    """Each token's weighted sum of its rows, [T, H] in y's dtype, summed in the weights' dtype.
+
+    The weight of a place that isn't filled must be 0; its gradient means nothing.
+    """
+    return _CombineRows.apply(y_NH, weights_TK, order)  # type: ignore[no-any-return]
+
+
+def gather_rows_reference(x_TH: Tensor, order: RowOrder) -> Tensor:
+    return x_TH[order.tokens_N]
+
+
+def combine_rows_reference(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
+    weights_N1 = weights_TK.flatten()[order.places_N].unsqueeze(1)
+    out_TH = weights_TK.new_zeros(weights_TK.shape[0], y_NH.shape[1])
+    return out_TH.index_add(0, order.tokens_N, y_NH * weights_N1).to(y_NH.dtype)
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """The permutation that undoes `permutation`, int64 [N]."""
+    result = torch.empty_like(permutation)
+    result[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    return result
+
+
+def permute_rows(rows: Tensor, permutation: Tensor, its_inverse: Tensor) -> Tensor:
+    """rows[permutation]; the inverse brings the gradient back (index_select's own backward adds atomically)."""
+    return _Permute.apply(rows, permutation, its_inverse)  # type: ignore[no-any-return]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return x_TH.index_select(0, order.tokens_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_NH: Tensor) -> tuple[Tensor, None]:
+        order: RowOrder = ctx.order
+        work = torch.promote_types(dx_NH.dtype, torch.float32)
+        filled_TK = None if order.filled_TK is None else order.filled_TK.to(work)
+        return _sum_rows(dx_NH, order.rows_TK, filled_TK), None
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
+        ctx.save_for_backward(y_NH, weights_TK)
+        ctx.order = order
+        return _sum_rows(y_NH, order.rows_TK, weights_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_NH, weights_TK = ctx.saved_tensors
+        order: RowOrder = ctx.order
+        dy_NH = dy_TH.index_select(0, order.tokens_N).to(weights_TK.dtype)
+        dweights_N = (dy_NH * y_NH).sum(1)
+        dweights_TK = dweights_N[order.rows_TK] if dweights_N.numel() else torch.zeros_like(weights_TK)
+        weights_N1 = weights_TK.flatten()[order.places_N].unsqueeze(1)
+        return dy_NH.mul_(weights_N1).to(y_NH.dtype), dweights_TK, None
+
+
+def _sum_rows(rows_NH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """Σₖ weights[t, k] · rows[index[t, k]], [T, H]; an embedding bag does it in one pass without the [T, K, H] copy."""
+    if index_TK.numel() == 0 or rows_NH.shape[0] == 0:
+        return rows_NH.new_zeros(index_TK.shape[0], rows_NH.shape[1])
+    if rows_NH.dtype in (torch.float32, torch.float64):
+        return F.embedding_bag(index_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
+    # Narrower dtypes: float32 weights and sums, one rounding at the end.
+    rows_TKH = rows_NH[index_TK].float()
+    return (rows_TKH if weights_TK is None else rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(rows_NH.dtype)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, permutation: Tensor, its_inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(its_inverse)
+        return rows.index_select(0, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (its_inverse,) = ctx.saved_tensors
+        return grad.index_select(0, its_inverse), None, None
