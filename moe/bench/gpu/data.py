@@ -36,7 +36,7 @@ def find_or_write(settings: Settings) -> Path:
     """The data that came with the wheels, copied to where it may be written; else the same kind of data made here."""
     folder = Path(settings.work) / "data"
     came = Path(settings.folder) / "data"
-    if settings.folder and came.is_dir() and not settings.dry_run:
+    if settings.folder and came.is_dir():
         shutil.copytree(came, folder, dirs_exist_ok=True)
     elif settings.dry_run:
         write(folder, pieces=TINY_PIECES, max_bytes=TINY_BYTES)

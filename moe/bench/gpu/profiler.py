@@ -38,27 +38,34 @@ def run(settings: Settings, record: Record) -> None:
                 torch.cuda.synchronize()
     finally:
         rendezvous.stop()
-    averages = profiled.key_averages()
-    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    _tables(profiled.key_averages(), settings, record, kind)
+    _gaps(profiled.events(), record, kind)
+    _keep_trace(profiled, settings, record)
+
+
+def _tables(averages: Any, settings: Settings, record: Record, kind: DeviceType) -> None:
+    """Operators with the device time of what they launched themselves, and kernels; named ranges count nowhere."""
+    order = "self_device_time_total" if kind == DeviceType.CUDA else "self_cpu_time_total"
     text = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
     (settings.out / "profile.txt").write_text(text + "\n", encoding="utf-8")
-    total = sum(getattr(each, order) for each in averages)
-    for each in sorted(averages, key=lambda each: -getattr(each, order))[:ROWS]:
-        spent = getattr(each, order)
-        record.row(
-            "by operator or kernel", name=each.key[:100], calls=each.count, ms=spent / 1e3, share=f"{spent / total:.1%}"
-        )
-    _gaps(profiled.events(), record, DeviceType.CUDA if cuda else DeviceType.CPU)
-    _keep_trace(profiled, settings, record)
+    events = sorted((each for each in averages if not each.is_user_annotation), key=lambda each: -getattr(each, order))
+    kernels = [each for each in events if each.device_type == kind]
+    if not kernels:
+        raise RuntimeError("the profiler saw nothing on the device")
+    total = sum(getattr(each, order) for each in kernels)
+    operators = [each for each in events if each.device_type == DeviceType.CPU]
+    for title, listed in (("by operator", operators), ("by kernel", kernels)):
+        for each in listed[:ROWS]:
+            spent = getattr(each, order)
+            cells = {"name": each.key[:100], "calls": each.count, "ms": spent / 1e3}
+            record.row(title, **cells, share=f"{spent / total:.1%}")
 
 
 def _gaps(events: Any, record: Record, kind: DeviceType) -> None:
     """Time of the step in which nothing ran on the device, and the longest such times."""
-    spans = sorted(
-        (each.time_range.start, each.time_range.end, each.name) for each in events if each.device_type == kind
-    )
-    if not spans:
-        raise RuntimeError("the profiler saw nothing on the device")
+    there = [each for each in events if each.device_type == kind and not each.is_user_annotation]
+    spans = sorted((each.time_range.start, each.time_range.end, each.name) for each in there)
     first, end, before = spans[0]
     begin, idle, gaps = first, 0.0, []
     for start, stop, name in spans[1:]:

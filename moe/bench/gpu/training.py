@@ -25,7 +25,7 @@ from moe.checkpoint.reader import load_model, resolve
 STEPS, TINY_STEPS = 80, 4
 SMALL = ["model=small", "train.sequence_length=512", "train.micro_batch_size=16", "train.global_batch_size=32"]
 TINY = [
-    "model=tiny", "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48",
+    "model=tiny", "model.vocab_size=4096", "model.hidden_size=32", "model.intermediate_size=48",
     "model.num_hidden_layers=2", "train.sequence_length=32", "train.micro_batch_size=2", "train.global_batch_size=4",
     "train.peak_tflops=0.1",
 ]  # fmt: skip
