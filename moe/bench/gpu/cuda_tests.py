@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -21,18 +22,25 @@ def run(settings: Settings, record: Record) -> None:
         path for path in (ROOT / "tests/unit").rglob("test_*.py") if NEEDS_CUDA in path.read_text(encoding="utf-8")
     )
     result = Path(settings.work) / "pytest.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=60", f"--junitxml={result}", "-rf"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout=60"]
+    command += [f"--junitxml={result}", "-rf"]
     if settings.dry_run:
         command += ["-k", "cuda"]
     with (settings.out / "pytest.log").open("wb") as log:
         done = subprocess.run(
-            [*command, *map(str, files)], cwd=ROOT, stdout=log, stderr=log, timeout=SECONDS, check=False
+            [*command, *map(str, files)],
+            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # whatever else the machine has installed
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            timeout=SECONDS,
+            check=False,
         )
     if not result.exists():
         text = (settings.out / "pytest.log").read_text(encoding="utf-8", errors="replace")
         raise RuntimeError(f"pytest ended with {done.returncode} and wrote no result:\n{text[-2000:]}")
     record.facts(files=", ".join(path.name for path in files))
-    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    counts: dict[str, int] = dict.fromkeys(("passed", "failed", "skipped"), 0)
     for case in ElementTree.parse(result).getroot().iter("testcase"):
         state, message = _outcome(case)
         counts[state] += 1

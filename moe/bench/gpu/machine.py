@@ -7,6 +7,7 @@ import platform
 import subprocess
 
 import torch
+from torch.cuda import nccl
 
 from moe.bench.gpu.measure import device_of, milliseconds, random
 from moe.bench.gpu.record import Record
@@ -66,7 +67,7 @@ def _device(device: torch.device) -> dict[str, str | int | None]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "driver": driver,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": ".".join(map(str, nccl.version())),
         "cudnn": torch.backends.cudnn.version(),
     }
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe.bench.gpu.measure import device_of
@@ -38,23 +37,23 @@ def run(settings: Settings, record: Record) -> None:
                 torch.cuda.synchronize()
     finally:
         rendezvous.stop()
-    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    kind = "CUDA" if cuda else "CPU"
     _tables(profiled.key_averages(), settings, record, kind)
     _gaps(profiled.events(), record, kind)
     _keep_trace(profiled, settings, record)
 
 
-def _tables(averages: Any, settings: Settings, record: Record, kind: DeviceType) -> None:
+def _tables(averages: Any, settings: Settings, record: Record, kind: str) -> None:
     """Operators with the device time of what they launched themselves, and kernels; named ranges count nowhere."""
-    order = "self_device_time_total" if kind == DeviceType.CUDA else "self_cpu_time_total"
+    order = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
     text = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
     (settings.out / "profile.txt").write_text(text + "\n", encoding="utf-8")
     events = sorted((each for each in averages if not each.is_user_annotation), key=lambda each: -getattr(each, order))
-    kernels = [each for each in events if each.device_type == kind]
+    kernels = [each for each in events if each.device_type.name == kind]
     if not kernels:
         raise RuntimeError("the profiler saw nothing on the device")
     total = sum(getattr(each, order) for each in kernels)
-    operators = [each for each in events if each.device_type == DeviceType.CPU]
+    operators = [each for each in events if each.device_type.name == "CPU"]
     for title, listed in (("by operator", operators), ("by kernel", kernels)):
         for each in listed[:ROWS]:
             spent = getattr(each, order)
@@ -62,9 +61,9 @@ def _tables(averages: Any, settings: Settings, record: Record, kind: DeviceType)
             record.row(title, **cells, share=f"{spent / total:.1%}")
 
 
-def _gaps(events: Any, record: Record, kind: DeviceType) -> None:
+def _gaps(events: Any, record: Record, kind: str) -> None:
     """Time of the step in which nothing ran on the device, and the longest such times."""
-    there = [each for each in events if each.device_type == kind and not each.is_user_annotation]
+    there = [each for each in events if each.device_type.name == kind and not each.is_user_annotation]
     spans = sorted((each.time_range.start, each.time_range.end, each.name) for each in there)
     first, end, before = spans[0]
     begin, idle, gaps = first, 0.0, []

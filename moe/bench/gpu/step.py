@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -70,6 +71,9 @@ def _measure(words: list[str], mesh: Mesh, plan: Plan, peak: float, record: Reco
         losses.append(done.metrics["lm_loss"])
         if number >= WARM_UP:
             times.append(time.perf_counter() - start)
+    record.check(
+        "first loss, relative difference from ln V", abs(losses[0] / math.log(config.model.vocab_size) - 1), 0.05
+    )
     tokens = config.train.global_batch_size * config.train.sequence_length
     seconds = statistics.median(times)
     speed, mfu = tokens / seconds, tokens / seconds * flops_per_token(config) / peak
