@@ -9,6 +9,7 @@ from moe.data.loader import Batch
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.model.build import build_model
+from moe.model.transformer import Transformer
 from moe.train.objective import TrainedStep, training_step
 
 

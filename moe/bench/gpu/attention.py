@@ -12,7 +12,8 @@ from moe.bench.gpu.measure import device_of, forward_backward, milliseconds, pea
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import AttentionBackend
-from moe.model.attention import make_attend
+from moe.kernels.attention import make_attend
+from moe.kernels.policy import exact_float32
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Mixtral 8x7B's
 LENGTHS, TINY_LENGTHS = (4096, 8192), (48, 64)
@@ -23,7 +24,7 @@ ERROR = 2e-2  # bfloat16: 2⁻⁹ a rounding, with several behind a result
 def run(settings: Settings, record: Record) -> None:
     """The back-ends of this device that start at once."""
     cuda = device_of(settings).type == "cuda"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # of the reference
+    exact_float32(device_of(settings))  # of the reference
     for backend in [AttentionBackend.varlen, AttentionBackend.block] if cuda else [AttentionBackend.block]:
         measure(settings, record, backend)
 

@@ -11,13 +11,14 @@ from moe.bench.gpu.measure import device_of
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import AttentionBackend
+from moe.kernels.policy import exact_float32
 
 
 def run(settings: Settings, record: Record) -> None:
     """On a CPU, where it has no backward pass and isn't compiled, the forward pass alone."""
     device = device_of(settings)
     backward = device.type == "cuda"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # of the reference
+    exact_float32(device_of(settings))  # of the reference
     for call in ("first", "second"):  # the first one compiles
         start = time.perf_counter()
         attention.results(AttentionBackend.flex, 256, None, torch.bfloat16, device, backward=backward)

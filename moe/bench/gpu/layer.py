@@ -26,7 +26,6 @@ def run(settings: Settings, record: Record) -> None:
     """Every back-end that runs here, beside float32 with one plain product per expert."""
     device, dry_run = device_of(settings), settings.dry_run
     tokens = TINY_TOKENS if dry_run else TOKENS
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # of the reference
     config = one_layer(["experts.backend=loop"], dry_run=dry_run)
     wanted = _results(_mlp(config, device), config, tokens, torch.float32)
     model = config.model

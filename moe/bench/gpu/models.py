@@ -6,6 +6,7 @@ import torch
 
 from moe.config import Config
 from moe.config.compose import load_config
+from moe.model.build import empty_model
 from moe.model.transformer import Transformer
 
 LOCAL = ["tracking=none"]
@@ -35,8 +36,7 @@ def on_device(config: Config, device: torch.device, dtype: torch.dtype = torch.f
     NOTE: not `init_weights`, which draws on the CPU so that weights are the same on every device, in minutes for
     billions of them.
     """
-    with torch.device(device):
-        model = Transformer(config.model, config.router, config.experts)
+    model = empty_model(config, device)
     generator = torch.Generator(device).manual_seed(config.train.seed)
     with torch.no_grad():
         for parameter in model.parameters():
