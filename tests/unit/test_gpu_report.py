@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe.bench.gpu import STAGES, data, page, run, wheels
+from moe.bench.gpu import STAGES, cuda_tests, data, page, run, wheels
 from moe.bench.gpu.measure import relative_error
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.render import summary
@@ -241,6 +241,12 @@ def test_data_is_found_at_another_place_without_tokenizing(tmp_path: Path) -> No
     corpus = prepare(config.data, config.tokenizer, log=said.append)
     assert said == []
     assert corpus.folder.parent == there / data.CACHE
+
+
+def test_tests_that_need_cuda_are_found() -> None:
+    names = [path.name for path in cuda_tests.find()]
+    assert "test_attention.py" in names
+    assert Path(__file__).name not in names  # it would start the report again
 
 
 @pytest.mark.parametrize(
