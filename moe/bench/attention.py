@@ -1,6 +1,7 @@
 """Is windowed attention linear in the sequence length? Counted multiply-adds and measured time per token.
 
     moe bench attention
+    moe bench attention window=1024
 
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.config import AttentionBackend
+from moe.errors import UserError
 from moe.kernels.attention import make_attend
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 32
@@ -77,14 +79,23 @@ def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> 
     return [statistics.median(seconds) for seconds in times]
 
 
-def bench_attention(window: int = 512, out: Callable[[str], None] = print) -> None:
-    """Both metrics at the lengths of the project's claims, one line each."""
-    out(f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim {HEAD_DIM}")
+def run(overrides: list[str]) -> None:
+    """Both metrics at the lengths of the project's claims, one line each. Raises UserError for the user."""
+    window = _window(overrides)
+    print(
+        f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim {HEAD_DIM}"
+    )
     short, long = (multiply_adds_per_token(length, window) for length in (2048, 16384))
-    out(f"multiply-adds per token: {short:,.0f} at 2,048, {long:,.0f} at 16,384; ratio {long / short:.3f}")
+    print(f"multiply-adds per token: {short:,.0f} at 2,048, {long:,.0f} at 16,384; ratio {long / short:.3f}")
     short, long = seconds_per_token([4096, 16384], window)
-    out(f"time per token: {short * 1e6:.2f} µs at 4,096, {long * 1e6:.2f} µs at 16,384; ratio {long / short:.3f}")
+    print(f"time per token: {short * 1e6:.2f} µs at 4,096, {long * 1e6:.2f} µs at 16,384; ratio {long / short:.3f}")
 
 
-if __name__ == "__main__":
-    bench_attention()
+def _window(overrides: list[str], default: int = 512) -> int:
+    window = default
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "window" or not value.isdecimal() or int(value) < 1:
+            raise UserError(f"moe bench attention {override}: its only key is window=N, a number of tokens ≥ 1")
+        window = int(value)
+    return window

@@ -9,6 +9,7 @@ from moe.data.loader import Batch
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.model.build import build_model
+from moe.model.transformer import Transformer
 from moe.train.objective import TrainedStep, training_step
 
 
@@ -35,11 +36,16 @@ def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
 
 
 class Stepper:
-    """Each call is one optimizer step of `config`'s model and batch. A collective."""
+    """Each call is one optimizer step of `config`'s model and batch. A collective.
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    `model` is one of `config`'s with its weights, on one rank; None: built here, with the weights of `moe train`.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, model: Transformer | None = None) -> None:
         self.config, self.mesh = config, prepare(config, mesh)
-        self.engine = build_engine(build_model(config, mesh.device, self.mesh.expert_group), config, self.mesh)
+        if model is None:
+            model = build_model(config, mesh.device, self.mesh.expert_group)
+        self.engine = build_engine(model, config, self.mesh)
         self._generator = torch.Generator().manual_seed(mesh.data_parallel_rank)
         self._step = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.bench import peers, run_bench
+from moe.bench import BENCHMARKS, peers, run_bench
 from moe.bench.stepper import batch_of
 from moe.model.transformer import Transformer
 
@@ -18,6 +19,11 @@ SMALL = [
     "model.num_attention_heads=4", "model.num_key_value_heads=2", "train.sequence_length=16",
     "train.micro_batch_size=2", "train.global_batch_size=2",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_of_the_table_can_be_run(name: str) -> None:
+    assert callable(importlib.import_module(f"moe.bench.{name}").run)
 
 
 def test_defaults_are_the_benchmark_shape() -> None:

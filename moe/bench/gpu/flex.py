@@ -1,0 +1,28 @@
+"""Flex attention: how long it compiles, then what other back-ends are asked too. Last, since a compiler may hang."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from moe.bench.gpu import attention
+from moe.bench.gpu.measure import device_of
+from moe.bench.gpu.record import Record
+from moe.bench.gpu.settings import Settings
+from moe.config import AttentionBackend
+from moe.kernels.policy import exact_float32
+
+
+def run(settings: Settings, record: Record) -> None:
+    """On a CPU, where it has no backward pass and isn't compiled, the forward pass alone."""
+    device = device_of(settings)
+    backward = device.type == "cuda"
+    exact_float32(device_of(settings))  # of the reference
+    for call in ("first", "second"):  # the first one compiles
+        start = time.perf_counter()
+        attention.results(AttentionBackend.flex, 256, None, torch.bfloat16, device, backward=backward)
+        if backward:
+            torch.cuda.synchronize(device)
+        record.facts(**{f"{call}_call_seconds": time.perf_counter() - start})
+    attention.measure(settings, record, AttentionBackend.flex, backward=backward)

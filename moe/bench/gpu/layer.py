@@ -1,0 +1,78 @@
+"""Mixtral's sparse layer by expert back-end: time, rate, memory, error.
+
+Legend: B sequences, S positions, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+from moe.bench.gpu.measure import device_of, forward_backward, milliseconds, peak_gib, random, relative_error
+from moe.bench.gpu.models import on_device, one_layer
+from moe.bench.gpu.record import Record
+from moe.bench.gpu.settings import Settings
+from moe.config import Config
+from moe.train.metrics import measure_peak_flops
+
+TOKENS, TINY_TOKENS = 8192, 64
+# bfloat16 keeps 8 bits: 2⁻⁹ a rounding, and a result has several behind it. References are float32 of the same weights.
+ERROR = 3e-2
+
+
+def run(settings: Settings, record: Record) -> None:
+    """Every back-end that runs here, beside float32 with one plain product per expert."""
+    device, dry_run = device_of(settings), settings.dry_run
+    tokens = TINY_TOKENS if dry_run else TOKENS
+    config = one_layer(["experts.backend=loop"], dry_run=dry_run)
+    wanted = _results(_mlp(config, device), config, tokens, torch.float32)
+    model = config.model
+    flops = 18 * tokens * config.router.top_k * model.hidden_size * model.intermediate_size
+    peak = measure_peak_flops(device, torch.bfloat16)
+    record.facts(tokens=tokens, TFLOP_forward_and_backward=flops / 1e12)
+    record.facts(product_TFLOP_s=peak / 1e12, floor_ms=flops / peak * 1e3)
+    backends = ["loop", "grouped_mm"]
+    if importlib.util.find_spec("megablocks") is not None and device.type == "cuda":
+        backends.append("megablocks")
+    times: dict[str, float] = {}
+    for backend in backends:
+        config = one_layer([f"experts.backend={backend}"], dry_run=dry_run)
+        mlp = _mlp(config, device).to(torch.bfloat16)
+        error = relative_error(_results(mlp, config, tokens, torch.bfloat16), wanted)
+        x_BSH, gradient_BSH = _inputs(config, tokens, torch.bfloat16, device)
+        passes = forward_backward(lambda x, mlp=mlp: mlp(x)[0], [x_BSH], gradient_BSH, list(mlp.parameters()))
+        memory = peak_gib(passes, device)
+        times[backend] = milliseconds(passes, device)
+        rate = flops / (times[backend] / 1e3)
+        cells = {"backend": backend, "ms": times[backend], "TFLOP_s": rate / 1e12, "of_product": f"{rate / peak:.1%}"}
+        record.row("back-ends", **cells, peak_GiB=memory, relative_error=error)
+        record.check(f"{backend}: relative error of output and gradients", error, ERROR)
+        best = min(times, key=lambda name: times[name])
+        record.headline(f"{best} {times[best]:.4g} ms, {flops / times[best] / 1e9:,.0f} TFLOP/s")
+        del mlp, passes  # gigabytes, before the next one's
+
+
+def _mlp(config: Config, device: torch.device) -> nn.Module:
+    """The same weights for every back-end, rounded to bfloat16; float32 until it is cast."""
+    mlp = on_device(config, device).get_submodule("model.layers.0.mlp")
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return mlp
+
+
+def _inputs(config: Config, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x and the gradient of the output [1, T, H]: the same bfloat16 values in any `dtype`."""
+    shape = (1, tokens, config.model.hidden_size)
+    x_BSH, gradient_BSH = (random(shape, device, torch.bfloat16, seed).to(dtype) for seed in (3, 4))
+    return x_BSH.requires_grad_(), gradient_BSH
+
+
+def _results(mlp: nn.Module, config: Config, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """The output, and the gradients of x and of every weight."""
+    weights = list(mlp.parameters())
+    x_BSH, gradient_BSH = _inputs(config, tokens, dtype, weights[0].device)
+    y_BSH = mlp(x_BSH)[0]
+    return [y_BSH.detach(), *torch.autograd.grad(y_BSH, [x_BSH, *weights], gradient_BSH)]

@@ -1,0 +1,51 @@
+"""Writes the section "On a GPU" of a page from a report.
+
+    python -m moe.bench.gpu.page REPORT.json docs/performance.md
+
+Only what stands between the two markers is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe.bench.gpu.render import details, overview
+from moe.errors import UserError
+
+BEGIN, END = "<!-- gpu report: begin -->", "<!-- gpu report: end -->"
+
+
+def section(report: dict[str, Any], source: str) -> list[str]:
+    """Markdown lines. Raises UserError for a dry run, whose numbers mean nothing."""
+    if report["dry_run"]:
+        raise UserError(f"{source}: a dry run's numbers mean nothing; a page takes a report of a GPU")
+    lines = [
+        f"`bash launch/gpu_report.sh`, {report['started']} UTC, {report['seconds']:.0f} s; all of it is in {source}."
+    ]
+    lines += ["", *overview(report["stages"])]
+    for name, result in report["stages"].items():
+        lines += ["", f"### {name}: {result['about']}", "", *details(result)]
+    return lines
+
+
+def write_section(page: Path, report: Path) -> None:
+    """Raises UserError where `page` hasn't both markers, each once."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{page} must have the lines {BEGIN} and {END}, each once: the section goes between them")
+    before, rest = text.split(BEGIN)
+    lines = section(json.loads(report.read_text(encoding="utf-8")), str(report))
+    page.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m moe.bench.gpu.page REPORT.json PAGE.md")
+    try:
+        write_section(Path(sys.argv[2]), Path(sys.argv[1]))
+    except UserError as error:
+        print(f"moe: {error}", file=sys.stderr)
+        sys.exit(2)

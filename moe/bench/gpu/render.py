@@ -1,0 +1,61 @@
+"""A report as Markdown: the summary beside it, and the section of docs/performance.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One table of all stages, then what each of them recorded."""
+    stages = report["stages"]
+    lines = ["# GPU report", "", f"{report['started']} UTC, {report['seconds']:.0f} s in all."]
+    if report["dry_run"]:
+        lines += ["", "**Dry run on the CPU with tiny sizes: the numbers mean nothing.**"]
+    lines += ["", *overview(stages)]
+    for name, result in stages.items():
+        lines += ["", f"## {name}: {result['about']}", "", *details(result)]
+    return "\n".join(lines) + "\n"
+
+
+def overview(stages: dict[str, Any]) -> list[str]:
+    """A Markdown table, one row a stage."""
+    rows = [[name, each["state"], f"{each['seconds']:.0f} s", each["headline"]] for name, each in stages.items()]
+    return table(["stage", "state", "time", "result"], rows)
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """A stage's facts, tables, checks and error, as Markdown lines."""
+    parts: list[list[str]] = []
+    if result["facts"]:
+        parts.append([f"- {name.replace('_', ' ')}: {cell(value)}" for name, value in result["facts"].items()])
+    for each in result["tables"]:
+        parts.append([f"**{each['title']}**", "", *table(each["columns"], each["rows"])])
+    if result["checks"]:
+        rows = [
+            [check["name"], check["value"], check["limit"], "yes" if check["passed"] else "NO"]
+            for check in result["checks"]
+        ]
+        parts.append(table(["check", "value", "limit", "passed"], rows))
+    if result["error"]:
+        parts.append(["```", *result["error"], "```"])
+    lines: list[str] = []
+    for part in parts:
+        lines += [*([""] if lines else []), *part]
+    return lines or ["(nothing recorded)"]
+
+
+def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    head = [name.replace("_", " ") for name in columns]
+    cells = [[cell(value).replace("|", "\\|") for value in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def cell(value: Any) -> str:
+    """Text as it is, whole numbers with separators, others with four digits; "–" for what was not measured."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (abs(value) >= 1000 and value == value):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

@@ -1,0 +1,177 @@
+"""Runs the stages one after another, each in a process of its own, and writes report.json and summary.md after each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.bench.gpu.record import write_atomically
+from moe.bench.gpu.render import summary
+from moe.bench.gpu.settings import Settings
+
+LOG_CHARACTERS = 1_000_000  # of a stage's output that are kept
+ERROR_LINES = 15  # of a failed stage's output
+KILL_SECONDS = 5.0  # between a stage's end by SIGABRT, which shows its stacks, and by SIGKILL
+PROBE_SECONDS = 120.0  # the first import of torch on a machine reads gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`module` has `run(settings, record)`; `seconds` is its limit on a GPU."""
+
+    name: str
+    seconds: float
+    about: str
+    module: str = ""
+
+    @property
+    def source(self) -> str:
+        return self.module or f"moe.bench.gpu.{self.name}"
+
+
+# In the order of what is wanted most. The limits are bounds, about twice what is expected, and may add up to more than
+# the whole report's time: a stage whose limit is over the rest is skipped.
+STAGES = [
+    Stage("machine", 60, "versions and peaks"),
+    Stage("cuda_tests", 120, "tests that need a GPU"),
+    Stage("training", 120, "bf16 training, checkpoint, resume"),
+    Stage("layer", 70, "the Mixtral layer by expert back-end"),
+    Stage("attention", 50, "attention by back-end"),
+    Stage("step", 90, "a training step of 3 B parameters"),
+    Stage("profiler", 70, "where that step's time goes"),
+    Stage("offload", 70, "optimizer in the host's memory"),
+    Stage("flex", 100, "flex attention"),
+]
+
+
+def run_report(stages: list[Stage], settings: Settings, seconds: float) -> bool:
+    """Whether every stage passed. `seconds` is the time for all of them.
+
+    Without a GPU, and not `dry_run`, it says so, runs nothing and returns True.
+    """
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the stage too
+    environment = _environment(settings)
+    if not settings.dry_run and not _has_gpu(environment):
+        print("no GPU here: nothing was measured (a dry run takes every stage on the CPU)")
+        return True
+    report: dict[str, Any] = {
+        "version": 1,
+        "dry_run": settings.dry_run,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "seconds": 0.0,
+        "stages": {},
+    }
+    (settings.out / "log.txt").write_text("", encoding="utf-8")
+    for stage in stages:
+        rest = seconds - (time.monotonic() - started)
+        print(f"{stage.name}: {stage.about} (at most {stage.seconds:.0f} s, {max(rest, 0):.0f} s left)", flush=True)
+        if stage.seconds + KILL_SECONDS > rest:
+            result = _result("skipped", 0.0, [f"its limit of {stage.seconds:.0f} s is over the {rest:.0f} s left"])
+        else:
+            result = _run_stage(stage, settings, environment)
+        report["stages"][stage.name] = {"about": stage.about, "limit": stage.seconds} | result
+        report["seconds"] = round(time.monotonic() - started, 1)
+        write_atomically(settings.out / "report.json", json.dumps(report, indent=1) + "\n")
+        write_atomically(settings.out / "summary.md", summary(report))
+        print(f"{stage.name}: {result['state']} in {result['seconds']:.0f} s; {result['headline']}", flush=True)
+        for line in result["error"]:
+            print(f"    {line}", flush=True)
+    print(summary(report))
+    return all(result["state"] == "passed" for result in report["stages"].values())
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """One machine without a network; in a dry run without its GPU too."""
+    environment = dict(os.environ)
+    environment |= {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    root = str(Path(__file__).resolve().parents[3])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), root)))
+    if settings.dry_run:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    else:
+        environment.pop("DS_ACCELERATOR", None)
+    return environment
+
+
+def _has_gpu(environment: dict[str, str]) -> bool:
+    """Asked in a process of its own: a CUDA context here would take memory from the stages. Raises RuntimeError."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
+    if done.returncode:
+        raise RuntimeError(f"torch can't be imported with {sys.executable}:\n{done.stderr}")
+    return done.stdout.split()[-1] == "True"
+
+
+def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) -> dict[str, Any]:
+    """What the stage recorded, and how it ended: passed, failed or timed out."""
+    work = Path(settings.work)
+    recorded, log = work / f"{stage.name}.json", work / f"{stage.name}.log"
+    command = [sys.executable, "-m", "moe.bench.gpu.stage", stage.source, str(recorded)]
+    command += ["true" if settings.dry_run else "false", str(settings.out), settings.folder, settings.work]
+    started = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        timed_out = False
+        try:
+            process.wait(timeout=stage.seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            _end(process)
+    seconds = time.monotonic() - started
+    text = log.read_text(encoding="utf-8", errors="replace")
+    with (settings.out / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(f"===== {stage.name}, {seconds:.1f} s\n{text[-LOG_CHARACTERS:]}\n")
+    values = json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}
+    wrong = [
+        f"{check['name']}: {check['value']} must be ≤ {check['limit']}"
+        for check in values.get("checks", [])
+        if not check["passed"]
+    ]
+    lines = [line for line in text.splitlines() if line.strip()]
+    if timed_out:
+        error = [f"no end within {stage.seconds:.0f} s", *_stacks(lines)]
+        return _result("timed out", seconds, error, values)
+    if process.returncode:
+        return _result("failed", seconds, [f"exit code {process.returncode}", *lines[-ERROR_LINES:]], values)
+    return _result("failed" if wrong else "passed", seconds, wrong, values)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the stage and everything it started: they are one session."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=KILL_SECONDS)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # nothing of it is left
+        return
+    process.wait()
+
+
+def _stacks(lines: list[str]) -> list[str]:
+    """The innermost lines of the stacks that faulthandler wrote last, or else the end of the output."""
+    fatal = [index for index, line in enumerate(lines) if line.startswith("Fatal Python error")]
+    return lines[fatal[-1] : fatal[-1] + ERROR_LINES] if fatal else lines[-ERROR_LINES:]
+
+
+def _result(state: str, seconds: float, error: list[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
+    empty: dict[str, Any] = {"headline": "", "facts": {}, "tables": [], "checks": []}
+    return {"state": state, "seconds": round(seconds, 1), "error": error} | empty | (values or {})
