@@ -10,7 +10,7 @@ Legend: B sequences of a micro-batch, S sequence length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,6 +35,13 @@ class Batch:
     document_ids_BS: Tensor  # int32, from 0 in each sequence, non-decreasing
     sample_ids_B: Tensor  # int64
     source_ids_B: Tensor  # int64
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; to CUDA through pinned memory, so that the host goes on while it travels."""
+        if device.type == "cpu":
+            return self
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
 
 
 class Loader:

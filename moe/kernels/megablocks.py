@@ -55,12 +55,12 @@ def products(counts: list[int]) -> GroupedProducts:
 
 
 def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
-    """`dispatch.gather_rows` by MegaBlocks' kernel, which knows dropless routing only; [N, H]."""
+    """`permute.gather_rows` by MegaBlocks' kernel, which knows dropless routing only; [N, H]."""
     return _packages()[0].gather(x_TH, *_bins(order), order.rows_TK.shape[1])
 
 
 def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
-    """`dispatch.combine_rows` by MegaBlocks' kernel; [T, H].
+    """`permute.combine_rows` by MegaBlocks' kernel; [T, H].
 
     The weights are applied before it, in float32: its own weighting would return the router a bfloat16 gradient.
     """

@@ -46,11 +46,11 @@ class Evaluation:
         routing = None
         for index, batch in enumerate(self._batches):
             begins(f"evaluation batch {index + 1} of {len(self._batches)}")
-            labels_BS = batch.labels_BS.to(device)
-            output = model(batch.input_ids_BS.to(device), document_ids_BS=batch.document_ids_BS.to(device))
-            loss_B = _loss_by_sequence(output.logits_BSV, labels_BS)
-            pairs = torch.stack([loss_B, (labels_BS != -100).sum(-1).double()], dim=-1)
-            sums.index_add_(0, batch.source_ids_B.to(device), pairs)
+            here = batch.to(device)
+            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS)
+            loss_B = _loss_by_sequence(output.logits_BSV, here.labels_BS)
+            pairs = torch.stack([loss_B, (here.labels_BS != -100).sum(-1).double()], dim=-1)
+            sums.index_add_(0, here.source_ids_B, pairs)
             if index == 0 and output.routers:
                 length = min(ROUTED_TOKENS, batch.input_ids_BS.shape[1])
                 routing = {

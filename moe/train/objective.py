@@ -67,11 +67,12 @@ def training_step(
     for index, batch in enumerate(batches):
         if before_micro_batch is not None:
             before_micro_batch(index)
+        here = batch.to(mesh.device)
         output = engine(
-            batch.input_ids_BS.to(mesh.device),
-            document_ids_BS=batch.document_ids_BS.to(mesh.device),
-            labels_BS=batch.labels_BS.to(mesh.device),
-            randomness=Randomness.of(config.train.seed, step, batch.sample_ids_B.to(mesh.device)),
+            here.input_ids_BS,
+            document_ids_BS=here.document_ids_BS,
+            labels_BS=here.labels_BS,
+            randomness=Randomness.of(config.train.seed, step, here.sample_ids_B),
         )
         # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
         loss = output.lm_loss_sum * (micro_batches / max(1, targets))

@@ -31,7 +31,9 @@ class Case:
     def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
         config = TopKRouterConfig(**{"num_experts": EXPERTS, **self.router})
         layer = SparseMLP(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
-        layer.experts.reset_parameters(0.3, lambda name, expert: len(name) * 100 + expert)
+        with torch.no_grad():
+            for weight, seed in layer.experts.draws(lambda name, expert: len(name) * 100 + expert):
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
         torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():  # x's first feature is 1 everywhere, its second on rank 0 only
             layer.gate.weight[:, :2] = 0

@@ -149,7 +149,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, *texts: list[int]) -> None:
         super().__init__()
         self.real, self.texts, self.calls = build(), texts, 0
-        self.config, self.model = self.real.config, self.real.model
+        self.config, self.device, self.dtype = self.real.config, self.real.device, self.real.dtype
 
     def forward(self, ids, *, document_ids_BS, cache):
         output = self.real(ids, document_ids_BS=document_ids_BS, cache=cache)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moe.config import AttentionBackend
 from moe.errors import UserError
-from moe.kernels.attention.block import block
-from moe.kernels.attention.flex import flex, flex_obstacle
-from moe.kernels.attention.naive import naive
+from moe.kernels.attention.block import block_attend
+from moe.kernels.attention.flex import flex_attend, flex_obstacle
+from moe.kernels.attention.naive import naive_attend
 from moe.kernels.attention.pattern import Attend
-from moe.kernels.attention.varlen import varlen, varlen_obstacle
+from moe.kernels.attention.varlen import varlen_attend, varlen_obstacle
 
 
 def resolve_attention(
@@ -54,12 +54,12 @@ def make_attend(
         window = None
     match backend:
         case AttentionBackend.naive:
-            return naive(shape[1], window, document_ids_BS, device)
+            return naive_attend(shape[1], window, document_ids_BS, device)
         case AttentionBackend.block:
-            return block(window, document_ids_BS)
+            return block_attend(window, document_ids_BS)
         case AttentionBackend.varlen:
-            return varlen(shape, window, document_ids_BS, device)
+            return varlen_attend(shape, window, document_ids_BS, device)
         case AttentionBackend.flex:
-            return flex(shape, window, document_ids_BS, device)
+            return flex_attend(shape, window, document_ids_BS, device)
         case AttentionBackend.auto:
             raise AssertionError("auto is resolved first")

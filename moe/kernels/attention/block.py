@@ -22,7 +22,7 @@ BAND_BLOCKS = 4  # a window's queries are cut in so many blocks: each then sees 
 MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
 
-def block(window: int | None, document_ids_BS: Tensor | None) -> Attend:
+def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
     return partial(_block, lengths=_cuts(document_ids_BS), window=window)
 
 

@@ -27,7 +27,9 @@ def flex_obstacle(device: torch.device) -> str:
     return "" if has_triton() else "it needs triton"
 
 
-def flex(shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device) -> Attend:
+def flex_attend(
+    shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device
+) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, length = shape

@@ -15,7 +15,7 @@ from moe.kernels.attention.pattern import Attend, pattern_mask
 from moe.kernels.policy import widen
 
 
-def naive(length: int, window: int | None, document_ids_BS: Tensor | None, device: Any) -> Attend:
+def naive_attend(length: int, window: int | None, document_ids_BS: Tensor | None, device: Any) -> Attend:
     """softmax(q kᵀ / √D) v in float32 or float64, on any device."""
     return partial(_naive, mask=pattern_mask(length, window, document_ids_BS, device))
 

@@ -40,7 +40,9 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return ""
 
 
-def varlen(shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device) -> Attend:
+def varlen_attend(
+    shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device
+) -> Attend:
     """With documents, finding where they begin is one wait for the device a forward pass."""
     bounds = document_bounds(document_ids_BS, *shape, device)
     return partial(_varlen, bounds=bounds, longest=shape[1], window=window)

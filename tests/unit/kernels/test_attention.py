@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.bench.attention import HEAD_DIM, HEADS, multiply_adds_per_token
 from moe.config import AttentionBackend, ModelConfig
 from moe.kernels.attention import make_attend, resolve_attention
+from moe.kernels.attention.flex import _mask
 from moe.kernels.attention.pattern import document_bounds
 from moe.kernels.attention.varlen import varlen_obstacle
 
@@ -93,6 +94,32 @@ def test_flex_pattern_equals_the_reference(window):
     q, k, v = (tensor.detach().float() for tensor in inputs((2, 45, 4, 2, 16), torch.float64))
     attend = make_attend(AttentionBackend.flex, (2, 45), window, torch.tensor(PACKED), CPU)
     torch.testing.assert_close(attend(q, k, v), reference(q, k, v, window, PACKED), rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow  # dynamo and vmap take half a minute to trace
+def test_flex_compiles_once_for_all_windows_and_documents():
+    """Traced by the compiler's front end alone, which decides what is compiled again. A second length makes sizes
+    symbols, and covers a third."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    counters = CompileCounter(), CompileCounter()
+    create, attend = (
+        torch.compile(function, backend=counter)
+        for function, counter in zip((create_block_mask, flex_attention), counters, strict=True)
+    )
+    compiled = []
+    for length, window in ((128, None), (128, 9), (128, 30), (256, 9), (256, None), (384, 5), (512, 77)):
+        documents = (torch.arange(length) // (length // 3 + 1)).int().repeat(2, 1)
+        documents[1] //= 2
+        mask = create(_mask(documents, torch.tensor(window or length)), 2, None, length, length, device=CPU)
+        q, k, v = (tensor.detach().float() for tensor in inputs((2, length, 4, 2, 16), torch.float64))
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = attend(*heads_first, block_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
+        expected = make_attend(AttentionBackend.naive, (2, length), window, documents, CPU)(q, k, v)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+        compiled.append(tuple(counter.frame_count for counter in counters))
+    assert compiled == [(1, 1)] * 3 + [(2, 2)] * 4
 
 
 def test_document_bounds_never_join_rows():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe.kernels.rms_norm import HandWrittenRMSNorm, rms_norm_reference
 from moe.model.norm import RMSNorm
 
 
@@ -21,6 +22,22 @@ def norm():
 def test_equals_the_formula(norm):
     x = torch.randn(3, 4, 6, dtype=torch.float64)
     torch.testing.assert_close(norm(x), formula(x, norm.weight, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 0.02)]
+)
+def test_by_hand_equals_the_reference(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(size, generator=generator).to(dtype) for size in ((7, 5, 96), (96,), (7, 5, 96)))
+    outcomes = []
+    for function in (HandWrittenRMSNorm.apply, rms_norm_reference):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        y = function(*inputs, 1e-5)
+        outcomes.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for mine, other in zip(*outcomes, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
 
 
 def test_zero_rows_are_finite(norm):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from moe.kernels.rotary import project_rotated, rotary_table, rotate
+from moe.kernels.rotary import (
+    RotaryTables,
+    project_rotated,
+    project_rotated_reference,
+    rotary_table,
+    rotate,
+    rotated,
+    rotated_reference,
+)
 
 CPU = torch.device("cpu")
 
@@ -59,12 +67,40 @@ def _projection(frozen: bool = False):
     return x, q, k, v, rotary_table(2, 5, 4, 1e4, CPU, torch.float64)
 
 
-def test_projection_equals_three_linears():
-    x, q, k, v, table = _projection()
-    actual = project_rotated(x, q, k, v, table)
-    plain = [(x @ weight.T).detach().unflatten(-1, (-1, 4)) for weight in (q, k, v)]
-    for mine, other in zip(actual, (rotate(plain[0], table), rotate(plain[1], table), plain[2]), strict=True):
+def test_projection_equals_the_reference():
+    *inputs, table = _projection()
+    outcomes = []
+    for function in (project_rotated, project_rotated_reference):
+        q, k, v = function(*inputs, table)
+        loss = (q * 0.3).square().sum() + (k * q[:, :, :2]).sum() + v.tanh().sum()
+        outcomes.append([q, k, v, *torch.autograd.grad(loss, inputs)])
+    for mine, other in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_rotation_equals_the_reference():
+    x, table = (
+        torch.randn(2, 9, 3, 8, dtype=torch.float64, requires_grad=True),
+        rotary_table(4, 9, 8, 1e4, CPU, torch.float64),
+    )
+    outcomes = []
+    for function in (rotated, rotated_reference):
+        y = function(x, table)
+        outcomes.append([y, *torch.autograd.grad(y.square().sum() + y.sum(), x)])
+    for mine, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_tables_are_slices_of_a_longer_one():
+    """Bit for bit what these positions alone give; made anew only for another dtype or more positions."""
+    tables = RotaryTables(16, 1e4)
+    for dtype in (torch.float32, torch.bfloat16):
+        for start, length in ((0, 7), (0, 333), (17, 100), (500, 1), (501, 1), (502, 90)):
+            mine, alone = tables(start, length, CPU, dtype), rotary_table(start, length, 16, 1e4, CPU, dtype)
+            assert torch.equal(mine.cos_S1D, alone.cos_S1D)
+            assert torch.equal(mine.sin_S1D, alone.sin_S1D)
+    memory = {tables(start, 1, CPU, torch.bfloat16).cos_S1D.untyped_storage().data_ptr() for start in range(592, 660)}
+    assert len(memory) == 1
 
 
 def test_projection_gradients():
