@@ -19,8 +19,8 @@ from moe.errors import UserError
 from moe.kernels.grouped_products import GroupedProducts
 
 
-class Order(Protocol):
-    """Choices sorted by expert, as the sparse layer has them."""
+class SortedChoices(Protocol):
+    """What these functions need of the sparse layer's `Order`."""
 
     choices_N: Tensor  # int64, the flat choice (token · K + slot) of each sorted row
     rows_TK: Tensor  # int64, the sorted row of each choice
@@ -61,12 +61,12 @@ def products(counts: list[int]) -> GroupedProducts:
     )
 
 
-def gather_rows(x_TH: Tensor, order: Order) -> Tensor:
+def gather_rows(x_TH: Tensor, order: SortedChoices) -> Tensor:
     """`dispatch.gather_rows` by MegaBlocks' kernel, which knows dropless routing only; [N, H]."""
     return _packages()[0].gather(x_TH, *_bins(order), order.rows_TK.shape[1])
 
 
-def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: SortedChoices) -> Tensor:
     """`dispatch.combine_rows` by MegaBlocks' kernel; [T, H].
 
     The weights are applied before it, in float32: its own weighting would return the router a bfloat16 gradient.
@@ -77,7 +77,7 @@ def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
     return _packages()[0].scatter(weighted_NH, indices_N, expert_ids_N, None, bins_E, order.rows_TK.shape[1])
 
 
-def _bins(order: Order) -> tuple[Tensor, Tensor, Tensor]:
+def _bins(order: SortedChoices) -> tuple[Tensor, Tensor, Tensor]:
     """What MegaBlocks' kernels take, int32: sorted choices [N], their experts [N], inclusive row bounds [E]."""
     counts_E = order.counts_E
     experts_E = torch.arange(counts_E.numel(), dtype=torch.int32, device=counts_E.device)

@@ -32,8 +32,8 @@ ROOMS: dict[str, set[str]] = {
     "inference": {"model", "data", "config", "errors"},
     "report": {"config", "errors", "__init__"},
     "train": {
-        "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed", "config",
-        "durable", "errors",
+        "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
+        "config", "durable", "errors",
     },
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
