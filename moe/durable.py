@@ -1,4 +1,4 @@
-"""Files that a power cut leaves old or new, never torn."""
+"""Writes that survive a power cut: a file is then old or new, never half of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PARTIAL = ".partial"
 
 
 def fsync(path: Path) -> None:
-    """A file's content, or a folder's list of names, onto the disk."""
+    """Flushes a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -19,20 +19,20 @@ def fsync(path: Path) -> None:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace `path` so that a reader sees the old or the new content, never part of one, even after a power cut."""
-    beside = path.with_name(path.name + PARTIAL)
+    """Replaces `path`; a reader sees the whole old or the whole new content, even after a power cut. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        fsync(beside)
-        beside.replace(path)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync(partial)
+        partial.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     fsync(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:
-    """A whole line or none: a torn one is cut off again before the error passes through."""
+    """Appends a whole line or nothing: after an error the part that was written is removed. Raises OSError."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:

@@ -1,20 +1,21 @@
-"""How the program ends when it can't go on: a message for the user, a signal, or a fault whose traceback is shown."""
+"""The exceptions that end the program: a message for the user, a signal, a fault on another rank."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something to change in the command, the configuration, the data or the machine.
+    """The user must change something in the command, the configuration, the data or the machine (exit code 2).
 
-    Its text is one line for the user: key or file, value, rule, fix. Any other exception is a fault of the program and
-    keeps its traceback.
+    Its text is one line: key or file, value, rule, fix. Any other exception is a fault of the program or the machine
+    (exit code 1); a fault of the program keeps its traceback.
     """
 
 
 class StartError(UserError):
-    """A rank could not join the others. `speaks`: this rank's process prints it, whatever its rank.
+    """A rank could not join the others. `speaks`: this process prints the message, whatever its rank.
 
-    A failure that all ranks share is told by one of them; here there may be nobody else to tell it.
+    A failure that all ranks have in common is printed by the first rank of each machine; a rank that never joined must
+    print its own.
     """
 
     def __init__(self, text: str, *, speaks: bool = False) -> None:
@@ -23,11 +24,11 @@ class StartError(UserError):
 
 
 class OtherRankFailed(RuntimeError):
-    """A fault of the program on another rank, which shows the traceback; this one can't go on either."""
+    """Another rank met a fault of the program and prints its traceback; this rank stops too (exit code 1)."""
 
 
 class Stopped(Exception):
-    """Training did what a signal asked: it saved and stopped. `code` is the exit code that shells give that signal."""
+    """Training saved and stopped because of a signal. `code` is the exit code, 128 + the signal's number."""
 
     def __init__(self, text: str, signal_number: int) -> None:
         super().__init__(text)

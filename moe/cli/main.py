@@ -1,18 +1,18 @@
 """`moe VERB key=value …` (or `python -m moe …`; under torchrun: `torchrun … -m moe …`).
 
-    moe train                                             a tiny Mixtral on text that every Python carries
+    moe train                                             a tiny Mixtral on text that comes with Python
     moe train model=small data=files data.path='*.txt'    your own text
     torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 train.precision=bfloat16
-    moe plan model=mixtral_8x7b hardware=h100 …           what that needs, before it is launched
-    moe prepare data=files data.path=corpus.jsonl         token shards only
+    moe plan model=mixtral_8x7b hardware=h100 …           the memory and time of a run, before it is launched
+    moe prepare data=files data.path=corpus.jsonl         only the token shards
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
-    moe bench peers                                       our training step beside transformers'
+    moe bench peers                                       our training step compared with transformers'
 
-`moe VERB --help` tells the verb's keys. Exit codes: 0 done, 1 a fault in the program or the machine, 2 something to
-change in the command, the configuration or the data (one line on stderr says what), 75 training hung (stderr says which
-rank and where: guard.hang_seconds), 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM; a training run
-has saved its state). After 75 and 128 + N the same command goes on from the last checkpoint.
+`moe VERB --help` lists the verb's keys. Exit codes: 0 done; 1 a fault of the program or the machine; 2 something to
+change in the command, the configuration or the data (one line on stderr says what); 75 training hung (stderr says
+which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM), after a training
+run has saved its state. After 75 and 128 + N the same command resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _run(arguments: list[str]) -> None:
     VERBS[verb](overrides)
 
 
-def _first_here() -> bool:
-    """What all ranks agree on is said once a machine."""
+def _is_local_rank_0() -> bool:
+    """A message that all ranks have in common is printed by one rank of each machine."""
     from moe.distributed.rendezvous import world_from_environment
 
     return world_from_environment()[2] == 0
@@ -65,18 +65,18 @@ def _first_here() -> bool:
 def main() -> None:
     """Console entry point; see the module's docstring for exit codes."""
     try:
-        die_with_torchrun()  # before anything that takes its time to load
+        die_with_torchrun()  # before the slow imports, during which torchrun may die
         _run(sys.argv[1:])
     except UserError as error:
-        # A rank that never joined speaks for itself.
-        if _first_here() or (isinstance(error, StartError) and error.speaks):
+        # A rank that never joined the others prints its own message.
+        if _is_local_rank_0() or (isinstance(error, StartError) and error.speaks):
             print(f"moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (OSError, OtherRankFailed) as error:
         print(f"moe: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
-        if _first_here():
+        if _is_local_rank_0():
             print(f"moe: {stopped}", file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A prepared corpus: the shards of every source, their tokenizer, and whether they fit a model."""
+"""A prepared corpus: the shards of every source and their tokenizer; checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe.data.readers import DataError
 from moe.data.shards import TokenStream, token_dtype
 from moe.data.tokenizer import Tokenizer, load_saved
 
-FORMAT = 1  # of the shards; another number never opens older folders
+FORMAT = 1  # of the shards; part of the fingerprint, so a new number never opens older folders
 SPLITS = ("train", "held_out")
 META = "meta.json"
 
@@ -29,10 +29,10 @@ class Corpus:
     held_out: list[TokenStream]
 
     def describe(self) -> str:
-        """A few lines for a terminal: where, which, and what each source holds."""
+        """A table for the terminal: folder, fingerprints, and what each source and split holds."""
         lines = [
             f"corpus {self.fingerprint[:16]} in {self.folder}",
-            f"tokenizer {self.tokenizer.fingerprint[:16]}: {self.tokenizer.vocab_size} pieces",
+            f"tokenizer {self.tokenizer.fingerprint[:16]}: {self.tokenizer.vocab_size} token ids",
             f"{'source':<14}{'split':<10}{'documents':>10}{'tokens':>14}{'bytes':>14}{'bytes/token':>13}{'share':>8}",
         ]
         for index, name in enumerate(self.source_names):
@@ -46,27 +46,30 @@ class Corpus:
 
 
 def check_vocab(corpus: Corpus, vocab_size: int) -> None:
-    """Raises DataError when the corpus has ids that a model with `vocab_size` rows doesn't."""
-    pieces = corpus.tokenizer.vocab_size
-    if pieces > vocab_size:
+    """Raises DataError when the corpus has token ids ≥ `vocab_size`, for which the model has no embedding."""
+    needed = corpus.tokenizer.vocab_size
+    if needed > vocab_size:
         raise DataError(
-            f"model.vocab_size={vocab_size} must be ≥ {pieces}, the pieces of the corpus's tokenizer: a token id "
+            f"model.vocab_size={vocab_size} must be ≥ {needed}, the vocabulary of the corpus's tokenizer: a token id "
             "without an embedding can't be trained"
         )
 
 
 def check_tokenizer(corpus: Corpus, tokenizer: Tokenizer, where: str) -> None:
-    """Raises DataError when `tokenizer` (a run's or checkpoint's, named by `where`) isn't the one of the shards."""
+    """Raises DataError when `tokenizer` (of the run or checkpoint `where`) isn't the one that wrote the shards."""
     if tokenizer.fingerprint != corpus.tokenizer.fingerprint:
         raise DataError(
             f"{where}: tokenizer {tokenizer.fingerprint[:16]} doesn't match the shards' "
-            f"{corpus.tokenizer.fingerprint[:16]} in {corpus.folder}: the same ids would mean other text"
+            f"{corpus.tokenizer.fingerprint[:16]} in {corpus.folder}: the same ids would stand for other text"
         )
 
 
 def open_corpus(folder: Path, weights: dict[str, float] | None = None) -> Corpus:
-    """A prepared folder, its files checked against meta.json. Raises DataError when something is missing, cut short,
-    or the tokenizer there isn't the one that wrote the shards."""
+    """Opens a prepared folder and checks its files against meta.json; `weights` override the shares by tokens.
+
+    Raises DataError when a file is missing or cut short, or when the tokenizer there isn't the one that wrote the
+    shards.
+    """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         names = list(meta["sources"])

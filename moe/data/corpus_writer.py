@@ -1,4 +1,4 @@
-"""Reading sources through: the survey, the tokenizer's training, and writing the shards."""
+"""The three passes over the sources: survey them, train the tokenizer, write the shards."""
 
 from __future__ import annotations
 
@@ -16,46 +16,53 @@ import sentencepiece
 
 from moe.config import DataConfig, TokenizerConfig
 from moe.data.corpus import FORMAT, META, SPLITS
-from moe.data.readers import DataError, Piece
+from moe.data.readers import Chunk, DataError
 from moe.data.shards import StreamWriter, token_dtype
 from moe.data.sources import Source, stated_weights
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 from moe.durable import fsync
 
-ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once, so that every core gets some
-PROGRESS_BYTES = 1 << 28
+ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once: enough to keep every core busy
+PROGRESS_BYTES = 1 << 28  # bytes of text between two progress lines
 
 
 @dataclass(slots=True)
 class Survey:
-    """What one reading of a source tells. `threshold`: pieces whose hash is below it are held out."""
+    """What the first pass over a source found. Chunks whose hash is below `threshold` are held out."""
 
-    content: str
-    pieces: int
+    content: str  # SHA-256 over every chunk's hash, length and `starts_document`
     bytes: int
     train_bytes: int
     threshold: int
 
 
-def _hash(piece: Piece) -> int:
-    """A number in [0, 2^64) that depends on the text alone, so the split doesn't depend on the order of documents."""
-    return int.from_bytes(hashlib.blake2b(piece.data, digest_size=8).digest(), "little")
+def _hash(chunk: Chunk) -> int:
+    """The chunk's 64-bit hash. It depends on the text alone, so the split doesn't depend on the order of documents."""
+    return int.from_bytes(hashlib.blake2b(chunk.data, digest_size=8).digest(), "little")
+
+
+def _content_bytes(chunk: Chunk, number: int) -> bytes:
+    """What a source's content hash covers of a chunk whose hash is `number`."""
+    return number.to_bytes(8, "little") + len(chunk.data).to_bytes(8, "little") + bytes([chunk.starts_document])
 
 
 def survey_source(source: Source, held_out: float) -> Survey:
-    """Read a source through: its content's hash, and which hashes are held out so that both splits get something."""
+    """Reads a source once: the hash of its content, and a threshold that leaves neither split empty.
+
+    `held_out` is the share of text to hold out. Raises DataError when there are fewer than two distinct chunks.
+    """
     content = hashlib.sha256()
     wanted = int(held_out * 2**64)
-    pieces = size = train_bytes = 0
+    size = train_bytes = 0
     lowest, highest = 2**64, -1
-    for piece in source.pieces():
-        number = _hash(piece)
-        content.update(number.to_bytes(8, "little") + len(piece.data).to_bytes(8, "little") + bytes([piece.starts]))
+    for chunk in source.chunks():
+        number = _hash(chunk)
+        content.update(_content_bytes(chunk, number))
         lowest, highest = min(lowest, number), max(highest, number)
-        pieces, size = pieces + 1, size + len(piece.data)
-        train_bytes += len(piece.data) * (number >= wanted)
-    if not pieces:
+        size += len(chunk.data)
+        train_bytes += len(chunk.data) * (number >= wanted)
+    if lowest > highest:  # there was no chunk
         raise DataError(f"source {source.name!r} ({source.description}) is empty: it holds no text")
     if lowest == highest:
         raise DataError(
@@ -63,7 +70,7 @@ def survey_source(source: Source, held_out: float) -> Survey:
             "held-out text need at least one each; give more text"
         )
     threshold = min(max(wanted, lowest + 1), highest)
-    return Survey(content.hexdigest(), pieces, size, train_bytes, threshold)
+    return Survey(content.hexdigest(), size, train_bytes, threshold)
 
 
 def train_tokenizer(
@@ -73,13 +80,13 @@ def train_tokenizer(
     surveys: list[Survey],
     log: Callable[[str], None],
 ) -> Tokenizer:
-    """Train on a sample of the training split, shared between the sources by weight, else by bytes."""
+    """Trains on a sample of the training split, to which each source gives a share: by weight, or else by bytes."""
     weights = stated_weights(data) or {s.name: float(survey.bytes) for s, survey in zip(sources, surveys, strict=True)}
     assert config.vocab_size is not None
     samples: list[Iterator[str]] = []
     for source, survey in zip(sources, surveys, strict=True):
         wanted = config.train_bytes * weights[source.name] / sum(weights.values())
-        texts = (piece.text for piece in source.pieces() if _hash(piece) >= survey.threshold)
+        texts = (chunk.text for chunk in source.chunks() if _hash(chunk) >= survey.threshold)
         samples.append(sample_blocks(texts, min(1.0, wanted / max(1, survey.train_bytes))))
     return train_sentencepiece(list(chain.from_iterable(samples)), config.vocab_size, log)
 
@@ -93,7 +100,10 @@ def write_corpus(
     surveys: list[Survey],
     log: Callable[[str], None],
 ) -> None:
-    """Everything into `folder`, synced. An OSError here is the cache's: the sources turn their own into DataError."""
+    """Writes shards, tokenizer and meta.json into the new `folder` and syncs them to disk.
+
+    Raises OSError when the folder can't be written; a source that can't be read raises DataError.
+    """
     folder.mkdir(parents=True)
     tokenizer.save(folder / "tokenizer")
     meta: dict[str, Any] = {
@@ -119,19 +129,22 @@ def write_corpus(
 def _encode_source(
     folder: Path, source: Source, survey: Survey, tokenizer: Tokenizer, log: Callable[[str], None]
 ) -> dict[str, dict[str, int]]:
-    """Both splits of one source. Neighbouring pieces of a text file that fall into one split stay one document."""
+    """Writes both splits of one source; returns meta.json's entry of each.
+
+    Neighbouring chunks of a text file that fall into the same split stay one document.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {split: StreamWriter(folder / split, dtype) for split in SPLITS}
     content = hashlib.sha256()
     current: StreamWriter | None = None
     done = 0
     try:
-        for piece, ids in _encoded(source.pieces(), tokenizer):
-            number = _hash(piece)
-            size = len(piece.data)
-            content.update(number.to_bytes(8, "little") + size.to_bytes(8, "little") + bytes([piece.starts]))
+        for chunk, ids in _encoded(source.chunks(), tokenizer):
+            number = _hash(chunk)
+            size = len(chunk.data)
+            content.update(_content_bytes(chunk, number))
             writer = writers["held_out" if number < survey.threshold else "train"]
-            if piece.starts or writer is not current:
+            if chunk.starts_document or writer is not current:
                 if current is not None:
                     current.write([tokenizer.eos_id])
                 writer.start_document()
@@ -145,7 +158,9 @@ def _encode_source(
         if current is not None:
             current.write([tokenizer.eos_id])
         if content.hexdigest() != survey.content:
-            raise DataError(f"source {source.name!r} ({source.description}) changed while it was read: try again")
+            raise DataError(
+                f"source {source.name!r} ({source.description}) changed while it was being read: run it again"
+            )
         return {split: writer.close() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -153,14 +168,14 @@ def _encode_source(
         raise
 
 
-def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
-    """Pieces with their ids, encoded a few mebibytes at a time on all of this process's cores."""
+def _encoded(chunks: Iterator[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, list[int]]]:
+    """Each chunk with its token ids, encoded ENCODE_BYTES at a time on all of this process's cores."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    batch: list[Piece] = []
+    batch: list[Chunk] = []
     size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.data)
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk.data)
         if size >= ENCODE_BYTES:
             yield from zip(batch, tokenizer.encode_many([p.text for p in batch], threads), strict=True)
             batch, size = [], 0

@@ -1,8 +1,8 @@
 """Batches for training and for held-out evaluation.
 
-Micro-batch j of a step is samples [j·m, (j+1)·m) of the step's stretch of the global order, whoever computes it: rank
-r of W takes j = a·W + r. So the tokens of a step, and the sets that per-micro-batch losses see, are the same at any
-number of ranks. A loader's whole state is `consumed`.
+Micro-batch j of a step holds samples [j·m, (j+1)·m) of the step's range of the global order (m: micro-batch size).
+Rank r of W computes micro-batches j = r, W + r, 2·W + r, … So the tokens of a step, and the samples of each
+micro-batch's loss, are the same at any number of ranks. A loader's whole state is `consumed`.
 
 Legend: B sequences of a micro-batch, S sequence length, V vocabulary.
 """
@@ -24,7 +24,7 @@ from moe.data.readers import DataError
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch. `labels_BS[b, t]` is the target of position t, −100 for none (the next document's first token).
+    """One micro-batch. `labels_BS[b, t]` is the target of position t, −100 if the next token opens a document.
 
     `sample_ids_B` is the sample's number in the run's global order (−1: padding of a held-out batch); `source_ids_B`
     indexes `Corpus.source_names`.
@@ -45,10 +45,10 @@ class Batch:
 
 
 class Loader:
-    """Endless training batches: weighted sources, a new permutation each epoch of a source.
+    """Endless training batches from weighted sources; each epoch of a source is a new permutation of its samples.
 
-    `consumed` counts samples over all ranks together; setting it continues exactly from there. Raises DataError when
-    the batch doesn't divide or a source holds less than one sequence.
+    `consumed` counts the samples of all ranks together; setting it resumes exactly there. Raises DataError when
+    `global_batch_size` isn't a multiple of `micro_batch_size × world_size`, or a source holds less than one sequence.
     """
 
     def __init__(
@@ -108,9 +108,10 @@ def held_out_batches(
 ) -> list[Batch]:
     """This rank's share of at most `max_sequences` held-out sequences, the same set at any number of ranks.
 
-    Sources share the number by weight (at least one each) and give sequences evenly spread over their held-out text;
-    what a small source can't give isn't replaced. Every rank gets the same number of batches, filled up with sequences
-    without targets. Raises DataError when `max_sequences` is less than the number of sources.
+    Each source gets a share by its weight (at least one) and gives sequences evenly spread over its held-out text; a
+    source with fewer sequences than its share gives all it has, and no other source gives more. Every rank gets the
+    same number of batches; the last ones are padded with sequences without targets. Raises DataError when
+    `max_sequences` is less than the number of sources.
     """
     if max_sequences < len(corpus.source_names):
         raise DataError(
@@ -118,21 +119,21 @@ def held_out_batches(
         )
     chosen: list[tuple[int, int]] = []
     for source, quota in enumerate(quotas(corpus.weights, max_sequences)):
-        held = -(-(corpus.held_out[source].tokens - 1) // sequence_length)
-        count = min(quota, held)
-        chosen += [(source, i * held // count) for i in range(count)]
+        available = -(-(corpus.held_out[source].tokens - 1) // sequence_length)
+        count = min(quota, available)
+        chosen += [(source, i * available // count) for i in range(count)]
     pad_id = corpus.tokenizer.eos_id
     per_round = micro_batch_size * world_size
     rounds = -(-len(chosen) // per_round)
     batches = []
     for number in range(rounds):
         start = number * per_round + rank * micro_batch_size
-        mine = chosen[start : start + micro_batch_size]
-        samples = [pack(corpus.held_out[source], i, sequence_length, pad_id) for source, i in mine]
-        missing = micro_batch_size - len(mine)
+        own = chosen[start : start + micro_batch_size]
+        samples = [pack(corpus.held_out[source], i, sequence_length, pad_id) for source, i in own]
+        missing = micro_batch_size - len(own)
         samples += [empty_sample(sequence_length, pad_id)] * missing
-        sample_ids = [*range(start, start + len(mine)), *[-1] * missing]
-        batches.append(_collate(samples, sample_ids, [source for source, _ in mine] + [0] * missing))
+        sample_ids = [*range(start, start + len(own)), *[-1] * missing]
+        batches.append(_collate(samples, sample_ids, [source for source, _ in own] + [0] * missing))
     return batches
 
 
@@ -147,8 +148,11 @@ def _collate(samples: list[Sample], sample_ids: list[int], source_ids: list[int]
 
 
 def token_counts(batches: Iterable[Batch], vocab_size: int) -> Tensor:
-    """[V] int64: how often each id is a target. Summed over ranks, the entropy of its shares is the unigram entropy:
-    the loss of a model that knows only frequencies."""
+    """[V] int64: how often each id is a target.
+
+    Summed over ranks and normalised, the entropy of these counts is the unigram entropy: the loss of a model that knows
+    only how frequent each token is.
+    """
     counts_V = torch.zeros(vocab_size, dtype=torch.int64)
     for batch in batches:
         targets = batch.labels_BS[batch.labels_BS != NO_TARGET]

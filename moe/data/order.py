@@ -1,7 +1,8 @@
-"""The order of samples as a function of one integer: nothing to save but how many were consumed.
+"""The order of samples, computed from the seed and the sample's number: a resume needs only how many were consumed.
 
-Sample g of a run → source and its nth sample (`Mixture`) → epoch and place in the source (`shuffled`). Each step is a
-closed form of (seed, g), so resuming is instant and the number of ranks doesn't matter.
+Sample g of a run → source and n, its number among that source's samples (`Mixture`) → epoch and place in the source
+(`shuffled`). Each of these is computed directly from (seed, g), so resuming is instant and the number of ranks doesn't
+matter.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from itertools import accumulate
 
 MIN_BLOCK = 1 << 10
 MAX_BLOCK = 1 << 20
-SMALLEST_QUOTA = 64  # samples per block of the rarest source, so that rounding its share is off by < 1 %
-ROUNDS = 6
+SMALLEST_QUOTA = 64  # samples per block of the rarest source, so that rounding changes its share by < 1 %
+ROUNDS = 6  # of the Feistel network
 MASK_64 = (1 << 64) - 1
 
 
 def shuffled(index: int, count: int, key: Sequence[int]) -> int:
-    """Where `index` goes in a pseudo-random permutation of 0 … count − 1 that `key` chooses; O(1) memory.
+    """The value at `index` of the pseudo-random permutation of 0 … count − 1 that `key` selects; O(1) memory.
 
-    A Feistel network permutes the 4^h ≥ count numbers of 2h bits, and numbers outside the range walk on along their
-    cycle until they are inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, method 2).
+    A Feistel network permutes the 4^h ≥ count numbers of 2h bits; a result outside the range is permuted again until
+    it is inside ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, method 2).
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -38,14 +39,14 @@ def shuffled(index: int, count: int, key: Sequence[int]) -> int:
 
 
 def _mix(value: int) -> int:
-    """splitmix64's finaliser: every input bit reaches every output bit."""
+    """splitmix64's finaliser: every input bit affects every output bit."""
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & MASK_64
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & MASK_64
     return value ^ value >> 31
 
 
 class Mixture:
-    """Interleaves sources by weight: every block of samples holds each source's quota, in an order of its own.
+    """Interleaves sources by weight: each block of samples holds every source's quota, in another order.
 
     The block is 1,024 samples, more where a source is rarer than 1 in 16; quotas are the weights rounded by largest
     remainder, at least 1.
@@ -62,7 +63,7 @@ class Mixture:
         self._ends = list(accumulate(self.quotas))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(source, n): sample `sample` of the run is number n of that source. Every n comes once, block by block."""
+        """(source, n): sample `sample` of the run is sample n of that source. Every n of a source comes once."""
         number, place = divmod(sample, self.block)
         slot = shuffled(place, self.block, (self._seed, number))
         source = bisect_right(self._ends, slot)
@@ -71,8 +72,10 @@ class Mixture:
 
 
 def quotas(shares: Sequence[float], total: int) -> list[int]:
-    """`total` divided by shares (which sum to 1): largest remainders, at least 1 each. Raises ValueError when total
-    is less than the number of shares."""
+    """Divides `total` by `shares` (which sum to 1) into whole numbers: largest remainders, at least 1 each.
+
+    Raises ValueError when `total` is less than the number of shares.
+    """
     if total < len(shares):
         raise ValueError(f"{total} samples can't hold {len(shares)} sources")
     counts = [max(1, int(share * total)) for share in shares]
@@ -80,7 +83,7 @@ def quotas(shares: Sequence[float], total: int) -> list[int]:
     for _ in range(total - sum(counts)):
         index = max(range(len(counts)), key=missing.__getitem__)
         counts[index], missing[index] = counts[index] + 1, missing[index] - 1
-    for _ in range(sum(counts) - total):  # the minimum of 1 took more than there is
+    for _ in range(sum(counts) - total):  # the minimum of 1 made the sum too large
         index = min((i for i, count in enumerate(counts) if count > 1), key=missing.__getitem__)
         counts[index], missing[index] = counts[index] - 1, missing[index] + 1
     return counts

@@ -1,4 +1,4 @@
-"""Packing: documents end to end, cut into samples of L tokens whose targets never reach into another document.
+"""Packing: documents end to end, cut into samples of L tokens. A target is always in the same document as its input.
 
 Legend: L sequence length.
 """
@@ -17,7 +17,7 @@ NO_TARGET = -100  # what cross-entropy ignores
 
 @dataclass(slots=True)
 class Sample:
-    """One packed sequence: `labels_L[t]` is the token after position t, NO_TARGET where that one opens a document."""
+    """One packed sequence: `labels_L[t]` is the token after position t; NO_TARGET where that token opens a document."""
 
     input_ids_L: np.ndarray  # int64
     labels_L: np.ndarray  # int64
@@ -25,7 +25,7 @@ class Sample:
 
 
 def full_samples(stream: TokenStream, sequence_length: int, name: str) -> int:
-    """How many samples of L tokens and the target after the last a stream holds. Raises DataError when none."""
+    """How many samples of L tokens, each with the target after its last, a stream holds. Raises DataError when none."""
     count = (stream.tokens - 1) // sequence_length
     if count < 1:
         raise DataError(
@@ -38,7 +38,7 @@ def full_samples(stream: TokenStream, sequence_length: int, name: str) -> int:
 def pack(stream: TokenStream, index: int, sequence_length: int, pad_id: int) -> Sample:
     """Sample `index`: tokens [index·L, index·L + L], the last one only as a target.
 
-    Where the stream ends before (held-out text), the rest is `pad_id` in a document of its own, without targets.
+    Where the stream ends earlier (held-out text), the rest is filled with `pad_id`, as a document without targets.
     """
     start = index * sequence_length
     stop = min(start + sequence_length + 1, stream.tokens)
@@ -53,7 +53,7 @@ def pack(stream: TokenStream, index: int, sequence_length: int, pad_id: int) -> 
 
 
 def empty_sample(sequence_length: int, pad_id: int) -> Sample:
-    """A sequence without targets: it fills a batch and counts for nothing."""
+    """A sequence without targets: it fills up a batch and adds nothing to the loss."""
     return Sample(
         np.full(sequence_length, pad_id, np.int64),
         np.full(sequence_length, NO_TARGET, np.int64),

@@ -1,10 +1,10 @@
-"""`moe prepare`: text into token shards, once; later calls open what is there.
+"""`moe prepare`: turns text into token shards once; later calls open the shards.
 
-The cache folder is named by a fingerprint: SHA-256 over the content of every document, the held-out share and the
+The shards' folder is named by a fingerprint: SHA-256 over the content of every document, the held-out share and the
 tokenizer's own hash. Reading a large corpus only to learn that nothing changed would be slow, so a note beside the
-folders remembers which fingerprint the same files (path, size, modification time) had; a file changed less than two
-seconds before it was read is never trusted to a note. Processes that ask for the same corpus at once wait for one
-another; the shards are written beside, synced and renamed, so that a folder with the right name is whole.
+folders records the fingerprint of a set of files (path, size, modification time); no note is written when a file
+changed less than two seconds before it was read. Processes that need the same corpus at the same time wait for the one
+that builds it. The shards are written to FOLDER.tmp, synced and renamed, so a folder without that ending is complete.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from moe.durable import fsync
 
 __all__ = ["Corpus", "check_tokenizer", "check_vocab", "open_corpus", "prepare"]
 
-SETTLED_NS = 2_000_000_000  # file systems may stamp two writes within this time alike
+SETTLED_NS = 2_000_000_000  # file systems may give two writes within this time the same modification time
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Callable[[str], None] = print) -> Corpus:
-    """Open the shards of these sources and this tokenizer, building them first where they aren't there.
+    """Opens the shards of these sources and this tokenizer, and builds them first if they don't exist.
 
-    Raises DataError (a ValueError) with one line for anything wrong with the text, the tokenizer or the cache folder.
+    Raises DataError, one line, if anything is wrong with the text, the tokenizer or the cache folder.
     """
     cache = Path(data.cache_dir).expanduser()
     sources = open_sources(data)
     note = _Note.of(cache, data, tokenizer, sources)
-    if corpus := _open_noted(note, data, log):
+    if corpus := _open_known(note, data, log):
         return corpus
-    with _writing(cache):
+    with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{note.key}.lock", log):
-        if corpus := _open_noted(note, data, log):  # another process built it while this one waited
+        if corpus := _open_known(note, data, log):  # another process built it while this one waited
             return corpus
         return _build(cache, note, data, tokenizer, sources, log)
 
 
 @dataclass(slots=True)
 class _Note:
-    """Remembers which fingerprint unchanged files had."""
+    """A file that records which fingerprint a set of files had, so that unchanged text isn't read again."""
 
     path: Path
     key: str
@@ -82,23 +82,23 @@ class _Note:
     def read(self) -> str | None:
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):  # no note, or a torn one: read the corpus instead
+        except (OSError, ValueError, KeyError, TypeError):  # no note, or an incomplete one: the corpus is read instead
             return None
 
     def write(self, fingerprint: str) -> None:
         if self.modified_ns + SETTLED_NS < self.started_ns:
-            beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-            beside.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
-            beside.replace(self.path)
+            partial = self.path.with_suffix(f".{os.getpid()}.tmp")
+            partial.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+            partial.replace(self.path)
 
 
-def _open_noted(note: _Note, data: DataConfig, log: Callable[[str], None]) -> Corpus | None:
+def _open_known(note: _Note, data: DataConfig, log: Callable[[str], None]) -> Corpus | None:
     fingerprint = note.read()
     return _open_folder(note.path.parent / fingerprint, data, log) if fingerprint else None
 
 
 def _open_folder(folder: Path, data: DataConfig, log: Callable[[str], None]) -> Corpus | None:
-    """The corpus in `folder`; None when there is none, or (logged) a damaged one."""
+    """The corpus in `folder`; None when there is none, or it is damaged (which is logged)."""
     if not folder.is_dir():
         return None
     try:
@@ -130,28 +130,28 @@ def _build(
     with _locked(cache / f"{folder.name}.lock", log):
         corpus = _open_folder(folder, data, log)
         if corpus is None:
-            beside = cache / f"{folder.name}.tmp"
-            with _writing(cache):
-                for leftover in (beside, folder):  # of a process that was killed; damaged
+            partial = cache / f"{folder.name}.tmp"
+            with _cache_errors(cache):
+                for leftover in (partial, folder):  # left by a killed process; damaged
                     if leftover.exists():
                         shutil.rmtree(leftover)
             try:
-                with _writing(cache):
-                    write_corpus(beside, fingerprint, data, tokenizer, sources, surveys, log)
-                    beside.rename(folder)
+                with _cache_errors(cache):
+                    write_corpus(partial, fingerprint, data, tokenizer, sources, surveys, log)
+                    partial.rename(folder)
                     fsync(cache)
             finally:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             corpus = open_corpus(folder, stated_weights(data))
             log(f"prepared {total / 1e6:.1f} MB of text in {time.monotonic() - started:.1f} s")
-    with _writing(cache):
+    with _cache_errors(cache):
         note.write(folder.name)
     return corpus
 
 
 @contextmanager
-def _writing(cache: Path) -> Iterator[None]:
-    """An OSError becomes one line naming the folder: a full disk, no permission."""
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """Turns an OSError (full disk, no permission) into a DataError that names the cache folder."""
     try:
         yield
     except OSError as error:
@@ -160,8 +160,8 @@ def _writing(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """One process of the machine at a time (and of all that share the file system, where it has locks)."""
-    with _writing(path.parent):
+    """One process at a time, of this machine or, if the file system has shared locks, of all machines."""
+    with _cache_errors(path.parent):
         file = path.open("w")
     with file:
         try:

@@ -1,4 +1,4 @@
-"""Reading one file or table as documents; every error is one line with the file and the place in it."""
+"""Reads one file or table as documents; every error is one line with the file and the place in it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from moe.errors import UserError
 
 
 class DataError(UserError):
-    """Data that can't be used: one line naming the file, the place, the rule and what to do."""
+    """Data that can't be used. Its text is one line: file, place, rule, fix."""
 
 
 @dataclass(slots=True)
-class Piece:
-    """A stretch of text. `starts` opens a document; else it continues the piece before it (of one text file)."""
+class Chunk:
+    """Part of a document, or all of it. A chunk that doesn't start a document continues the one before it."""
 
     text: str
     data: bytes  # the same in UTF-8
-    starts: bool = True
+    starts_document: bool = True
 
 
-def read_text(path: Path, piece_bytes: int) -> Iterator[Piece]:
-    """One document per file, in pieces of `piece_bytes` that end with a line (or, in a very long one, a character)."""
-    starts, position = True, 0
+def read_text(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+    """One document per file, in chunks of about `chunk_bytes` that end with a line (or, in a long one, a character)."""
+    starts_document, position = True, 0
     try:
         with path.open("rb") as file:
             tail = b""
-            while block := file.read(piece_bytes):
-                block = tail + block + file.readline(piece_bytes)
-                # A line longer than a piece is cut anywhere: bytes of an unfinished character wait for the rest.
+            while block := file.read(chunk_bytes):
+                block = tail + block + file.readline(chunk_bytes)
+                # A line longer than a chunk is cut at any byte; the bytes of a cut character go into the next chunk.
                 tail = _unfinished(block) if not block.endswith(b"\n") else b""
                 block = block[: len(block) - len(tail)]
-                yield Piece(_decode(block, path, position), block, starts)
-                starts, position = False, position + len(block)
+                yield Chunk(_decode(block, path, position), block, starts_document)
+                starts_document, position = False, position + len(block)
             if tail:
                 _decode(tail, path, position)
     except OSError as error:
@@ -63,8 +63,8 @@ def _decode(block: bytes, path: Path, position: int) -> str:
         raise DataError(f"{path}: byte {place} (0x{block[error.start]:02x}) is not UTF-8: {error.reason}") from error
 
 
-def read_jsonl(path: Path, key: str, field: str) -> Iterator[Piece]:
-    """One document per line, its `field`; blank lines are skipped."""
+def read_jsonl(path: Path, key: str, field: str) -> Iterator[Chunk]:
+    """One document per line: its string `field`. Blank lines are skipped; `key` is the source's, for messages."""
     position = 0
     try:
         with path.open("rb") as file:
@@ -83,29 +83,30 @@ def read_jsonl(path: Path, key: str, field: str) -> Iterator[Piece]:
                     raise DataError(f"{path}:{number}: must be a JSON object, is a {type(row).__name__}")
                 if field not in row:
                     raise DataError(f"{path}:{number}: {no_field(key, field, list(row))}")
-                yield as_piece(row[field], field, f"{path}:{number}")
+                yield as_chunk(row[field], field, f"{path}:{number}")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
 
 
 def no_field(key: str, field: str, names: list[str]) -> str:
+    """The message for a row or table without `field`."""
     return f"no field {field!r}; it has {', '.join(map(str, names)) or 'none'}: set {key}.text_field"
 
 
-def as_piece(value: Any, field: str, place: str) -> Piece:
-    """A row's text as a document. Raises DataError naming the place when it isn't text."""
+def as_chunk(value: Any, field: str, place: str) -> Chunk:
+    """A row's value as a document. Raises DataError, naming the place, when it isn't text."""
     if not isinstance(value, str):
         shown = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f"{place}: field {field!r} must be a string, is {shown}")
     try:
-        return Piece(value, value.encode("utf-8"))
+        return Chunk(value, value.encode("utf-8"))
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         wrong = f"U+{ord(value[error.start]):04X}"
         raise DataError(f"{place}: field {field!r} holds a lone surrogate ({wrong}), which is not text") from error
 
 
-def read_parquet(path: Path, key: str, field: str) -> Iterator[Piece]:
-    """One document per row, its column `field`."""
+def read_parquet(path: Path, key: str, field: str) -> Iterator[Chunk]:
+    """One document per row: its string column `field`; `key` is the source's, for messages."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -117,17 +118,18 @@ def read_parquet(path: Path, key: str, field: str) -> Iterator[Piece]:
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0).to_pylist():
-                    yield as_piece(value, field, f"{path}: row {number}")
+                    yield as_chunk(value, field, f"{path}: row {number}")
                     number += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from error
 
 
 def column(rows: Iterable[Any], field: str, place: str) -> Iterator[Any]:
+    """`field` of every row of a `datasets` table."""
     try:
         for row in rows:
             yield row[field]
-    except Exception as error:  # `datasets` raises whatever its readers raise
+    except Exception as error:  # `datasets` lets any exception of its readers through
         raise DataError(f"{place}: `datasets` can't read it: {first_line(error)}") from error
 
 

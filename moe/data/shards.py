@@ -1,10 +1,11 @@
-"""Token shards on disk: what `prepare` writes and the loader maps into memory.
+"""Token shards on disk: `prepare` writes them, the loader maps them into memory.
 
 One stream of tokens per source and split, cut into files of `SHARD_TOKENS` (the last one shorter), raw little-endian
 uint16 (vocabularies up to 65,536) or uint32, no header. `documents.bin` holds the stream position of every document's
-first token, int64, and the stream's length at the end. A document is [BOS] tokens [EOS] and may cross two shards.
+first token, int64, and at its end the stream's length. A document is [BOS] tokens [EOS] and may cross from one shard
+into the next.
 
-Legend: N tokens of a stretch, D documents of a stream.
+Legend: N tokens of a range.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class StreamWriter:
-    """Writes one stream, document by document. An OSError (a full disk) passes through."""
+    """Writes one stream, document by document. Raises OSError (a full disk)."""
 
     def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ class StreamWriter:
             self._shard = None
 
     def close(self) -> dict[str, int]:
-        """Flush to disk. Returns what meta.json keeps of the stream."""
+        """Syncs everything to disk. Returns the stream's entry in meta.json."""
         self._end_shard()
         self._offsets.write(np.array([self.tokens], "<i8").tobytes())
         _sync_and_close(self._offsets)
@@ -72,10 +73,10 @@ class StreamWriter:
         }
 
     def abandon(self) -> None:
-        """Close the files after an error; their content is worthless."""
+        """Closes the files after an error; their content is not usable."""
         for file in (self._offsets, self._shard):
             if file is not None:
-                # A full disk is met again when a buffer is flushed: the first error is the one to tell.
+                # Closing flushes the buffer, which fails again on a full disk; the first error is the one to report.
                 try:
                     file.close()
                 except OSError:
@@ -92,7 +93,7 @@ class TokenStream:
     """One source and split, mapped into memory. `documents`, `tokens` and `bytes` (of UTF-8 text) are its totals."""
 
     def __init__(self, folder: Path, meta: dict[str, Any], dtype: np.dtype, vocab_size: int) -> None:
-        """Raises DataError when a file is missing or hasn't the size that meta.json states."""
+        """Raises DataError when a file is missing or hasn't the size that meta.json implies."""
         self.folder, self.vocab_size = folder, vocab_size
         self.documents, self.tokens, self.bytes = int(meta["documents"]), int(meta["tokens"]), int(meta["bytes"])
         self._shard_tokens = int(meta["shard_tokens"])
@@ -102,7 +103,7 @@ class TokenStream:
         self._offsets = _map(folder / OFFSETS_FILE, np.dtype("<i8"), self.documents + 1)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """[N] int64: tokens `start` … `stop` − 1. Raises DataError for an id the tokenizer doesn't have."""
+        """[N] int64: tokens `start` … `stop` − 1. Raises DataError for an id that the tokenizer doesn't have."""
         parts = []
         while start < stop:
             shard, offset = divmod(start, self._shard_tokens)
@@ -112,7 +113,7 @@ class TokenStream:
         ids_N = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
         if len(ids_N) and int(ids_N.max()) >= self.vocab_size:
             raise DataError(
-                f"{self.folder}: token id {int(ids_N.max())} must be < the tokenizer's {self.vocab_size} pieces: "
+                f"{self.folder}: token id {int(ids_N.max())} must be < the tokenizer's vocabulary, {self.vocab_size}: "
                 "the shards are damaged; delete the folder and prepare again"
             )
         return ids_N

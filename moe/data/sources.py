@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, globs, JSONL, Parquet, `datasets`, and the built-in domains.
 
-A source streams `Piece`s, each at most about a mebibyte of text for files (one row for the other formats), so memory
-doesn't grow with the corpus. What can't be read raises `DataError`, one line that names the file and the place.
+A source is a stream of `Chunk`s, so memory doesn't grow with the corpus: about a mebibyte of a text file at most, or
+one row of the other formats. Text that can't be read raises `DataError`, one line that names the file and the place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from moe.config import DataConfig, SourceConfig, SourceFormat
 from moe.data import stdlib
 from moe.data.readers import (
+    Chunk,
     DataError,
-    Piece,
-    as_piece,
+    as_chunk,
     column,
     first_line,
     no_field,
@@ -28,9 +28,9 @@ from moe.data.readers import (
     read_text,
 )
 
-MAX_PIECE_BYTES = 1 << 20
-MIN_PIECE_BYTES = 1 << 10
-MIN_PIECES = 64  # fewer text files than this are cut, so that a held-out share can be taken of one long book too
+MAX_CHUNK_BYTES = 1 << 20
+MIN_CHUNK_BYTES = 1 << 10
+MIN_CHUNKS = 64  # fewer text files are cut into about so many chunks, so that one long book has held-out text too
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet",)
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
@@ -40,21 +40,21 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(slots=True)
 class Source:
-    """One named corpus. `identity` is cheap to compute and changes when the source may have changed."""
+    """One named source of text. `identity` is cheap to compute and changes whenever the text may have changed."""
 
     name: str
     description: str
     identity: list[Any]
     modified_ns: int  # newest file's modification time; 0 where there are no files
-    read: Callable[[], Iterator[Piece]]
+    read: Callable[[], Iterator[Chunk]]
 
-    def pieces(self) -> Iterator[Piece]:
-        """Every piece in a fixed order, empty ones left out. Raises DataError."""
-        return (piece for piece in self.read() if piece.data)
+    def chunks(self) -> Iterator[Chunk]:
+        """Every chunk but empty ones, in a fixed order. Raises DataError."""
+        return (chunk for chunk in self.read() if chunk.data)
 
 
 def open_sources(data: DataConfig) -> list[Source]:
-    """The configured sources, found and recognised but not yet read. Raises DataError."""
+    """The configured sources, located and their formats known, but not yet read. Raises DataError."""
     sources = []
     for name, config in data.all_sources().items():
         key = "data" if data.path is not None else f"data.sources.{name}"
@@ -65,7 +65,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 
 
 def stated_weights(data: DataConfig) -> dict[str, float]:
-    """The weights that the configuration states, by source; empty where they follow the tokens."""
+    """The weights in the configuration, by source; empty if it has none, and then sources are weighted by tokens."""
     return {name: source.weight for name, source in data.all_sources().items() if source.weight is not None}
 
 
@@ -84,18 +84,18 @@ def _open_stdlib(name: str, key: str, domain: str) -> Source:
     paths = stdlib.files(domain)
     if not paths and domain != "arithmetic":
         raise DataError(
-            f"{key}.path={domain}: this Python carries no library source; use data=files data.path=FILE_OR_FOLDER"
+            f"{key}.path={domain}: this Python comes without library sources; use data=files data.path=FILE_OR_FOLDER"
         )
     identity, modified = _stat(key, paths)
 
     @cache
-    def texts() -> list[str]:  # a few megabytes, parsed once for the several readings of a preparation
+    def texts() -> list[str]:  # a few megabytes, parsed once although a preparation reads them several times
         return list(stdlib.documents(domain))
 
-    def read() -> Iterator[Piece]:
+    def read() -> Iterator[Chunk]:
         try:
             for text in texts():
-                yield Piece(text, text.encode())
+                yield Chunk(text, text.encode())
         except (OSError, SyntaxError, UnicodeError) as error:
             raise DataError(f"{key}.path={domain}: this Python's library can't be read: {error}") from error
 
@@ -107,7 +107,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _expand(key: str, config: SourceConfig, path: Path) -> list[Path]:
-    """The files a path, folder or glob names, sorted."""
+    """The files that a path, folder or glob names, sorted."""
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -121,7 +121,7 @@ def _expand(key: str, config: SourceConfig, path: Path) -> list[Path]:
         if not found:
             raise DataError(f"{key}.path={config.path}: the glob matches no file (working folder: {Path.cwd()})")
         return found
-    # A mistyped folder must fail at once, not after a search of the Hub: a name there is asked for by its format.
+    # A mistyped folder must fail at once, not after a search of the Hub, so Hub names need format=dataset.
     hint = f"; a data set on the Hub needs {key}.format=dataset" if HUB_NAME.fullmatch(config.path) else ""
     raise DataError(f"{key}.path={config.path}: no such file or folder (working folder: {Path.cwd()}){hint}")
 
@@ -143,18 +143,18 @@ def _open_files(name: str, key: str, config: SourceConfig, paths: list[Path]) ->
     identity, modified = _stat(key, paths)
     readers = [_format_of(config.format, path) for path in paths]
     texts = [size for reader, (_, size, _) in zip(readers, identity, strict=True) if reader is SourceFormat.text]
-    piece_bytes = MAX_PIECE_BYTES
-    if len(texts) < MIN_PIECES:
-        piece_bytes = min(MAX_PIECE_BYTES, max(MIN_PIECE_BYTES, sum(texts) // MIN_PIECES))
+    chunk_bytes = MAX_CHUNK_BYTES
+    if len(texts) < MIN_CHUNKS:
+        chunk_bytes = min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, sum(texts) // MIN_CHUNKS))
 
-    def read() -> Iterator[Piece]:
+    def read() -> Iterator[Chunk]:
         for path, reader in zip(paths, readers, strict=True):
             if reader is SourceFormat.jsonl:
                 yield from read_jsonl(path, key, config.text_field)
             elif reader is SourceFormat.parquet:
                 yield from read_parquet(path, key, config.text_field)
             else:
-                yield from read_text(path, piece_bytes)
+                yield from read_text(path, chunk_bytes)
 
     kinds = sorted({reader.value for reader in readers})
     settings = ["files", config.format.value, config.text_field]
@@ -171,17 +171,17 @@ def _format_of(stated: SourceFormat, path: Path) -> SourceFormat:
 
 
 def _open_dataset(name: str, key: str, config: SourceConfig, path: Path) -> Source:
-    """A folder that `save_to_disk` wrote, or what `load_dataset` finds by name (the Hub) or folder."""
+    """A folder that `save_to_disk` wrote, or anything that `load_dataset` opens: a folder or a name on the Hub."""
     rows = _load_dataset(key, config, path)
     column_names = list(rows.column_names)
     if config.text_field not in column_names:
         raise DataError(f"{key}.path={config.path}: {no_field(key, config.text_field, column_names)}")
-    rows = rows.select_columns([config.text_field])  # so that images and audio beside the text are never decoded
+    rows = rows.select_columns([config.text_field])  # so that images and audio in other columns are never decoded
     place = f"{config.path} ({config.split})"
 
-    def read() -> Iterator[Piece]:
+    def read() -> Iterator[Chunk]:
         for number, text in enumerate(column(rows, config.text_field, place)):
-            yield as_piece(text, config.text_field, f"{place}: row {number}")
+            yield as_chunk(text, config.text_field, f"{place}: row {number}")
 
     identity: list[Any] = ["dataset", config.path, config.subset, config.split, config.text_field]
     files, modified = _stat(key, sorted({Path(file["filename"]) for file in rows.cache_files}))
@@ -190,7 +190,7 @@ def _open_dataset(name: str, key: str, config: SourceConfig, path: Path) -> Sour
 
 
 def _load_dataset(key: str, config: SourceConfig, path: Path) -> Any:
-    import datasets  # a second or two: only where it is used
+    import datasets  # takes a second or two, so it is imported only where it is used
 
     try:
         if _is_saved_dataset(path):
@@ -203,7 +203,7 @@ def _load_dataset(key: str, config: SourceConfig, path: Path) -> Any:
         return datasets.load_dataset(str(config.path), config.subset, split=config.split)
     except DataError:
         raise
-    # `datasets` raises whatever its readers raise, from ConnectionError to StopIteration: all of it is bad input here.
+    # `datasets` lets any exception of its readers through, from ConnectionError to StopIteration: all mean bad input.
     except Exception as error:
         missing = "" if path.exists() else "no such file or folder, and "
         raise DataError(f"{key}.path={config.path}: {missing}`datasets` can't load it: {first_line(error)}") from error

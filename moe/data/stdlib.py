@@ -1,12 +1,12 @@
-"""Text that every Python carries: three domains for a first run with no download (`data=stdlib`).
+"""Text that comes with every Python: three domains for a first run without a download (`data=stdlib`).
 
 - `python`: source of a fixed list of standard modules, cut at top-level definitions;
-- `prose`: the language reference's topics (`pydoc_data.topics`) and the docstrings of other modules than `python`'s,
+- `prose`: the language reference's topics (`pydoc_data.topics`) and the docstrings of modules that aren't in `python`,
   so that no sentence is in two domains;
 - `arithmetic`: generated problems with their solutions, the same on every machine.
 
-The lists name modules that Python 3.11 to 3.14 have, so the corpora are nearly the same everywhere; a module that a
-distribution leaves out is skipped, and the corpus's printed fingerprint tells two versions apart.
+The lists name modules of Python 3.11 to 3.14, so the text is nearly the same everywhere. A module that a distribution
+leaves out is skipped; the printed fingerprint shows whether two machines have the same corpus.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ urllib wsgiref xml xmlrpc zoneinfo
 DOMAINS = ("python", "prose", "arithmetic")
 
 DOCUMENT_BYTES = 4096  # a module is cut at the first top-level definition after this many bytes
-DOCSTRING_CHARACTERS = 80  # one-liners ("Return x.") repeat too much to be prose
+DOCSTRING_CHARACTERS = 80  # shorter docstrings ("Return x.") are left out: they repeat each other
 ARITHMETIC_DOCUMENTS = 1600
 ARITHMETIC_SEED = 20240108
 
 
 def files(domain: str) -> list[Path]:
-    """The files a domain reads; [] for `arithmetic`, which reads none."""
+    """The files that a domain reads; [] for `arithmetic`, which reads none."""
     library = Path(sysconfig.get_path("stdlib"))
     if domain == "python":
         return [path for name in PYTHON_MODULES if (path := library / f"{name}.py").is_file()]
@@ -70,7 +70,7 @@ def documents(domain: str) -> Iterator[str]:
 
 
 def _split_module(source: str) -> Iterator[str]:
-    """Cut before a top-level definition (its decorators and comments included); the parts joined are the source."""
+    """Cuts before top-level definitions, their decorators and comments included; the parts joined are the source."""
     part: list[str] = []
     size = 0
     for line in source.splitlines(keepends=True):
@@ -85,7 +85,7 @@ def _split_module(source: str) -> Iterator[str]:
 
 
 def _topics(path: Path) -> Iterator[str]:
-    """The reference's topics, read as a literal: nothing of the file is run."""
+    """The language reference's topics, read as a literal: no code of the file is run."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             yield from ast.literal_eval(node.value).values()
@@ -103,9 +103,9 @@ def _docstrings(source: str) -> str:
 
 
 def arithmetic() -> Iterator[str]:
-    """Generated problems: each document is one title line and up to twelve problems of one kind.
+    """Generated problems: each document is a title line and 6 to 12 problems of one kind.
 
-    Only `Random.random` is used: the one method whose sequence Python promises to keep between versions.
+    Only `Random.random` is used: it is the one method whose sequence Python guarantees across versions.
     """
     generator = random.Random(ARITHMETIC_SEED)
 

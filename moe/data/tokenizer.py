@@ -1,8 +1,8 @@
 """Text to token ids and back, exactly: SentencePiece models, Hugging Face's tokenizer.json, Mistral's own.
 
-A model trained here splits no text from itself: `decode(encode(text)) == text` for every string, newlines, tabs, runs
-of spaces and any Unicode included. Existing tokenizers keep their own normalisation (Mistral's adds one space before a
-text and takes it away again). Nothing is unpickled and no code of a tokenizer folder is run.
+A model trained here is lossless: `decode(encode(text)) == text` for every string, newlines, tabs, runs of spaces and
+any Unicode included. Existing tokenizers keep their own normalisation (Mistral's adds a space before a text when it
+encodes and removes it when it decodes). Nothing is unpickled and no code of a tokenizer folder is run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import sentencepiece
 from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.readers import DataError
 
-SPACE = "▁"  # SentencePiece's sign for a space
-CARD = "moe_tokenizer.json"
+SPACE = "▁"  # stands for a space in SentencePiece's vocabulary
+INFO_FILE = "moe_tokenizer.json"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
-    """`bos_id` opens and `eos_id` closes every stored document; ids are 0 … vocab_size − 1."""
+    """Every stored document begins with `bos_id` and ends with `eos_id`; ids are 0 … vocab_size − 1."""
 
     vocab_size: int
     bos_id: int
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def piece(self, token_id: int) -> str:
-        """What one id looks like, for people: its text, or `<0xE4>` for a part of a character."""
+        """One id as readable text; `<0xE4>` for a byte that is only part of a character."""
         ...
 
     def token_bytes(self) -> np.ndarray:
@@ -50,16 +50,16 @@ class Tokenizer(Protocol):
         ...
 
     def files(self) -> dict[str, bytes]:
-        """{name: content} that `load_saved` reads from a folder."""
+        """{file name: content}: the files that `load_saved` reads."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write `files` into `folder`."""
+        """Writes `files` into `folder`."""
         ...
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with byte fallback (Llama's, Mistral's, or trained here)."""
+    """A SentencePiece model with byte fallback: Llama's, Mistral's, or one trained here."""
 
     file_name = "tokenizer.model"
 
@@ -72,21 +72,23 @@ class SentencePieceTokenizer:
         self._model, self._processor = model, processor
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = processor.get_piece_size()
-        self.bos_id, self.eos_id = _document_ends(processor.bos_id(), processor.eos_id(), where)
+        self.bos_id, self.eos_id = _bos_and_eos(processor.bos_id(), processor.eos_id(), where)
         self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if not all(processor.is_byte(token_id) for token_id in self._space_ids):
-            raise DataError(f"{where}: has no byte pieces, so text outside its pieces would be lost; use another model")
+            raise DataError(
+                f"{where}: has no byte pieces, so characters outside its vocabulary would be lost; use another model"
+            )
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text], threads=1)[0]
 
     def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
         if any(SPACE in text for text in texts):
-            return [self._encode_with_sign(text) for text in texts]
+            return [self._encode_with_space_sign(text) for text in texts]
         return self._processor.encode(texts, num_threads=threads)  # type: ignore[return-value]
 
-    def _encode_with_sign(self, text: str) -> list[int]:
-        """A literal '▁' would come back as a space: it goes in as its three bytes."""
+    def _encode_with_space_sign(self, text: str) -> list[int]:
+        """Encodes a literal '▁' as its three bytes; as a piece it would be decoded to a space."""
         ids: list[int] = []
         for index, part in enumerate(text.split(SPACE)):
             ids += self._space_ids * (index > 0) + self._processor.encode(part)  # type: ignore[operator]
@@ -134,7 +136,7 @@ class HuggingFaceTokenizer:
             self._json = json.loads(model)
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
-        self._backend.encode_special_tokens = True  # "</s>" inside a document is text and must not end it
+        self._backend.encode_special_tokens = True  # "</s>" inside a document is text and must not become the EOS id
         self._backend.no_truncation()
         self._backend.no_padding()
         self._model = model
@@ -142,11 +144,11 @@ class HuggingFaceTokenizer:
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
         self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id, self.eos_id = _document_ends(bos, eos, where)
+        self.bos_id, self.eos_id = _bos_and_eos(bos, eos, where)
         decoder = json.dumps(self._json.get("decoder"))
         self._byte_level = '"ByteLevel"' in decoder
         if not self._byte_level and '"ByteFallback"' not in decoder:
-            raise DataError(f"{where}: must be byte-level or have byte fallback, else text would be lost")
+            raise DataError(f"{where}: must be byte-level or have byte fallback: without it text would be lost")
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -179,7 +181,7 @@ class HuggingFaceTokenizer:
                 content, special = self._added[token_id]
                 sizes[token_id] = 0 if special else len(content.encode())
             elif self._byte_level:
-                sizes[token_id] = len(piece)  # one character of its alphabet per byte
+                sizes[token_id] = len(piece)  # one character of the byte-level alphabet per byte
             else:
                 sizes[token_id] = 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
         return sizes
@@ -201,17 +203,17 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 
 
-def _document_ends(bos: int | None, eos: int | None, where: str) -> tuple[int, int]:
-    """(BOS, EOS); a tokenizer without BOS opens documents with its EOS."""
+def _bos_and_eos(bos: int | None, eos: int | None, where: str) -> tuple[int, int]:
+    """(BOS, EOS); with a tokenizer that has no BOS, documents begin with EOS."""
     if eos is None or eos < 0:
-        raise DataError(f"{where}: names no end-of-sequence token, which ends every document")
+        raise DataError(f"{where}: has no end-of-sequence token, which every document needs at its end")
     return (eos if bos is None or bos < 0 else bos), eos
 
 
 def _files(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, model: bytes) -> dict[str, bytes]:
-    card = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
-    card |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    return {tokenizer.file_name: model, CARD: (json.dumps(card, indent=1) + "\n").encode()}
+    info = {"file": tokenizer.file_name, "fingerprint": tokenizer.fingerprint}
+    info |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    return {tokenizer.file_name: model, INFO_FILE: (json.dumps(info, indent=1) + "\n").encode()}
 
 
 def _save(folder: Path, files: dict[str, bytes]) -> None:
@@ -221,24 +223,24 @@ def _save(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def load_saved(folder: Path) -> Tokenizer:
-    """From what `Tokenizer.save` wrote. Raises DataError when a file is missing or its content isn't what was saved."""
+    """Reads what `Tokenizer.save` wrote. Raises DataError when a file is missing or its content has changed."""
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        model = (folder / card["file"]).read_bytes()
+        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+        model = (folder / info["file"]).read_bytes()
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: holds no saved tokenizer ({CARD}: {error})") from error
-    where = str(folder / card["file"])
-    if card["file"] == HuggingFaceTokenizer.file_name:
-        tokenizer: Tokenizer = HuggingFaceTokenizer(model, card["bos_id"], card["eos_id"], where)
+        raise DataError(f"{folder}: holds no saved tokenizer ({INFO_FILE}: {error})") from error
+    where = str(folder / info["file"])
+    if info["file"] == HuggingFaceTokenizer.file_name:
+        tokenizer: Tokenizer = HuggingFaceTokenizer(model, info["bos_id"], info["eos_id"], where)
     else:
         tokenizer = SentencePieceTokenizer(model, where)
-    if tokenizer.fingerprint != card["fingerprint"]:
+    if tokenizer.fingerprint != info["fingerprint"]:
         raise DataError(f"{where}: its content is not what was saved (SHA-256 differs)")
     return tokenizer
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """An existing tokenizer: every kind but `sentencepiece`, which is trained. Raises DataError."""
+    """Opens an existing tokenizer: every kind but `sentencepiece`, which is trained. Raises DataError."""
     if config.kind is TokenizerKind.mistral:
         path = _mistral_model()
     else:
@@ -251,7 +253,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def tokenizer_files(config: TokenizerConfig) -> list[Path]:
-    """The files an existing tokenizer is read from, for a cheap check whether it changed."""
+    """The files that an existing tokenizer is read from, to check cheaply whether it changed."""
     if config.kind is TokenizerKind.mistral:
         return [_mistral_model()]
     if config.path is None:
@@ -261,7 +263,7 @@ def tokenizer_files(config: TokenizerConfig) -> list[Path]:
 
 
 def _mistral_model() -> Path:
-    """The package's file, found without importing the package (which takes a second)."""
+    """mistral-common's model file, found without importing the package (an import takes a second)."""
     spec = importlib.util.find_spec("mistral_common")
     places = list(spec.submodule_search_locations or []) if spec else []
     paths = [path for place in places if (path := Path(place) / "data" / "tokenizer.model.v1").is_file()]
@@ -278,7 +280,7 @@ def _read(path: Path) -> bytes:
 
 
 def _open_huggingface(folder: Path) -> Tokenizer:
-    """A tokenizer folder: tokenizer.json and the names of its special tokens, or a bare SentencePiece model."""
+    """A tokenizer folder: tokenizer.json and the files that name its special tokens, or a SentencePiece model alone."""
     where = f"tokenizer.path={folder}"
     if not folder.is_dir():
         raise DataError(f"{where}: must be a local folder with a tokenizer.json (nothing is downloaded)")
@@ -287,7 +289,7 @@ def _open_huggingface(folder: Path) -> Tokenizer:
             return SentencePieceTokenizer(_read(folder / "tokenizer.model"), where)
         raise DataError(f"{where}: holds neither tokenizer.json nor tokenizer.model")
     names: dict[str, Any] = {}
-    for file_name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
+    for file_name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second overrides the first
         if (folder / file_name).is_file():
             try:
                 names |= {key: value for key, value in json.loads(_read(folder / file_name)).items() if value}
@@ -299,10 +301,10 @@ def _open_huggingface(folder: Path) -> Tokenizer:
 
 
 def _special_id(model: bytes, name: Any) -> int | None:
-    """The id of a special token, named by its text or by a mapping with its `content`."""
+    """The id of a special token, given by its text or by a mapping with its `content`; None if there is none."""
     text = name.get("content") if isinstance(name, dict) else name
     try:
         added = json.loads(model).get("added_tokens", [])
     except ValueError:
-        return None  # the reader of the file says what is wrong with it
+        return None  # HuggingFaceTokenizer raises the error for a broken file
     return next((token["id"] for token in added if token["content"] == text), None)

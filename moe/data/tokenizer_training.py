@@ -1,4 +1,4 @@
-"""Training a SentencePiece tokenizer on a sample of the corpus's training split."""
+"""Trains a SentencePiece tokenizer on a sample of the corpus's training split."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import sentencepiece
 from moe.data.readers import DataError
 from moe.data.tokenizer import SPACE, SentencePieceTokenizer
 
-RESERVED = 256 + 3  # byte pieces; unknown, BOS, EOS
-COVERAGE = 0.9995  # of the characters of the text; the rest are spelt in bytes
-SAMPLE_BLOCK = 4096  # bytes of text that a sample takes or leaves together
+RESERVED = 256 + 3  # pieces that aren't learnt: bytes; unknown, BOS, EOS
+COVERAGE = 0.9995  # share of the text's characters that get a piece; the rest are encoded as bytes
+SAMPLE_BLOCK = 4096  # characters: blocks of this size are taken into the sample or left out as a whole
 
 
 def sample_blocks(texts: Iterator[str], share: float) -> Iterator[str]:
-    """An even sample of `share` of the text, in blocks of whole lines, from one end of the corpus to the other."""
+    """A sample of `share` of the text in blocks of whole lines, spread evenly over the corpus."""
     seen = taken = 0
     for text in texts:
         block: list[str] = []
@@ -41,13 +41,13 @@ def sample_blocks(texts: Iterator[str], share: float) -> Iterator[str]:
 def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str], None]) -> SentencePieceTokenizer:
     """BPE with byte fallback over `blocks` of text; the same text gives the same model.
 
-    A text too short for `vocab_size` pieces gives a smaller vocabulary, and `log` says so. Raises DataError when the
-    text is empty.
+    A text too short for `vocab_size` pieces gives a smaller vocabulary, which is logged. Raises DataError when the text
+    is empty.
     """
     counts = Counter(character for block in blocks for character in block if character not in ("\n", SPACE))
     if not counts:
         raise DataError("tokenizer.kind=sentencepiece: the training split holds no text to train on")
-    rare = _rare(counts, (vocab_size - RESERVED) // 2)
+    rare = _rare_characters(counts, (vocab_size - RESERVED) // 2)
     lines = [line for block in blocks for line in block.translate(rare).split("\n") if line]
     try:
         model = _train(lines, vocab_size)
@@ -60,11 +60,11 @@ def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str],
     return SentencePieceTokenizer(model, "trained tokenizer")
 
 
-def _rare(counts: Counter[str], room: int) -> dict[int, str]:
-    """Characters that get no piece of their own and are spelt in bytes, mapped to a line end for the trainer.
+def _rare_characters(counts: Counter[str], room: int) -> dict[int, str]:
+    """Characters that get no piece of their own and are encoded as bytes, mapped to a line end for the trainer.
 
-    Half of the learnt pieces is the most that single characters may take: so a small vocabulary can be trained on text
-    with thousands of characters, and there are merges left to learn.
+    At most `room` characters get a piece, half of the learnt pieces: so a small vocabulary can be trained on text with
+    thousands of characters, and pieces are left for merges.
     """
     limit = COVERAGE * sum(counts.values())
     rare, covered = {ord(SPACE): "\n"}, 0

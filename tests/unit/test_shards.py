@@ -60,7 +60,7 @@ def test_damaged_files_are_named(tmp_path, name):
 def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path):
     stream = write(tmp_path, vocab_size=40)
     assert stream.read(0, 5).tolist() == FLAT[:5]
-    with pytest.raises(DataError, match="token id 40 must be < the tokenizer's 40 pieces"):
+    with pytest.raises(DataError, match="token id 40 must be < the tokenizer's vocabulary, 40"):
         stream.read(0, len(FLAT))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from moe.config import DataConfig, SourceFormat
 from moe.data import sources, stdlib
-from moe.data.readers import DataError, as_piece, read_text
+from moe.data.readers import DataError, as_chunk, read_text
 from moe.data.sources import open_sources
 
 ROWS = ["first document\n", "second, with é and 😀", "third\nover lines\n"]
@@ -17,11 +17,11 @@ ROWS = ["first document\n", "second, with é and 😀", "third\nover lines\n"]
 
 def read(path, **keys):
     (source,) = open_sources(DataConfig(path=str(path), **keys))
-    return list(source.pieces())
+    return list(source.chunks())
 
 
 def texts(path, **keys):
-    return [piece.text for piece in read(path, **keys)]
+    return [chunk.text for chunk in read(path, **keys)]
 
 
 def refusal(path, **keys):
@@ -63,7 +63,7 @@ def test_saved_dataset(tmp_path):
     assert texts(tmp_path / "two") == ROWS
     source = {"path": str(tmp_path / "two"), "split": "test"}
     (opened,) = open_sources(DataConfig(sources={"mine": source}))
-    assert [piece.text for piece in opened.pieces()] == ROWS[:1]
+    assert [chunk.text for chunk in opened.chunks()] == ROWS[:1]
     with pytest.raises(DataError, match=r"data\.sources\.mine\.split=dev must be one of train, test"):
         open_sources(DataConfig(sources={"mine": source | {"split": "dev"}}))
     assert "no field 'body'; it has text, n: set data.text_field" in refusal(tmp_path / "one", text_field="body")
@@ -114,17 +114,17 @@ def test_pieces_of_a_text_file_join_to_it(tmp_path):
     text = "".join(f"line {i} é😀 {'word ' * (i % 23)}\r\n" for i in range(2000))
     path = tmp_path / "book.txt"
     path.write_bytes(text.encode())
-    pieces = read(path)
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert 30 <= len(pieces) <= 70
-    assert all(piece.text.endswith("\n") and piece.data == piece.text.encode() for piece in pieces)
+    chunks = read(path)
+    assert "".join(chunk.text for chunk in chunks) == text
+    assert [chunk.starts_document for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert 30 <= len(chunks) <= 70
+    assert all(chunk.text.endswith("\n") and chunk.data == chunk.text.encode() for chunk in chunks)
 
 
 def test_many_files_are_not_cut(tmp_path):
-    for i in range(sources.MIN_PIECES):
+    for i in range(sources.MIN_CHUNKS):
         (tmp_path / f"{i:03d}.txt").write_text(f"{i}\n" * 2000)
-    assert all(piece.starts for piece in read(tmp_path))
+    assert all(chunk.starts_document for chunk in read(tmp_path))
 
 
 @pytest.mark.parametrize("size", [1024, 1025, 1026, 1027])
@@ -132,9 +132,9 @@ def test_a_line_without_end_is_cut_between_characters(tmp_path, size):
     text = "a" + "😀é" * 3000
     path = tmp_path / "long.txt"
     path.write_text(text, encoding="utf-8")
-    pieces = list(read_text(path, size))
-    assert len(pieces) > 5
-    assert "".join(piece.text for piece in pieces) == text
+    chunks = list(read_text(path, size))
+    assert len(chunks) > 5
+    assert "".join(chunk.text for chunk in chunks) == text
 
 
 @pytest.mark.parametrize("place", [0, 5000, 70_000])
@@ -181,7 +181,7 @@ def test_missing_field_names_the_key_of_its_source(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
     (source,) = open_sources(DataConfig(sources={"web": {"path": str(path), "text_field": "body"}}))
     with pytest.raises(DataError, match=r"set data\.sources\.web\.text_field"):
-        list(source.pieces())
+        list(source.chunks())
 
 
 def test_bad_parquet(tmp_path):
@@ -216,8 +216,8 @@ def test_identity_follows_the_file_and_the_settings(tmp_path):
 
 
 def test_as_piece_keeps_the_bytes():
-    piece = as_piece("é", "text", "here")
-    assert (piece.data, piece.starts) == (b"\xc3\xa9", True)
+    chunk = as_chunk("é", "text", "here")
+    assert (chunk.data, chunk.starts_document) == (b"\xc3\xa9", True)
 
 
 @pytest.mark.parametrize("domain", stdlib.DOMAINS)

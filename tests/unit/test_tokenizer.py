@@ -231,7 +231,7 @@ def test_broken_tokenizers_are_one_line(tmp_path, texts):
     folder = huggingface_folder(tmp_path / "hf", texts)
     assert "use tokenizer=huggingface" in refusal(model, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text("{}")
-    assert "names no end-of-sequence token" in refusal(huggingface, folder)
+    assert "has no end-of-sequence token" in refusal(huggingface, folder)
     (folder / "tokenizer_config.json").write_text("{")
     assert "broken JSON" in refusal(huggingface, folder)
     (folder / "tokenizer.json").write_text("{}")
