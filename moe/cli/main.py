@@ -11,8 +11,8 @@
 
 `moe VERB --help` lists the verb's keys. Exit codes: 0 done; 1 a fault of the program or the machine; 2 something to
 change in the command, the configuration or the data (one line on stderr says what); 75 training hung (stderr says
-which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM), after a training
-run has saved its state. After 75 and 128 + N the same command resumes from the newest checkpoint.
+which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM), a
+training run after saving its state. After 75 and 128 + N the same command resumes from the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The held-out split: loss, bits per byte, the unigram yardstick, and where each token of one text was sent."""
+"""Evaluation on the held-out split: loss, bits per byte, unigram entropy, and the routing of one text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from moe.model.transformer import Transformer
 from moe.sparse import RouterOutput
 from moe.train.metrics import bits_per_byte, entropy_nats
 
-ROUTED_TOKENS = 400  # of the text that the report colours by expert
+ROUTED_TOKENS = 400  # tokens of the text that the report colours by expert
 
 
 class Evaluation:
-    """Scores the same held-out sequences every time; the yardsticks are counted once."""
+    """Scores the same held-out sequences every time; unigram entropy and bytes are computed once. A collective."""
 
     def __init__(self, corpus: Corpus, batches: list[Batch], mesh: Mesh, vocab_size: int) -> None:
         self._tokenizer, self._names = corpus.tokenizer, corpus.source_names
@@ -36,9 +36,9 @@ class Evaluation:
     def __call__(
         self, model: Transformer, begins: Callable[[str], None]
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """(metrics of the evaluation step, routing of one held-out text or None for a dense model). A collective.
+        """(metrics of the evaluation, routing of one held-out text or None for a dense model). A collective.
 
-        `begins` hears of each batch.
+        `begins` is called with the name of each batch before it is computed.
         """
         model.eval()
         device = self._mesh.device
@@ -82,7 +82,7 @@ def _first_experts(router: RouterOutput, tokens: int) -> list[int]:
 
 
 def _loss_by_sequence(logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:
-    """Summed cross-entropy of each sequence in nats, float64 [B]; one sequence at a time to bound memory."""
+    """[B] float64: each sequence's summed cross-entropy in nats, computed one sequence at a time to bound memory."""
     assert logits_BSV is not None
     return torch.stack(
         [

@@ -1,9 +1,9 @@
-"""Refused steps: the norm from which a step is refused, what the user is told, and the end of a run that only refuses.
+"""Skipped steps: the gradient norm above which a step is skipped, the warnings, and when a run ends because of them.
 
-The engine refuses, on all ranks together. The limit is the mean plus `guard.spike_sigmas` standard deviations of the
-norms (before clipping) of the last `guard.spike_window` accepted steps, once there are half as many: the rule of
-OLMo-core's SkipStepOptimizer, but refused steps don't enter the window, so that spikes can't make room for more.
-All that a resume needs is in TrainState.
+The engine skips a step on all ranks together. The limit is the mean plus `guard.spike_sigmas` standard deviations of
+the gradient norms (before clipping) of the last `guard.spike_window` accepted steps, once there are half as many. That
+is the rule of OLMo-core's SkipStepOptimizer, except that the norms of skipped steps don't enter the window: otherwise
+a spike would raise the limit for the next one. All that a resume needs is in TrainState.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from moe.distributed.mesh import Mesh
 from moe.engine.base import SkipReason, StepResult
 from moe.errors import UserError
 
-NAMED = 8  # at most so many micro-batches of a step, and so many steps, are named in one message
+MAX_LISTED = 8  # one message lists at most so many micro-batches of a step, and so many steps
 
 
 class Guard:
-    """Per step, on every rank: `norm_limit`; after the update `judge`."""
+    """Used in each step on every rank: `norm_limit` before the update, `judge` after it."""
 
     def __init__(self, config: GuardConfig, state: TrainState, mesh: Mesh, warn: Callable[[str], None]) -> None:
         self._config, self._state, self._mesh, self._warn = config, state, mesh, warn
         self._limit: float | None = None
-        self._blamed: list[str] = []  # one text for each of the last refused steps
+        self._skipped: list[str] = []  # step and samples of each of the last skipped steps
 
     def norm_limit(self) -> float | None:
-        """The gradient norm above which the step that begins is refused; None while there are too few to judge by."""
+        """The gradient norm above which the next step is skipped; None while the window holds too few norms."""
         norms = self._state.recent_norms[-self._config.spike_window :]
         self._limit = None
         if self._config.spike_sigmas is not None and len(norms) >= self._config.spike_window // 2:
@@ -41,17 +41,17 @@ class Guard:
         return self._limit
 
     def judge(self, result: StepResult, samples: range, losses: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Counts, and warns of a skipped step.
+        """Updates the counts in TrainState; warns if the step was skipped. A collective.
 
-        `samples` are the step's, over all ranks; `losses` this rank's micro-batches' with their sample ids, looked at
-        only if the step was skipped; `state.step` is its number.
+        `samples`: the step's samples on all ranks. `losses`: for each micro-batch of this rank its loss and its sample
+        ids [B], read only if the step was skipped. `state.step` is the step's number, from 1.
         """
         state = self._state
         if result.skipped is None:
             state.skipped_in_a_row = 0
             state.recent_norms.append(result.grad_norm)
             del state.recent_norms[: -self._config.spike_window]
-            self._blamed.clear()
+            self._skipped.clear()
             return
         state.skipped_in_a_row += 1
         if result.skipped is SkipReason.spike:
@@ -61,45 +61,45 @@ class Guard:
                 f"of the last {len(state.recent_norms)} accepted steps, on {where}"
             )
         else:
-            mine = [ids_B.tolist() for loss, ids_B in losses if not loss.isfinite()]
+            not_finite = [ids_B.tolist() for loss, ids_B in losses if not loss.isfinite()]
             bad = [
                 f"samples {_span(ids)} (rank {rank})"
-                for rank, batches in enumerate(self._mesh.gather(mine))
+                for rank, batches in enumerate(self._mesh.gather(not_finite))
                 for ids in batches
             ]
-            where = _listed(bad) if bad else f"samples {_span(samples)}"
+            where = _list(bad) if bad else f"samples {_span(samples)}"
             reason = (
                 f"gradient norm {result.grad_norm}, "
                 + ("loss not finite" if bad else "every loss finite")
                 + f" on {where}"
             )
-        self._blamed = [*self._blamed, f"step {state.step} {where}"][-NAMED:]
+        self._skipped = [*self._skipped, f"step {state.step} {where}"][-MAX_LISTED:]
         self._warn(f"step {state.step}: {reason}; the update is skipped on every rank")
 
     @property
     def exhausted(self) -> bool:
-        """After `guard.max_skipped` refused steps in a row: the run is to end."""
+        """True after `guard.max_skipped` skipped steps in a row: the run must end."""
         return self._state.skipped_in_a_row >= self._config.max_skipped
 
     def check(self) -> None:
-        """Raises UserError when exhausted; no weight has moved in the refused steps."""
+        """Raises UserError when exhausted. The skipped steps changed no weight."""
         if not self.exhausted:
             return
         state = self._state
-        refused = state.skipped_in_a_row
+        skipped = state.skipped_in_a_row
         raise UserError(
-            f"step {state.step}: {refused} steps in a row were refused (guard.max_skipped={self._config.max_skipped}): "
-            f"{'; '.join(self._blamed)}. The weights are those of step {state.step - refused}. The same command goes "
-            "on from the newest checkpoint and meets the same samples: lower optim.lr (with "
-            "checkpoint.allow_changes=true), mend these samples, or raise guard.max_skipped to pass over them"
+            f"step {state.step}: {skipped} steps in a row were skipped (guard.max_skipped={self._config.max_skipped}): "
+            f"{'; '.join(self._skipped)}. The weights are those of step {state.step - skipped}. The same command "
+            "resumes from the newest checkpoint and meets the same samples: lower optim.lr (with "
+            "checkpoint.allow_changes=true), repair these samples, or raise guard.max_skipped to continue past them"
         )
 
 
 def _span(ids: Sequence[int]) -> str:
-    """Consecutive numbers, as the loader gives them."""
+    """The range of `ids`, which the loader gives in ascending order without gaps."""
     return f"{ids[0]}–{ids[-1]}" if len(ids) > 1 else str(ids[0])
 
 
-def _listed(texts: list[str]) -> str:
-    more = len(texts) - NAMED
-    return ", ".join(texts[:NAMED]) + (f" and {more} more micro-batches" if more > 0 else "")
+def _list(texts: list[str]) -> str:
+    more = len(texts) - MAX_LISTED
+    return ", ".join(texts[:MAX_LISTED]) + (f" and {more} more micro-batches" if more > 0 else "")

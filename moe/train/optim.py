@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step alone, so that a resume needs no scheduler state."""
+"""The learning rate as a function of the step alone, so that a resume needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moe.config import OptimConfig, Schedule
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (0-based) of `steps`.
 
-    Linear warm-up over `warmup_steps` (null: a twentieth of `steps`), then: `cosine` falls along half a cosine to
-    `lr × min_lr_ratio` at the last step; `warmup_stable_decay` stays at `lr` and falls linearly to the same over the
-    last `decay_steps` (null: a fifth of `steps`; arXiv 2404.06395); `constant` stays.
+    Linear warm-up over `warmup_steps` (null: steps / 20), then: `cosine` decays along half a cosine to
+    `lr × min_lr_ratio` at the last step; `warmup_stable_decay` stays at `lr` and decays linearly to
+    `lr × min_lr_ratio` over the last `decay_steps` (null: steps / 5; arXiv 2404.06395); `constant` stays at `lr`.
     """
     warmup_steps = config.warmup_steps if config.warmup_steps is not None else steps // 20
     if step < warmup_steps:

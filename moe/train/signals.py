@@ -1,8 +1,9 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C stop a run in good order: after the step under way, on all ranks, with a checkpoint.
+"""SIGTERM, SIGUSR1 and Ctrl-C stop a run after the current step, on all ranks, and save a checkpoint.
 
-A signal only raises a flag. The flags of all ranks travel with the sum that every step makes of its metrics, so all
-ranks know after the same step that one of them was asked to stop, and by which signal; no rank waits for another that
-has left. A signal that comes again during the save changes nothing, except a second Ctrl-C, which gives up at once.
+The handler only counts the signal. The counts of all ranks are part of the all-reduce that sums each step's metrics, so
+all ranks learn after the same step that one of them was signalled, and by which signal; no rank is left waiting for one
+that has stopped. A further signal during the save changes nothing, except a second Ctrl-C, which ends the process at
+once.
 """
 
 from __future__ import annotations
@@ -20,56 +21,56 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Hears SIGNALS between `with` and its end; `speaks`: this rank says on stderr what it heard.
+    """Handles SIGNALS within its `with` block; `speaks`: this rank reports a received signal on stderr.
 
     A signal that was ignored before (SIGINT under nohup or a script's `&`) stays ignored.
     """
 
     def __init__(self, *, speaks: bool) -> None:
         self._speaks = speaks
-        self._heard: dict[signal.Signals, int] = dict.fromkeys(SIGNALS, 0)
-        self._before: dict[signal.Signals, Any] = {}
-        self.agreed: signal.Signals | None = None  # what all ranks stop for, once they know
+        self._received: dict[signal.Signals, int] = dict.fromkeys(SIGNALS, 0)
+        self._previous: dict[signal.Signals, Any] = {}  # the handlers to restore
+        self.agreed: signal.Signals | None = None  # the signal that all ranks stop for, once they know it
 
     def __enter__(self) -> StopSignals:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._hear)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def flags(self) -> list[int]:
-        """One for each of SIGNALS: how often this rank heard it."""
-        return list(self._heard.values())
+        """How often this rank received each of SIGNALS."""
+        return list(self._received.values())
 
     def agree(self, flags: Sequence[float]) -> None:
-        """`flags` summed over all ranks."""
+        """Sets `agreed`; `flags` are summed over all ranks."""
         self.agreed = next((number for number, count in zip(SIGNALS, flags, strict=True) if count), None)
 
     def stopped(self, run_dir: Path, step: int, *, saved: bool) -> Stopped | ValueError:
-        """What ends the program, once all ranks are ready to leave."""
+        """The exception that ends the program, once all ranks are ready to stop."""
         assert self.agreed is not None
         text = f"{self.agreed.name}: stopped after step {step}"
         if not saved:
             return ValueError(f"{run_dir}: {text}, but the checkpoint could not be saved (see above)")
-        return Stopped(f"{text}, which is saved in {run_dir}; the same command goes on from there", self.agreed)
+        return Stopped(f"{text}, which is saved in {run_dir}; the same command resumes from there", self.agreed)
 
-    def _hear(self, signum: int, _: FrameType | None) -> None:
+    def _handle(self, signum: int, _: FrameType | None) -> None:
         number = signal.Signals(signum)
-        if number is signal.SIGINT and self._heard[number]:
+        if number is signal.SIGINT and self._received[number]:
             raise KeyboardInterrupt
-        again = any(self._heard.values())
-        self._heard[number] += 1
+        again = any(self._received.values())
+        self._received[number] += 1
         if not self._speaks:
             return
         if again:
-            text = f"{number.name}: the run is stopping already, once its checkpoint is saved"
+            text = f"{number.name}: the run is already stopping and ends when its checkpoint is saved"
         else:
-            text = f"{number.name}: the run stops after this step, with a checkpoint"
+            text = f"{number.name}: the run stops after this step and saves a checkpoint"
         if number is signal.SIGINT:
-            text += " (Ctrl-C once more gives up at once)"
-        # NOTE: not print: the signal may have come in the middle of one, whose lock is held.
+            text += " (another Ctrl-C ends it at once, without a checkpoint)"
+        # NOTE: os.write, not print: the signal may have interrupted a print, which holds the stream's lock.
         os.write(2, f"\nmoe: {text}\n".encode())

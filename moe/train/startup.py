@@ -1,4 +1,4 @@
-"""What a run says before its first step: its size, its cost, and which back-ends it will use."""
+"""The lines that a run prints before its first step: its size, its cost, and the back-ends it uses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moe.train.metrics import measure_peak_flops
 
 
 def choose_backends(config: Config, mesh: Mesh) -> list[str]:
-    """Lines that name the attention and expert back-ends and why.
+    """Lines that name the attention and expert back-ends and the reason for each.
 
-    Raises UserError if an explicitly chosen one can't run here.
+    Raises UserError if a back-end that the configuration names can't run here.
     """
     model, dtype = config.model, _dtype(config)
     attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
@@ -33,16 +33,16 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
 
 
 def peak_flops(config: Config, mesh: Mesh) -> float:
-    """FLOP/s of one rank: `train.peak_tflops`, else what a matrix product reaches, averaged over ranks."""
+    """FLOP/s of one rank: `train.peak_tflops`, or else the measured speed of a matrix product, averaged over ranks."""
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops * 1e12
-    mesh.barrier()  # all ranks time theirs at once, as they will compute at once
+    mesh.barrier()  # all ranks measure at the same time, since they will compute at the same time
     peak = torch.tensor(measure_peak_flops(mesh.device, _dtype(config)), dtype=torch.float64, device=mesh.device)
     return float(mesh.sum_(peak)) / mesh.world_size
 
 
 def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
-    """The run's size and cost, a line each; `peak` in FLOP/s a rank."""
+    """The run's size and cost, one line each; `peak` is in FLOP/s of one rank."""
     train, world = config.train, mesh.world_size
     (total, active), memory = count_parameters(config), estimate_memory(config, world, mesh.device.type)
     kinds = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
@@ -50,12 +50,12 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
     return [
         f"model: {total:,} parameters, {active:,} active per token, "
         f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
-        f"ranks: {world}, expert-parallel degree {mesh.expert_parallel_size}, ZeRO-{config.parallel.zero_stage}, "
+        f"ranks: {world}, expert-parallel size {mesh.expert_parallel_size}, ZeRO-{config.parallel.zero_stage}, "
         f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
         f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",
-        f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is against it",
+        f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is relative to it",
     ]
 
 
@@ -64,7 +64,7 @@ def _dtype(config: Config) -> torch.dtype:
 
 
 def _size(count: float) -> str:
-    """Bytes for a reader: 3 digits."""
+    """Bytes as readable text, 3 digits."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 999.5 and len(units) > 1:
         count, units = count / 1000, units[1:]

@@ -108,7 +108,7 @@ def test_experts_split_over_two_nodes_give_the_curve_of_one_process(
     process = _start(name, tmp_path / "logs", *OVERRIDES, *data, *split)
     output = _finish(process)
     assert process.returncode == 0, output
-    assert "node 0 | ranks: 2, expert-parallel degree 2" in output
+    assert "node 0 | ranks: 2, expert-parallel size 2" in output
     assert "node 1 | launch/torchrun.sh: node 1 of 2 meets the others at 10.77.0.1:29500" in output
     assert "step 1/" not in (tmp_path / "logs/node_1.log").read_text(), "rank 0 alone talks"
     _same_curve(tmp_path / "run", single)

@@ -89,7 +89,7 @@ def test_a_rank_that_is_alive_but_behind_is_named_with_its_place(tmp_path: Path)
 def test_a_store_that_is_gone_is_said(tmp_path: Path) -> None:
     codes, texts, _ = _ended(tmp_path, _rank_0_dies_and_1_sleeps, 2)
     assert codes == [-signal.SIGKILL, EXIT_CODE]
-    assert "the ranks' store is gone, and with it rank 0's torchrun or machine" in texts[1]
+    assert "the ranks' store is gone: rank 0's torchrun or machine has ended" in texts[1]
     assert " in _rank_0_dies_and_1_sleeps" in texts[1]
 
 

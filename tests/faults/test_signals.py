@@ -30,7 +30,7 @@ def test_one_process_saves_and_goes_on(
     (done,) = moe_ranks(*overrides, faults=(fault,))
     assert done.code == CODES[name], done.err
     assert f"moe: {name}: the run stops after this step" in done.err
-    assert "moe: SIGTERM: the run is stopping already" in done.err
+    assert "moe: SIGTERM: the run is already stopping" in done.err
     assert f"moe: {name}: stopped after step 7, which is saved in {tmp_path}" in done.err
     assert "Traceback" not in done.err
     assert checkpoints(tmp_path) == [5, 7]

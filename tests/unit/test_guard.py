@@ -15,7 +15,7 @@ from moe.checkpoint.state import TrainState, read_state
 from moe.config.train import GuardConfig
 from moe.distributed.mesh import Mesh
 from moe.engine.base import SkipReason, StepResult
-from moe.train.guard import NAMED, Guard
+from moe.train.guard import MAX_LISTED, Guard
 from moe.train.progress import Display
 from tests.unit.test_tracking import FIGURES
 
@@ -146,7 +146,7 @@ def test_many_bad_micro_batches_and_steps_stay_one_short_line() -> None:
     guard = _guard(warnings=warnings, max_skipped=1000)
     for _ in range(1000):
         _step(guard, NOT_FINITE, *((math.nan, [sample]) for sample in range(100)))
-    assert f"(rank 0) and {100 - NAMED} more micro-batches" in warnings[0]
+    assert f"(rank 0) and {100 - MAX_LISTED} more micro-batches" in warnings[0]
     with pytest.raises(ValueError, match="1000 steps") as caught:
         guard.check()
     assert "step 993 samples" in str(caught.value)

@@ -166,7 +166,7 @@ def test_two_ranks_train_on_this_machine(tmp_path: Path) -> None:
     overrides = [*SMALL, *data, "train.steps=2", "parallel.expert_parallel_size=2", f"run_dir={tmp_path / 'run'}"]
     done = _bash("torchrun.sh", "train", *overrides, env=_real() | {"NPROC": "2"}, timeout=180)
     assert done.returncode == 0, done.stderr
-    assert "ranks: 2, expert-parallel degree 2" in done.stdout
+    assert "ranks: 2, expert-parallel size 2" in done.stdout
     assert "step 2/2" in done.stdout
 
 
