@@ -1,4 +1,4 @@
-"""Expert parallelism over forked gloo ranks equals one process on the whole batch; one launch per world size."""
+"""Expert parallelism over forked gloo ranks equals one process on the whole batch; one launch for each world size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HIDDEN, INNER, LENGTH, EXPERTS = 16, 24, 12, 8
 
 @dataclass(slots=True)
 class Case:
-    """`closed`: experts nobody may choose; `closed_on_first`: experts that rank 0's tokens may not choose."""
+    """`closed`: experts that no token is routed to; `closed_on_first`: experts that no token of rank 0 is routed to."""
 
     router: dict[str, Any] = field(default_factory=dict)
     closed: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class Case:
         return layer.to(self.dtype)
 
     def batch(self, ranks: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Every rank's input and output gradient; the last rank has one sequence more."""
+        """(inputs, output gradients) by rank, each [B, S, H]; the last rank has one sequence more than the others."""
         generator = torch.Generator().manual_seed(7)
         sizes = [2] * (ranks - 1) + [3]
         xs = [torch.randn(size, LENGTH, HIDDEN, generator=generator).to(self.dtype) for size in sizes]
@@ -119,7 +119,7 @@ def test_expert_parallel_equals_one_process(name: str, runs: list[dict[str, Any]
     for key in ("y", "x", "gate.weight", "experts.gate_up_proj", "experts.down_proj"):
         error = (ours[key] - expected[key]).double().norm() / expected[key].double().norm().clamp(min=1e-12)
         assert error <= tolerance, f"{key}: {error}"
-    # The cases are what they claim to be.
+    # Each case drops tokens or leaves experts idle as its name says.
     assert (expected["dropped"] > 0) == ("capacity_factor" in case.router)
     for expert in case.closed:
         assert expected["counts"][expert] == 0

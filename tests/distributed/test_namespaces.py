@@ -1,4 +1,4 @@
-"""Two nodes in two network namespaces: one process's curve across a real link, a slow link, a death, a clean end."""
+"""Two nodes in two network namespaces: the curve equals one process's; a slow link, a killed rank, a clean stop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STEPS = 20
 OVERRIDES = [*SMALL, f"train.steps={STEPS}", "checkpoint.every=4"]
 
 
-def _why_not() -> str | None:
-    """Why namespaces can't be made here, or None."""
+def _missing() -> str | None:
+    """Why network namespaces can't be made here; None if they can."""
     if shutil.which("ip") is None or shutil.which("tc") is None:
         return "no ip or tc here (iproute2)"
     if os.geteuid() != 0:
@@ -39,8 +39,8 @@ def _why_not() -> str | None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _rights() -> None:
-    reason = _why_not()
+def _skip_without_namespaces() -> None:
+    reason = _missing()
     if reason is not None:
         pytest.skip(reason)
 
@@ -81,7 +81,7 @@ def _finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # it removes its namespaces
+        process.terminate()  # the script then removes its namespaces
         output, _ = process.communicate(timeout=30)
         raise AssertionError(f"hung for {timeout} s:\n{output}") from None
     return output
@@ -93,9 +93,9 @@ def _namespaces() -> list[str]:
 
 
 def _same_curve(run: Path, single: list[dict[str, object]]) -> None:
-    mine = read_metrics(run)
-    assert len(mine) == STEPS
-    for here, there in zip(mine, single, strict=True):
+    metrics = read_metrics(run)
+    assert len(metrics) == STEPS
+    for here, there in zip(metrics, single, strict=True):
         for key in ("step", "tokens", "loss", "lm_loss", "load_balancing_loss", "router_z_loss"):
             assert here[key] == pytest.approx(there[key], rel=1e-6), f"{key} at step {there['step']}"
         assert here["expert_shares"] == there["expert_shares"]
@@ -110,12 +110,12 @@ def test_experts_split_over_two_nodes_give_the_curve_of_one_process(
     assert process.returncode == 0, output
     assert "node 0 | ranks: 2, expert-parallel size 2" in output
     assert "node 1 | launch/torchrun.sh: node 1 of 2 meets the others at 10.77.0.1:29500" in output
-    assert "step 1/" not in (tmp_path / "logs/node_1.log").read_text(), "rank 0 alone talks"
+    assert "step 1/" not in (tmp_path / "logs/node_1.log").read_text(), "only rank 0 prints"
     _same_curve(tmp_path / "run", single)
     assert not [found for found in _namespaces() if found.startswith(name)]
 
 
-def test_a_death_on_one_node_restarts_both_and_the_curve_stays(
+def test_a_killed_rank_restarts_both_nodes_and_the_curve_is_the_same(
     name: str, data: list[str], single: list[dict[str, object]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -148,15 +148,15 @@ def _pids(namespace: str) -> list[str]:
 
 
 def _kill_rank(namespace: str) -> None:
-    """SIGKILL to the rank in a namespace: the process that torchrun started there."""
+    """SIGKILL to the ranks in a namespace: the processes that torchrun started there."""
     ranks = [pid for pid in _pids(namespace) if b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes()]
-    assert ranks, "no rank there"
+    assert ranks, f"no rank in {namespace}"
     for pid in ranks:
         os.kill(int(pid), signal.SIGKILL)
 
 
-def test_the_links_rate_bounds_the_step(name: str, data: list[str], tmp_path: Path) -> None:
-    """A step moves at least the weights' bytes in each direction: at this rate, 0.3 s of them."""
+def test_the_links_rate_limits_the_step(name: str, data: list[str], tmp_path: Path) -> None:
+    """A step sends at least the weights' bytes in each direction, which takes 0.3 s at this rate."""
     run = tmp_path / "run"
     parameters = 76_000
     rate = 4 * parameters * 8 / 0.3
@@ -165,7 +165,7 @@ def test_the_links_rate_bounds_the_step(name: str, data: list[str], tmp_path: Pa
     output = _finish(process)
     assert process.returncode == 0, output
     seconds = sum(line["step_seconds"] for line in read_metrics(run)[1:])  # type: ignore[misc]
-    burst = 256 * 1024 * 8 / rate  # bits that tbf lets through at once
+    burst = 256 * 1024 * 8 / rate  # seconds saved by the burst that tbf lets through at once
     assert seconds > 5 * 0.3 - burst, f"5 steps took {seconds} s at {rate:.0f} bit/s"
     assert seconds < 60
     assert int(re.findall(r"link: node 0 sent (\d+) bytes", output)[0]) > 6 * 4 * parameters
@@ -184,14 +184,14 @@ def test_a_signal_leaves_nothing_behind(name: str, data: list[str], tmp_path: Pa
     _finish(process, timeout=30)
     assert process.returncode == 143
     assert not [found for found in _namespaces() if found.startswith(name)]
-    deadline = time.monotonic() + 20  # a killed process takes a moment to leave
+    deadline = time.monotonic() + 20  # a killed process takes a moment to disappear
     while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("more", "message"), [({"RATE": "fast"}, "RATE=fast: tc doesn't know that rate")])
-def test_what_tc_refuses_ends_at_once(
+def test_a_wrong_rate_ends_at_once(
     name: str, data: list[str], tmp_path: Path, more: dict[str, str], message: str
 ) -> None:
     process = _start(name, tmp_path / "logs", *OVERRIDES, *data, f"run_dir={tmp_path / 'run'}", **more)

@@ -1,4 +1,4 @@
-"""The start barrier with real processes: who never came, who came with another configuration, and a restart."""
+"""The start barrier with real processes: a missing rank, a rank with another configuration, a restart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _flat(lr: float = 1e-3, **more: object) -> dict[str, object]:
 
 
 def _start(configs: list[dict[str, object]], absent: tuple[int, ...], seconds: str) -> tuple[str, bool, float]:
-    """(message, whether this rank prints it, seconds) of a start that must fail; an absent rank only waits."""
+    """(message, whether this rank prints it, seconds) of a start that must fail; ranks in `absent` don't start."""
     rank = int(os.environ["RANK"])
     os.environ["MOE_START_TIMEOUT"] = seconds
     if rank in absent:
@@ -43,8 +43,8 @@ def _start(configs: list[dict[str, object]], absent: tuple[int, ...], seconds: s
 
 def _sum_after_start(configs: list[dict[str, object]]) -> float:
     rank = int(os.environ["RANK"])
-    mine = rendezvous.start(1, configs[rank])
-    total = float(mine.sum_(torch.tensor(float(rank))))
+    mesh = rendezvous.start(1, configs[rank])
+    total = float(mesh.sum_(torch.tensor(float(rank))))
     rendezvous.stop()
     return total
 
@@ -53,17 +53,17 @@ def test_ranks_of_one_configuration_start() -> None:
     assert run_ranks(3, _sum_after_start, [_flat()] * 3, timeout=60) == [3.0, 3.0, 3.0]
 
 
-def test_a_rank_that_never_comes_is_named_by_the_others() -> None:
+def test_a_missing_rank_is_named_by_the_others() -> None:
     results = run_ranks(4, _start, [_flat()] * 4, (2,), "3", timeout=60)
     for rank in (0, 1, 3):
         message, _, seconds = results[rank]
         assert message.startswith("rank 2 of 4 did not reach the start within 3 s"), message
         assert "MOE_START_TIMEOUT" in message
         assert 2.5 < seconds < 15
-    assert [speaks for _, speaks, _ in results] == [True, False, False, False], "said once"
+    assert [speaks for _, speaks, _ in results] == [True, False, False, False], "printed once"
 
 
-def test_a_missing_rank_0_is_a_store_that_nobody_opened() -> None:
+def test_a_missing_rank_0_is_reported_as_an_unreachable_address() -> None:
     results = run_ranks(2, _start, [_flat()] * 2, (0,), "2", timeout=60)
     message, speaks, seconds = results[1]
     assert message.startswith("rank 1 could not reach MASTER_ADDR=127.0.0.1 MASTER_PORT="), message
@@ -72,16 +72,16 @@ def test_a_missing_rank_0_is_a_store_that_nobody_opened() -> None:
     assert seconds < 15
 
 
-def test_another_learning_rate_is_refused_on_every_rank_with_both_values() -> None:
+def test_a_different_learning_rate_stops_every_rank_with_both_values() -> None:
     configs = [_flat(), _flat(), _flat(lr=0.03)]
     results = run_ranks(3, _start, configs, (), "30", timeout=60)
     for message, _, seconds in results:
         assert "different configurations: optim.lr=0.001 on ranks 0-1, 0.03 on rank 2: start" in message
         assert "\n" not in message
-        assert seconds < 10, "nobody waits for the time-out"
+        assert seconds < 10, "no rank waits for the time-out"
 
 
-def test_many_differences_are_cut_short() -> None:
+def test_a_long_list_of_differences_is_cut_short() -> None:
     texts = [{key: "1" for key in "abcdef"}, {key: "2" for key in "abcde"}]
     message = differences(texts)
     assert "a=1 on rank 0, 2 on rank 1; b=" in message
@@ -95,17 +95,17 @@ def _meet(port: int, rank: int, session: Any, timeout: float) -> None:
     try:
         session.put(meet(store, rank, 2, _flat(), timeout, owns_store=False))
     except StartError as error:
-        session.put(f"refused: {error}")
+        session.put(f"failed: {error}")
 
 
-def test_a_restart_meets_anew_in_the_same_store() -> None:
-    """torchrun keeps its store: a dead attempt's overrides must neither be taken for this one's nor end it."""
+def test_a_restart_starts_in_the_same_store() -> None:
+    """torchrun keeps its store: keys of an earlier attempt must neither count for this one nor end it."""
     port, context = free_port(), multiprocessing.get_context("fork")
     server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
     sessions = []
     for attempt in range(3):
         queue = context.Queue()
-        # In the second attempt rank 1 comes alone and finds only the first attempt's traces of rank 0.
+        # In the second attempt only rank 1 starts; of rank 0 the store has only the keys of the first attempt.
         ranks = (1,) if attempt == 1 else (0, 1)
         timeout = 2.0 if attempt == 1 else 30.0
         processes = [context.Process(target=_meet, args=(port, rank, queue, timeout), daemon=True) for rank in ranks]
@@ -117,7 +117,7 @@ def test_a_restart_meets_anew_in_the_same_store() -> None:
     first, alone, third = sessions
     assert first[0] == first[1]
     assert third[0] == third[1] != first[0]
-    assert alone[0].startswith("refused: rank 0 of 2 did not reach the start within 2 s"), alone
+    assert alone[0].startswith("failed: rank 0 of 2 did not reach the start within 2 s"), alone
     assert server.check(["meeting/hello/1"])
 
 
@@ -157,10 +157,10 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("stated", "ranks", "threads"), [("3", 1, 3), ("", 1, None), ("3", 2, None)])
-def test_a_process_alone_takes_the_threads_that_the_user_states(
+def test_a_single_process_uses_the_threads_that_the_user_sets(
     stated: str, ranks: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With several ranks OMP_NUM_THREADS is torchrun's own 1, which would leave cores idle."""
+    """With several ranks OMP_NUM_THREADS is ignored: torchrun sets it to 1, which would leave cores idle."""
     monkeypatch.setenv("OMP_NUM_THREADS", stated)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     assert rendezvous._threads(ranks) == (threads or 8 // ranks)

@@ -1,4 +1,4 @@
-"""The bytes that the expert exchange puts on the wire are those of the plan's formula, counted from the real calls."""
+"""The bytes that the expert exchange sends, counted in its real all-to-all calls, equal the plan's formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 
 
 def _sent(overrides: list[str]) -> tuple[int, int]:
-    """Bytes of (rows, counts) that this rank handed to all-to-all in one optimizer step, its own part included."""
+    """Bytes of (rows, counts) that this rank gave to all-to-all in one optimizer step, its part to itself included."""
     config = config_of(overrides)
     mesh, engine = build(config)
     rows, counts, real = [0], [0], dist.all_to_all_single
@@ -30,13 +30,15 @@ def _sent(overrides: list[str]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["model.recompute=block"], ["router.top_k=3", "train.micro_batch_size=1"]], ids=["2", "again", "3"]
+    "more",
+    [[], ["model.recompute=block"], ["router.top_k=3", "train.micro_batch_size=1"]],
+    ids=["top-2", "recompute", "top-3"],
 )
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_bytes_on_the_wire_equal_the_formula(ranks: int, more: list[str]) -> None:
+def test_bytes_sent_equal_the_formula(ranks: int, more: list[str]) -> None:
     overrides = [f"parallel.expert_parallel_size={ranks}", *more]
     sent = run_ranks(ranks, _sent, overrides)
     planned = exchange_bytes(config_of(overrides), ranks)
-    # Summed over ranks: how much each one returns depends on where the router sent tokens.
+    # Summed over ranks, since what one rank returns depends on the tokens that were routed to it.
     assert sum(rows for rows, _ in sent) == ranks * planned.rows
     assert sum(counts for _, counts in sent) == ranks * planned.counts

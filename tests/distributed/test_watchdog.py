@@ -1,4 +1,4 @@
-"""Who hangs, as the watchdog tells it: forked ranks that stop, sleep or die, without a model."""
+"""The watchdog's report of a rank that stops, sleeps or dies: forked ranks without a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Act = Callable[[int], None]
 
 
 def _work(logs: Path, act: Act) -> None:
-    """Two steps, `act(rank)` in the second, then the third, which begins in a collective."""
+    """Two steps, the second of which runs `act(rank)`; then a third, which begins with a collective."""
     mesh = rendezvous.start(1)
     os.dup2(os.open(logs / str(mesh.rank), os.O_WRONLY | os.O_CREAT), 2)
     with Watchdog(mesh, SECONDS) as watchdog:
@@ -34,7 +34,7 @@ def _work(logs: Path, act: Act) -> None:
 
 
 def _ended(tmp_path: Path, act: Act, ranks: int) -> tuple[list[int], list[str], float]:
-    """(exit codes, what they wrote to stderr, seconds) of ranks that hang."""
+    """(exit codes, texts on stderr, seconds until the end) of ranks that hang, the first two by rank."""
     started = time.monotonic()
     codes = run_until_dead(ranks, _work, tmp_path, act, timeout=40)
     seconds = time.monotonic() - started
@@ -78,7 +78,7 @@ def test_a_stopped_rank_is_named_and_killed_and_all_others_write_their_stacks(
     outcome(f"one of three ranks stopped: named by both others, whose stacks are written, all ended with {EXIT_CODE}")
 
 
-def test_a_rank_that_is_alive_but_behind_is_named_with_its_place(tmp_path: Path) -> None:
+def test_a_live_rank_that_is_behind_is_named_with_its_stack(tmp_path: Path) -> None:
     codes, texts, _ = _ended(tmp_path, _rank_1_sleeps, 2)
     assert codes == [EXIT_CODE, EXIT_CODE]
     assert "[rank 0 of 2] no rank is stopped; rank 1 is alive but behind: process " in texts[0]
@@ -86,7 +86,7 @@ def test_a_rank_that_is_alive_but_behind_is_named_with_its_place(tmp_path: Path)
     assert " in _rank_1_sleeps" in texts[1]
 
 
-def test_a_store_that_is_gone_is_said(tmp_path: Path) -> None:
+def test_a_store_that_is_gone_is_reported(tmp_path: Path) -> None:
     codes, texts, _ = _ended(tmp_path, _rank_0_dies_and_1_sleeps, 2)
     assert codes == [-signal.SIGKILL, EXIT_CODE]
     assert "the ranks' store is gone: rank 0's torchrun or machine has ended" in texts[1]
@@ -105,8 +105,8 @@ def test_ranks_that_make_progress_are_left_alone(tmp_path: Path) -> None:
     assert [(tmp_path / name).read_text() for name in ("0", "1")] == ["", ""]
 
 
-def test_a_process_that_was_stopped_whole_goes_on(tmp_path: Path) -> None:
-    """Ctrl-Z and fg: the watchdog slept too, so nothing hung."""
+def test_a_process_that_was_stopped_as_a_whole_continues(tmp_path: Path) -> None:
+    """Ctrl-Z and fg: the watchdog was stopped too, so this is no hang."""
 
     def nap(rank: int) -> None:
         if rank == 0 and os.fork() == 0:
@@ -119,8 +119,8 @@ def test_a_process_that_was_stopped_whole_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "0").read_text() == ""
 
 
-def test_a_collective_outlives_the_watchdogs_patience() -> None:
-    """Else it would end the run first, and name nobody."""
+def test_the_collectives_time_out_is_longer_than_the_watchdogs() -> None:
+    """Otherwise a collective would end the run first, without naming a rank."""
     assert rendezvous.COLLECTIVE_TIMEOUT.total_seconds() > LONG * MAX_HANG_SECONDS
     with pytest.raises(ValueError, match=r"guard\.hang_seconds=1200\.0 must be ≤ 850"):
         GuardConfig(hang_seconds=1200.0)

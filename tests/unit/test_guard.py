@@ -1,4 +1,4 @@
-"""The guard's arithmetic and overrides: when a norm is a spike, what a refused step is told as, when a run ends."""
+"""The guard: which gradient norm is a spike, what the warning of a skipped step says, and when a run ends."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _guard(state: TrainState | None = None, warnings: list[str] | None = None, *
 
 
 def _step(guard: Guard, result: StepResult, *losses: tuple[float, list[int]]) -> None:
-    """Four samples a step; `losses` are micro-batches' with their samples."""
+    """Judges the next step of four samples; `losses`: each micro-batch's loss and its sample ids."""
     guard._state.step += 1
     samples = range(4 * guard._state.step - 4, 4 * guard._state.step)
     guard.judge(result, samples, [(torch.tensor(loss), torch.tensor(ids)) for loss, ids in losses])
 
 
-def test_the_limit_is_the_mean_and_n_deviations_of_the_last_accepted_norms() -> None:
+def test_the_limit_is_the_mean_plus_n_deviations_of_the_last_accepted_norms() -> None:
     guard = _guard()
     for index, norm in enumerate(NORMS):
         window = NORMS[max(0, index - 8) : index]
@@ -57,7 +57,7 @@ def test_without_sigmas_there_is_no_limit_but_the_window_fills() -> None:
     assert state.recent_norms == NORMS[-8:]
 
 
-def test_a_refused_norm_stays_out_of_the_window() -> None:
+def test_a_skipped_norm_stays_out_of_the_window() -> None:
     guard = _guard()
     for norm in NORMS[:8]:
         _step(guard, StepResult(norm, None))
@@ -118,7 +118,7 @@ def test_a_warning_names_step_reason_norm_and_samples() -> None:
 def test_losses_of_an_accepted_step_are_forgotten() -> None:
     warnings: list[str] = []
     guard = _guard(warnings=warnings)
-    _step(guard, StepResult(1.0, None), (math.nan, [0]))  # cannot be: the engine skips it
+    _step(guard, StepResult(1.0, None), (math.nan, [0]))  # can't happen in a run: the engine would skip this step
     _step(guard, NOT_FINITE)
     assert "every loss finite" in warnings[0]
 
@@ -134,10 +134,10 @@ def test_the_run_ends_after_so_many_in_a_row_and_says_what_to_change() -> None:
     with pytest.raises(ValueError, match="3 steps in a row") as caught:
         guard.check()
     assert str(caught.value) == (
-        "step 6: 3 steps in a row were refused (guard.max_skipped=3): "
+        "step 6: 3 steps in a row were skipped (guard.max_skipped=3): "
         "step 4 samples 12–15; step 5 samples 16–19; step 6 samples 21 (rank 0). The weights are those of step 3. "
-        "The same command goes on from the newest checkpoint and meets the same samples: lower optim.lr (with "
-        "checkpoint.allow_changes=true), mend these samples, or raise guard.max_skipped to pass over them"
+        "The same command resumes from the newest checkpoint and meets the same samples: lower optim.lr (with "
+        "checkpoint.allow_changes=true), repair these samples, or raise guard.max_skipped to continue past them"
     )
 
 

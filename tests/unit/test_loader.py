@@ -1,4 +1,4 @@
-"""The order of samples and the loader: the same at any number of ranks, and resumable from one integer."""
+"""The order of samples, and the loader: the same batches at any number of ranks, resumable from one integer."""
 
 import math
 from collections import Counter
@@ -63,7 +63,7 @@ def test_shuffled_of_a_billion_is_in_range_and_does_not_repeat():
 
 
 def test_shuffled_looks_random():
-    """Positions, neighbours and keys are uncorrelated, as for numpy's own permutations of this size."""
+    """Positions, neighbours and keys are uncorrelated, within the noise of random permutations of this size."""
     count = 2000
     first, second = (np.array([shuffled(i, count, (key,)) for i in range(count)]) for key in (1, 2))
     bound = 5 / math.sqrt(count)
@@ -91,7 +91,7 @@ def test_mixture_gives_every_source_its_share_and_every_number_once(weights):
         assert abs(first[source] / 256 - share) < 5 * math.sqrt(share * (1 - share) / 256) + 1e-9
 
 
-def test_a_rare_source_still_comes():
+def test_a_very_rare_source_still_gives_samples():
     mixture = Mixture([1.0, 1e-9], seed=0)
     assert mixture.block == order.MAX_BLOCK
     assert mixture.quotas == [order.MAX_BLOCK - 1, 1]
@@ -106,7 +106,7 @@ def test_quotas_are_largest_remainders():
         quotas([0.4, 0.3, 0.3], 2)
 
 
-def test_samples_are_stretches_of_the_shards(corpus):
+def test_samples_are_consecutive_tokens_of_the_shards(corpus):
     batch = loader(corpus).next_step()[0]
     for row in range(2):
         stream = corpus.train[batch.source_ids_B[row]]
@@ -139,7 +139,7 @@ def test_any_number_of_ranks_gives_the_same_micro_batches(corpus, world):
         assert torch.cat([batch.sample_ids_B for batch in expected]).tolist() == list(range(8 * step, 8 * step + 8))
 
 
-def test_micro_batch_size_changes_the_cut_and_not_the_samples(corpus):
+def test_micro_batch_size_does_not_change_the_samples_of_a_step(corpus):
     small, large = loader(corpus, micro=1).next_step(), loader(corpus, micro=4).next_step()
     for name in FIELDS:
         cut = [torch.cat([getattr(batch, name) for batch in batches]) for batches in (small, large)]
@@ -223,7 +223,7 @@ def test_held_out_scores_every_target_once_when_asked_for_all(corpus):
     assert int((counts * sizes).sum()) == text
 
 
-def test_held_out_and_training_text_are_apart(corpus):
+def test_held_out_and_training_text_are_disjoint(corpus):
     def documents(stream):
         ids, owners = stream.read(0, stream.tokens), stream.document_ids(0, stream.tokens)
         return {tuple(ids[owners == number]) for number in range(stream.documents)}
@@ -232,7 +232,7 @@ def test_held_out_and_training_text_are_apart(corpus):
         assert not documents(train) & documents(held_out)
 
 
-def test_impossible_batches_and_lengths_are_one_line(corpus):
+def test_impossible_batches_and_lengths_are_named(corpus):
     with pytest.raises(DataError, match=r"train\.global_batch_size=8 must be divisible by .*=3 × 1 ranks"):
         loader(corpus, micro=3)
     tokens = corpus.train[2].tokens

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step, with the shapes its names promise."""
+"""The learning rate as a function of the step: warm-up, cosine, warmup-stable-decay, constant."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def _rates(steps: int, **values: object) -> list[float]:
     return [learning_rate(config, step, steps) for step in range(steps)]
 
 
-def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
+def test_warm_up_is_linear_and_ends_at_lr() -> None:
     rates = _rates(100, warmup_steps=10)
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert max(rates) == rates[10] == 1.0
 
 
-def test_cosine_ends_at_the_floor_and_halves_the_range_midway() -> None:
+def test_cosine_ends_at_the_minimum_and_is_halfway_in_the_middle() -> None:
     rates = _rates(101, warmup_steps=0)
     assert rates[0] == 1.0
     assert rates[50] == pytest.approx(0.55)
@@ -47,6 +47,6 @@ def test_one_step_runs(schedule: Schedule) -> None:
     assert 0 < _rates(1, warmup_steps=0, schedule=schedule)[0] <= 1.0
 
 
-def test_an_unstated_warm_up_is_a_twentieth_of_the_steps() -> None:
+def test_the_default_warm_up_is_a_twentieth_of_the_steps() -> None:
     assert _rates(100)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert _rates(5)[0] == 1.0

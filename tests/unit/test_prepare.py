@@ -34,7 +34,7 @@ def lines(count, salt=""):
 
 def write_rows(path, rows, field="text"):
     path.write_text("".join(json.dumps({field: row}) + "\n" for row in rows))
-    os.utime(path, (1e9, 1e9))  # long settled, so that the note may be trusted
+    os.utime(path, (1e9, 1e9))  # an old modification time, so that a note is written
     return path
 
 
@@ -43,13 +43,13 @@ def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", lines(400))
 
 
-def make(path, cache, tokenizer=TOKENIZER, said=None, **keys):
-    log = (lambda line: None) if said is None else said.append
+def make(path, cache, tokenizer=TOKENIZER, logged=None, **keys):
+    log = (lambda line: None) if logged is None else logged.append
     return prepare(DataConfig(path=str(path), cache_dir=str(cache), **keys), tokenizer, log=log)
 
 
 def documents(corpus, stream):
-    """The text of every stored document, its BOS and EOS checked."""
+    """The text of every stored document; asserts its BOS and EOS."""
     ids, owners = stream.read(0, stream.tokens), stream.document_ids(0, stream.tokens)
     found = []
     for number in range(stream.documents):
@@ -88,7 +88,7 @@ def test_tokenizer_never_sees_held_out_text(tmp_path):
 
 
 @pytest.mark.parametrize("held_out", [0.0001, 0.9999])
-def test_both_splits_always_hold_something(tmp_path, held_out):
+def test_neither_split_is_ever_empty(tmp_path, held_out):
     path = write_rows(tmp_path / "rows.jsonl", lines(3))
     corpus = make(path, tmp_path / "cache", MISTRAL, held_out=held_out)
     assert corpus.train[0].documents >= 1
@@ -96,14 +96,14 @@ def test_both_splits_always_hold_something(tmp_path, held_out):
     assert corpus.train[0].documents + corpus.held_out[0].documents == 3
 
 
-def test_one_text_file_is_split_and_its_neighbouring_pieces_stay_one_document(tmp_path):
+def test_one_text_file_is_split_and_its_neighbouring_chunks_stay_one_document(tmp_path):
     text = "".join(lines(3000))
     (tmp_path / "book.txt").write_text(text)
     corpus = make(tmp_path / "book.txt", tmp_path / "cache")
     train, held_out = documents(corpus, corpus.train[0]), documents(corpus, corpus.held_out[0])
     assert len("".join(train)) + len("".join(held_out)) == len(text)
     assert 0 < len("".join(held_out)) < 0.2 * len(text)
-    assert len(train) <= len(held_out) + 1  # interrupted only where something was held out
+    assert len(train) <= len(held_out) + 1  # a training document ends only where text was held out
     rest = text
     for part in sorted(train + held_out, key=text.index):
         assert rest.startswith(part)
@@ -131,15 +131,15 @@ def test_fingerprint_follows_content_tokenizer_and_split_only(rows, tmp_path):
 
 
 def test_second_call_opens_without_reading_the_text(rows, tmp_path):
-    said = []
-    first = make(rows, tmp_path / "cache", said=said)
-    assert len(said) == 1
-    assert said[0].startswith("prepared ")
+    logged = []
+    first = make(rows, tmp_path / "cache", logged=logged)
+    assert len(logged) == 1
+    assert logged[0].startswith("prepared ")
     stat = rows.stat()
-    rows.write_bytes(b"\xff" * stat.st_size)  # unreadable, but with the size and time that the note remembers
+    rows.write_bytes(b"\xff" * stat.st_size)  # not UTF-8, but with the size and time that are in the note
     os.utime(rows, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    second = make(rows, tmp_path / "cache", said=said)
-    assert (second.fingerprint, second.folder, len(said)) == (first.fingerprint, first.folder, 1)
+    second = make(rows, tmp_path / "cache", logged=logged)
+    assert (second.fingerprint, second.folder, len(logged)) == (first.fingerprint, first.folder, 1)
     assert documents(second, second.train[0]) == documents(first, first.train[0])
 
 
@@ -165,14 +165,14 @@ def test_a_damaged_cache_is_named_and_prepared_again(rows, tmp_path, name):
         path.rename(first.folder / "lost")
     else:
         os.truncate(path, path.stat().st_size - 1)
-    said = []
-    second = make(rows, tmp_path / "cache", said=said)
-    assert "preparing again" in said[0]
-    assert name in said[0]
+    logged = []
+    second = make(rows, tmp_path / "cache", logged=logged)
+    assert "preparing again" in logged[0]
+    assert name in logged[0]
     assert documents(second, second.train[0]) == before
 
 
-def test_what_a_killed_process_left_is_no_hindrance(rows, tmp_path):
+def test_the_partial_folder_of_a_killed_process_is_replaced(rows, tmp_path):
     first = make(rows, tmp_path / "cache")
     folder = first.folder.rename(first.folder.with_suffix(".tmp"))
     (folder / "meta.json").unlink()
@@ -181,9 +181,9 @@ def test_what_a_killed_process_left_is_no_hindrance(rows, tmp_path):
 
 
 def _prepare_in_process(path, cache, queue):
-    said = []
-    corpus = make(path, cache, said=said)
-    queue.put((corpus.fingerprint, corpus.train[0].tokens, sum(line.startswith("prepared ") for line in said)))
+    logged = []
+    corpus = make(path, cache, logged=logged)
+    queue.put((corpus.fingerprint, corpus.train[0].tokens, sum(line.startswith("prepared ") for line in logged)))
 
 
 @pytest.mark.timeout(120)
@@ -202,7 +202,7 @@ def test_many_processes_at_once_build_one(tmp_path):
     assert sum(result[2] for result in results) == 1
 
 
-def test_disk_full_is_one_line_and_leaves_nothing_behind(tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_no_folder_behind(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", lines(5000))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -265,9 +265,9 @@ def test_shards_of_another_tokenizer_are_refused(rows, tmp_path):
     trained, mistral = make(rows, tmp_path / "cache"), make(rows, tmp_path / "cache", MISTRAL)
     (trained.folder / "tokenizer").rename(tmp_path / "aside")
     (mistral.folder / "tokenizer").rename(trained.folder / "tokenizer")
-    said = []
-    make(rows, tmp_path / "cache", said=said)
-    assert "doesn't match the shards'" in said[0]
+    logged = []
+    make(rows, tmp_path / "cache", logged=logged)
+    assert "doesn't match the shards'" in logged[0]
 
 
 def test_weights_follow_tokens_or_the_configuration(tmp_path):
@@ -305,14 +305,14 @@ def test_builtin_corpus_is_quick_and_opens_at_once(tmp_path):
     second = prepare(data, pieces(2048), log=lambda line: None)
     opened = time.monotonic()
     assert second.fingerprint == first.fingerprint
-    assert built - start < 30  # 3 s when the machine is idle
+    assert built - start < 30  # 3 s on an idle machine
     assert opened - built < 1
     assert min(stream.tokens for stream in first.held_out) > 5000
     bytes_per_token = sum(s.bytes for s in first.train) / sum(s.tokens for s in first.train)
     assert bytes_per_token > 2.2
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared example data is not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared example data")
 def test_real_files(tmp_path):
     play = make(SHARED / "shakespeare_train.txt", tmp_path / "cache", MISTRAL)
     size = (SHARED / "shakespeare_train.txt").stat().st_size

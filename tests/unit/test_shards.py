@@ -25,7 +25,7 @@ def write(folder, shard_tokens=1 << 20, vocab_size=50):
 
 @pytest.mark.parametrize("shard_tokens", [1, 3, 5, len(FLAT), 100])
 @pytest.mark.parametrize("vocab_size", [50, 70_000])
-def test_any_stretch_of_any_shard_size(tmp_path, shard_tokens, vocab_size):
+def test_any_range_of_tokens_at_any_shard_size(tmp_path, shard_tokens, vocab_size):
     stream = write(tmp_path, shard_tokens, vocab_size)
     assert (stream.tokens, stream.documents, stream.bytes) == (len(FLAT), len(DOCUMENTS), 7)
     assert len(list(tmp_path.glob("0*.bin"))) == -(-len(FLAT) // shard_tokens)
@@ -74,7 +74,7 @@ def test_packing_against_lists(tmp_path, length):
         assert sample.document_ids_L.tolist() == [n - OWNER[start] for n in OWNER[start : start + length]]
         expected = [FLAT[t + 1] if OWNER[t + 1] == OWNER[t] else NO_TARGET for t in range(start, start + length)]
         assert sample.labels_L.tolist() == expected
-        assert 1 not in sample.labels_L  # BOS opens a document and is nobody's target
+        assert 1 not in sample.labels_L  # BOS, the first token of a document, is never a target
 
 
 def test_the_last_held_out_sequence_is_padded(tmp_path):

@@ -1,4 +1,4 @@
-"""Sources: every format gives the same documents, and every kind of bad input is one line that names the place."""
+"""Sources: every format gives the same documents, and bad input raises one line that names the place."""
 
 import ast
 import itertools
@@ -79,7 +79,7 @@ def test_dataset_folder_that_load_dataset_reads(tmp_path, monkeypatch):
 
 def test_dataset_code_and_unknown_names_are_refused(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no test waits for a network
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # so that no test waits for the network
     monkeypatch.setattr(pytest.importorskip("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "evil").mkdir()
     script = tmp_path / "evil" / "evil.py"
@@ -110,7 +110,7 @@ def test_folder_and_glob_are_sorted_and_mixed(tmp_path):
     assert texts(f"{tmp_path}/**/*.txt") == ["b\n", "a\n"]
 
 
-def test_pieces_of_a_text_file_join_to_it(tmp_path):
+def test_chunks_of_a_text_file_join_to_it(tmp_path):
     text = "".join(f"line {i} é😀 {'word ' * (i % 23)}\r\n" for i in range(2000))
     path = tmp_path / "book.txt"
     path.write_bytes(text.encode())
@@ -128,7 +128,7 @@ def test_many_files_are_not_cut(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1024, 1025, 1026, 1027])
-def test_a_line_without_end_is_cut_between_characters(tmp_path, size):
+def test_a_very_long_line_is_cut_between_characters(tmp_path, size):
     text = "a" + "😀é" * 3000
     path = tmp_path / "long.txt"
     path.write_text(text, encoding="utf-8")
@@ -192,7 +192,7 @@ def test_bad_parquet(tmp_path):
     assert "not readable as Parquet" in refusal(tmp_path / "b.parquet")
 
 
-def test_nothing_there(tmp_path):
+def test_missing_files_folders_and_domains_are_named(tmp_path):
     assert "no such file or folder" in refusal(tmp_path / "none.txt")
     assert "the glob matches no file" in refusal(tmp_path / "*.txt")
     assert "the folder holds no files" in refusal(tmp_path)
@@ -215,7 +215,7 @@ def test_identity_follows_the_file_and_the_settings(tmp_path):
     assert identity() != before
 
 
-def test_as_piece_keeps_the_bytes():
+def test_as_chunk_keeps_the_bytes():
     chunk = as_chunk("é", "text", "here")
     assert (chunk.data, chunk.starts_document) == (b"\xc3\xa9", True)
 
@@ -235,7 +235,7 @@ def test_builtin_python_is_the_source_and_no_module_is_in_two_domains():
     assert not set(paths) & set(stdlib.files("prose"))
 
 
-def test_builtin_arithmetic_is_true():
+def test_builtin_arithmetic_is_correct():
     checked = 0
     for document in stdlib.arithmetic():
         for line in document.splitlines()[1:]:

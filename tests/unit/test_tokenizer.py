@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, bytes per id, saving, and what is refused."""
+"""Tokenizers: exact round trips, bytes per id, saving and loading, and the messages for unusable ones."""
 
 import json
 import random
@@ -65,7 +65,7 @@ def huggingface_folder(folder, texts, *, byte_level=True):
     backend.train_from_iterator(texts, trainer)
     folder.mkdir()
     saved = json.loads(backend.to_str())
-    if not byte_level:  # the byte pieces are ordinary pieces, as in Llama's file
+    if not byte_level:  # byte pieces aren't special tokens, as in Llama's file
         saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["content"].startswith("<0x")]
     (folder / "tokenizer.json").write_text(json.dumps(saved))
     (folder / "tokenizer_config.json").write_text(
@@ -101,7 +101,10 @@ def test_token_bytes_add_up_to_the_text(trained, mistral):
         size = len(text.encode())
         assert trained.token_bytes()[trained.encode(text)].sum() == size
         if not text.startswith("▁"):
-            assert mistral.token_bytes()[mistral.encode(text)].sum() in (size, size + 1)  # its own leading space
+            assert mistral.token_bytes()[mistral.encode(text)].sum() in (
+                size,
+                size + 1,
+            )  # + 1: the space that it puts before the text
     assert trained.token_bytes()[[0, trained.bos_id, trained.eos_id]].tolist() == [0, 0, 0]
     assert trained.token_bytes().dtype == np.int64
 
@@ -117,10 +120,10 @@ def test_training_is_deterministic_and_smaller_when_the_text_is(texts):
     first, second = (train_sentencepiece(texts, 350, print) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert first.vocab_size == 350
-    said = []
-    small = train_sentencepiece(["a b a b a b a b c\n"] * 5, 2048, said.append)
+    logged = []
+    small = train_sentencepiece(["a b a b a b a b c\n"] * 5, 2048, logged.append)
     assert small.vocab_size < 2048
-    assert said == [f"tokenizer: the text is enough for {small.vocab_size} pieces, not tokenizer.vocab_size=2048"]
+    assert logged == [f"tokenizer: the text is enough for {small.vocab_size} pieces, not tokenizer.vocab_size=2048"]
     assert small.decode(small.encode("zzz")) == "zzz"
 
 
@@ -134,7 +137,7 @@ def test_digits_are_split(trained):
     assert len([i for i in trained.encode("123456") if trained.piece(i).strip()]) == 6
 
 
-def test_no_text_to_train_on_is_one_line():
+def test_training_on_no_text_raises():
     with pytest.raises(DataError, match="holds no text to train on"):
         train_sentencepiece(["\n\n"], 300, print)
 
@@ -176,7 +179,7 @@ def test_saved_tokenizer_with_other_content_is_refused(trained, tmp_path):
         load_saved(tmp_path / "nowhere")
 
 
-def test_mistral_is_the_published_one(mistral):
+def test_mistral_has_the_published_ids(mistral):
     assert (mistral.vocab_size, mistral.bos_id, mistral.eos_id) == (32000, 1, 2)
     for text in HARD_TEXTS[:4]:
         assert mistral.decode(mistral.encode(text)) == text
