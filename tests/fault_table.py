@@ -1,9 +1,9 @@
-"""Faults as tests: `@pytest.mark.fault(N)` names a row of docs/reliability.md, `outcome(...)` tells what came out.
+"""The table of faults: `@pytest.mark.fault(N)` names a row of docs/reliability.md, `outcome(...)` gives its result.
 
-    python -m pytest --fault 6                                  the tests of row 6, wherever they live
-    python -m pytest --fault all --faults-table docs/reliability.md    all of them, and the table is written
+    python -m pytest --fault 6                                         the tests of row 6, in any folder
+    python -m pytest --fault all --faults-table docs/reliability.md    all rows, and writes the table
 
-A row is written by a session that ran tests of it; the other rows keep what an earlier one wrote.
+A test run rewrites the rows whose tests it ran; the other rows stay as they are.
 """
 
 from __future__ import annotations
@@ -15,35 +15,53 @@ from pathlib import Path
 import pytest
 
 BEGIN, END = "<!-- faults: written by a test run -->", "<!-- end of faults -->"
-HEAD = "| # | fault | required | what came out | run it |\n| --- | --- | --- | --- | --- |"
+HEAD = "| # | fault | required | result | command |\n| --- | --- | --- | --- | --- |"
 ROWS = {  # number → fault, what is required of the run
-    1: ("SIGKILL one rank at ≥ 20 points of a save", "resumes from the newest complete one; no torn load; by itself"),
-    2: ("SIGKILL one rank in a step, torchrun restarts it", "resumes by itself; later losses bitwise the same"),
-    3: ("SIGKILL of the whole job, or of torchrun alone", "no rank is left; the same command: bitwise the same"),
-    4: ("disk full during a save", "older ones intact, path and bytes in one line, goes on; stops after K failures"),
-    5: ("each file of a checkpoint cut, one bit flipped, deleted", "found, file named, the previous one is taken"),
-    6: ("NaN, Inf or a gradient spike on one rank", "no rank's weights move; counted; stops after K, naming samples"),
-    7: ("a rank is stopped in a collective (SIGSTOP)", "ended in time, rank named, stacks of the others, restarted"),
-    8: ("SIGTERM, SIGUSR1, SIGTERM again during the save", "saved in time, documented exit codes, exact resume"),
-    9: ("world 2→1, 1→2, EP 2→1, 1→2, 4→2", "loads, the same global token order, loss gap ≤ 1e-5"),
-    10: ("W&B: refused, no key, dies in mid-run", "training goes on, one warning, offline copy complete"),
-    11: ("two jobs on one run directory", "the second is refused"),
+    1: (
+        "SIGKILL of one rank at ≥ 20 points of a save",
+        "resumes from the newest complete checkpoint, never a partial one",
+    ),
+    2: ("SIGKILL of one rank in a step", "torchrun restarts it; the run resumes; losses bitwise equal"),
+    3: ("SIGKILL of the whole job, or of torchrun alone", "no rank survives; the same command resumes; bitwise equal"),
+    4: (
+        "disk full during a save",
+        "older checkpoints intact; one line with path and bytes; the run continues; ends after K failures",
+    ),
+    5: (
+        "each file of a checkpoint cut, one bit flipped, deleted",
+        "found, file named, the run resumes from the previous checkpoint",
+    ),
+    6: (
+        "NaN, Inf or a gradient spike on one rank",
+        "step skipped on all ranks, no weight changes; counted; the run ends after K and names samples",
+    ),
+    7: (
+        "a rank is stopped in a collective (SIGSTOP)",
+        "all ranks end in time; rank named, stacks of the others printed; restarted",
+    ),
+    8: ("SIGTERM, SIGUSR1, SIGTERM again during the save", "saved in time, documented exit codes, bitwise resume"),
+    9: ("resume at another size: ranks 2→1, 1→2; EP 2→1, 1→2, 4→2", "same samples in the same order, loss gap ≤ 1e-5"),
+    10: (
+        "W&B: connection refused, no key, its process killed",
+        "training continues, one warning, offline copy complete",
+    ),
+    11: ("two jobs on one run directory", "the second ends with an error"),
     12: ("malicious pickle as checkpoint, tokenizer, data; `_target_`", "the payload never runs"),
-    13: ("secrets in the environment", "in no log, configuration, figure or W&B file"),
+    13: ("secrets in the environment", "in no log, configuration, metrics or W&B file"),
     14: ("a straggler: +200 ms a step on one rank", "a warning names the rank within 20 steps"),
-    15: ("20 random kills in one run", "finishes; final weights bitwise the same"),
+    15: ("20 random kills in one run", "finishes; final weights bitwise equal"),
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--fault", action="append", help="run this row's tests only (a number or `all`; repeatable)")
-    group.addoption("--faults-table", metavar="FILE", help="write what came out into FILE's table of faults")
+    group.addoption("--faults-table", metavar="FILE", help="write the results into the table of faults in FILE")
 
 
 @pytest.fixture
 def outcome(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """`outcome("resumed at step 7, gap 0")`: a short sentence for the test's row; several calls join."""
+    """`outcome("resumed at step 7, gap 0")`: the test's result in its row of the table; several calls are joined."""
     return lambda text: record_property("outcome", text)
 
 
@@ -58,7 +76,7 @@ def _row(item: pytest.Item) -> int | None:
 
 
 class _Table:
-    """Rows gathered over one session."""
+    """Collects the rows of one test run."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._wanted: list[str] = config.getoption("--fault") or []
@@ -91,8 +109,8 @@ class _Table:
             self._failed[row].append(report.nodeid)
         elif report.passed and report.when == "call":
             self._passed[row].add(report.nodeid)
-            told = [str(text) for name, text in report.user_properties if name == "outcome"]
-            self._outcomes[row] += [text for text in told if text not in self._outcomes[row]]
+            outcomes = [str(text) for name, text in report.user_properties if name == "outcome"]
+            self._outcomes[row] += [text for text in outcomes if text not in self._outcomes[row]]
 
     def pytest_sessionfinish(self) -> None:
         if self._file is None:
@@ -111,20 +129,20 @@ class _Table:
         passed, failed = self._passed[number], sorted(set(self._failed[number]))
         if not passed and not failed and kept is not None:
             return kept
-        told = "; ".join(self._outcomes[number]).replace("|", "\\|").replace("\n", " ")
+        result = "; ".join(self._outcomes[number]).replace("|", "\\|").replace("\n", " ")
         if failed:
-            told = "**failed**: " + ", ".join(failed)
+            result = "**failed**: " + ", ".join(failed)
         elif not passed:
-            told = "not run"
+            result = "not run"
         elif len(passed) < self._tests[number]:
-            told += f" ({len(passed)} of {self._tests[number]} tests were run)"
+            result += f" ({len(passed)} of {self._tests[number]} tests were run)"
         fault, required = ROWS[number]
-        return f"| {number} | {fault} | {required} | {told} | `python -m pytest --fault {number}` |"
+        return f"| {number} | {fault} | {required} | {result} | `python -m pytest --fault {number}` |"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     known = {"all", *map(str, ROWS)}
-    for word in config.getoption("--fault") or []:
-        if word not in known:
-            raise pytest.UsageError(f"--fault {word}: one of {', '.join(map(str, ROWS))} or all")
+    for row in config.getoption("--fault") or []:
+        if row not in known:
+            raise pytest.UsageError(f"--fault {row}: must be one of {', '.join(map(str, ROWS))} or all")
     config.pluginmanager.register(_Table(config), "fault-table")

@@ -1,4 +1,4 @@
-"""Real ranks for tests: forked processes that talk gloo, each under one hard timeout."""
+"""Real ranks for tests: forked processes that communicate over gloo, all under one hard timeout."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def free_port() -> int:
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
-    """`function(*arguments)` in `world_size` forked ranks with torchrun's environment; their results by rank.
+    """Runs `function(*arguments)` in `world_size` forked ranks with torchrun's environment; returns results by rank.
 
-    The first rank that raises ends the others; AssertionError with its traceback. AssertionError too on a timeout.
+    When a rank raises, the others are killed and its traceback is raised as AssertionError; so is a timeout (seconds).
     """
     processes, queue = _start(world_size, function, arguments)
     results: dict[int, Any] = {}
@@ -49,26 +49,26 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 
 def run_until_dead(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[int]:
-    """As `run_ranks`, for ranks that are meant to die: their exit codes by rank, −N for signal N.
+    """Like `run_ranks`, for ranks that are expected to die: returns the exit codes by rank, −N for signal N.
 
-    AssertionError if one is still there `timeout` seconds later.
+    Raises AssertionError if a rank is still alive after `timeout` seconds.
     """
     processes, queue = _start(world_size, function, arguments)
     deadline = time.monotonic() + timeout
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         while not queue.empty():
-            queue.get()  # a rank waits until its result has been taken
+            queue.get()  # a rank can't exit before its result is read
         time.sleep(0.02)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
         process.join(10)
-    assert not hung, f"ranks {hung} were still there after {timeout} s"
+    assert not hung, f"ranks {hung} were still alive after {timeout} s"
     return [process.exitcode or 0 for process in processes]
 
 
 def _start(world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    torch.set_num_threads(1)  # NOTE: a fork after multi-threaded torch operations hangs without this
+    torch.set_num_threads(1)  # NOTE: without this a fork after multi-threaded torch operations hangs
     context = multiprocessing.get_context("fork")
     port, queue = free_port(), context.Queue()
     processes = [
@@ -82,7 +82,8 @@ def _start(world_size: int, function: Callable[..., Any], arguments: tuple[Any, 
 
 def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # what the parent had lives as long as this process; DeepSpeed collects a dozen times while it starts
+    # The parent's objects are never freed here, so collections, a dozen during DeepSpeed's start, needn't visit them.
+    gc.freeze()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -93,7 +94,7 @@ def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[
     )
     try:
         buffer = io.BytesIO()
-        torch.save(function(*arguments), buffer)  # as bytes: a tensor in a queue lives only as long as its sender
+        torch.save(function(*arguments), buffer)  # as bytes: a tensor in a queue is lost when its sender exits
         queue.put((rank, False, buffer.getvalue()))
     except BaseException:
         queue.put((rank, True, traceback.format_exc()))

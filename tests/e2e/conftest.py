@@ -1,4 +1,4 @@
-"""The command line as a user has it: real processes, real torchrun, a small corpus."""
+"""The command line as users run it: real processes, real torchrun, a small corpus."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that name a small corpus of text, cached for the whole session of tests."""
+    """Overrides for a small corpus of text; its cache is shared by the whole test run."""
     folder = tmp_path_factory.mktemp("corpus")
     lines = (f"{a} plus {b} makes {a + b}, and {a} times {b} makes {a * b}.\n" for a in range(40) for b in range(25))
     for index in range(20):
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def moe() -> Run:
-    """`moe(*overrides, ranks=N)`: the finished process; N > 1 goes through torchrun."""
+    """`moe(*overrides, ranks=N)` runs the command, under torchrun if N > 1, and returns the finished process."""
 
     def run(
         *overrides: str, ranks: int = 1, timeout: float = 120, more: dict[str, str] | None = None

@@ -1,4 +1,4 @@
-"""The wrong command: one line that names what to change, an exit code that isn't zero, no traceback."""
+"""Wrong commands and data: one line that names what to change, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _main(overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def _files(folder: Path) -> dict[str, list[str]]:
-    """Bad inputs by name → the overrides that name them."""
+    """Writes bad input files; returns, by name, the overrides that use them."""
     (folder / "empty.txt").write_bytes(b"")
     (folder / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 3)
     (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "torn\n')
@@ -85,7 +85,7 @@ def test_bad_data_is_one_line(
         (["bench", "nothing"], "nothing"),
     ],
 )
-def test_bad_overrides_are_one_line(
+def test_a_bad_command_is_one_line(
     overrides: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, error = _main(overrides, monkeypatch, capsys)
@@ -94,7 +94,7 @@ def test_bad_overrides_are_one_line(
     assert expected in error
 
 
-def test_under_torchrun_rank_0_alone_prints_the_line(moe: Run) -> None:
+def test_under_torchrun_only_rank_0_prints_the_line(moe: Run) -> None:
     done = moe("train", "router.top_k=9", ranks=2)
     assert done.returncode == 1
     assert done.stderr.count("moe: router.top_k=9 must be ≤ router.num_experts=8") == 1
@@ -138,7 +138,7 @@ def test_help_is_useful(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_a_fault_of_the_program_keeps_its_traceback(
     fault: str, moe: Run, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ValueError that no rule raised is not the user's: exit code 1, also where a whole run is under way."""
+    """A ValueError that isn't a UserError is no user's mistake: traceback, exit code 1."""
     broken = (
         "import moe.data.prepare as prepare\n\n\ndef fault(*_, **__):\n    " + fault + "\n\n\nprepare.prepare = fault\n"
     )

@@ -1,4 +1,4 @@
-"""The plan's memory against real training steps: resident set above the process's baseline, a process for each size."""
+"""The plan's memory compared with real training steps: growth of the resident set, in one process for each size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that a training run meets, each test a row of docs/reliability.md (tests/fault_table.py)."""
+"""Tests of faults in a training run, each of which belongs to a row of docs/reliability.md (tests/fault_table.py)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["corpus", "moe"]
 
 @pytest.fixture(scope="session")
 def undisturbed(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`undisturbed(ranks, *overrides)`: the directory of a finished run, for others to be compared with."""
+    """`undisturbed(ranks, *overrides)`: the directory of a finished run without faults, to compare others with."""
     made: dict[tuple[int, tuple[str, ...]], Path] = {}
 
     def run(ranks: int, *overrides: str) -> Path:

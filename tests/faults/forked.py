@@ -1,4 +1,4 @@
-"""`moe` in forked ranks: a second instead of torchrun's ten, with faults struck in the ranks that they name."""
+"""`moe` in forked ranks, with faults injected: starts in one second instead of torchrun's ten."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli import main as cli
-from tests.faults.inject import strike
+from tests.faults.inject import inject
 from tests.ranks import run_ranks
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What one rank's process gave back; `out` and `err` hold what C libraries wrote too."""
+    """Exit code and output of one rank's process; `out` and `err` include what C libraries wrote."""
 
     code: int
     out: str
@@ -31,17 +31,17 @@ def moe_ranks(
     more: dict[str, str] | None = None,
     timeout: float = 60,
 ) -> list[Finished]:
-    """`moe OVERRIDES` in `ranks` forked processes, by rank. `more` is added to their environment."""
+    """Runs `moe OVERRIDES` in `ranks` forked processes; results by rank. `more` is added to their environment."""
     return run_ranks(ranks, moe_here, list(overrides), faults, more or {}, timeout=timeout)
 
 
 def moe_here(overrides: list[str], faults: tuple[dict[str, Any], ...], more: dict[str, str]) -> Finished:
-    """`moe OVERRIDES` in this process, a forked one."""
+    """Runs `moe OVERRIDES` in this process, which must be a forked one."""
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         del os.environ[name]
     os.environ.update(more)
     for fault in faults:
-        strike(fault, int(os.environ["RANK"]))
+        inject(fault, int(os.environ["RANK"]))
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "out"), Path(folder, "err")
         with paths[0].open("w") as out, paths[1].open("w") as err:
@@ -53,7 +53,7 @@ def moe_here(overrides: list[str], faults: tuple[dict[str, Any], ...], more: dic
 
 
 def _exit_code(overrides: list[str]) -> int:
-    """What the process would end with; a traceback is in stderr then, as Python would leave it."""
+    """The exit code that the process would end with; a traceback is printed to stderr, as Python does."""
     sys.argv = ["moe", *overrides]
     try:
         cli.main()

@@ -1,11 +1,11 @@
-"""A fault put into a real run: `moe` with one function struck, in this process and on the fault's rank only.
+"""Runs `moe` with a fault injected: one function is patched, in this process, on the fault's rank only.
 
     FAULT='{"kind": "nan_loss", "rank": 1, "steps": [7]}' python -m tests.faults.inject train run_dir=…
     FAULT=… torchrun … -m tests.faults.inject train …
 
-`FAULT` is JSON: `kind` names a function below, `rank` the rank that is struck (none: every rank), everything else goes
-to that function as keywords. `steps` counts from 1, as metrics.jsonl does, also after a resume. Tests with forked ranks
-call `strike` themselves.
+`FAULT` is JSON: `kind` names a function below, `rank` the rank that gets the fault (none: every rank); all other keys
+are the function's keyword arguments. `steps` counts from 1, as metrics.jsonl does, also after a resume. Tests with
+forked ranks call `inject` themselves.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Loss = Callable[[DeepSpeedEngine, Tensor], Tensor]
 
 
 def _now(engine: DeepSpeedEngine) -> int:
-    """The optimizer step that is being made, from 1."""
+    """The number of the current optimizer step, from 1."""
     return int(engine._engine.global_steps) + 1
 
 
 def _before_backward(steps: Iterable[int] | None, change: Loss) -> None:
-    """`change` takes the place of each loss that goes into backward at these steps (none: every step)."""
+    """Replaces the loss given to backward by `change(engine, loss)` at these steps (None: every step)."""
     original, wanted = DeepSpeedEngine.backward, None if steps is None else set(steps)
 
     def backward(self: DeepSpeedEngine, loss: Tensor) -> None:
@@ -45,7 +45,7 @@ def _before_backward(steps: Iterable[int] | None, change: Loss) -> None:
 
 
 def _forward_loss(steps: Iterable[int] | None, change: Callable[[Tensor], Tensor]) -> None:
-    """`change` takes the place of the language-model loss that the forward pass gives."""
+    """Replaces the forward pass's language-model loss by `change(loss)` at these steps (None: every step)."""
     original, wanted = DeepSpeedEngine.__call__, None if steps is None else set(steps)
 
     def forward(self: DeepSpeedEngine, *inputs: Any, **keywords: Any) -> Any:
@@ -68,7 +68,7 @@ def inf_loss(*, steps: Iterable[int] | None = None) -> None:
 
 
 def inf_gradient(*, steps: Iterable[int] | None = None, parameter: str = "") -> None:
-    """The loss is finite; one element of one gradient is infinite. `parameter` is a part of that parameter's name."""
+    """The loss is finite; one element of one gradient is infinite. `parameter`: part of that parameter's name."""
 
     def infinite(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
@@ -76,20 +76,20 @@ def inf_gradient(*, steps: Iterable[int] | None = None, parameter: str = "") -> 
         return gradient
 
     def change(engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
-        struck = next(p for name, p in engine.model.named_parameters() if parameter in name)
-        handle = struck.register_hook(lambda gradient: (handle.remove(), infinite(gradient))[1])
+        target = next(p for name, p in engine.model.named_parameters() if parameter in name)
+        handle = target.register_hook(lambda gradient: (handle.remove(), infinite(gradient))[1])
         return loss
 
     _before_backward(steps, change)
 
 
 def spike(*, steps: Iterable[int] | None = None, factor: float) -> None:
-    """The loss that goes into backward is `factor` times too large."""
+    """The loss given to backward is `factor` times too large."""
     _before_backward(steps, lambda engine, loss: loss * factor)
 
 
 def sleep(*, seconds: float, steps: Iterable[int] | None = None) -> None:
-    """Each step begins `seconds` late, before its first forward pass."""
+    """Waits `seconds` before the first forward pass of each step."""
     original, wanted = DeepSpeedEngine.__call__, None if steps is None else set(steps)
 
     def forward(self: DeepSpeedEngine, *inputs: Any, **keywords: Any) -> Any:
@@ -101,14 +101,14 @@ def sleep(*, seconds: float, steps: Iterable[int] | None = None) -> None:
 
 
 def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: float = 0.0) -> None:
-    """This process gets the signal `name` in the middle of each of these steps; in the next save, which then takes
-    `save_seconds` longer, it gets the signal `in_save`."""
-    heard = False
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    """Sends this process the signal `name` in the middle of each of these steps, and the signal `in_save` during the
+    next save, which then takes `save_seconds` longer."""
+    sent = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
 
     def change(engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
-        nonlocal heard
-        heard = True
+        nonlocal sent
+        sent = True
         if engine._backwards % engine.accumulation == 0:
             os.kill(os.getpid(), signal.Signals[name])
         return loss
@@ -117,7 +117,7 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
     original = Saver._write_shards
 
     def write(self: Saver, snapshot: Any, partial: Any) -> dict[str, Any]:
-        if heard and in_save:
+        if sent and in_save:
             os.kill(os.getpid(), signal.Signals[in_save])
             time.sleep(save_seconds)
         return original(self, snapshot, partial)
@@ -126,7 +126,7 @@ def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: fl
 
 
 def fail(*, steps: Iterable[int]) -> None:
-    """A fault of the program: these steps raise, with the environment in reach of whoever shows variables."""
+    """A fault of the program: these steps raise RuntimeError, with the environment in a local variable."""
     original, wanted = DeepSpeedEngine.__call__, set(steps)
 
     def forward(self: DeepSpeedEngine, *inputs: Any, **keywords: Any) -> Any:
@@ -164,16 +164,16 @@ KINDS: dict[str, Callable[..., None]] = {
 }
 
 
-def strike(fault: dict[str, Any], rank: int) -> None:
-    """Patch this process if `rank` is the fault's."""
+def inject(fault: dict[str, Any], rank: int) -> None:
+    """Patches this process if `rank` is the fault's rank."""
     fault = dict(fault)
-    kind, struck = fault.pop("kind"), fault.pop("rank", rank)
-    if struck == rank:
+    kind, faulty_rank = fault.pop("kind"), fault.pop("rank", rank)
+    if faulty_rank == rank:
         KINDS[kind](**fault)
 
 
 if __name__ == "__main__":
     from moe.cli.main import main
 
-    strike(json.loads(os.environ["FAULT"]), int(os.environ.get("RANK", "0")))
+    inject(json.loads(os.environ["FAULT"]), int(os.environ.get("RANK", "0")))
     main()

@@ -1,4 +1,4 @@
-"""A run as a live process that tests send signals to, and the comparison of two runs to the bit."""
+"""A run as a live process that tests send signals to; bitwise comparison of two runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.e2e.conftest import SMALL, environment, read_metrics
 
 OVERRIDES = ["train", *SMALL, "train.steps=60", "train.eval_every=30", "train.sample_every=30"]
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OF_THE_CURVE = ("tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds")
+TIMED = ("tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TORCHRUN_SH = ("bash", "launch/torchrun.sh")
 
 
 class Live:
-    """`with Live(…) as run:` a process in a session of its own, its output in files beside the run directory.
+    """`with Live(…) as run:` starts a process in its own session; its output goes to a file beside the run directory.
 
     `overrides` start with the verb; `launcher` goes before `-m moe` (or before the overrides, for a shell script).
     """
@@ -56,7 +56,7 @@ class Live:
         return self._out.read_text(errors="replace")
 
     def ranks(self) -> dict[int, int]:
-        """{rank: process id} of torchrun's living children."""
+        """{rank: process id} of torchrun's live children."""
         found = {}
         for pid in _children(self.process.pid):
             try:
@@ -67,7 +67,7 @@ class Live:
         return found
 
     def until(self, condition: Callable[[], object], timeout: float = 180) -> None:
-        """Wait for it; AssertionError with the output when it takes too long or the process has ended before."""
+        """Waits until `condition()`; AssertionError with the output after `timeout` s, or if the process ends first."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"not within {timeout:g} s:\n{self.output[-5000:]}"
@@ -78,7 +78,7 @@ class Live:
         self.until(lambda: last_step(self.run_dir) >= step, timeout)
 
     def wait(self, timeout: float = 180) -> int:
-        """The exit code."""
+        """Waits for the end; returns the exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -86,7 +86,7 @@ class Live:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """The signal to one process, if it is still there."""
+    """Sends the signal to one process, if it still exists."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -94,7 +94,7 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Ended, whether or not its parent has asked for its exit code yet."""
+    """True if the process has ended, also while its parent hasn't read its exit code yet (a zombie)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -102,25 +102,25 @@ def gone(pid: int) -> bool:
 
 
 def last_step(run_dir: Path) -> int:
-    """Of metrics.jsonl as it grows; 0 before the first line is whole."""
+    """The last complete step in a growing metrics.jsonl; 0 before the first."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
-    return int(json.loads(whole[-1])["step"]) if whole else 0
+    complete = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return int(json.loads(complete[-1])["step"]) if complete else 0
 
 
 def curve(run_dir: Path) -> list[dict[str, object]]:
-    """metrics.jsonl without what a clock measured."""
-    return [{key: line[key] for key in line if key not in NOT_OF_THE_CURVE} for line in read_metrics(run_dir)]
+    """metrics.jsonl without the metrics that are measured times."""
+    return [{key: line[key] for key in line if key not in TIMED} for line in read_metrics(run_dir)]
 
 
 def checkpoints(run_dir: Path) -> list[int]:
-    """Steps of the whole checkpoints."""
+    """Steps of the complete checkpoints."""
     return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if path.suffix != ".partial")
 
 
 def final_state(run_dir: Path) -> dict[str, bytes | str]:
-    """Every tensor of the last checkpoint, and its state.json. (The order of tensors in a file is not fixed.)"""
+    """Every tensor of the last checkpoint by file and name (their order in a file is not fixed), and state.json."""
     folder = run_dir / "checkpoints" / f"step_{checkpoints(run_dir)[-1]:08d}"
     state: dict[str, bytes | str] = {"state.json": (folder / "state.json").read_text()}
     for path in folder.rglob("*.safetensors"):
@@ -130,7 +130,7 @@ def final_state(run_dir: Path) -> dict[str, bytes | str]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Every figure of every step and every bit of the last checkpoint."""
+    """Asserts that all metrics of all steps and every bit of the last checkpoint are equal."""
     assert curve(one) == curve(other)
     state, expected = final_state(one), final_state(other)
     assert state.keys() == expected.keys()
@@ -140,9 +140,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 def _children(pid: int) -> list[int]:
     try:
         return [
-            int(word)
+            int(child)
             for path in Path(f"/proc/{pid}/task").iterdir()
-            for word in (path / "children").read_text().split()
+            for child in (path / "children").read_text().split()
         ]
     except OSError:
         return []

@@ -1,4 +1,4 @@
-"""A rank that stops in a step: the watchdog names it and writes the stacks, and torchrun starts all again."""
+"""A rank that stops in a step: the watchdog names it and prints the stacks, and torchrun restarts all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HANG_SECONDS = 6.0
 @pytest.mark.fault(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank_is_named_and_the_run_goes_on(
+def test_a_stopped_rank_is_named_and_the_run_is_restarted(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, rank: int
 ) -> None:
     folder = tmp_path / "run"
@@ -31,14 +31,14 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
         run.until(lambda: all(gone(pid) for pid in ranks.values()))
         seconds = time.monotonic() - stopped_at
         assert run.wait() == 0, run.output
-    living = 1 - rank
-    assert f"[rank {living} of 2] rank {rank} is stopped or its machine is gone: process {ranks[rank]} on" in run.output
-    assert f"[rank {living} of 2] stacks of all threads:" in run.output
-    assert "in all_reduce" in run.output  # where the living one waited
+    live = 1 - rank
+    assert f"[rank {live} of 2] rank {rank} is stopped or its machine is gone: process {ranks[rank]} on" in run.output
+    assert f"[rank {live} of 2] stacks of all threads:" in run.output
+    assert "in all_reduce" in run.output  # where the live rank waited
     assert seconds < 3 * HANG_SECONDS
     assert "resuming from" in run.output
     assert_same_run(folder, undisturbed(2))
     outcome(
-        f"guard.hang_seconds={HANG_SECONDS:g}, rank {rank} of 2 stopped: named, stacks written, both ranks ended after "
+        f"guard.hang_seconds={HANG_SECONDS:g}, rank {rank} of 2 stopped: named, stacks printed, both ranks ended after "
         f"{seconds:.1f} s, restarted, bitwise equal"
     )

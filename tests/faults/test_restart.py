@@ -1,4 +1,4 @@
-"""Ranks that die: torchrun starts them again, or the same command does, and nothing of the run is different."""
+"""Killed ranks: torchrun restarts them, or the same command resumes; the finished run is bitwise the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KILLS = 20
 
 @pytest.mark.fault(2)
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_torchrun_starts_a_killed_rank_again(
+def test_torchrun_restarts_a_killed_rank(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, rank: int
 ) -> None:
     overrides = [*OVERRIDES, *corpus, f"run_dir={tmp_path / 'run'}"]
@@ -39,7 +39,7 @@ def test_torchrun_starts_a_killed_rank_again(
 @pytest.mark.fault(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["torchrun alone", "the whole job"])
-def test_the_same_command_goes_on_after_kill_9(
+def test_the_same_command_resumes_after_kill_9(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, what: str
 ) -> None:
     overrides = [*OVERRIDES, *corpus, f"run_dir={tmp_path / 'run'}"]
@@ -60,7 +60,7 @@ def test_the_same_command_goes_on_after_kill_9(
         assert run.wait() == 0, run.output
     assert "resuming from" in run.output
     assert_same_run(tmp_path / "run", undisturbed(2))
-    outcome(f"{what}: the ranks were gone after {seconds:.2f} s; resumed, bitwise equal")
+    outcome(f"{what} killed: no rank left after {seconds:.2f} s; resumed, bitwise equal")
 
 
 @pytest.mark.fault(15)
@@ -68,23 +68,23 @@ def test_the_same_command_goes_on_after_kill_9(
 def test_twenty_random_kills_in_one_run(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome
 ) -> None:
-    """A rank drawn by lot, at a moment drawn by lot: in its start, in a resume, or so many steps after the last one."""
+    """A random rank at a random moment: while it starts, while it resumes, or a few steps after the last kill."""
     folder, dice, long = tmp_path / "run", random.Random(0), "train.steps=300"
     with Live(folder, [*OVERRIDES, *corpus, long, f"run_dir={folder}"], (*TORCHRUN, "--max-restarts", "40")) as run:
-        struck: list[int] = []  # the last whole step at each kill
-        while len(struck) < KILLS:
+        killed_at: list[int] = []  # the last complete step at each kill
+        while len(killed_at) < KILLS:
             run.until(lambda: len(run.ranks()) == 2)
             ranks = run.ranks()
             if dice.random() < 0.7:
-                seen = run.output.count("\nstep ")  # each start shows its first step
+                seen = run.output.count("\nstep ")  # every start prints its first step
                 run.until(lambda seen=seen: run.output.count("\nstep ") > seen)
                 goal = last_step(folder) + dice.randint(0, 8)
                 run.until(lambda goal=goal: last_step(folder) >= goal)
             until = time.monotonic() + dice.uniform(0, 4 if dice.random() < 0.3 else 0.2)
             run.until(lambda until=until: time.monotonic() >= until)
-            struck.append(last_step(folder))
+            killed_at.append(last_step(folder))
             os.kill(ranks[dice.choice((0, 1))], signal.SIGKILL)
             run.until(lambda ranks=ranks: not set(run.ranks().values()) & set(ranks.values()))
         assert run.wait(120) == 0, run.output
     assert_same_run(folder, undisturbed(2, long))
-    outcome(f"{KILLS} kills, the last at step {struck[-1]} of 300: finished, all metrics and tensors bitwise equal")
+    outcome(f"{KILLS} kills, the last at step {killed_at[-1]} of 300: finished, all metrics and tensors bitwise equal")

@@ -1,4 +1,4 @@
-"""A save that is killed, or finds the disk full; a checkpoint that was damaged: what a resume then takes."""
+"""Killed saves, full disks and damaged checkpoints: which checkpoint a resume loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.e2e.conftest import SMALL, Run, read_metrics
 from tests.ranks import run_ranks, run_until_dead
 
 OVERRIDES = ["parallel.expert_parallel_size=2"]
-WATCHED = (
+TRACED = (
     "/moe/checkpoint/writer.py",
     "/moe/checkpoint/files.py",
     "/moe/durable.py",
@@ -35,26 +35,27 @@ WATCHED = (
 )
 
 
-def _at_line(count: int | None) -> list[int]:
-    """Counts the lines of code that a save executes in this process from here on, on every thread; SIGKILL at number
-    `count`."""
-    seen = [0]
+def _kill_at_line(count: int | None) -> list[int]:
+    """From now on counts the lines that saves execute in this process, on every thread; SIGKILL at line `count`."""
+    executed = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         if event == "line":
-            seen[0] += 1
-            if seen[0] == count:
+            executed[0] += 1
+            if executed[0] == count:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return trace if frame.f_code.co_filename.endswith(WATCHED) else None
+        return trace if frame.f_code.co_filename.endswith(TRACED) else None
 
     threading.settrace(trace)
     sys.settrace(trace)
-    return seen
+    return executed
 
 
 def _save_twice(folder: Path, victim: int, count: int | None) -> int:
-    """Saves steps 1 and 2; rank `victim` dies at line `count` of the second save (None: nobody does). How many lines
-    that save has here."""
+    """Saves steps 1 and 2; rank `victim` is killed at line `count` of the second save (None: no rank is).
+
+    Returns the number of lines that the second save executed on this rank.
+    """
     config = config_of(OVERRIDES)
     mesh, engine = build(config)
     saver = Saver(folder, mesh, CheckpointConfig(keep=1), print, print)
@@ -62,7 +63,7 @@ def _save_twice(folder: Path, victim: int, count: int | None) -> int:
     saver.save(engine, TrainState(step=1, consumed=8), to_yaml(config))
     assert saver.wait()
     engine_steps(config, mesh, engine, 1, 1)
-    lines = _at_line(count if mesh.rank == victim else None)
+    lines = _kill_at_line(count if mesh.rank == victim else None)
     saver.save(engine, TrainState(step=2, consumed=16), to_yaml(config))
     saver.wait()
     sys.settrace(None)
@@ -72,7 +73,7 @@ def _save_twice(folder: Path, victim: int, count: int | None) -> int:
 
 
 def _resume(folder: Path) -> tuple[int, list[float]]:
-    """The step it goes on from, and the losses up to step 3; step 3 is saved."""
+    """(the step it resumes from, the losses up to step 3); saves step 3."""
     config = config_of(OVERRIDES)
     mesh, engine = build(config)
     checkpoint = newest(folder, mesh, print)
@@ -91,11 +92,11 @@ def _undisturbed() -> list[float]:
     return engine_steps(config, mesh, engine, 0, 3).losses
 
 
-COMMIT = 300  # lines at the end of rank 0's part: manifest, rename, `latest`, removal
+COMMIT = 300  # the last lines that a save executes on rank 0: manifest, rename, `latest`, removal of old ones
 
 
 def _killed_at(points: int, in_commit: int, tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    """`points` kills evenly over the lines of a save, on both ranks in turn, and `in_commit` over the commit's."""
+    """`points` kills spread evenly over the lines of a save, on both ranks in turn, and `in_commit` over the commit."""
     expected = run_ranks(2, _undisturbed)[0]
     lines = run_ranks(2, _save_twice, tmp_path / "whole", 0, None)
     kills = [(point % 2, 1 + round((lines[point % 2] - 2) * point / (points - 1))) for point in range(points)]
@@ -109,14 +110,14 @@ def _killed_at(points: int, in_commit: int, tmp_path: Path, outcome: Callable[[s
             assert step in (1, 2)
             assert losses == expected[step:]
         resumed_at.append(step)
-        # What the killed save left is gone, and only whole checkpoints are there.
+        # The killed save's partial folder has been deleted; only the complete checkpoint is there.
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_00000003"]
         assert verify(folder / "checkpoints" / "step_00000003") is None
-    assert set(resumed_at) == {1, 2}, "the points don't span the moment of the commit"
+    assert set(resumed_at) == {1, 2}, "the points don't include lines before and after the commit"
     outcome(
         f"{points} points over the {lines[0]} and {lines[1]} lines that the ranks execute, {in_commit} over the last "
-        f"{COMMIT} of rank 0: {resumed_at.count(1)} went on from the older, {resumed_at.count(2)} from the new "
-        "checkpoint, all bitwise"
+        f"{COMMIT} of rank 0: {resumed_at.count(1)} resumed from the older, {resumed_at.count(2)} from the "
+        "new checkpoint, all bitwise equal"
     )
 
 
@@ -142,7 +143,7 @@ def _two_checkpoints(folder: Path) -> None:
 
 
 def _taken(folder: Path) -> list[tuple[str, str, str, str]]:
-    """For each file of the newest checkpoint and each damage: (file, damage, the checkpoint taken, the warning)."""
+    """For each file of the newest checkpoint and each damage: (file, damage, the checkpoint chosen, the warning)."""
     mesh, _ = build(config_of([]))
     taken = []
     damaged = committed(folder / "checkpoints")[0]
@@ -164,7 +165,7 @@ def _taken(folder: Path) -> list[tuple[str, str, str, str]]:
 
 
 @pytest.mark.fault(5)
-def test_every_damage_is_found_and_the_previous_checkpoint_taken(
+def test_every_damage_is_found_and_the_previous_checkpoint_loaded(
     tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
     run_ranks(1, _two_checkpoints, tmp_path)
@@ -174,7 +175,7 @@ def test_every_damage_is_found_and_the_previous_checkpoint_taken(
         assert found == "step_00000001", (file, damage)
         assert "step_00000002 is damaged and passed over" in warning
         assert file in warning
-    outcome(f"{len(taken)} damages in {len(taken) // 3} files: all found, file named, previous checkpoint taken")
+    outcome(f"{len(taken)} damages in {len(taken) // 3} files: all found, file named, previous checkpoint chosen")
 
 
 def _save_the_damaged_step_again(folder: Path) -> list[str | None]:
@@ -192,7 +193,7 @@ def _save_the_damaged_step_again(folder: Path) -> list[str | None]:
 
 
 @pytest.mark.fault(5)
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(tmp_path: Path) -> None:
     run_ranks(1, _two_checkpoints, tmp_path)
     assert run_ranks(1, _save_the_damaged_step_again, tmp_path)[0] == [None, None]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -220,10 +221,10 @@ def _save_beside_leftovers(folder: Path) -> list[str]:
     return warnings
 
 
-def test_what_cannot_be_removed_costs_a_warning_not_the_save(tmp_path: Path) -> None:
+def test_a_leftover_that_cannot_be_removed_gives_a_warning_and_the_save_succeeds(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     (root / "step_00000007.partial").mkdir(parents=True)
-    (root / "step_00000008.partial").write_text("a file, which rmtree refuses")
+    (root / "step_00000008.partial").write_text("a file, on which rmtree fails")
     (warning,) = run_ranks(1, _save_beside_leftovers, tmp_path)[0]
     assert "step_00000008.partial could not be removed" in warning
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000008.partial", "step_00000009"]
@@ -239,7 +240,7 @@ def _newest(folder: Path) -> Path | None:
 
 
 @pytest.mark.fault(5)
-def test_a_copy_that_someone_made_is_no_checkpoint_of_the_run(tmp_path: Path) -> None:
+def test_a_users_copy_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     run_ranks(1, _two_checkpoints, tmp_path)
     latest = tmp_path / "checkpoints" / "step_00000002"
     shutil.copytree(latest, latest.with_name("step_00000002.bak"))
@@ -247,47 +248,47 @@ def test_a_copy_that_someone_made_is_no_checkpoint_of_the_run(tmp_path: Path) ->
     assert run_ranks(1, _newest, tmp_path)[0] == latest
 
 
-def _refused(folder: Path) -> str:
+def _error_of_newest(folder: Path) -> str:
     mesh, _ = build(config_of([]))
-    with pytest.raises(ValueError, match="checkpoint") as refused:
+    with pytest.raises(ValueError, match="checkpoint") as caught:
         newest(folder, mesh, print)
-    return str(refused.value)
+    return str(caught.value)
 
 
 @pytest.mark.fault(5)
-def test_checkpoints_that_vanished_are_missed(tmp_path: Path) -> None:
+def test_deleted_checkpoints_are_reported(tmp_path: Path) -> None:
     run_ranks(1, _two_checkpoints, tmp_path)
     for folder in committed(tmp_path / "checkpoints"):
         shutil.rmtree(folder)
-    assert "latest is there, but no checkpoint" in run_ranks(1, _refused, tmp_path)[0]
+    assert "latest is there, but no checkpoint" in run_ranks(1, _error_of_newest, tmp_path)[0]
 
 
-def _none_whole(folder: Path) -> str:
+def _error_of_damaged(folder: Path) -> str:
     mesh, _ = build(config_of([]))
     for state in (folder / "checkpoints").glob("step_*/state.json"):
         state.unlink()
-    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole") as refused:
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole") as caught:
         newest(folder, mesh, print)
-    return str(refused.value)
+    return str(caught.value)
 
 
 @pytest.mark.fault(5)
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_its_place(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: Path) -> None:
     run_ranks(1, _two_checkpoints, tmp_path)
-    assert "start another run with run_dir=" in run_ranks(1, _none_whole, tmp_path)[0]
+    assert "start another run with run_dir=" in run_ranks(1, _error_of_damaged, tmp_path)[0]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(kilobytes)`: a file system of that size; called again it is resized."""
+    """`small_disk(kilobytes)`: the folder of a file system of that size; another call resizes it."""
     folder = tmp_path / "disk"
 
     def of_size(kilobytes: int) -> Path:
-        overrides = ["-o", f"remount,size={kilobytes}k", str(folder)]
+        options = ["-o", f"remount,size={kilobytes}k", str(folder)]
         if not folder.exists():
             folder.mkdir()
-            overrides = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        done = subprocess.run(["mount", *overrides], capture_output=True, text=True, check=False)
+            options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"mount: {done.stderr.strip()}")
         return folder
@@ -297,7 +298,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.fault(4)
-def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on(
+def test_a_full_disk_stops_the_run_after_some_failures_and_with_room_it_resumes(
     moe: Run, corpus: list[str], small_disk: Callable[[int], Path], outcome: Callable[[str], None]
 ) -> None:
     disk = small_disk(1100)  # one checkpoint of 0.8 MB fits, two don't
@@ -326,4 +327,6 @@ def test_a_full_disk_stops_the_run_after_so_many_failures_and_room_lets_it_go_on
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert [line["step"] for line in read_metrics(disk)] == list(range(1, 41))
-    outcome("a 1.1 MB file system: older checkpoint whole, partials gone, stopped after 2 failures, went on with room")
+    outcome(
+        "a 1.1 MB file system: older checkpoint intact, partial ones gone, ended after 2 failures, resumed with room"
+    )

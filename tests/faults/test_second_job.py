@@ -1,4 +1,4 @@
-"""Two jobs on one run directory: one trains, the other is refused."""
+"""Two jobs on one run directory: one trains, the other ends with an error."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ SHORT = [*SMALL, "train.steps=100", "train.eval_every=100", "train.sample_every=
 
 
 def _alone(overrides: list[str]) -> Finished:
-    """A job of one process, started beside another."""
+    """A job of one process, started at the same time as another one."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_PORT=str(free_port()))
     return moe_here(overrides, (), {})
 
 
-def test_of_two_started_at_once_one_is_refused(
+def test_of_two_jobs_started_at_once_one_ends_with_an_error(
     corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
     overrides = ["train", f"run_dir={tmp_path}", *corpus, *SHORT]
     jobs = run_ranks(2, _alone, overrides)
     assert sorted(job.code for job in jobs) == [0, 2], [job.err for job in jobs]
-    (refused,) = [job for job in jobs if job.code == 2]
-    (line,) = [line for line in refused.err.splitlines() if line.startswith("moe:")]
+    (second,) = [job for job in jobs if job.code == 2]
+    (line,) = [line for line in second.err.splitlines() if line.startswith("moe:")]
     assert f"run_dir={tmp_path} is in use by process" in line
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 101)), "the other is undisturbed"
-    outcome("two started at once: one trains all its steps, the other ends with exit code 2 and the holder's process")
+    outcome(
+        "two started at once: one trains all its steps, the other ends with exit code 2 and names the first's process"
+    )

@@ -1,4 +1,4 @@
-"""Secrets in the environment reach no file and no output of a run, whether it ends well or not."""
+"""Secrets in the environment appear in no file and no output of a run, whether it succeeds or fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORT = [*SMALL, "tracking=wandb", "train.steps=6", "train.eval_every=3", "train
 
 
 def _leaks(folder: Path, *outputs: str) -> list[str]:
-    """Where the canary stands, as it is or inside something compressed."""
+    """Outputs and files that contain the canary, plain or compressed."""
     found = [f"output {number}" for number, text in enumerate(outputs) if CANARY in text]
     for path in folder.rglob("*"):
         if path.is_file() and any(CANARY.encode() in data for data in _forms(path.read_bytes())):
@@ -36,7 +36,7 @@ def _forms(data: bytes) -> list[bytes]:
         try:
             forms.append(unpack(data))
         except (OSError, EOFError, zlib.error):
-            continue  # not packed that way
+            continue  # not compressed with this method
     return forms
 
 
@@ -51,7 +51,7 @@ def _train(folder: Path, corpus: list[str], more: dict[str, str], *overrides: st
     return moe_ranks(*overrides, more=SECRETS | more, **keywords)[0]  # type: ignore[arg-type]
 
 
-def test_a_run_that_ends_well(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
+def test_a_run_that_succeeds(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
     """Checkpoints, report, samples, configuration, metrics, W&B's offline run with its settings and logs."""
     done = _train(tmp_path, corpus, {"WANDB_MODE": "offline"})
     assert done.code == 0, done.err
@@ -62,7 +62,7 @@ def test_a_run_that_ends_well(corpus: list[str], tmp_path: Path, outcome: Callab
     outcome(f"four secrets: in none of {len(files)} files (W&B's among them), not on stdout or stderr")
 
 
-def test_a_server_that_refuses_the_key(corpus: list[str], tmp_path: Path) -> None:
+def test_an_unreachable_server(corpus: list[str], tmp_path: Path) -> None:
     more = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
     done = _train(tmp_path, corpus, more)
     assert done.code == 0, done.err
@@ -71,14 +71,14 @@ def test_a_server_that_refuses_the_key(corpus: list[str], tmp_path: Path) -> Non
 
 
 def test_a_run_that_fails(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    """A traceback, and a resume that is refused."""
+    """A traceback, and a resume with a configuration that the checkpoint doesn't fit."""
     fault = {"kind": "fail", "steps": [6]}
     failed = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, "checkpoint.background=false", faults=(fault,))
     assert failed.code == 1
     assert "a fault on purpose" in failed.err
-    refused = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, "model.hidden_size=64")
-    assert refused.code == 2
-    assert _leaks(tmp_path, failed.out, failed.err, refused.out, refused.err) == []
+    misfit = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, "model.hidden_size=64")
+    assert misfit.code == 2
+    assert _leaks(tmp_path, failed.out, failed.err, misfit.out, misfit.err) == []
     outcome("nor in a traceback")
 
 

@@ -1,7 +1,7 @@
-"""A file that runs code when it is unpickled, offered wherever a run reads something: its code never runs.
+"""A file that runs code when it is unpickled is put wherever a run reads a file: its code must never run.
 
-Beside "never runs" each case must end in one plain line and an exit code that isn't zero, or go on without the file.
-The payload makes a file, and the first test shows that it would.
+Each case must also end with one line and a nonzero exit code, or continue without the file. The payload creates a file,
+and the first test shows that unpickling it would.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.fault(12)
 SHORT = [*SMALL, "train.eval_every=100", "train.sample_every=100", "train.steps=2"]
 
 
-class _Opens:
-    """Unpickled, it makes the file `marker`."""
+class _Payload:
+    """Unpickling it creates the file `marker`."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = str(marker)
@@ -50,10 +50,10 @@ def marker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def payloads(marker: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The payload as a plain pickle, as torch.save writes it, and as an array of objects."""
     folder = tmp_path_factory.mktemp("payloads")
-    torch.save(_Opens(marker), folder / "torch")
-    np.save(folder / "array.npy", np.array([_Opens(marker)], dtype=object), allow_pickle=True)
+    torch.save(_Payload(marker), folder / "torch")
+    np.save(folder / "array.npy", np.array([_Payload(marker)], dtype=object), allow_pickle=True)
     return {
-        "pickle": pickle.dumps(_Opens(marker)),
+        "pickle": pickle.dumps(_Payload(marker)),
         "torch": (folder / "torch").read_bytes(),
         "numpy": (folder / "array.npy").read_bytes(),
     }
@@ -80,7 +80,7 @@ def test_the_payload_would_run(payloads: dict[str, bytes], marker: Path, tmp_pat
 
 
 def _main(overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Finished:
-    """`moe OVERRIDES` in this process: nothing here joins ranks."""
+    """Runs `moe OVERRIDES` in this process: none of these commands starts ranks."""
     monkeypatch.setattr(sys, "argv", ["moe", *overrides])
     code = 0
     try:
@@ -90,8 +90,8 @@ def _main(overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return Finished(code, *capsys.readouterr())
 
 
-def _refused(done: Finished, text: str) -> None:
-    """Exit code 2 and one line that names `text`."""
+def _assert_one_line(done: Finished, text: str) -> None:
+    """Asserts exit code 2 and one line that contains `text`."""
     assert done.code == 2, done.err
     lines = [line for line in done.err.splitlines() if line.startswith("moe:")]
     assert len(lines) == 1, done.err
@@ -108,7 +108,7 @@ def trained(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def _put(checkpoint: Path, name: str, payload: bytes) -> None:
-    """`payload` in the place of one file, and its size and hash in the manifest: a forger has both."""
+    """Replaces one file by `payload` and updates its size and hash in the manifest, as an attacker could."""
     (checkpoint / name).write_bytes(payload)
     path = checkpoint / "manifest.json"
     if name != path.name:
@@ -133,27 +133,29 @@ def test_as_each_file_of_a_checkpoint(
     assert small < set(inside)
     assert sum(name.endswith(".safetensors") for name in inside) >= 2
     (optimizer, *_) = [name for name in inside if name.startswith("optimizer/")]
-    # The rest is read by the same functions as for text from the model.
+    # All other files are read by the same functions in training and in `moe generate`.
     in_training = [[optimizer], ["state.json"], ["model/.metadata", "optimizer/.metadata", "manifest.json"]]
-    for number, struck in enumerate([[name] for name in inside] + in_training):
+    for number, replaced in enumerate([[name] for name in inside] + in_training):
         run = tmp_path / str(number)
         shutil.copytree(trained, run)
         (checkpoint,) = (run / "checkpoints").glob("step_*")
-        for name in struck:
+        for name in replaced:
             _put(checkpoint, name, payloads["torch" if number % 2 else "pickle"])
         if number < len(inside):
             done = _main(["generate", f"checkpoint={run}", "prompt=3", "max_new_tokens=2"], monkeypatch, capsys)
             read = name != "state.json" and not name.startswith("optimizer/")
         else:
             (done,) = moe_ranks("train", f"run_dir={run}", *corpus, *SHORT, "train.steps=3")
-            read = True  # without one whole checkpoint a run doesn't start anew by itself
-            assert ("passed over: manifest.json" in done.out) == ("manifest.json" in struck)  # .metadata nobody reads
+            read = True  # a run whose only checkpoint is damaged doesn't start over
+            assert ("passed over: manifest.json" in done.out) == (
+                "manifest.json" in replaced
+            )  # .metadata is never read
         if read:
-            _refused(done, str(run))
+            _assert_one_line(done, str(run))
         else:
             assert done.code == 0, done.err
-        assert not marker.exists(), struck
-    outcome(f"each of {len(inside)} checkpoint files, with a matching manifest: refused in one line where it is read")
+        assert not marker.exists(), replaced
+    outcome(f"each of {len(inside)} checkpoint files, with a matching manifest: rejected in one line where it is read")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_code_in_a_checkpoints_config(
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     _put(checkpoint, "config.yaml", yaml.format(marker=marker).encode())
     overrides = ["generate", f"checkpoint={tmp_path / 'run'}", "prompt=3", "max_new_tokens=2"]
-    _refused(_main(overrides, monkeypatch, capsys), str(checkpoint / "config.yaml"))
+    _assert_one_line(_main(overrides, monkeypatch, capsys), str(checkpoint / "config.yaml"))
 
 
 def test_as_a_tokenizer(
@@ -191,7 +193,9 @@ def test_as_a_tokenizer(
     capsys: pytest.CaptureFixture[str],
     outcome: Callable[[str], None],
 ) -> None:
-    data = [word for word in corpus if not word.startswith("data.cache_dir=")] + [f"data.cache_dir={tmp_path / 'new'}"]
+    data = [override for override in corpus if not override.startswith("data.cache_dir=")] + [
+        f"data.cache_dir={tmp_path / 'new'}"
+    ]
     folder = tmp_path / "folder"
     folder.mkdir()
     bare = tmp_path / "tokenizer.model"
@@ -199,14 +203,14 @@ def test_as_a_tokenizer(
         bare.write_bytes(payload)
         for kind in ("model_file", "huggingface"):
             overrides = ["prepare", *data, f"tokenizer={kind}", f"tokenizer.path={bare}"]
-            _refused(_main(overrides, monkeypatch, capsys), str(bare))
+            _assert_one_line(_main(overrides, monkeypatch, capsys), str(bare))
         for file_name in ("tokenizer.json", "tokenizer.model"):
             (folder / file_name).write_bytes(payload)
             overrides = ["prepare", *data, "tokenizer=huggingface", f"tokenizer.path={folder}"]
-            _refused(_main(overrides, monkeypatch, capsys), str(folder))
+            _assert_one_line(_main(overrides, monkeypatch, capsys), str(folder))
             (folder / file_name).unlink()
         assert not marker.exists(), name
-    # What transformers would run or unpickle beside a sound tokenizer.json is never looked at, or refused.
+    # Files that transformers would run or unpickle beside a valid tokenizer.json are ignored or rejected.
     from tokenizers import Tokenizer, decoders, models
 
     backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1}, merges=[]))
@@ -230,12 +234,14 @@ def test_as_a_tokenizer(
         manifest = {key: entry for key, entry in manifest.items() if not key.startswith("tokenizer/")}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         (run / "tokenizer" / name).write_bytes(payloads["pickle"])
-        _refused(_main(["generate", f"checkpoint={run}", "prompt=3"], monkeypatch, capsys), str(run / "tokenizer"))
-    outcome("as a tokenizer model, tokenizer.json, a folder with code, a run's own tokenizer: refused or never read")
+        _assert_one_line(
+            _main(["generate", f"checkpoint={run}", "prompt=3"], monkeypatch, capsys), str(run / "tokenizer")
+        )
+    outcome("as a tokenizer model, tokenizer.json, a folder with code, a run's own tokenizer: rejected or never read")
 
 
 def _as_data(folder: Path, payloads: dict[str, bytes], marker: Path) -> dict[str, tuple[list[str], bool]]:
-    """By name: the overrides that offer the payload as data, and whether they must be refused."""
+    """By name: the overrides that give the payload as data, and whether they must be rejected."""
     payload = payloads["pickle"]
     suffixes = (".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".bin", ".joblib", ".parquet", ".jsonl", ".arrow")
     offered: dict[str, tuple[list[str], bool]] = {}
@@ -287,15 +293,17 @@ def test_as_data(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "data").mkdir()
     offered = _as_data(tmp_path / "data", payloads, marker)
-    for name, (overrides, refused) in offered.items():
+    for name, (overrides, rejected) in offered.items():
         overrides = ["prepare", "data=files", *overrides, f"data.cache_dir={tmp_path / 'cache'}"]
         done = _main(overrides, monkeypatch, capsys)
         assert not marker.exists(), name
-        if refused:
-            _refused(done, "data")
+        if rejected:
+            _assert_one_line(done, "data")
         else:
             assert done.code in (0, 2), (name, done.err)
-    outcome(f"as data in {len(offered)} forms (pickles, arrays, Parquet, tar, a loading script): refused or never read")
+    outcome(
+        f"as data in {len(offered)} forms (pickles, arrays, Parquet, tar, a loading script): rejected or never read"
+    )
 
 
 def test_as_a_file_of_the_shards(
@@ -307,7 +315,9 @@ def test_as_a_file_of_the_shards(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A damaged cache is prepared again from the text."""
-    data = [word for word in corpus if not word.startswith("data.cache_dir=")] + [f"data.cache_dir={tmp_path}"]
+    data = [override for override in corpus if not override.startswith("data.cache_dir=")] + [
+        f"data.cache_dir={tmp_path}"
+    ]
     overrides = ["prepare", *data, "tokenizer.vocab_size=300"]
     assert _main(overrides, monkeypatch, capsys).code == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
@@ -348,18 +358,18 @@ def test_a_target_in_an_override(
     for folder in (tmp_path, tmp_path / "experiment"):
         folder.mkdir(exist_ok=True)
         (folder / "evil.yaml").write_text(f"model:\n  _target_: builtins.open\n  file: {marker}\n  mode: w\n")
-    overrides = [w.replace("{marker}", str(marker)).replace("{folder}", str(tmp_path)) for w in OVERRIDES[name]]
-    overrides = [word.replace("{{", "{").replace("}}", "}") for word in overrides]
+    overrides = [text.replace("{marker}", str(marker)).replace("{folder}", str(tmp_path)) for text in OVERRIDES[name]]
+    overrides = [text.replace("{{", "{").replace("}}", "}") for text in overrides]
     done = _main(["train", *overrides], monkeypatch, capsys)
     assert done.code == 2, done.out
     assert done.err.startswith("moe: ")
     assert len(done.err.splitlines()) == 1, done.err
-    outcome(f"`_target_` in {len(OVERRIDES)} kinds of override: refused")
+    outcome(f"`_target_` in {len(OVERRIDES)} kinds of override: rejected")
 
 
-def test_from_the_outside(moe: Run, payloads: dict[str, bytes], tmp_path: Path) -> None:
-    """The same as users have it: a process of its own, one line, exit code 2."""
+def test_in_a_process_of_its_own(moe: Run, payloads: dict[str, bytes], tmp_path: Path) -> None:
+    """The command as users run it: one line, exit code 2."""
     path = tmp_path / "corpus.pkl"
     path.write_bytes(payloads["pickle"])
     done = moe("prepare", "data=files", f"data.path={path}", f"data.cache_dir={tmp_path / 'cache'}")
-    _refused(Finished(done.returncode, done.stdout, done.stderr), f"{path}: .pkl files may be pickles")
+    _assert_one_line(Finished(done.returncode, done.stdout, done.stderr), f"{path}: .pkl files may be pickles")

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: saved at the step where it stopped, documented exit codes, an exact resume."""
+"""Signals that stop a run: a checkpoint of the step where it stopped, documented exit codes, a bitwise resume."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CODES = {"SIGTERM": 143, "SIGUSR1": 138, "SIGINT": 130}
 
 @pytest.mark.fault(8)
 @pytest.mark.parametrize("name", CODES)
-def test_one_process_saves_and_goes_on(
+def test_one_process_saves_and_resumes(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, name: str
 ) -> None:
-    """A second signal comes in the middle of the save (SIGTERM: a second Ctrl-C means something else)."""
+    """A second signal arrives during the save: SIGTERM, since a second Ctrl-C would end the process."""
     overrides = [*OVERRIDES, *corpus, SHORT, f"run_dir={tmp_path}"]
     fault = {"kind": "stop", "name": name, "steps": [7], "in_save": "SIGTERM", "save_seconds": 0.2}
     (done,) = moe_ranks(*overrides, faults=(fault,))
@@ -38,14 +38,16 @@ def test_one_process_saves_and_goes_on(
     assert resumed.code == 0, resumed.err
     assert "step_00000007 (step 7," in resumed.out
     assert_same_run(tmp_path, undisturbed(1, SHORT))
-    outcome(f"{name}: exit code {done.code}, saved at the step, SIGTERM in the save changed nothing, resumed bitwise")
+    outcome(
+        f"{name}: exit code {done.code}, saved at the step, SIGTERM during the save changed nothing, resumed bitwise"
+    )
 
 
 @pytest.mark.fault(8)
-def test_all_ranks_stop_together_when_one_hears_it(
+def test_all_ranks_stop_after_the_same_step_when_one_is_signalled(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome
 ) -> None:
-    """At a step that is saved anyway: nothing is written twice."""
+    """After a step that is saved anyway: it is saved only once."""
     overrides = [*OVERRIDES, *corpus, SHORT, f"run_dir={tmp_path}"]
     done = moe_ranks(*overrides, ranks=2, faults=({"kind": "stop", "name": "SIGUSR1", "steps": [10], "rank": 1},))
     assert [one.code for one in done] == [138, 138], done[0].err
@@ -55,10 +57,10 @@ def test_all_ranks_stop_together_when_one_hears_it(
     resumed = moe_ranks(*overrides, ranks=2)
     assert [one.code for one in resumed] == [0, 0], resumed[0].err
     assert_same_run(tmp_path, undisturbed(2, SHORT))
-    outcome("one of two ranks hears it: both stop after the same step")
+    outcome("one of two ranks signalled: both stop after the same step")
 
 
-def test_a_signal_in_the_last_step_does_not_unfinish_the_run(corpus: list[str], tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_lets_the_run_finish(corpus: list[str], tmp_path: Path) -> None:
     overrides = [*OVERRIDES, *corpus, "train.steps=6", f"run_dir={tmp_path}"]
     (done,) = moe_ranks(*overrides, faults=({"kind": "stop", "name": "SIGTERM", "steps": [6]},))
     assert done.code == 0, done.err
@@ -67,7 +69,7 @@ def test_a_signal_in_the_last_step_does_not_unfinish_the_run(corpus: list[str], 
 
 
 @pytest.mark.fault(8)
-def test_a_second_ctrl_c_gives_up_at_once(corpus: list[str], tmp_path: Path, outcome: Outcome) -> None:
+def test_a_second_ctrl_c_ends_the_process_at_once(corpus: list[str], tmp_path: Path, outcome: Outcome) -> None:
     run_dir = tmp_path / "run"
     fault = {"kind": "stop", "name": "SIGINT", "steps": [7], "in_save": "SIGINT", "save_seconds": 60}
     with Live(run_dir, [*OVERRIDES, *corpus, f"run_dir={run_dir}"], more={"FAULT": json.dumps(fault)}) as run:
@@ -79,18 +81,18 @@ def test_a_second_ctrl_c_gives_up_at_once(corpus: list[str], tmp_path: Path, out
     assert "Traceback" not in run.output
     assert checkpoints(run_dir) == [5]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000005\n"
-    outcome(f"a second Ctrl-C ends a save of a minute after {seconds:.1f} s, the older checkpoint stands")
+    outcome(f"a second Ctrl-C ends a save of a minute after {seconds:.1f} s, the older checkpoint is kept")
 
 
 @pytest.mark.fault(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CODES)
-def test_a_plain_process_from_outside(
+def test_a_signal_sent_from_another_process(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     run_dir = tmp_path / "run"
     overrides = [*OVERRIDES, *corpus, f"run_dir={run_dir}"]
-    # Only what `stop` does to SIGINT, which a background job would ignore: the signal comes from here.
+    # The fault sends nothing; it only makes SIGINT, which a background job ignores, work. This test sends the signal.
     with Live(run_dir, overrides, more={"FAULT": json.dumps({"kind": "stop", "name": name, "steps": []})}) as run:
         run.until_step(12)
         send(run.process.pid, signal.Signals[name])
@@ -106,7 +108,7 @@ def test_a_plain_process_from_outside(
 @pytest.mark.fault(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_torchrun_hands_it_on_and_starts_nothing_again(
+def test_torchrun_forwards_the_signal_and_restarts_nothing(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, name: str
 ) -> None:
     run_dir = tmp_path / "run"
@@ -115,12 +117,12 @@ def test_torchrun_hands_it_on_and_starts_nothing_again(
     with Live(run_dir, overrides, TORCHRUN_SH, more) as run:
         run.until_step(12)
         send(run.process.pid, signal.Signals[name])
-        asked_at = time.monotonic()
+        sent_at = time.monotonic()
         assert run.wait(60) == 1, run.output
-        seconds = time.monotonic() - asked_at
+        seconds = time.monotonic() - sent_at
     stopped = checkpoints(run_dir)[-1]
     assert f"moe: {name}: stopped after step {stopped}" in run.output
-    assert "resuming" not in run.output, "torchrun started the ranks again"
+    assert "resuming" not in run.output, "torchrun restarted the ranks"
     assert seconds < 20
     with Live(run_dir, overrides, TORCHRUN_SH, more) as run:
         assert run.wait() == 0, run.output

@@ -1,4 +1,4 @@
-"""A rank that takes 200 ms a step longer is named within 20 steps; ordinary noise names nobody."""
+"""A rank that needs 200 ms more a step is named within 20 steps; ordinary noise names no rank."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ ONLY_STEPS = ["train.eval_every=100", "train.sample_every=100", "checkpoint.ever
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize("expert_parallel_size", [1, 2])
 def test_the_slow_rank_is_named_within_20_steps(
-    expert: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
+    expert_parallel_size: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
-    overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=15", f"parallel.expert_parallel_size={expert}"]
+    overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=15"]
+    overrides += [f"parallel.expert_parallel_size={expert_parallel_size}"]
     done = moe_ranks("train", f"run_dir={tmp_path}", *overrides, ranks=2, faults=(SLOW,))
     assert [rank.code for rank in done] == [0, 0], done[0].err
     named = re.findall(r"^warning: step (\d+): rank (\d+) on \S+ is slow", done[0].out, re.MULTILINE)
     assert len(named) == 1, done[0].out
     step, rank = map(int, named[0])
     assert (rank, step <= 20) == (1, True)
-    assert "is slow" not in done[1].out, "rank 0 alone talks"
+    assert "is slow" not in done[1].out, "only rank 0 prints"
     last = read_metrics(tmp_path)[-1]
     assert last["slowest_rank"] == 1
-    assert last["straggler_seconds"] == pytest.approx(0.2, abs=0.1)
-    outcome(f"EP {expert}: rank 1 named at step {step}, its excess measured as {last['straggler_seconds']:.2f} s")
+    excess = last["straggler_seconds"]
+    assert excess == pytest.approx(0.2, abs=0.1)
+    outcome(f"EP {expert_parallel_size}: rank 1 named at step {step}, its excess measured as {excess:.2f} s")
 
 
 @pytest.mark.fault(14)
-def test_without_one_nobody_is_named(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
+def test_without_a_straggler_no_rank_is_named(
+    corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
+) -> None:
     overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=60", "parallel.expert_parallel_size=2"]
     done = moe_ranks("train", f"run_dir={tmp_path}", *overrides, ranks=2)
     assert [rank.code for rank in done] == [0, 0], done[0].err
@@ -46,7 +50,7 @@ def test_without_one_nobody_is_named(corpus: list[str], tmp_path: Path, outcome:
 
 
 def _warnings(steps: list[list[float]], seconds: float = 1.0) -> list[str]:
-    """What is said over steps with these busy seconds by rank."""
+    """The warnings over `steps`, each the busy seconds by rank of a step that takes `seconds`."""
     warnings: list[str] = []
     straggler = Straggler([f"host{rank}" for rank in range(len(steps[0]))], warnings.append)
     for step, busy in enumerate(steps, 1):
@@ -54,17 +58,17 @@ def _warnings(steps: list[list[float]], seconds: float = 1.0) -> list[str]:
     return warnings
 
 
-def test_the_decision() -> None:
+def test_when_a_rank_counts_as_slow() -> None:
     slow = [0.3, 0.3, 0.3, 0.6]
     (warning,) = _warnings([slow] * (AGAIN + WINDOW - 1))
     assert warning.startswith(
         f"step {WINDOW}: rank 3 on host3 is slow: it computes 0.6 s a step, the other ranks 0.3 s"
     )
-    assert len(_warnings([slow] * (AGAIN + WINDOW))) == 2, "said again after so many steps"
-    assert len(_warnings([slow] * 20 + [[0.3, 0.6, 0.3, 0.3]] * 20)) == 2, "another rank is news"
+    assert len(_warnings([slow] * (AGAIN + WINDOW))) == 2, "repeated after AGAIN steps"
+    assert len(_warnings([slow] * 20 + [[0.3, 0.6, 0.3, 0.3]] * 20)) == 2, "another slow rank is named at once"
     assert not _warnings([slow] * 100, seconds=2.0), "a small part of the step"
     assert not _warnings([[0.001, 0.02]] * 100, seconds=0.03), "milliseconds"
-    assert not _warnings([[0.3, 0.3], [0.3, 0.9], [0.3, 0.3]] * 50), "now and then"
+    assert not _warnings([[0.3, 0.3], [0.3, 0.9], [0.3, 0.3]] * 50), "only in some steps"
     assert not _warnings([[0.9, 0.9, 0.8, 0.9]] * 100), "a rank that is fast"
-    assert not _warnings([[0.0, 0.0]] + [[1.0, 1.0], [1.0, 0.0]] * 50), "not measured yet"
-    assert not _warnings([[5.0]] * 100), "nobody to compare with"
+    assert not _warnings([[0.0, 0.0]] + [[1.0, 1.0], [1.0, 0.0]] * 50), "no time measured yet"
+    assert not _warnings([[5.0]] * 100), "no rank to compare with"

@@ -1,4 +1,4 @@
-"""The same run goes on at another number of ranks or another expert-parallel degree: same data, same curve."""
+"""A run resumes at another number of ranks or expert-parallel size: same samples, same losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.e2e.conftest import SMALL, read_metrics
 from tests.ranks import run_ranks
 
 STEPS, RESUMED = 8, 4
-TOPOLOGIES = {  # name → ranks, expert-parallel degree, ZeRO stage
+TOPOLOGIES = {  # name → ranks, expert-parallel size, ZeRO stage
     "1 rank": (1, 1, 1),
     "2 ranks": (2, 1, 2),
     "2 ranks, EP 2": (2, 2, 1),
@@ -31,28 +31,28 @@ OVERRIDES = [
 
 
 def _train(overrides: list[str]) -> list[list[int]]:
-    """`moe train` on this rank; the sample ids of each of its steps."""
-    seen: list[list[int]] = []
+    """Runs `moe train` on this rank; returns the sample ids of each of its steps."""
+    sample_ids: list[list[int]] = []
     next_step = Loader.next_step
 
-    def spied(self: Loader) -> list[Batch]:
+    def recording(self: Loader) -> list[Batch]:
         batches = next_step(self)
-        seen.append([int(sample) for batch in batches for sample in batch.sample_ids_B])
+        sample_ids.append([int(sample) for batch in batches for sample in batch.sample_ids_B])
         return batches
 
-    Loader.next_step = spied  # type: ignore[method-assign]
+    Loader.next_step = recording  # type: ignore[method-assign]
     sys.argv = ["moe", "train", *overrides]
     cli.main()
-    return seen
+    return sample_ids
 
 
 def _run(folder: Path, corpus: list[str], name: str) -> list[list[int]]:
-    """Trains to the end; the global samples of each step, in order."""
-    ranks, expert, stage = TOPOLOGIES[name]
+    """Trains to the end; returns the sorted sample ids of each step over all ranks."""
+    ranks, expert_parallel_size, zero_stage = TOPOLOGIES[name]
     overrides = [
         f"run_dir={folder}",
-        f"parallel.expert_parallel_size={expert}",
-        f"parallel.zero_stage={stage}",
+        f"parallel.expert_parallel_size={expert_parallel_size}",
+        f"parallel.zero_stage={zero_stage}",
         *corpus,
         *OVERRIDES,
     ]
@@ -92,7 +92,9 @@ def test_from_two_ranks_to_one(corpus: list[str], tmp_path: Path, outcome: Calla
 
 @pytest.mark.fault(9)
 @pytest.mark.slow
-def test_every_change_of_ranks_and_degrees(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
+def test_every_change_of_ranks_and_expert_parallel_size(
+    corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
+) -> None:
     pairs = [
         ("2 ranks", "1 rank"), ("1 rank", "2 ranks"), ("2 ranks, EP 2", "2 ranks"), ("2 ranks", "2 ranks, EP 2"),
         ("4 ranks, EP 4", "4 ranks, EP 2"), ("4 ranks, EP 4", "2 ranks, EP 2"), ("1 rank", "4 ranks, EP 4"),

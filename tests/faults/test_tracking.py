@@ -1,4 +1,4 @@
-"""W&B refuses, is not there, or dies: training goes on, one warning tells, and an offline copy holds every step."""
+"""W&B without a key, unreachable or killed: training continues with one warning and an offline copy of every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_NETRC = {"NETRC": "/nowhere/netrc"}
 
 
 def _train(folder: Path, corpus: list[str], more: dict[str, str], *faults: dict[str, object]) -> tuple[Finished, str]:
-    """A run that must finish with every figure and exactly one warning, which is returned."""
+    """Runs training, which must finish with metrics of every step; returns it and its warnings."""
     (done,) = moe_ranks("train", f"run_dir={folder}", *corpus, *WANDB, more=NO_NETRC | more, faults=faults)
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
@@ -50,12 +50,12 @@ def test_a_key_but_no_server(corpus: list[str], tmp_path: Path, outcome: Callabl
     assert "wandb sync" in warnings
     _complete(tmp_path)
     assert key not in "".join(path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
-    outcome("server refuses: the same")
+    outcome("server unreachable: the same")
 
 
 @pytest.mark.parametrize("step", [7, 12])
-def test_its_service_dies(step: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
-    """At step 12 only `finish` can find out. What the dead service held in memory comes from metrics.jsonl."""
+def test_a_killed_service(step: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    """At step 12 only `finish` can notice. The steps that the killed service held in memory come from metrics.jsonl."""
     kill = {"kind": "kill_wandb", "steps": [step]}
     _, warnings = _train(tmp_path, corpus, {"WANDB_MODE": "offline"}, kill)
     first, stopped = warnings.splitlines()
@@ -64,4 +64,4 @@ def test_its_service_dies(step: int, corpus: list[str], tmp_path: Path, outcome:
     assert "has every step" in stopped
     second = stopped.partition("/wandb/")[2].split()[0]
     _complete(tmp_path, second)
-    outcome("service killed in mid-run and before its end: one warning, a new offline run with all 12 steps")
+    outcome("service killed during the run or in its last step: one warning, a new offline run with all 12 steps")
