@@ -1,7 +1,7 @@
-# Sourced by the scripts beside it: makes .venv once, installs the project into it, and activates it.
-#   install_project ""      what running needs
-#   install_project "dev"   and what the tests need
-# PYTHON chooses the interpreter (3.11 or newer), VENV the folder.
+# Sourced by the other scripts of this folder: creates .venv once, installs the project into it, and activates it.
+#   install_project ""      what a run needs
+#   install_project "dev"   the same and what the tests need
+# PYTHON is the interpreter (3.11 or newer; default python3), VENV the folder (default .venv).
 
 install_project() {
     local extras="${1:+[$1]}" venv="${VENV:-.venv}" stamp

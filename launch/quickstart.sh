@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained small Mixtral, on a machine without a GPU, an account or a download but packages:
+# From a fresh clone to a small trained Mixtral; needs no GPU and no account, and downloads only Python packages:
 #   bash launch/quickstart.sh [KEY=VALUE …]
-# makes .venv, installs, pre-trains with 2 processes and the experts split over both, shows a sample and the report's place.
+# creates .venv, installs the project, pre-trains with 2 processes that each hold half of the experts, and prints a sample
+# and the path of the report.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

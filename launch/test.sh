@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every check and every test, in an environment of its own making: bash launch/test.sh [--slow] [pytest's arguments]
-# Without --slow those marked slow are left out: many kills and other long faults, two nodes in network namespaces, planned against
-# measured memory.
+# Creates the environment and runs every check and test: bash launch/test.sh [--slow] [pytest's arguments]
+# Without --slow the tests marked slow are left out: long faults (such as 20 kills in one run), two nodes in network namespaces,
+# planned compared with measured memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Two nodes on one machine, each with a network stack and an address of its own and nothing between them but one link:
+# Two nodes on one machine, each with its own network stack and address, connected by a single link:
 #   sudo bash launch/two_namespaces.sh VERB [KEY=VALUE …]
 #   sudo RATE=100mbit bash launch/two_namespaces.sh train tracking=none parallel.expert_parallel_size=2 parallel.expert_across_nodes=true
-# needs root and iproute2 (`ip`, `tc`). Makes the network namespaces moe-a and moe-b and one veth pair, runs
-# launch/torchrun.sh in both, shows both logs and the bytes sent, and removes what it made, however it ends.
+# Needs root and iproute2 (`ip`, `tc`). Creates the network namespaces moe-a and moe-b and a veth pair, runs
+# launch/torchrun.sh in both, prints both logs and the bytes sent, and removes the namespaces, also after a signal.
 #
-# RATE     limits the link in each direction, in tc's words (100mbit; default: unlimited)
-# DELAY    adds so much latency in each direction (5ms; needs the kernel's netem)
+# RATE     the link's rate in each direction, in tc's notation (100mbit; default: unlimited)
+# DELAY    latency added in each direction (5ms; default: none; needs the kernel's netem)
 # NPROC    processes on each node (default 1)
-# CORES_A  cores of each node as taskset lists them (0-3), so that neither computes on the other's;
-# CORES_B  both or none (default: all are shared)
-# NAME     the namespaces' common name (default moe)
+# CORES_A  cores of node 0 in taskset's notation (0-3), so that the nodes don't share cores;
+# CORES_B  cores of node 1; set both or none (default: all cores are shared)
+# NAME     prefix of the namespaces' names (default moe)
 # LOGS     folder for the two nodes' logs (default: a temporary one, removed at the end)
-# TIMEOUT  seconds until both nodes are ended (default 3600)
+# TIMEOUT  seconds after which both nodes are killed (default 3600)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "launch/two_namespaces.sh: $*" >&2; exit 2; }
 
-[ $# -gt 0 ] || fail "what to run? as in: bash launch/two_namespaces.sh train tracking=none"
+[ $# -gt 0 ] || fail "no verb given; for example: bash launch/two_namespaces.sh train tracking=none"
 [ "$(id -u)" = 0 ] || fail "network namespaces need root: sudo bash launch/two_namespaces.sh …"
 for tool in ip tc; do
-    command -v "$tool" >/dev/null || fail "no $tool here: install iproute2"
+    command -v "$tool" >/dev/null || fail "$tool not found: install iproute2"
 done
 a="${NAME:-moe}-a" b="${NAME:-moe}-b" made=() logs="${LOGS:-$(mktemp -d)}"
 mkdir -p "$logs"
@@ -30,7 +30,7 @@ clean_up() {
     trap '' INT TERM
     for namespace in "${made[@]}"; do
         ip netns pids "$namespace" | xargs --no-run-if-empty kill -KILL 2>/dev/null || true
-        ip netns delete "$namespace" # and with it its end of the link, and so the link
+        ip netns delete "$namespace" # this also deletes its end of the link, and so the link
     done
     [ -n "${LOGS:-}" ] || rm -r "$logs" # mktemp's
 }
@@ -39,7 +39,7 @@ trap 'exit 143' TERM
 trap 'exit 130' INT
 
 for namespace in "$a" "$b"; do
-    ip netns add "$namespace" || fail "namespace $namespace is there already, or may not be made: choose another NAME"
+    ip netns add "$namespace" || fail "namespace $namespace exists already or can't be created: choose another NAME"
     made+=("$namespace")
 done
 ip link add eth0 netns "$a" type veth peer name eth0 netns "$b"
@@ -52,7 +52,7 @@ for node in "$a 10.77.0.1" "$b 10.77.0.2"; do
         tc -n "$namespace" qdisc add dev eth0 root handle 1: netem delay "$DELAY" limit 100000 ||
             fail "DELAY=$DELAY: this kernel has no netem, or tc doesn't know that delay"
     fi
-    if [ -n "${RATE:-}" ]; then # a queue of up to 50 ms, as a switch would have
+    if [ -n "${RATE:-}" ]; then # with a queue of up to 50 ms, like a switch
         [ -n "${DELAY:-}" ] && place="parent 1:1" || place=root
         # shellcheck disable=SC2086 # two words
         tc -n "$namespace" qdisc add dev eth0 $place tbf rate "$RATE" burst 256kb latency 50ms ||
@@ -76,7 +76,7 @@ second=$!
 code=0
 wait "$first" || code=$?
 wait "$second" || code=$?
-for node in 0 1; do # one after the other: each was written to a file of its own
+for node in 0 1; do # the nodes wrote to separate files; print one after the other
     sed "s/^/node $node | /" "$logs/node_$node.log"
 done
 sent() { ip netns exec "$1" cat /sys/class/net/eth0/statistics/tx_bytes; }

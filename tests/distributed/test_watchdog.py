@@ -75,7 +75,7 @@ def test_a_stopped_rank_is_named_and_killed_and_all_others_write_their_stacks(
         assert f"(guard.hang_seconds={SECONDS:g})" in texts[rank]
     assert texts[1] == ""
     assert seconds < 20
-    outcome(f"one of three ranks stopped: named by both others, whose stacks are written, all ended with {EXIT_CODE}")
+    outcome(f"one of three ranks stopped: named by both others, whose stacks are printed, all ended with {EXIT_CODE}")
 
 
 def test_a_live_rank_that_is_behind_is_named_with_its_stack(tmp_path: Path) -> None:

@@ -124,10 +124,10 @@ def test_one_of_several_nodes(stubs: dict[str, str], node: str, host: str) -> No
 
 
 MISTAKES = [
-    ([], {}, "what to run?"),
+    ([], {}, "no verb given"),
     (["train"], {"NPROC": "two"}, "NPROC=two must be a number of processes"),
     (["train"], {"NPROC": "-1"}, "NPROC=-1 must be"),
-    (["train"], {"NPROC": "0"}, "no GPU here; NPROC=2 starts two processes on the CPU"),
+    (["train"], {"NPROC": "0"}, "this machine has no GPU; NPROC=2 starts two processes on the CPU"),
     (["train"], {"GRACE": "2m"}, "GRACE=2m must be whole seconds"),
     (["train"], {"VENV": "/nowhere"}, "no torchrun on PATH"),
     (["train"], {"NNODES": "2"}, "NODE_RANK= must be this node's number, 0 to 1"),
@@ -254,7 +254,10 @@ def test_slurm_signals(job: dict[str, str], tmp_path: Path, number: signal.Signa
 
 def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) -> None:
     done = _bash("slurm.sbatch", "train", env=job | {"SLURM_SUBMIT_DIR": str(tmp_path)})
-    assert (done.returncode, done.stderr) == (2, "launch/slurm.sbatch: submit it from the checkout's root\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "launch/slurm.sbatch: launch/torchrun.sh not found; submit the job from the checkout's root\n",
+    )
 
 
 # skypilot.yaml, pytorchjob.yaml
