@@ -23,28 +23,13 @@ ROWS = {  # number → fault, what is required of the run
     ),
     2: ("SIGKILL of one rank in a step", "torchrun restarts it; the run resumes; losses bitwise equal"),
     3: ("SIGKILL of the whole job, or of torchrun alone", "no rank survives; the same command resumes; bitwise equal"),
-    4: (
-        "disk full during a save",
-        "older checkpoints intact; one line with path and bytes; the run continues; ends after K failures",
-    ),
-    5: (
-        "each file of a checkpoint cut, one bit flipped, deleted",
-        "found, file named, the run resumes from the previous checkpoint",
-    ),
-    6: (
-        "NaN, Inf or a gradient spike on one rank",
-        "step skipped on all ranks, no weight changes; counted; the run ends after K and names samples",
-    ),
-    7: (
-        "a rank is stopped in a collective (SIGSTOP)",
-        "all ranks end in time; rank named, stacks of the others printed; restarted",
-    ),
+    4: ("disk full during a save", "older checkpoints intact, one line with path and bytes; ends after K failures"),
+    5: ("each file of a checkpoint cut, one bit flipped, deleted", "found, file named, previous checkpoint loaded"),
+    6: ("NaN, Inf or a gradient spike on one rank", "all ranks skip the step; counted; ends after K, naming samples"),
+    7: ("a rank is stopped in a collective (SIGSTOP)", "ends in time; rank named, others' stacks printed; restarted"),
     8: ("SIGTERM, SIGUSR1, SIGTERM again during the save", "saved in time, documented exit codes, bitwise resume"),
     9: ("resume at another size: ranks 2→1, 1→2; EP 2→1, 1→2, 4→2", "same samples in the same order, loss gap ≤ 1e-5"),
-    10: (
-        "W&B: connection refused, no key, its process killed",
-        "training continues, one warning, offline copy complete",
-    ),
+    10: ("W&B: connection refused, no key, its process killed", "continues, one warning, offline copy complete"),
     11: ("two jobs on one run directory", "the second ends with an error"),
     12: ("malicious pickle as checkpoint, tokenizer, data; `_target_`", "the payload never runs"),
     13: ("secrets in the environment", "in no log, configuration, metrics or W&B file"),

@@ -24,7 +24,7 @@ def texts(path, **keys):
     return [chunk.text for chunk in read(path, **keys)]
 
 
-def refusal(path, **keys):
+def error_of(path, **keys):
     with pytest.raises(DataError) as caught:
         read(path, **keys)
     assert "\n" not in str(caught.value)
@@ -66,7 +66,7 @@ def test_saved_dataset(tmp_path):
     assert [chunk.text for chunk in opened.chunks()] == ROWS[:1]
     with pytest.raises(DataError, match=r"data\.sources\.mine\.split=dev must be one of train, test"):
         open_sources(DataConfig(sources={"mine": source | {"split": "dev"}}))
-    assert "no field 'body'; it has text, n: set data.text_field" in refusal(tmp_path / "one", text_field="body")
+    assert "no field 'body'; it has text, n: set data.text_field" in error_of(tmp_path / "one", text_field="body")
 
 
 def test_dataset_folder_that_load_dataset_reads(tmp_path, monkeypatch):
@@ -84,11 +84,11 @@ def test_dataset_code_and_unknown_names_are_refused(tmp_path, monkeypatch):
     (tmp_path / "evil").mkdir()
     script = tmp_path / "evil" / "evil.py"
     script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    assert "`datasets` can't load it" in refusal(script, format=SourceFormat.dataset)
+    assert "`datasets` can't load it" in error_of(script, format=SourceFormat.dataset)
     assert not (tmp_path / "ran").exists()
     message = "data.path=no-such/name: no such file or folder, and `datasets` can't load it: "
-    assert refusal("no-such/name", format=SourceFormat.dataset).startswith(message)
-    assert refusal("no-such/name").endswith("a data set on the Hub needs data.format=dataset")
+    assert error_of("no-such/name", format=SourceFormat.dataset).startswith(message)
+    assert error_of("no-such/name").endswith("a data set on the Hub needs data.format=dataset")
     with pytest.raises(ValueError, match="trust_remote_code"):
         DataConfig(sources={"x": {"path": "a", "trust_remote_code": True}})
 
@@ -97,7 +97,7 @@ def test_dataset_code_and_unknown_names_are_refused(tmp_path, monkeypatch):
 def test_pickles_are_never_opened(tmp_path, suffix):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert refusal(path) == f"{path}: {suffix} files may be pickles, which run code when read: never opened"
+    assert error_of(path) == f"{path}: {suffix} files may be pickles, which run code when read: never opened"
 
 
 def test_folder_and_glob_are_sorted_and_mixed(tmp_path):
@@ -143,19 +143,19 @@ def test_not_utf8_names_file_and_byte(tmp_path, place):
     data[place] = 0xFF
     path = tmp_path / "latin.txt"
     path.write_bytes(data)
-    assert refusal(path) == f"{path}: byte {place} (0xff) is not UTF-8: invalid start byte"
+    assert error_of(path) == f"{path}: byte {place} (0xff) is not UTF-8: invalid start byte"
 
 
 def test_file_that_ends_within_a_character(tmp_path):
     path = tmp_path / "torn.txt"
     path.write_bytes("ok é".encode()[:-1])
-    assert refusal(path) == f"{path}: byte 3 (0xc3) is not UTF-8: unexpected end of data"
+    assert error_of(path) == f"{path}: byte 3 (0xc3) is not UTF-8: unexpected end of data"
 
 
 def test_jsonl_not_utf8_names_file_and_byte(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
-    assert refusal(path) == f"{path}: byte 24 (0xe9) is not UTF-8: invalid continuation byte"
+    assert error_of(path) == f"{path}: byte 24 (0xe9) is not UTF-8: invalid continuation byte"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_jsonl_not_utf8_names_file_and_byte(tmp_path):
 def test_bad_jsonl_lines_name_file_and_line(tmp_path, line, rule):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
-    assert refusal(path) == f"{path}:2: {rule}"
+    assert error_of(path) == f"{path}:2: {rule}"
 
 
 def test_missing_field_names_the_key_of_its_source(tmp_path):
@@ -186,16 +186,16 @@ def test_missing_field_names_the_key_of_its_source(tmp_path):
 
 def test_bad_parquet(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]})
-    assert refusal(path) == f"{path}: no field 'text'; it has body, n: set data.text_field"
-    assert refusal(path, text_field="n") == f"{path}: row 0: field 'n' must be a string, is a int"
+    assert error_of(path) == f"{path}: no field 'text'; it has body, n: set data.text_field"
+    assert error_of(path, text_field="n") == f"{path}: row 0: field 'n' must be a string, is a int"
     (tmp_path / "b.parquet").write_bytes(b"not parquet at all")
-    assert "not readable as Parquet" in refusal(tmp_path / "b.parquet")
+    assert "not readable as Parquet" in error_of(tmp_path / "b.parquet")
 
 
 def test_missing_files_folders_and_domains_are_named(tmp_path):
-    assert "no such file or folder" in refusal(tmp_path / "none.txt")
-    assert "the glob matches no file" in refusal(tmp_path / "*.txt")
-    assert "the folder holds no files" in refusal(tmp_path)
+    assert "no such file or folder" in error_of(tmp_path / "none.txt")
+    assert "the glob matches no file" in error_of(tmp_path / "*.txt")
+    assert "the folder holds no files" in error_of(tmp_path)
     with pytest.raises(DataError, match=r"data\.path=poetry must be one of python, prose, arithmetic"):
         open_sources(DataConfig(path="poetry", format=SourceFormat.stdlib))
     with pytest.raises(DataError, match="it names a folder"):

@@ -218,7 +218,7 @@ def test_huggingface_equals_transformers(tmp_path, texts):
 
 
 def test_broken_tokenizers_are_one_line(tmp_path, texts):
-    def refusal(kind, path):
+    def error_of(kind, path):
         with pytest.raises(DataError) as caught:
             open_tokenizer(TokenizerConfig(kind=kind, path=str(path)))
         assert "\n" not in str(caught.value)
@@ -226,20 +226,20 @@ def test_broken_tokenizers_are_one_line(tmp_path, texts):
 
     model, huggingface = TokenizerKind.model_file, TokenizerKind.huggingface
     (tmp_path / "not.model").write_bytes(b"plain text")
-    assert "not a SentencePiece model" in refusal(model, tmp_path / "not.model")
-    assert "No such file" in refusal(model, tmp_path / "missing.model")
-    assert "must be a local folder" in refusal(huggingface, "mistralai/Mixtral-8x7B-v0.1")
+    assert "not a SentencePiece model" in error_of(model, tmp_path / "not.model")
+    assert "No such file" in error_of(model, tmp_path / "missing.model")
+    assert "must be a local folder" in error_of(huggingface, "mistralai/Mixtral-8x7B-v0.1")
     (tmp_path / "empty").mkdir()
-    assert "neither tokenizer.json nor tokenizer.model" in refusal(huggingface, tmp_path / "empty")
+    assert "neither tokenizer.json nor tokenizer.model" in error_of(huggingface, tmp_path / "empty")
     folder = huggingface_folder(tmp_path / "hf", texts)
-    assert "use tokenizer=huggingface" in refusal(model, folder / "tokenizer.json")
+    assert "use tokenizer=huggingface" in error_of(model, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text("{}")
-    assert "has no end-of-sequence token" in refusal(huggingface, folder)
+    assert "has no end-of-sequence token" in error_of(huggingface, folder)
     (folder / "tokenizer_config.json").write_text("{")
-    assert "broken JSON" in refusal(huggingface, folder)
+    assert "broken JSON" in error_of(huggingface, folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").unlink()
-    assert "not a tokenizer.json" in refusal(huggingface, folder)
+    assert "not a tokenizer.json" in error_of(huggingface, folder)
 
 
 def test_model_without_byte_pieces_is_refused(tmp_path, texts):
