@@ -66,7 +66,7 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
     model = build_model(config, mesh.device, mesh.expert_group)
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     if not all(router.keeps_balance for router in routers_of(model)):
-        display.warn(f"router.kind={config.router.kind}: nothing keeps the experts balanced in this run")
+        display.warn(f"router.kind={config.router.kind}: without a balance loss the expert loads may diverge")
     peak = peak_flops(config, mesh)
     engine = build_engine(model, config, mesh)
     for line in (*corpus.describe().splitlines(), *describe_run(config, mesh, peak), *backends):

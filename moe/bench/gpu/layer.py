@@ -29,7 +29,7 @@ def run(settings: Settings, record: Record) -> None:
     config = one_layer(["experts.backend=loop"], dry_run=dry_run)
     wanted = _results(_mlp(config, device), config, tokens, torch.float32)
     model = config.model
-    flops = 18 * tokens * config.router.top_k * model.hidden_size * model.intermediate_size
+    flops = 18 * tokens * config.router.experts_per_token * model.hidden_size * model.intermediate_size
     peak = measure_peak_flops(device, torch.bfloat16)
     record.facts(tokens=tokens, TFLOP_forward_and_backward=flops / 1e12)
     record.facts(product_TFLOP_s=peak / 1e12, floor_ms=flops / peak * 1e3)
