@@ -33,9 +33,18 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+_added_dirs: list[Path] = []
+
+
+def add_config_dir(folder: Path) -> None:
+    """From now on presets are also looked for in this folder, which has the groups' folders that it needs."""
+    if folder.resolve() not in _added_dirs:
+        _added_dirs.append(folder.resolve())
+
+
 def choices(group: str) -> list[str]:
     """Names that `group=NAME` accepts."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted({path.stem for root in (config_dir(), *_added_dirs) for path in (root / group).glob("*.yaml")})
 
 
 def groups() -> list[str]:
@@ -93,7 +102,7 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
         store.store(group="router", name=f"{kind}_schema", node=registered_router(kind).schema)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose(name, overrides=overrides, return_hydra_config=True)
+            composed = compose(name, overrides=[*overrides, *_search_path()], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         known = _keys(compose_dict([], name, schema)) if overrides else []
         raise ConfigError(_one_line(error, overrides, known)) from error
@@ -101,6 +110,10 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
     return composed
+
+
+def _search_path() -> list[str]:
+    return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in _added_dirs)}]"] if _added_dirs else []
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moe.config import AttentionBackend, ExpertBackend, ExpertsConfig, Mlp, ModelConfig, Recompute, RouterConfig
+from moe.config import AttentionBackend, ExpertBackend, ExpertsConfig, Mlp, ModelConfig, Recompute, TopKRouterConfig
 from moe.kernels.attention import make_attend, resolve_attention
 from moe.kernels.attention.flex import _mask
 from moe.kernels.cross_entropy import HandWrittenLinearCrossEntropy
@@ -172,7 +172,7 @@ def transformer(mlp: Mlp, dtype: torch.dtype, backend: ExpertBackend = ExpertBac
     torch.set_default_dtype(dtype)
     try:
         with CUDA:
-            return Transformer(config, RouterConfig(), ExpertsConfig(backend=backend))
+            return Transformer(config, TopKRouterConfig(), ExpertsConfig(backend=backend))
     finally:
         torch.set_default_dtype(before)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import ExpertBackend, ExpertsConfig, Mlp, ModelConfig, RouterConfig
+from moe.config import ExpertBackend, ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
 from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
 from moe.kernels.policy import exact_float32
@@ -113,7 +113,7 @@ class TestKernels:
 
 def model_of(mlp: Mlp, **settings: object) -> Transformer:
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-    model = Transformer(ModelConfig(mlp=mlp, **sizes, **settings), RouterConfig(), ExpertsConfig())
+    model = Transformer(ModelConfig(mlp=mlp, **sizes, **settings), TopKRouterConfig(), ExpertsConfig())
     model.init_weights(0)
     return model
 
@@ -134,12 +134,12 @@ def test_the_model_equals_the_float64_one(
         model = model_of(mlp, sliding_window=window).to(where, precision)
         for block in model.model.layers:
             if mlp is Mlp.sparse:
-                block.mlp.gate.config = RouterConfig(top_k=8)
+                block.mlp.gate.config = TopKRouterConfig(top_k=8)
         here = [tensor.to(where) for tensor in (ids_BS, documents_BS)]
         output = model(here[0], document_ids_BS=here[1], labels_BS=here[0])
         loss = output.lm_loss_sum
         if output.routers:
-            loss = loss + balance_loss(output.routers, RouterConfig()).total
+            loss = loss + balance_loss(output.routers)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         outcomes.append([loss.detach(), *gradients])
     names = ["loss", *(name for name, _ in model.named_parameters())]
