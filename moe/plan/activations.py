@@ -1,7 +1,7 @@
 """What one micro-batch keeps for its backward pass, and what a layer's backward pass needs on top, in bytes.
 
 Counted are the tensors that the code of moe/model, moe/sparse and moe/kernels keeps, so a change there changes the
-numbers here; tests/unit/test_plan.py compares them with what autograd really keeps.
+numbers here; tests/unit/plan/test_memory.py compares them with what autograd really keeps.
 
 Legend: T tokens of the micro-batch, S sequence, H hidden, F feed-forward, N query heads, G key/value heads, D head
 dimension, E experts, k choices per token, R = T·k rows of this rank's tokens, M rows that its experts receive,

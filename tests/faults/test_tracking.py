@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import SMALL, read_metrics
 from tests.faults.forked import Finished, moe_ranks
-from tests.unit.test_tracking import history
+from tests.unit.train.test_tracking import history
 
 pytestmark = pytest.mark.fault(10)
 WANDB = [*SMALL, "tracking=wandb", "train.steps=12", "train.eval_every=100", "train.sample_every=100"]

@@ -149,3 +149,21 @@ def test_class_names_are_unique() -> None:
             if isinstance(node, ast.ClassDef):
                 assert node.name not in seen, f"class {node.name} is in {path} and in {seen[node.name]}"
                 seen[node.name] = path
+
+
+TESTS = Path(__file__).resolve().parent
+ABOUT_SEVERAL = {  # room → tests of more than one of its modules
+    "bench": {"gpu"},
+    "config": {"presets"},
+    "kernels": {"cuda_fake", "devices"},
+    "model": {"recompute"},
+}
+
+
+def test_a_modules_test_is_where_its_name_says() -> None:
+    for path in TESTS.rglob("test_*.py"):
+        room = path.parent.relative_to(TESTS)
+        name = path.stem.removeprefix("test_")
+        if room.parts and name not in ABOUT_SEVERAL.get(str(room), ()):
+            module = PACKAGE / room / name
+            assert module.is_dir() or module.with_suffix(".py").is_file(), f"{path}: there is no moe/{room}/{name}.py"

@@ -28,7 +28,7 @@ from moe.config.compose import load_config
 from moe.data.prepare import prepare
 from moe.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FAKES = {
     "good": """
         record.facts(size=3)

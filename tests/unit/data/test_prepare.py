@@ -21,8 +21,8 @@ def pieces(count):
 
 TOKENIZER = pieces(320)
 MISTRAL = TokenizerConfig(kind=TokenizerKind.mistral)
-DATA = Path(__file__).parents[2] / "data"
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def lines(count, salt=""):

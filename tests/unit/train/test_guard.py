@@ -17,7 +17,7 @@ from moe.distributed.mesh import Mesh
 from moe.engine.base import SkipReason, StepResult
 from moe.train.guard import MAX_LISTED, Guard
 from moe.train.progress import Display
-from tests.unit.test_tracking import FIGURES
+from tests.unit.train.test_tracking import FIGURES
 
 ALONE = Mesh(rank=0, world_size=1, local_rank=0, local_world_size=1, expert_parallel_size=1, device=torch.device("cpu"))
 NOT_FINITE = StepResult(math.nan, SkipReason.not_finite)

@@ -235,7 +235,7 @@ def test_table_names_everything(capsys):
 
 def test_page_shows_the_command_as_it_answers(capsys):
     """docs/plan.md's output is what the command prints."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
     run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     missing = [line for line in lines if line not in page]

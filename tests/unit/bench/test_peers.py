@@ -70,7 +70,7 @@ def test_peers_runs_and_ends_with_the_ratio() -> None:
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "moe", "bench", "peers", "rounds=2", "steps=1", *SMALL]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[2]
+        command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
