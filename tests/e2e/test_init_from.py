@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from moe.checkpoint.layout import committed, verify
@@ -190,18 +191,21 @@ def test_what_init_from_cannot_be(trained: Path, corpus: list[str], tmp_path: Pa
 
 
 def _as_before(run: Path) -> None:
-    """Makes a run's checkpoints look as they did: a name in state.json, the tokenizer beside them."""
+    """Makes a run's checkpoints look as they did: other names in state.json and config.yaml, the tokenizer beside."""
     for checkpoint in committed(run / "checkpoints"):
         shutil.rmtree(run / "tokenizer", ignore_errors=True)
         (checkpoint / "tokenizer").rename(run / "tokenizer")
         state = json.loads((checkpoint / "state.json").read_text())
         state["refused_in_a_row"] = state.pop("skipped_in_a_row")
+        config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+        del config["config_version"], config["checkpoint"]["init_from"]
+        config["parallel"]["expert"] = config["parallel"].pop("expert_parallel_size")
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         manifest = {name: entry for name, entry in manifest.items() if not name.startswith("tokenizer/")}
-        text = json.dumps(state, indent=1) + "\n"
-        (checkpoint / "state.json").write_text(text)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        manifest["state.json"] = {"bytes": len(text.encode()), "sha256": digest}
+        for name, text in (("state.json", json.dumps(state)), ("config.yaml", yaml.safe_dump(config))):
+            (checkpoint / name).write_text(text)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            manifest[name] = {"bytes": len(text.encode()), "sha256": digest}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
         assert verify(checkpoint) is None
 
