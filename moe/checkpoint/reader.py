@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,10 +153,6 @@ def load_model(folder: Path) -> Transformer:
     reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})
     reader.fill_fixed(model)
     return model.eval()
-
-
-# Every rank reads what it needs, without the others: what torch then says it assumes is what is meant.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class _Reader(HuggingFaceStorageReader):
