@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 STEP = "step_"  # and its number, in a checkpoint's name
 NAME = re.compile(rf"{STEP}\d{{8,}}")
 
-FIXED = "fixed"  # a kind beside the engine's: tensors of the model that no optimizer updates (`moe.checkpoint.fixed`)
+UNTRAINED = "untrained"  # a kind beside the engine's: what no optimizer updates (`moe.checkpoint.untrained`)
 
 
 def folder_name(step: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from moe.checkpoint.files import SavedTokenizer, entry, listed, small_files, write_small_files, write_tensors
-from moe.checkpoint.layout import FIXED, MODEL
+from moe.checkpoint.layout import MODEL, UNTRAINED
 from moe.checkpoint.ownership import file_numbers
 from moe.checkpoint.state import TrainState
 from moe.config import Config
@@ -33,7 +33,7 @@ def write_model(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_parameters()}
     persistent = model.state_dict().keys()
     tensors |= {name: buffer.cpu().contiguous() for name, buffer in model.named_buffers() if name in persistent}
-    numbers = file_numbers({(FIXED, name): tensor.nbytes for name, tensor in tensors.items()})
+    numbers = file_numbers({(UNTRAINED, name): tensor.nbytes for name, tensor in tensors.items()})
     partial = folder.with_name(folder.name + PARTIAL)
     if partial.exists():
         shutil.rmtree(partial)

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from moe.checkpoint.fixed import empty_parts, fixed_tensors
 from moe.checkpoint.layout import CHECKPOINTS, CONFIG, LATEST, MODEL, OPTIMIZER, committed, key_in_file, verify
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState, read_state
+from moe.checkpoint.untrained import empty_parts, untrained_tensors
 from moe.config import Config
 from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
@@ -57,7 +57,7 @@ def _fill(engine: Engine, mesh: Mesh, model: _Reader, optimizer: _Reader | None,
             yield tensors
 
     mesh.agree(lambda: engine.optimizer_state.fill(parts(), adam_steps), "checkpoint")
-    mesh.agree(lambda: model.fill_fixed(engine.model, experts.sharded), "checkpoint")
+    mesh.agree(lambda: model.fill_untrained(engine.model, experts.sharded), "checkpoint")
 
 
 def misfits(folder: Path, engine: Engine, mesh: Mesh) -> list[str]:
@@ -65,7 +65,7 @@ def misfits(folder: Path, engine: Engine, mesh: Mesh) -> list[str]:
     saved = {
         name: list(entry.size) for name, entry in _Reader(folder / MODEL).read_metadata().state_dict_metadata.items()
     }
-    here = dict(engine.model.named_parameters()) | fixed_tensors(engine.model)
+    here = dict(engine.model.named_parameters()) | untrained_tensors(engine.model)
     shapes = {name: list(tensor.shape) for name, tensor in here.items()}
     for name in engine.expert_names:
         shapes[name][0] *= mesh.expert_parallel_size
@@ -151,7 +151,7 @@ def load_model(folder: Path) -> Transformer:
     reader = _Reader(folder / MODEL)
     # In place: the tensors share the parameters' memory.
     reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})
-    reader.fill_fixed(model)
+    reader.fill_untrained(model)
     return model.eval()
 
 
@@ -175,11 +175,11 @@ class _Reader(HuggingFaceStorageReader):
             first = next(iter(error.failures.values()))[0]
             raise UserError(f"{self.path}: does not fit this model ({first})") from error
 
-    def fill_fixed(
+    def fill_untrained(
         self, model: nn.Module, sharded: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     ) -> None:
         """The tensors of `model` that no optimizer updates. Raises UserError if shapes or dtypes differ."""
-        tensors = fixed_tensors(model)
+        tensors = untrained_tensors(model)
         for part in empty_parts(tensors, READ_BYTES):
             self._check_dtypes(
                 {name: value for name, value in part.items() if not isinstance(tensors[name], nn.Parameter)}

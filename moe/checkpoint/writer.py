@@ -30,11 +30,11 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from moe.checkpoint import files, layout
-from moe.checkpoint.fixed import copied, fixed_tensors, saved_dtype
-from moe.checkpoint.layout import FIXED
+from moe.checkpoint.layout import UNTRAINED
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState
+from moe.checkpoint.untrained import copied, saved_dtype, untrained_tensors
 from moe.config import CheckpointConfig
 from moe.distributed.mesh import Mesh
 from moe.distributed.rendezvous import COLLECTIVE_TIMEOUT
@@ -140,13 +140,13 @@ class Saver:
         )
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
-        trained, fixed, mesh = engine.optimizer_state.sizes(), fixed_tensors(engine.model), self._mesh
+        trained, fixed, mesh = engine.optimizer_state.sizes(), untrained_tensors(engine.model), self._mesh
         sizes = {("weights", name): 4 * size for name, size in trained.items()}
-        sizes |= {(FIXED, name): saved_dtype(tensor).itemsize * tensor.numel() for name, tensor in fixed.items()}
+        sizes |= {(UNTRAINED, name): saved_dtype(tensor).itemsize * tensor.numel() for name, tensor in fixed.items()}
         sizes |= {(moment, name): 4 * size for moment in ADAM_MOMENTS for name, size in trained.items()}
         mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
-        tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != FIXED})
-        tensors[FIXED] = copied(fixed, {name for kind, name in mine if kind == FIXED})
+        tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != UNTRAINED})
+        tensors[UNTRAINED] = copied(fixed, {name for kind, name in mine if kind == UNTRAINED})
         experts = self._experts = self._experts or ExpertSharding(engine.expert_names, mesh)
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in layout.PARTS}
         for kind, named in tensors.items():

@@ -74,6 +74,13 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class EngineKind(Enum):
+    """What trains: `deepspeed` on any number of ranks; `plain` in one process, torch alone, which starts faster."""
+
+    deepspeed = "deepspeed"
+    plain = "plain"
+
+
 class Precision(Enum):
     """Arithmetic of the model; the optimizer's weights, accumulation, communication and the router stay float32."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.choices import Mlp, Schedule
+from moe.config.choices import EngineKind, Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import ExpertsConfig, ModelConfig
@@ -30,6 +30,7 @@ class Config:
 
     config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
+    engine: EngineKind = EngineKind.deepspeed
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=TopKRouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -69,9 +70,26 @@ class Config:
             f"train.steps={train.steps}",
         )
 
+        if self.engine is EngineKind.plain:
+            self._check_plain_engine()
+
+    def _check_plain_engine(self) -> None:
+        parallel = self.parallel
+        for key, value, only in (
+            ("expert_parallel_size", parallel.expert_parallel_size, 1),
+            ("zero_stage", parallel.zero_stage, 1),
+            ("offload_optimizer", parallel.offload_optimizer, False),
+        ):
+            stated, needed = (f"parallel.{key}={str(x).lower()}" for x in (value, only))
+            require(value == only, f"{stated} needs engine=deepspeed: engine=plain is one process; or set {needed}")
+
     def check_world(self, world_size: int, node_size: int | None = None) -> None:
         """Rules that need the number of ranks, and of those on one node (None: all). Raises UserError."""
         train, size = self.train, self.parallel.expert_parallel_size
+        require(
+            self.engine is EngineKind.deepspeed or world_size == 1,
+            f"engine=plain is one process, not {world_size} ranks: engine=deepspeed trains on them, or start one",
+        )
         micro = train.micro_batch_size * world_size
         require(
             train.global_batch_size % micro == 0,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from moe.config import Config
+from moe.config import Config, EngineKind
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine
+
+# Imported where they are chosen: DeepSpeed takes seconds.
 
 
 def prepare(config: Config, mesh: Mesh) -> Mesh:
     """The mesh with the process groups that the engine of `config` uses. A collective; before the model is built."""
+    if config.engine is EngineKind.plain:
+        return mesh
     from moe.engine.deepspeed import engine
 
     return engine.prepare(mesh)
@@ -18,6 +22,10 @@ def prepare(config: Config, mesh: Mesh) -> Mesh:
 
 def build_engine(model: nn.Module, config: Config, mesh: Mesh) -> Engine:
     """The engine that `config` names, around a model on the mesh's device. A collective. Raises UserError."""
-    from moe.engine.deepspeed import engine
+    if config.engine is EngineKind.plain:
+        from moe.engine.plain import PlainEngine
 
-    return engine.DeepSpeedEngine(model, config, mesh)
+        return PlainEngine(model, config, mesh)
+    from moe.engine.deepspeed.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config, mesh)

@@ -17,7 +17,7 @@ from moe.errors import UserError
 FIXED = ("model", "router.num_experts", "tokenizer")
 # The same mathematics, computed, cut, watched or stored in another way. Of the data, its fingerprint decides.
 NEUTRAL = (
-    "run_dir", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention", "model.recompute",
+    "run_dir", "engine", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention", "model.recompute",
     "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every", "train.eval_sequences",
     "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every", "train.peak_tflops",
     "guard.max_skipped", "guard.hang_seconds",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe.config import Config, Mlp, Precision
+from moe.config import Config, EngineKind, Mlp, Precision
 from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
 from moe.kernels.grouped_swiglu import resolve_backend
@@ -46,11 +46,13 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
     train, world = config.train, mesh.world_size
     (total, active), memory = count_parameters(config), estimate_memory(config, world, mesh.device.type)
     kinds = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
+    zero = f" (ZeRO-{config.parallel.zero_stage})" if config.engine is EngineKind.deepspeed else ""
+    engine = config.engine.name + zero
     stated = "measured" if train.peak_tflops is None else "stated"
     return [
         f"model: {total:,} parameters, {active:,} active per token, "
         f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
-        f"ranks: {world}, expert-parallel size {mesh.expert_parallel_size}, ZeRO-{config.parallel.zero_stage}, "
+        f"ranks: {world}, expert-parallel size {mesh.expert_parallel_size}, engine {engine}, "
         f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",

@@ -1,4 +1,4 @@
-"""Optimizer steps through the engine on this rank, and the same in plain PyTorch, for tests that compare them."""
+"""Optimizer steps through an engine on this rank, for tests that compare them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.config import Config
 from moe.config.compose import load_config
@@ -19,8 +19,6 @@ from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
-from moe.sparse import Randomness
-from moe.sparse.balance import balance_loss
 from moe.train.objective import training_step
 
 # DeepSpeed imports it when an engine is made: seconds, which every forked rank would spend.
@@ -106,40 +104,6 @@ def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: 
         done.counts.append((shares_LE * choices).round().long().tolist())
         done.norms.append(result.result.grad_norm)
     hook.remove()
-    return done
-
-
-def plain_steps(config: Config, count: int, idle: list[int] | None = None) -> Training:
-    """The same without DeepSpeed and without ranks: PyTorch's AdamW and clipping."""
-    model = build_model(config, torch.device("cpu"))
-    starve(model, idle) if idle else None
-    optim = config.optim
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
-    done = Training()
-    for step in range(count):
-        batches = micro_batches(config, step)
-        targets = sum(int((batch.labels_BS != -100).sum()) for batch in batches)
-        optimizer.zero_grad()
-        total, counts = 0.0, torch.tensor(0)
-        for batch in batches:
-            randomness = Randomness.of(config.train.seed, step, batch.sample_ids_B)
-            output = model(batch.input_ids_BS, labels_BS=batch.labels_BS, randomness=randomness)
-            loss = output.lm_loss_sum / targets + balance_loss(output.routers) / len(batches)
-            loss.backward()
-            total += loss.item()
-            counts = counts + torch.stack([router.counts_E for router in output.routers])
-        done.norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)))
-        done.losses.append(total)
-        done.counts.append(counts.tolist())
-        optimizer.step()
-    names = dict(model.named_parameters())
-    done.state = {"weights": {name: p.detach() for name, p in names.items()}}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        done.state[moment] = {name: optimizer.state[p][moment] for name, p in names.items()}
     return done
 
 

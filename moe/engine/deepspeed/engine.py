@@ -38,8 +38,8 @@ from moe.engine.base import OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.engine.deepspeed.shortcuts import take_shortcuts
 from moe.engine.deepspeed.skip import NormLimit
+from moe.engine.parameters import expert_names, parameter_groups
 from moe.errors import UserError
-from moe.sparse.experts import Experts
 
 # Renamed collectives that the pinned DeepSpeed still calls by their old names; nothing that a user could change.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -82,17 +82,6 @@ def prepare(mesh: Mesh) -> Mesh:
 def _not_about_overflow(record: logging.LogRecord) -> bool:
     """DeepSpeed calls every refused step an overflow; the run says what it was (moe.train.guard)."""
     return "OVERFLOW!" not in record.getMessage()
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only: norms (and any other vector) are left alone. Parameters that don't train are in none."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
-        {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
-    ]
 
 
 def _deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
@@ -143,9 +132,8 @@ class DeepSpeedEngine:
             )
         self.mesh = mesh
         self.accumulation = config.accumulation(mesh.data_parallel_size)
-        experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-        self.expert_names = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
-        parameter_groups = _parameter_groups(model, config.optim.weight_decay)
+        self.expert_names = expert_names(model)
+        param_groups = parameter_groups(model, config.optim.weight_decay)
         experts_train = any(model.get_parameter(name).requires_grad for name in self.expert_names)
         if mesh.expert_parallel_size > 1:
             for name, parameter in model.named_parameters():
@@ -154,9 +142,9 @@ class DeepSpeedEngine:
                     setattr(parameter, "group_name", _group_name(mesh.expert_parallel_size))  # noqa: B010
             if experts_train:
                 model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, mesh.expert_parallel_size))
-            parameter_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+            param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
         optimizer = torch.optim.AdamW(
-            [group for group in parameter_groups if group["params"]],  # DeepSpeed fails on an empty group
+            [group for group in param_groups if group["params"]],  # DeepSpeed fails on an empty group
             lr=config.optim.lr,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,

@@ -19,6 +19,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from moe.engine.base import ADAM_MOMENTS, KINDS, States
+from moe.engine.parameters import trained_parameters, zero_states
 
 
 class ZeroOptimizerState:
@@ -29,13 +30,13 @@ class ZeroOptimizerState:
 
     def sizes(self) -> dict[str, int]:
         """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
-        return {name: parameter.numel() for name, parameter in self._trained().items()}
+        return {name: parameter.numel() for name, parameter in trained_parameters(self._model).items()}
 
     def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
         """A collective that gathers one tensor at a time; a rank holds on to the (kind, name) in `keep` (None: all)."""
         self._link_moments()
         states: States = {kind: {} for kind in KINDS}
-        for name, parameter in self._trained().items():
+        for name, parameter in trained_parameters(self._model).items():
             for kind in KINDS:
                 if kind == "weights":
                     value = safe_get_full_fp32_param(parameter)
@@ -50,32 +51,21 @@ class ZeroOptimizerState:
     def empty(self, max_bytes: int) -> Iterator[States]:
         """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`, and only of
         parameters that this rank's partition has a piece of."""
-        part: dict[str, nn.Parameter] = {}
-        for name, parameter in self._trained().items():
-            if getattr(parameter, "_hp_mapping") is None:  # noqa: B009  # DeepSpeed's own attribute
-                continue
-            if part and 12 * (parameter.numel() + sum(p.numel() for p in part.values())) > max_bytes:
-                yield _zeros(part)
-                part = {}
-            part[name] = parameter
-        if part:
-            yield _zeros(part)
+        # `_hp_mapping` is DeepSpeed's own attribute.
+        mine = {name: p for name, p in trained_parameters(self._model).items() if getattr(p, "_hp_mapping") is not None}  # noqa: B009
+        return zero_states(mine, max_bytes)
 
     def fill(self, parts: Iterable[States], adam_steps: int) -> None:
         """Put `empty`'s parts, filled, into this rank's partition, before the first step; `adam_steps` counts applied
         updates. `Engine.resumed` must follow."""
         self._link_moments(adam_steps)
-        parameters = self._trained()
+        parameters = trained_parameters(self._model)
         for part in parts:
             for name, value in part["weights"].items():
                 device = parameters[name].device
                 safe_set_full_fp32_param(parameters[name], value.to(device))
                 for moment in ADAM_MOMENTS:
                     safe_set_full_optimizer_state(parameters[name], part[moment][name].to(device), moment)
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """What DeepSpeed has: the optimizer is not given the others."""
-        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     def _link_moments(self, adam_steps: int | None = None) -> None:
         """Make the moments accessible: as they are, or zero after `adam_steps` updates (and where there are none yet:
@@ -91,10 +81,3 @@ class ZeroOptimizerState:
         # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
-
-
-def _zeros(part: dict[str, nn.Parameter]) -> States:
-    return {
-        kind: {name: torch.zeros(parameter.shape, dtype=torch.float32) for name, parameter in part.items()}
-        for kind in KINDS
-    }

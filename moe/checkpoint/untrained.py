@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
+def untrained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """{name: the model's own tensor} of the parameters that don't train and of the persistent buffers (those of its
     `state_dict`), in an order that all ranks share. Of frozen experts a rank has its slice; buffers are the same on
     all ranks."""
