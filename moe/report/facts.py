@@ -27,8 +27,10 @@ def parameters(run: RunHistory) -> Parameters | None:
     embeddings = vocab * hidden * (1 if run.setting("model.tie_word_embeddings") else 2)
     rest = embeddings + hidden + layers * (attention + 2 * hidden)
     experts, top_k = run.setting("router.num_experts"), run.setting("router.top_k")
-    if run.setting("model.mlp") == "dense" or type(experts) is not int or type(top_k) is not int:
+    if run.setting("model.mlp") == "dense":
         return Parameters(rest + layers * mlp, rest + layers * mlp)
+    if type(experts) is not int or type(top_k) is not int:  # a router that has no fixed number of experts a token
+        return None
     router = hidden * experts
     return Parameters(rest + layers * (experts * mlp + router), rest + layers * (top_k * mlp + router))
 

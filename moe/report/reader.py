@@ -20,25 +20,8 @@ from yaml import YAMLError
 
 from moe.config.migrate import migrate
 from moe.errors import UserError
+from moe.report.columns import Columns, number
 
-SCALARS = (
-    "tokens",
-    "lm_loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "mfu",
-    "load_balancing_loss",
-    "router_z_loss",
-    "max_violation",
-    "router_entropy",
-    "dead_experts",
-    "dropped_fraction",
-    "val_loss",
-    "val_bits_per_byte",
-    "val_unigram_entropy",
-)
-WORST_LAYER = "load_balancing_loss_worst_layer"
 FRAME_NUMBERS = 60_000  # expert shares kept for the heatmap's slider, over all its steps
 FRAMES = 60
 
@@ -66,7 +49,8 @@ class RunHistory:
 
     name: str
     steps: np.ndarray
-    series: dict[str, np.ndarray]
+    series: dict[str, np.ndarray]  # by metric; `of` gives one, also where the run has none of it
+    by_layer: list[str]  # metrics with a value for each layer: what the routers named
     val_by_source: dict[str, np.ndarray]
     frame_steps: list[int]
     frames: list[list[list[float]]]  # [frame][L][E], the last one is the last step's
@@ -77,9 +61,14 @@ class RunHistory:
     torn_lines: int
     repeated_steps: int
 
+    def of(self, key: str) -> np.ndarray:
+        """One metric's series; all NaN where metrics.jsonl has none."""
+        return self.series[key] if key in self.series else np.full(len(self.steps), math.nan)
+
     def last(self, key: str) -> float:
         """The last finite value, or NaN."""
-        finite = self.series[key][np.isfinite(self.series[key])]
+        values = self.of(key)
+        finite = values[np.isfinite(values)]
         return float(finite[-1]) if len(finite) else math.nan
 
     def setting(self, dotted: str) -> Any:
@@ -91,7 +80,7 @@ class RunHistory:
 
     @property
     def sparse(self) -> bool:
-        return any(np.isfinite(self.series[key]).any() for key in ("load_balancing_loss", "max_violation"))
+        return any(np.isfinite(self.of(key)).any() for key in ("load_balancing_loss", "max_violation"))
 
 
 def read_run(run_dir: Path) -> RunHistory:
@@ -99,16 +88,16 @@ def read_run(run_dir: Path) -> RunHistory:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory; give the run_dir of a `moe train`")
     metrics = run_dir / "metrics.jsonl"
-    rows, torn, repeated = _read_metrics(metrics, run_dir)
+    columns = Columns()
+    rows, torn, repeated = _read_metrics(metrics, run_dir, columns)
     steps = sorted(rows)
-    columns = np.array([rows[step].scalars for step in steps], dtype=float).T
-    series: dict[str, np.ndarray] = dict(zip((*SCALARS, WORST_LAYER), columns, strict=True))
     frame_steps, frames = _read_frames(metrics, [(step, rows[step]) for step in steps if rows[step].shares])
     text, config = _read_config(run_dir / "config.yaml")
     return RunHistory(
         name=run_dir.resolve().name,
         steps=np.array(steps),
-        series=series,
+        series=columns.series([rows[step].scalars for step in steps]),
+        by_layer=columns.by_layer,
         val_by_source=_by_source([rows[step].by_source for step in steps]),
         frame_steps=frame_steps,
         frames=frames,
@@ -129,12 +118,6 @@ class _Row:
     offset: int  # bytes, where the line starts
 
 
-def _number(value: Any) -> float:
-    """A finite float, or NaN for anything else (null, NaN, text, a missing key)."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if is_number else math.nan
-
-
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(byte offset, object) per line that isn't blank; None for a line that is no JSON object."""
     offset = 0
@@ -149,7 +132,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             offset += len(raw)
 
 
-def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], int, int]:
+def _read_metrics(path: Path, run_dir: Path, columns: Columns) -> tuple[dict[int, _Row], int, int]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; train first: `moe train run_dir={run_dir}`")
     rows: dict[int, _Row] = {}
@@ -161,11 +144,10 @@ def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], int, int]
             torn += 1
             continue
         repeated += step in rows
-        layers = [_number(value) for value in line.get("load_balancing_loss_layers") or []]
         by_source = line.get("val_loss_by_source")
         rows[step] = _Row(
-            scalars=[_number(line.get(key)) for key in SCALARS] + [max(layers, default=math.nan)],
-            by_source={str(name): _number(value) for name, value in by_source.items()}
+            scalars=columns.row(line),
+            by_source={str(name): number(value) for name, value in by_source.items()}
             if isinstance(by_source, dict)
             else None,
             shares=_shape(line.get("expert_shares")),
@@ -182,7 +164,7 @@ def _shape(shares: Any) -> tuple[int, int] | None:
     if not isinstance(shares, list) or not shares or not all(isinstance(layer, list) for layer in shares):
         return None
     widths = {len(layer) for layer in shares}
-    if len(widths) != 1 or 0 in widths or not all(math.isfinite(_number(x)) for layer in shares for x in layer):
+    if len(widths) != 1 or 0 in widths or not all(math.isfinite(number(x)) for layer in shares for x in layer):
         return None
     return len(shares), widths.pop()
 

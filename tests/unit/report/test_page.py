@@ -499,3 +499,17 @@ def test_expert_colours_are_told_apart_by_every_eye(fills: tuple[str, ...], sigh
 def test_text_is_readable_on_every_expert_colour() -> None:
     assert min(contrast(fill, palette.INK_LIGHT) for fill in palette.EXPERT_FILLS_LIGHT) >= 4.5
     assert min(contrast(fill, palette.INK_DARK) for fill in palette.EXPERT_FILLS_DARK) >= 4.5
+
+
+def test_metrics_of_a_new_router_have_charts_by_their_names(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[5:]:
+        line |= {"score_penalty": 0.25, "score_penalty_layers": [0.125, 0.375], "largest_bias_layers": [1.0, None]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    assert np.isnan(run.of("score_penalty")[:5]).all()
+    assert (run.of("score_penalty_worst_layer")[5:] == 0.375).all()
+    text, _ = report(folder)
+    assert "Score penalty" in text
+    assert "Load-balancing loss" in text
