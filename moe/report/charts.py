@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from moe.report.plots import Chart, Reference, Series, finite, line_chart
-from moe.report.reader import WORST_LAYER, RunHistory
+from moe.report.reader import HIGHEST_LAYER, RunHistory
 from moe.report.scales import count, downsample, short
 
 RECENT = 20  # steps whose mean steadies a figure that is noisy from step to step
@@ -139,26 +139,8 @@ def training_charts(run: RunHistory) -> str:
 
 
 def balance_charts(run: RunHistory) -> str:
-    experts = run.setting("router.num_experts")
-    if not experts and run.frames:
-        experts = len(run.frames[-1][0])
-    balance = Chart(
-        "Load-balancing loss",
-        "E Σ f·P, unscaled",
-        [_series(run, "load_balancing_loss", "mean"), _series(run, WORST_LAYER, "worst layer", "s1")],
-        [Reference("minimum", 1.0)],
-        note="1.0 is an even load, the formula's minimum.",
-        least_span=0.02,
-    )
-    entropy = Chart(
-        "Router entropy",
-        "nats per token",
-        [_series(run, "router_entropy", "router entropy")],
-        _reference("undecided, ln E", math.log(experts)) if type(experts) is int and experts > 1 else [],
-        note="0: every token is sure of one expert.",
-        floor=0.0,
-    )
-    charts = [
+    """What follows from the counts, and a chart of each thing that the routers measured."""
+    counted = [
         Chart(
             "MaxVio",
             "mean over layers",
@@ -167,8 +149,6 @@ def balance_charts(run: RunHistory) -> str:
             floor=0.0,
             least_span=0.1,
         ),
-        balance,
-        entropy,
         Chart(
             "Dead experts",
             "expert–layer pairs",
@@ -187,16 +167,63 @@ def balance_charts(run: RunHistory) -> str:
             least_span=0.01,
             percent=True,
         ),
-        Chart(
-            "Router z-loss",
-            "mean of squared log-sum-exp",
-            [_series(run, "router_z_loss", "z-loss")],
-            note="Keeps the router's logits small.",
-            floor=0.0,
-            may_log=True,
-        ),
     ]
-    return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(charts)])
+    measured = [_KNOWN.get(name, _measured)(run, name) for name in run.router_metrics]
+    return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(counted + measured)])
+
+
+def _measured(run: RunHistory, name: str) -> Chart:
+    """A loss or diagnostic of which nothing but its name is known."""
+    title = name.replace("_", " ").capitalize()
+    return Chart(
+        title,
+        "mean over layers",
+        [_series(run, name, "mean"), _series(run, name + HIGHEST_LAYER, "highest layer", "s1")],
+    )
+
+
+def _load_balancing_loss(run: RunHistory, name: str) -> Chart:
+    return Chart(
+        "Load-balancing loss",
+        "E Σ f·P, unscaled",
+        [_series(run, name, "mean"), _series(run, name + HIGHEST_LAYER, "worst layer", "s1")],
+        [Reference("minimum", 1.0)],
+        note="1.0 is an even load, the formula's minimum.",
+        least_span=0.02,
+    )
+
+
+def _router_entropy(run: RunHistory, name: str) -> Chart:
+    experts = run.setting("router.num_experts")
+    if not experts and run.frames:
+        experts = len(run.frames[-1][0])
+    return Chart(
+        "Router entropy",
+        "nats per token",
+        [_series(run, name, "router entropy")],
+        _reference("undecided, ln E", math.log(experts)) if type(experts) is int and experts > 1 else [],
+        note="0: every token is sure of one expert.",
+        floor=0.0,
+    )
+
+
+def _router_z_loss(run: RunHistory, name: str) -> Chart:
+    return Chart(
+        "Router z-loss",
+        "mean of squared log-sum-exp",
+        [_series(run, name, "z-loss")],
+        note="Keeps the router's logits small.",
+        floor=0.0,
+        may_log=True,
+    )
+
+
+# Of these there is more to say than the name; a router's metric needs no entry to be shown.
+_KNOWN = {
+    "load_balancing_loss": _load_balancing_loss,
+    "router_entropy": _router_entropy,
+    "router_z_loss": _router_z_loss,
+}
 
 
 def _dead(run: RunHistory) -> str:
