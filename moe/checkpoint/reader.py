@@ -24,6 +24,7 @@ from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
 from moe.errors import UserError
 from moe.model.build import empty_model
 from moe.model.transformer import Transformer
+from moe.sparse import routers_of
 
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
 
@@ -152,6 +153,9 @@ def load_model(folder: Path) -> Transformer:
     # In place: the tensors share the parameters' memory.
     reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})
     reader.fill_untrained(model)
+    step = read_state(folder).step
+    for router in routers_of(model):
+        router.begin_step(max(0, step - 1), config.train.steps)  # the last step that it was trained in
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import Config
 from moe.config.migrate import check_overrides, migrate
-from moe.config.router import registered_router, router_kinds
+from moe.config.router import registered_router, router_kinds, saved_kind
 from moe.config.rules import require
 from moe.config.suggest import closest, dotted_keys, no_such_key
 from moe.errors import UserError
@@ -69,9 +70,12 @@ def _one_line(error: BaseException, overrides: list[str], known: list[str]) -> s
             keys = ", ".join(key for key in known if key.startswith(f"{section}."))
             return f"{override}: there is no preset {value}; {section} is set by its keys, {keys}"
         return f"{override}: {_one_line(error.__cause__, [], known)}"
-    missing = re.match(r"In '.*': Could not find '(?P<group>\w+)/(?P<name>.*)'", text)
+    missing = re.match(r"In '.*': Could not (find|load) '(?P<group>\w+)/(?P<name>[^']*)'", text)
     if missing:
         group, name = missing["group"], missing["name"]
+        if group == "router" and name.endswith("_schema"):  # named by a YAML's defaults
+            kind = name.removesuffix("_schema")
+            return f"router.kind={kind} must be one of {', '.join(router_kinds())}: import the module that registers it"
         near = closest(name, choices(group))
         meant = f"; did you mean {group}={near}?" if near else ""
         return f"{group}={name} must be one of {', '.join(choices(group))}{meant}{_HINTS.get(group, '')}"
@@ -113,7 +117,9 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
 
 
 def _search_path() -> list[str]:
-    return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in _added_dirs)}]"] if _added_dirs else []
+    """Quoted: a folder's name may hold spaces and commas."""
+    folders = json.dumps([f"file://{folder}" for folder in _added_dirs], ensure_ascii=False)
+    return [f"hydra.searchpath={folders}"] if _added_dirs else []
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:
@@ -122,12 +128,6 @@ def _typed(schema: type, *, router: object) -> DictConfig:
     if "router" in node:
         node.router = "???" if router is None else OmegaConf.structured(registered_router(router).schema)
     return node
-
-
-def _kind(saved: dict[Any, Any]) -> object:
-    """`router.kind` of a config.yaml; before there were kinds, every router was top-k."""
-    section = saved.get("router")
-    return section.get("kind", "topk") if isinstance(section, dict) else "topk"
 
 
 def _keys(node: DictConfig | ListConfig) -> list[str]:
@@ -172,7 +172,7 @@ def read_config(path: Path, schema: type = Config) -> Any:
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         require(isinstance(saved, dict), "must be a mapping of keys")
-        defaults = _typed(schema, router=_kind(saved))
+        defaults = _typed(schema, router=saved_kind(saved.get("router")))
         return to_config(OmegaConf.merge(defaults, migrate(saved)))
     # YAML's reader is one that makes no objects: a tag that asks for one is an error too.
     except (OSError, UserError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:

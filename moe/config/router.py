@@ -6,7 +6,11 @@ configs/router/.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from moe.config.choices import DropPolicy
 from moe.config.rules import not_negative, positive, require, share
@@ -87,6 +91,18 @@ def registered_router(kind: object) -> RegisteredRouter:
         isinstance(kind, str) and kind in _ROUTERS, f"router.kind={kind} must be one of {', '.join(sorted(_ROUTERS))}"
     )
     return _ROUTERS[str(kind)]
+
+
+def saved_kind(section: object) -> object:
+    """`kind` of a config.yaml's section `router`; before there were kinds, every router was top-k."""
+    return section.get("kind", "topk") if isinstance(section, Mapping) else "topk"
+
+
+def saved_router(section: Mapping[str, Any]) -> RouterConfig:
+    """A config.yaml's section `router`, checked. Raises UserError, OmegaConfBaseException."""
+    defaults = OmegaConf.structured(registered_router(saved_kind(section)).schema)
+    config: Any = OmegaConf.to_object(OmegaConf.merge(defaults, section))
+    return config
 
 
 def router_kinds() -> list[str]:

@@ -7,9 +7,8 @@ from html import escape
 
 import numpy as np
 
-from moe.report.columns import WORST
 from moe.report.plots import Chart, Reference, Series, finite, line_chart
-from moe.report.reader import RunHistory
+from moe.report.reader import HIGHEST_LAYER, RunHistory
 from moe.report.scales import count, downsample, short
 
 RECENT = 20  # steps whose mean steadies a figure that is noisy from step to step
@@ -19,7 +18,7 @@ STYLES = 6  # line styles of page.css: colours and dashes
 def tiles(run: RunHistory) -> str:
     """The final figures as a definition list."""
     val, unigram, violation = run.last("val_loss"), run.last("val_unigram_entropy"), run.last("max_violation")
-    rate = finite(run.of("tokens_per_second"))
+    rate = finite(run.series["tokens_per_second"])
     asked, done = run.setting("train.steps"), int(run.steps[-1])
     gap = unigram - val
     entries = [
@@ -51,7 +50,7 @@ def _tile(name: str, value: str, unit: str, note: str) -> str:
 
 
 def _best(run: RunHistory) -> str:
-    values = run.of("val_loss")
+    values = run.series["val_loss"]
     if not np.isfinite(values).any():
         return "no evaluation yet"
     best = int(np.nanargmin(values))
@@ -63,12 +62,12 @@ def _best(run: RunHistory) -> str:
 def _recent_violation(run: RunHistory) -> str:
     if not run.sparse:
         return "dense model: no router"
-    recent = finite(run.of("max_violation"))[-RECENT:]
+    recent = finite(run.series["max_violation"])[-RECENT:]
     return f"0 is even; mean of last {len(recent)}: {short(float(recent.mean()))}" if len(recent) else ""
 
 
 def _mfu(run: RunHistory) -> str:
-    mfu = finite(run.of("mfu"))
+    mfu = finite(run.series["mfu"])
     return f"median; {100 * float(np.median(mfu)):.3g} % of peak FLOP/s" if len(mfu) else "median over steps"
 
 
@@ -78,12 +77,12 @@ def _tokens(run: RunHistory) -> str:
 
 
 def _series(run: RunHistory, key: str, name: str, style: str = "s0", *, evaluations: bool = False) -> Series:
-    return Series(name, downsample(run.steps, run.of(key), sparse=evaluations), style, dots=evaluations)
+    return Series(name, downsample(run.steps, run.series[key], sparse=evaluations), style, dots=evaluations)
 
 
 def _gaps(run: RunHistory, key: str) -> str:
     """Says that steps are missing from a curve: a NaN must not vanish without a word."""
-    missing = int((~np.isfinite(run.of(key))).sum())
+    missing = int((~np.isfinite(run.series[key])).sum())
     return f"{missing:,} of {len(run.steps):,} steps have no finite value here." if 0 < missing < len(run.steps) else ""
 
 
@@ -140,38 +139,8 @@ def training_charts(run: RunHistory) -> str:
 
 
 def balance_charts(run: RunHistory) -> str:
-    experts = run.setting("router.num_experts")
-    if not experts and run.frames:
-        experts = len(run.frames[-1][0])
-    described = {
-        "load_balancing_loss": Chart(
-            "Load-balancing loss",
-            "E Σ f·P, unscaled",
-            [_series(run, "load_balancing_loss", "mean"), *_worst(run, "load_balancing_loss")],
-            [Reference("minimum", 1.0)],
-            note="1.0 is an even load, the formula's minimum.",
-            least_span=0.02,
-        ),
-        "router_entropy": Chart(
-            "Router entropy",
-            "nats per token",
-            [_series(run, "router_entropy", "router entropy")],
-            _reference("undecided, ln E", math.log(experts)) if type(experts) is int and experts > 1 else [],
-            note="0: every token is sure of one expert.",
-            floor=0.0,
-        ),
-        "router_z_loss": Chart(
-            "Router z-loss",
-            "mean of squared log-sum-exp",
-            [_series(run, "router_z_loss", "z-loss")],
-            note="Keeps the router's logits small.",
-            floor=0.0,
-            may_log=True,
-        ),
-    }
-    named = [name for name in dict.fromkeys([*described, *run.by_layer]) if np.isfinite(run.of(name)).any()]
-    routers = {name: described.get(name) or _undescribed(run, name) for name in named}
-    charts = [
+    """What follows from the counts, and a chart of each thing that the routers measured."""
+    counted = [
         Chart(
             "MaxVio",
             "mean over layers",
@@ -180,7 +149,6 @@ def balance_charts(run: RunHistory) -> str:
             floor=0.0,
             least_span=0.1,
         ),
-        *(routers.pop(name) for name in ("load_balancing_loss", "router_entropy") if name in routers),
         Chart(
             "Dead experts",
             "expert–layer pairs",
@@ -199,25 +167,67 @@ def balance_charts(run: RunHistory) -> str:
             least_span=0.01,
             percent=True,
         ),
-        *routers.values(),
     ]
-    return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(charts)])
+    measured = [_KNOWN.get(name, _measured)(run, name) for name in run.router_metrics]
+    return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(counted + measured)])
 
 
-def _worst(run: RunHistory, name: str) -> list[Series]:
-    return [_series(run, name + WORST, "worst layer", "s1")] if name + WORST in run.series else []
-
-
-def _undescribed(run: RunHistory, name: str) -> Chart:
-    """A router's metric that this page knows by its name alone."""
+def _measured(run: RunHistory, name: str) -> Chart:
+    """A loss or diagnostic of which nothing but its name is known."""
     title = name.replace("_", " ").capitalize()
     return Chart(
-        title, name, [_series(run, name, "mean over layers"), _series(run, name + WORST, "largest layer", "s1")]
+        title,
+        "mean over layers",
+        [_series(run, name, "mean"), _series(run, name + HIGHEST_LAYER, "highest layer", "s1")],
     )
 
 
+def _load_balancing_loss(run: RunHistory, name: str) -> Chart:
+    return Chart(
+        "Load-balancing loss",
+        "E Σ f·P, unscaled",
+        [_series(run, name, "mean"), _series(run, name + HIGHEST_LAYER, "worst layer", "s1")],
+        [Reference("minimum", 1.0)],
+        note="1.0 is an even load, the formula's minimum.",
+        least_span=0.02,
+    )
+
+
+def _router_entropy(run: RunHistory, name: str) -> Chart:
+    experts = run.setting("router.num_experts")
+    if not experts and run.frames:
+        experts = len(run.frames[-1][0])
+    return Chart(
+        "Router entropy",
+        "nats per token",
+        [_series(run, name, "router entropy")],
+        _reference("undecided, ln E", math.log(experts)) if type(experts) is int and experts > 1 else [],
+        note="0: every token is sure of one expert.",
+        floor=0.0,
+    )
+
+
+def _router_z_loss(run: RunHistory, name: str) -> Chart:
+    return Chart(
+        "Router z-loss",
+        "mean of squared log-sum-exp",
+        [_series(run, name, "z-loss")],
+        note="Keeps the router's logits small.",
+        floor=0.0,
+        may_log=True,
+    )
+
+
+# Of these there is more to say than the name; a router's metric needs no entry to be shown.
+_KNOWN = {
+    "load_balancing_loss": _load_balancing_loss,
+    "router_entropy": _router_entropy,
+    "router_z_loss": _router_z_loss,
+}
+
+
 def _dead(run: RunHistory) -> str:
-    dead = finite(run.of("dead_experts"))
+    dead = finite(run.series["dead_experts"])
     if not len(dead):
         return ""
     most = int(dead.max())
@@ -225,7 +235,7 @@ def _dead(run: RunHistory) -> str:
 
 
 def _dropless(run: RunHistory) -> bool:
-    dropped = finite(run.of("dropped_fraction"))
+    dropped = finite(run.series["dropped_fraction"])
     return "router" in run.config and run.setting("router.capacity_factor") is None and not dropped.any()
 
 

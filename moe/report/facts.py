@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.config.router import RouterConfig, saved_router
+from moe.errors import UserError
 from moe.report.reader import RunHistory
 from moe.report.scales import count
 
@@ -11,7 +15,7 @@ from moe.report.scales import count
 @dataclass(slots=True)
 class Parameters:
     total: int
-    active: int  # per token: `top_k` of the experts
+    active: int  # per token
 
 
 def parameters(run: RunHistory) -> Parameters | None:
@@ -26,13 +30,22 @@ def parameters(run: RunHistory) -> Parameters | None:
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     embeddings = vocab * hidden * (1 if run.setting("model.tie_word_embeddings") else 2)
     rest = embeddings + hidden + layers * (attention + 2 * hidden)
-    experts, top_k = run.setting("router.num_experts"), run.setting("router.top_k")
     if run.setting("model.mlp") == "dense":
         return Parameters(rest + layers * mlp, rest + layers * mlp)
-    if type(experts) is not int or type(top_k) is not int:  # a router that has no fixed number of experts a token
+    router = _router(run)
+    if router is None:
         return None
-    router = hidden * experts
-    return Parameters(rest + layers * (experts * mlp + router), rest + layers * (top_k * mlp + router))
+    rest += layers * router.num_parameters(hidden)
+    return Parameters(rest + layers * router.num_experts * mlp, rest + layers * router.experts_per_token * mlp)
+
+
+def _router(run: RunHistory) -> RouterConfig | None:
+    """The run's router; None where config.yaml has none, or one that this code doesn't know."""
+    try:
+        values = run.setting("router")
+        return saved_router(values) if isinstance(values, dict) else None
+    except (UserError, OmegaConfBaseException):
+        return None
 
 
 def brief(run: RunHistory) -> list[str]:
@@ -44,8 +57,10 @@ def brief(run: RunHistory) -> list[str]:
     elif found is not None:
         phrases.append(f"{count(found.total)} parameters")
     if run.sparse:
-        experts, top_k = run.setting("router.num_experts"), run.setting("router.top_k")
-        phrases.append(f"{experts} experts, top-{top_k}" if experts else "sparse")
+        router = _router(run)
+        phrases.append(
+            f"{router.num_experts} experts, {router.experts_per_token} a token ({router.kind})" if router else "sparse"
+        )
     else:
         phrases.append("dense")
     for key, form in (

@@ -113,9 +113,9 @@ if (routed) {
     tokens.forEach((token, index) => {
       const expert = layers[layer][index];
       counts.set(expert, (counts.get(expert) || 0) + 1);
-      token.className = `t ${classOf(expert)}${expert === only ? " on" : ""}`;
-      token.dataset.e = expert;
-      token.title = `layer ${layer}: expert ${expert}`;
+      token.className = expert === null ? "t" : `t ${classOf(expert)}${expert === only ? " on" : ""}`;
+      token.dataset.e = expert ?? "–";
+      token.title = `layer ${layer}: ${expert === null ? "no expert" : `expert ${expert}`}`;
     });
     for (const chip of chips) {
       const expert = Number(chip.dataset.e);

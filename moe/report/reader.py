@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +21,35 @@ from yaml import YAMLError
 
 from moe.config.migrate import migrate
 from moe.errors import UserError
-from moe.report.columns import Columns, number
 
+SCALARS = (
+    "tokens",
+    "lm_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "max_violation",
+    "dead_experts",
+    "dropped_fraction",
+    "val_loss",
+    "val_bits_per_byte",
+    "val_unigram_entropy",
+)
+LAYERS = "_layers"  # a number NAME beside a list NAME_layers is what the routers measured
+WITHOUT_LAYERS = ("router_z_loss", "router_entropy")  # the same in earlier runs
+HIGHEST_LAYER = "_highest_layer"
 FRAME_NUMBERS = 60_000  # expert shares kept for the heatmap's slider, over all its steps
 FRAMES = 60
 
 
 @dataclass(slots=True)
 class Routing:
-    """First-choice expert of each token of one held-out text; `experts` is [L][T]."""
+    """First-choice expert of each token of one held-out text; `experts` is [L][T], None where no expert took it."""
 
     step: int | None
     tokens: list[str]
-    experts: list[list[int]]
+    experts: list[list[int | None]]
     num_experts: int
 
 
@@ -45,12 +62,15 @@ class TextSample:
 
 @dataclass(slots=True)
 class RunHistory:
-    """Everything the page shows. Series have one float per step, NaN where the run wrote none (or no finite one)."""
+    """Everything the page shows. Series have one float per step, NaN where the run wrote none (or no finite one).
+
+    `series` has SCALARS, each of `router_metrics` (names of losses and diagnostics), and their highest layer.
+    """
 
     name: str
     steps: np.ndarray
-    series: dict[str, np.ndarray]  # by metric; `of` gives one, also where the run has none of it
-    by_layer: list[str]  # metrics with a value for each layer: what the routers named
+    series: dict[str, np.ndarray]
+    router_metrics: list[str]
     val_by_source: dict[str, np.ndarray]
     frame_steps: list[int]
     frames: list[list[list[float]]]  # [frame][L][E], the last one is the last step's
@@ -61,14 +81,9 @@ class RunHistory:
     torn_lines: int
     repeated_steps: int
 
-    def of(self, key: str) -> np.ndarray:
-        """One metric's series; all NaN where metrics.jsonl has none."""
-        return self.series[key] if key in self.series else np.full(len(self.steps), math.nan)
-
     def last(self, key: str) -> float:
         """The last finite value, or NaN."""
-        values = self.of(key)
-        finite = values[np.isfinite(values)]
+        finite = self.series[key][np.isfinite(self.series[key])]
         return float(finite[-1]) if len(finite) else math.nan
 
     def setting(self, dotted: str) -> Any:
@@ -80,7 +95,7 @@ class RunHistory:
 
     @property
     def sparse(self) -> bool:
-        return any(np.isfinite(self.of(key)).any() for key in ("load_balancing_loss", "max_violation"))
+        return any(np.isfinite(self.series[key]).any() for key in ("max_violation", *self.router_metrics))
 
 
 def read_run(run_dir: Path) -> RunHistory:
@@ -88,16 +103,19 @@ def read_run(run_dir: Path) -> RunHistory:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory; give the run_dir of a `moe train`")
     metrics = run_dir / "metrics.jsonl"
-    columns = Columns()
-    rows, torn, repeated = _read_metrics(metrics, run_dir, columns)
+    rows, columns, torn, repeated = _read_metrics(metrics, run_dir)
     steps = sorted(rows)
+    values = np.full((len(columns), len(steps)), math.nan)
+    for index, step in enumerate(steps):
+        values[: len(rows[step].scalars), index] = rows[step].scalars
+    router_metrics = [name for name in columns if name + HIGHEST_LAYER in columns]
     frame_steps, frames = _read_frames(metrics, [(step, rows[step]) for step in steps if rows[step].shares])
     text, config = _read_config(run_dir / "config.yaml")
     return RunHistory(
         name=run_dir.resolve().name,
         steps=np.array(steps),
-        series=columns.series([rows[step].scalars for step in steps]),
-        by_layer=columns.by_layer,
+        series=dict(zip(columns, values, strict=True)),
+        router_metrics=router_metrics,
         val_by_source=_by_source([rows[step].by_source for step in steps]),
         frame_steps=frame_steps,
         frames=frames,
@@ -112,10 +130,16 @@ def read_run(run_dir: Path) -> RunHistory:
 
 @dataclass(slots=True)
 class _Row:
-    scalars: list[float]
+    scalars: array[float]  # of the columns known when it was read
     by_source: dict[str, float] | None
     shares: tuple[int, int] | None  # layers, experts
     offset: int  # bytes, where the line starts
+
+
+def _number(value: Any) -> float:
+    """A finite float, or NaN for anything else (null, NaN, text, a missing key)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if is_number else math.nan
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -132,10 +156,12 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             offset += len(raw)
 
 
-def _read_metrics(path: Path, run_dir: Path, columns: Columns) -> tuple[dict[int, _Row], int, int]:
+def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], list[str], int, int]:
+    """(rows by step, names of their scalars, torn lines, repeated steps)."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; train first: `moe train run_dir={run_dir}`")
     rows: dict[int, _Row] = {}
+    columns = {name: None for name in SCALARS}  # ordered
     torn = repeated = lines = 0
     for offset, line in _lines(path):
         lines += 1
@@ -144,10 +170,12 @@ def _read_metrics(path: Path, run_dir: Path, columns: Columns) -> tuple[dict[int
             torn += 1
             continue
         repeated += step in rows
+        measured = _router_metrics(line)
+        columns |= dict.fromkeys(measured)
         by_source = line.get("val_loss_by_source")
         rows[step] = _Row(
-            scalars=columns.row(line),
-            by_source={str(name): number(value) for name, value in by_source.items()}
+            scalars=array("d", (measured[key] if key in measured else _number(line.get(key)) for key in columns)),
+            by_source={str(name): _number(value) for name, value in by_source.items()}
             if isinstance(by_source, dict)
             else None,
             shares=_shape(line.get("expert_shares")),
@@ -156,7 +184,17 @@ def _read_metrics(path: Path, run_dir: Path, columns: Columns) -> tuple[dict[int
     if not rows:
         found = "is empty" if not lines else f"holds no step in its {lines} line{'s' * (lines > 1)}"
         raise UserError(f"{path}: {found}; train at least one step: `moe train run_dir={run_dir}`")
-    return rows, torn, repeated
+    return rows, list(columns), torn, repeated
+
+
+def _router_metrics(line: dict[str, Any]) -> dict[str, float]:
+    """Each loss and diagnostic of the routers, and its highest layer's (NaN where the run wrote none)."""
+    names = [name for name in line if name in WITHOUT_LAYERS or isinstance(line.get(name + LAYERS), list)]
+    measured: dict[str, float] = {}
+    for name in names:
+        layers = [_number(value) for value in line.get(name + LAYERS) or []]
+        measured |= {name: _number(line[name]), name + HIGHEST_LAYER: max(layers, default=math.nan)}
+    return measured
 
 
 def _shape(shares: Any) -> tuple[int, int] | None:
@@ -164,7 +202,7 @@ def _shape(shares: Any) -> tuple[int, int] | None:
     if not isinstance(shares, list) or not shares or not all(isinstance(layer, list) for layer in shares):
         return None
     widths = {len(layer) for layer in shares}
-    if len(widths) != 1 or 0 in widths or not all(math.isfinite(number(x)) for layer in shares for x in layer):
+    if len(widths) != 1 or 0 in widths or not all(math.isfinite(_number(x)) for layer in shares for x in layer):
         return None
     return len(shares), widths.pop()
 
@@ -231,7 +269,7 @@ def _read_routing(path: Path) -> Routing | None:
         raise UserError(f"{path}: experts must be one list a layer and num_experts={count!r} an integer; {fix}")
     for layer, ids in enumerate(experts):
         fits = isinstance(ids, list) and len(ids) == len(tokens)
-        if not fits or not all(type(one) is int and 0 <= one < count for one in ids):
+        if not fits or not all(one is None or (type(one) is int and 0 <= one < count) for one in ids):
             raise UserError(f"{path}: layer {layer} needs {len(tokens)} expert ids in 0…{count - 1}; {fix}")
     step = data.get("step")
     return Routing(step if type(step) is int else None, tokens, experts, count)

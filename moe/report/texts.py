@@ -19,12 +19,13 @@ CONFIG_CHARACTERS = 100_000
 
 
 def coloured_text(routing: Routing) -> str:
-    """One held-out text; each token on the colour of its first expert in the chosen layer (the first at the start)."""
+    """One held-out text; each token on the colour of its first expert in the chosen layer (the first at the start),
+    or on none where no expert took it."""
     shown = min(len(routing.tokens), TOKENS_SHOWN)
     experts = [ids[:shown] for ids in routing.experts]
     counts = Counter(experts[0])
     spans = "".join(
-        f'<span class="t {expert_class(expert)}" data-e="{expert}">{_visible(token)}</span>'
+        f'<span class="{_token_class(expert)}" data-e="{"–" if expert is None else expert}">{_visible(token)}</span>'
         for token, expert in zip(routing.tokens[:shown], experts[0], strict=True)
     )
     radios = "".join(
@@ -49,6 +50,10 @@ def coloured_text(routing: Routing) -> str:
 <div class="tokens" tabindex="0" role="region" aria-label="The text, token by token">{spans}</div>
 <script type="application/json">{embed(experts)}</script>
 </figure>"""
+
+
+def _token_class(expert: int | None) -> str:
+    return "t" if expert is None else f"t {expert_class(expert)}"
 
 
 def _visible(token: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,13 +73,11 @@ class Evaluation:
         return metrics, routing
 
 
-def _first_experts(router: RouterOutput, tokens: int) -> list[int]:
-    """Each of the first tokens' best expert; −1 where none took it."""
-    choices = router.choices
-    first_T = torch.full((choices.num_tokens,), -1, device=choices.experts_N.device)
-    # Backwards, so that a token's first choice is written last.
-    first_T[choices.tokens_N.flip(0)] = choices.experts_N.flip(0)
-    return first_T[:tokens].tolist()
+def _first_experts(router: RouterOutput, tokens: int) -> list[int | None]:
+    """Each of the first tokens' best expert; None where none took it."""
+    tokens_N, experts = router.choices.tokens_N.cpu(), router.choices.experts_N.tolist()
+    starts = torch.searchsorted(tokens_N, torch.arange(tokens + 1)).tolist()
+    return [experts[start] if start < end else None for start, end in pairwise(starts)]
 
 
 def _loss_by_sequence(logits_BSV: Tensor | None, labels_BS: Tensor) -> Tensor:

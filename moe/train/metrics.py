@@ -18,7 +18,8 @@ from moe.distributed.mesh import Mesh
 from moe.sparse.balance import max_violation
 from moe.sparse.routers.base import RouterOutput
 
-NO_ROUTERS: dict[str, Any] = {  # of a dense model
+# In every line, whatever the model: null in a dense one, and the loss where the routers have none of this name.
+ALWAYS: dict[str, Any] = {
     "load_balancing_loss": None,
     "max_violation": None,
     "dead_experts": None,
@@ -78,9 +79,10 @@ class StepSums:
         metrics: dict[str, Any] = {
             "loss": packed[1].item() / micro_batches,
             "lm_loss": packed[0].item() / max(1, targets),
+            **ALWAYS,
         }
         if not counts:
-            return metrics | NO_ROUTERS
+            return metrics
         by_name: dict[str, list[Tensor]] = {}  # sums over micro-batches and ranks, a layer each
         for name, value in zip(chain.from_iterable(self._names), packed[2:], strict=True):
             by_name.setdefault(name, []).append(value)
@@ -99,9 +101,13 @@ class StepSums:
 
 
 DROPPED = "dropped"
+TAKEN = {DROPPED, "loss", "lm_loss", *ALWAYS} - {"load_balancing_loss"}
 
 
 def _scalars(router: RouterOutput) -> dict[str, Tensor]:
+    twice = router.losses.keys() & router.diagnostics.keys()
+    taken = (router.losses.keys() | router.diagnostics.keys()) & TAKEN
+    assert not twice | taken, f"{sorted(twice | taken)}: a router's names must differ, also from other metrics'"
     return {name: loss.value for name, loss in router.losses.items()} | router.diagnostics | {DROPPED: router.dropped}
 
 

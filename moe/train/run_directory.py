@@ -14,7 +14,7 @@ from moe.config.compose import read_config
 from moe.errors import UserError
 
 # What a checkpoint's tensors and token ids depend on: another value can't continue the run.
-FIXED = ("model", "router.num_experts", "tokenizer")
+FIXED = ("model", "router.kind", "router.num_experts", "tokenizer")
 # The same mathematics, computed, cut, watched or stored in another way. Of the data, its fingerprint decides.
 NEUTRAL = (
     "run_dir", "engine", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention", "model.recompute",

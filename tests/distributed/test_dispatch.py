@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, TopKRouterConfig
-from moe.sparse import SparseMLP
+from moe.sparse import SparseMLP, build_sparse_mlp
+from tests.expert_choice_router import ExpertChoiceRouter
 from tests.ranks import run_ranks
 
 HIDDEN, INNER, LENGTH, EXPERTS = 16, 24, 12, 8
@@ -27,10 +28,13 @@ class Case:
     closed_on_first: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     backend: ExpertBackend = ExpertBackend.auto
+    expert_choice: bool = False
 
     def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
         config = TopKRouterConfig(**{"num_experts": EXPERTS, **self.router})
-        layer = SparseMLP(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
+        layer = build_sparse_mlp(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
+        if self.expert_choice:
+            layer.gate = ExpertChoiceRouter(HIDDEN, config)
         with torch.no_grad():
             for weight, seed in layer.experts.draws(lambda name, expert: len(name) * 100 + expert):
                 weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
@@ -66,6 +70,9 @@ CASES = {
     "capacity by position": Case({"capacity_factor": 0.75}),
     "capacity by probability": Case({"capacity_factor": 0.75, "drop_policy": DropPolicy.probability}),
     "capacity, rank idle": Case({"capacity_factor": 0.75}, closed=(4, 5, 6, 7)),
+    "expert choice": Case(expert_choice=True),
+    "expert choice, float64": Case(expert_choice=True, dtype=torch.float64),
+    "expert choice, a sequence's worth each": Case({"top_k": EXPERTS}, expert_choice=True),
     "loop, rank idle": Case(closed=(4, 5, 6, 7), backend=ExpertBackend.loop),
 }
 
@@ -90,7 +97,9 @@ def _rank_runs_all_cases(store: str, ranks: int) -> dict[str, dict[str, Tensor]]
             xs, grads = case.batch(ranks)
             results[name] = _step(case.layer(dist.group.WORLD), xs[rank], grads[rank])
         with pytest.raises(ValueError, match=f"parallel.expert_parallel_size={ranks} must divide router.num_experts=9"):
-            SparseMLP(HIDDEN, INNER, TopKRouterConfig(num_experts=9), ExpertsConfig(), expert_group=dist.group.WORLD)
+            build_sparse_mlp(
+                HIDDEN, INNER, TopKRouterConfig(num_experts=9), ExpertsConfig(), expert_group=dist.group.WORLD
+            )
         return results
     finally:
         dist.destroy_process_group()

@@ -18,7 +18,7 @@ from torch import nn
 
 from moe.model.build import build_model
 from moe.sparse.balance import balance_loss
-from tests.distributed.training import Training, build, config_of, engine_steps, gathered, micro_batches
+from tests.distributed.training import Training, build, config_of, engine_steps, gathered, micro_batches, router_buffers
 from tests.ranks import run_ranks
 
 STEPS = 20
@@ -40,6 +40,8 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     "dropout": (["model.hidden_dropout=0.1", "model.recompute=mlp"], []),
     "router jitter": (["router.jitter_noise=0.1", "model.recompute=block"], []),
     "loop": (["experts.backend=loop"], []),
+    "a router with state": (["router=bias", "router.rate=0.02"], []),
+    "a router with state, recompute block, ZeRO-2": (["router=bias", "model.recompute=block", ZERO_2], []),
 }
 
 
@@ -49,6 +51,7 @@ class Differences:
     norm: float
     weights: float
     moments: float
+    buffers_equal: bool
 
 
 def _all_cases(world_size: int) -> dict[tuple[int, str], Training]:
@@ -62,6 +65,7 @@ def _all_cases(world_size: int) -> dict[tuple[int, str], Training]:
             mesh, engine = build(config, idle)
             done = engine_steps(config, mesh, engine, 0, STEPS)
             done.state = engine.optimizer_state.gather()
+            done.buffers = router_buffers(engine)
             results[expert, name] = done
     return results
 
@@ -76,6 +80,7 @@ def _plain_steps(overrides: list[str], idle: list[int], steps: int = STEPS) -> T
     mesh, engine = build(config, idle)
     done = engine_steps(config, mesh, engine, 0, steps)
     done.state = engine.optimizer_state.gather()
+    done.buffers = router_buffers(engine)
     return done
 
 
@@ -111,6 +116,11 @@ def differences(ranks: int, expert: int, name: str) -> Differences:
         norm=max(_largest(result.norms, expected.norms) for result in results),
         weights=errors["weights"],
         moments=max(errors["exp_avg"], errors["exp_avg_sq"]),
+        buffers_equal=all(
+            result.buffers.keys() == expected.buffers.keys()
+            and all(torch.equal(buffer, expected.buffers[key]) for key, buffer in result.buffers.items())
+            for result in results
+        ),
     )
 
 
@@ -122,6 +132,7 @@ def test_deepspeed_equals_the_plain_engine(ranks: int, expert: int, name: str) -
     assert found.norm <= 2e-6
     assert found.weights <= 5e-6
     assert found.moments <= 2e-5
+    assert found.buffers_equal
     for result in launched(ranks):
         assert result[expert, name].counts == reference(name).counts, "the router chose otherwise"
 
@@ -135,6 +146,12 @@ def test_the_cases_are_what_they_say() -> None:
         assert (counts.sum((0, 1)) > 0).sum() == 4 - len(idle)
     assert any(result[4, "experts idle on some ranks"].idle_here for result in launched(4))
     assert (torch.tensor(reference("experts idle on some ranks").counts).sum((0, 1)) > 0).all()
+
+
+def test_the_router_has_state_that_moved() -> None:
+    buffers = reference("a router with state").buffers
+    assert {name.rpartition(".")[2] for name in buffers} == {"bias", "moved"}
+    assert all(buffer.count_nonzero() > 0 for buffer in buffers.values())
 
 
 def test_another_seed_would_be_seen() -> None:

@@ -21,6 +21,7 @@ from moe.checkpoint.writer import Saver
 from moe.config import CheckpointConfig
 from moe.config.compose import read_config, to_yaml
 from moe.engine.base import Engine
+from moe.sparse import routers_of
 from moe.train.objective import training_step
 from tests.distributed.training import build, config_of, engine_steps, gathered, micro_batches
 from tests.ranks import run_ranks
@@ -162,3 +163,25 @@ def test_its_losses_and_diagnostics_are_metrics() -> None:
         "max_violation",
     } <= found.keys()
     assert "router_z_loss" not in found
+
+
+def _steps_known(folder: Path) -> list[tuple[int, int]]:
+    """What the first router knows in a forward pass of step 2, after that step, and in the model of its checkpoint."""
+    config = config_of([*_overrides(1), "train.steps=20", "model.recompute=block"])
+    mesh, engine = build(config)
+    router = next(iter(routers_of(engine.model)))
+    seen: set[tuple[int, int]] = set()
+    router.register_forward_hook(lambda *_: seen.add((router.step, router.total_steps)))
+    engine_steps(config, mesh, engine, 0, 2)
+    seen.clear()
+    engine_steps(config, mesh, engine, 2, 1)
+    (in_the_step,) = seen  # forward passes and their recomputations
+    saver = Saver(folder, mesh, CheckpointConfig(), print, print)
+    saver.save(engine, TrainState(step=3), to_yaml(config))
+    assert saver.wait()
+    loaded = next(iter(routers_of(load_model(folder / "checkpoints" / "step_00000003"))))
+    return [in_the_step, (router.step, router.total_steps), (loaded.step, loaded.total_steps)]
+
+
+def test_a_schedule_sees_one_step_in_recomputation_evaluation_and_generation(tmp_path: Path) -> None:
+    assert run_ranks(1, _steps_known, tmp_path) == [[(2, 20)] * 3]

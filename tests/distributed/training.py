@@ -20,6 +20,9 @@ from moe.engine.base import Engine
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.train.objective import training_step
+from tests.bias_router.router import install
+
+install()  # router=bias
 
 # DeepSpeed imports it when an engine is made: seconds, which every forked rank would spend.
 importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -41,6 +44,7 @@ class Training:
     idle_here: bool = False  # some expert had no token from this rank in some micro-batch
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     experts: set[str] = field(default_factory=set)
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # of the routers
 
 
 def config_of(overrides: list[str]) -> Config:
@@ -84,6 +88,10 @@ def build(
     starve(model, idle or []) if idle else None
     change(model) if change else None
     return mesh, build_engine(model, config, mesh)
+
+
+def router_buffers(engine: Engine) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in engine.model.named_buffers() if ".gate." in name}
 
 
 def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: int) -> Training:

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "sparse": {"kernels", "config", "errors"},
     "model": {"kernels", "sparse", "config"},
     "engine": {"distributed", "sparse", "config", "errors"},
-    "checkpoint": {"engine", "distributed", "model", "config", "errors", "durable", "__init__"},
+    "checkpoint": {"engine", "distributed", "model", "sparse", "config", "errors", "durable", "__init__"},
     "data": {"config", "errors", "durable"},
     "plan": {"kernels", "config", "errors"},
     "inference": {"model", "data", "config", "errors"},

@@ -38,8 +38,8 @@ class Choices:
         experts_N, weights_N = experts_TK.flatten(), weights_TK.flatten()
         if keep_TK is None:
             return cls(tokens_N, experts_N, weights_N, tokens, per_token)
-        keep_N = keep_TK.flatten()
-        return cls(tokens_N[keep_N], experts_N[keep_N], weights_N[keep_N], tokens)
+        kept_N = keep_TK.flatten().nonzero().squeeze(1)
+        return cls(tokens_N[kept_N], experts_N[kept_N], weights_N[kept_N], tokens)
 
 
 class RouterLoss(NamedTuple):
@@ -88,7 +88,7 @@ class Router(nn.Module):
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Optimizer step number `step` (0-based) of `total_steps` begins, for schedules. The same on all ranks, and
-        unchanged until the next one, also where activations are recomputed."""
+        unchanged until the next one: where activations are recomputed, in evaluation, and in a checkpoint's model."""
         self.step, self.total_steps = step, total_steps
 
     def after_step(self, counts_E: Tensor) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -167,6 +168,50 @@ def test_page_shows_the_runs_figures(tmp_path: Path) -> None:
     assert "def read_300(path)" in page.overrides
     assert "num_key_value_heads" in page.overrides
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [], "nothing left beside"
+
+
+def _with_metrics(folder: Path, change: Callable[[dict], dict]) -> Path:
+    path = folder / "metrics.jsonl"
+    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_whatever_a_router_measured_is_charted_by_its_name(tmp_path: Path) -> None:
+    """No list of names: a number that also comes per layer is the routers'."""
+    folder = _with_metrics(
+        fake_run(tmp_path / "run", steps=30),
+        lambda line: line | {"bias_range": 0.25, "bias_range_layers": [0.125, 0.375]} if line["step"] > 10 else line,
+    )
+    run = read_run(folder)
+    assert "bias_range" in run.router_metrics
+    assert np.isnan(run.series["bias_range"][:10]).all()
+    assert (run.series["bias_range"][10:] == 0.25).all()
+    assert (run.series["bias_range_highest_layer"][10:] == 0.375).all()
+    assert "<h3>Bias range</h3>" in report(folder)[0]
+
+
+def test_a_router_without_a_balance_loss_has_no_chart_of_one(tmp_path: Path) -> None:
+    gone = ("load_balancing_loss_layers", "router_z_loss", "router_entropy")
+    folder = _with_metrics(
+        fake_run(tmp_path / "run", steps=30),
+        lambda line: {key: value for key, value in line.items() if key not in gone} | {"load_balancing_loss": None},
+    )
+    text, page = report(folder)
+    assert "<h3>MaxVio</h3>" in text
+    assert "<h3>Load-balancing loss</h3>" not in text
+    assert "dense model" not in page.overrides
+
+
+def test_a_token_that_no_expert_took_has_no_colour(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", steps=3)
+    routing = json.loads((folder / "routing.json").read_text())
+    routing["experts"][0][1] = None
+    (folder / "routing.json").write_text(json.dumps(routing))
+    _, page = report(folder)
+    spans = [a for tag, a in page.elements if tag == "span" and (a.get("class") or "").split(" ")[0] == "t"]
+    assert [a["data-e"] for a in spans[:3]] == [str(routing["experts"][0][0]), "–", str(routing["experts"][0][2])]
+    assert spans[1]["class"] == "t"
 
 
 def test_heatmap_shows_every_share_of_the_last_step(tmp_path: Path) -> None:
@@ -499,17 +544,3 @@ def test_expert_colours_are_told_apart_by_every_eye(fills: tuple[str, ...], sigh
 def test_text_is_readable_on_every_expert_colour() -> None:
     assert min(contrast(fill, palette.INK_LIGHT) for fill in palette.EXPERT_FILLS_LIGHT) >= 4.5
     assert min(contrast(fill, palette.INK_DARK) for fill in palette.EXPERT_FILLS_DARK) >= 4.5
-
-
-def test_metrics_of_a_new_router_have_charts_by_their_names(tmp_path: Path) -> None:
-    folder = fake_run(tmp_path / "run")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines[5:]:
-        line |= {"score_penalty": 0.25, "score_penalty_layers": [0.125, 0.375], "largest_bias_layers": [1.0, None]}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = read_run(folder)
-    assert np.isnan(run.of("score_penalty")[:5]).all()
-    assert (run.of("score_penalty_worst_layer")[5:] == 0.375).all()
-    text, _ = report(folder)
-    assert "Score penalty" in text
-    assert "Load-balancing loss" in text

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, TopKRouterConfig
-from moe.sparse import RouterOutput, SparseMLP, balance_loss, build_sparse_mlp
+from moe.sparse import Experts, RouterOutput, SparseMLP, balance_loss, build_sparse_mlp
+from tests.expert_choice_router import ExpertChoiceRouter
 
 HIDDEN, INNER = 16, 24
 
@@ -28,7 +29,11 @@ def _oracle(layer: SparseMLP, x_BSH: Tensor, routed: RouterOutput) -> Tensor:
     weights_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, logits_TE.gather(1, ids_TK).softmax(1))
     kept_TE = torch.zeros_like(logits_TE)
     kept_TE[routed.choices.tokens_N, routed.choices.experts_N] = 1
-    weights_TE = weights_TE * kept_TE
+    return _dense_sum(layer, x_BSH, weights_TE * kept_TE)
+
+
+def _dense_sum(layer: SparseMLP, x_BSH: Tensor, weights_TE: Tensor) -> Tensor:
+    x_TH = x_BSH.flatten(0, 1)
     gate_TEF, up_TEF = torch.einsum("th,egh->teg", x_TH, layer.experts.gate_up_proj).chunk(2, dim=2)
     y_TEH = torch.einsum("tef,ehf->teh", gate_TEF * gate_TEF.sigmoid() * up_TEF, layer.experts.down_proj)
     return (weights_TE.unsqueeze(2) * y_TEH).sum(1).view_as(x_BSH)
@@ -159,3 +164,26 @@ def test_megablocks_without_its_packages_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"experts.backend=megablocks must have") as error:
         layer(torch.randn(1, 4, HIDDEN))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_a_token_may_have_any_number_of_experts(top_k: int) -> None:
+    router = ExpertChoiceRouter(HIDDEN, TopKRouterConfig(num_experts=5, top_k=top_k))
+    layer = SparseMLP(router, Experts(HIDDEN, INNER, 5, ExpertsConfig())).double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    x_BSH = torch.randn(3, 11, HIDDEN, dtype=torch.float64, requires_grad=True)
+    grad_BSH = torch.randn_like(x_BSH)
+    y_BSH, routed = layer(x_BSH)
+    per_token_T = torch.bincount(routed.choices.tokens_N, minlength=33)
+    assert len(per_token_T.unique()) > 1 or top_k == 5
+    assert y_BSH.flatten(0, 1)[per_token_T == 0].count_nonzero() == 0
+    taken_TE = torch.zeros(33, 5, dtype=torch.float64)
+    taken_TE[routed.choices.tokens_N, routed.choices.experts_N] = 1
+    probs_TE = (x_BSH.flatten(0, 1) @ router.weight.t()).softmax(1)
+    expected_BSH = _dense_sum(layer, x_BSH, probs_TE * taken_TE)
+    torch.testing.assert_close(y_BSH, expected_BSH)
+    ours, theirs = (_gradients(layer, x_BSH, y, grad_BSH) for y in (y_BSH, expected_BSH))
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
