@@ -114,12 +114,15 @@ class GuardConfig:
     whose gradient norm is more than so many standard deviations above the mean of the last `spike_window` accepted
     steps (once there are half as many). After `max_skipped` skipped steps in a row the run stops. A rank that makes no
     progress for `hang_seconds` ends the run, so that the launcher can start it again (null: never).
+    `name_stragglers` times every collective (it patches torch's process groups in this process) and warns of a rank
+    that the others wait for.
     """
 
     max_skipped: int = 5
     spike_sigmas: float | None = None
     spike_window: int = 128
     hang_seconds: float | None = 600.0
+    name_stragglers: bool = False
 
     def __post_init__(self) -> None:
         positive("guard", self, "max_skipped", "spike_sigmas", "spike_window", "hang_seconds")

@@ -30,13 +30,14 @@ COLLECTIVES = (  # of all supported versions of torch, which renamed some
 
 
 class CollectiveTiming:
-    """Times this process's collectives until `remove`.
+    """Times this process's collectives until `remove`, if `enabled` (`guard.name_stragglers`): nothing of torch is
+    changed otherwise, and `busy_seconds` stays 0.
 
     A step is what lies between `begin` and `end`; `busy_seconds` is the last whole step's time without its waiting
     (0.0 before there is one). On CUDA call `end` where the host has waited for the step's results anyway.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, *, enabled: bool) -> None:
         self._cuda = mesh.device.type == "cuda"
         self._real: list[tuple[type, str, Any]] = []
         self._inside = False
@@ -44,7 +45,7 @@ class CollectiveTiming:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began = 0.0
         self.busy_seconds = 0.0
-        if mesh.world_size == 1:
+        if mesh.world_size == 1 or not enabled:
             return
         for kind, names in ((ProcessGroup, COLLECTIVES), (Work, ("wait",))):
             for name in names:
@@ -68,7 +69,7 @@ class CollectiveTiming:
         for start, stop in self._events:
             stop.synchronize()
             self._waited += start.elapsed_time(stop) / 1000
-        self.busy_seconds = max(0.0, seconds - self._waited)
+        self.busy_seconds = max(0.0, seconds - self._waited) if self._real else 0.0
         return seconds
 
     def _timed(self, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,7 +93,7 @@ def watch(
         saver=saver,
         state=state,
         guard=Guard(config.guard, state, mesh, display.warn),
-        collective_timing=CollectiveTiming(mesh),
+        collective_timing=CollectiveTiming(mesh, enabled=config.guard.name_stragglers),
         straggler=Straggler(host_names(mesh.world_size), display.warn),
         stop=StopSignals(speaks=mesh.is_main),
         watchdog=watchdog,

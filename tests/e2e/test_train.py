@@ -27,7 +27,7 @@ def whole(moe: Run, corpus: list[str], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("whole") / "run"
     done = moe("train", f"run_dir={folder}", *corpus, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert "experts: 4, top-2, grouped_mm" in done.stdout
+    assert "experts: 4, 2 a token, grouped_mm" in done.stdout
     assert "validation loss" in done.stdout
     return folder
 

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import ProcessGroup, Work
 
+from moe.config.compose import load_config
+from moe.distributed import rendezvous
+from moe.distributed.collective_timing import COLLECTIVES, CollectiveTiming
 from moe.train.straggler import AGAIN, WINDOW, Straggler
 from tests.e2e.conftest import SMALL, read_metrics
 from tests.faults.forked import moe_ranks
+from tests.ranks import run_ranks
 
 SLOW = {"kind": "sleep", "seconds": 0.2, "rank": 1}
 ONLY_STEPS = ["train.eval_every=100", "train.sample_every=100", "checkpoint.every=100"]
@@ -21,7 +26,7 @@ ONLY_STEPS = ["train.eval_every=100", "train.sample_every=100", "checkpoint.ever
 def test_the_slow_rank_is_named_within_20_steps(
     expert_parallel_size: int, corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
-    overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=15"]
+    overrides = [*corpus, *SMALL, *ONLY_STEPS, "guard.name_stragglers=true", "train.steps=15"]
     overrides += [f"parallel.expert_parallel_size={expert_parallel_size}"]
     done = moe_ranks("train", f"run_dir={tmp_path}", *overrides, ranks=2, faults=(SLOW,))
     assert [rank.code for rank in done] == [0, 0], done[0].err
@@ -41,7 +46,8 @@ def test_the_slow_rank_is_named_within_20_steps(
 def test_without_a_straggler_no_rank_is_named(
     corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
-    overrides = [*corpus, *SMALL, *ONLY_STEPS, "train.steps=60", "parallel.expert_parallel_size=2"]
+    overrides = [*corpus, *SMALL, *ONLY_STEPS, "guard.name_stragglers=true", "train.steps=60"]
+    overrides += ["parallel.expert_parallel_size=2"]
     done = moe_ranks("train", f"run_dir={tmp_path}", *overrides, ranks=2)
     assert [rank.code for rank in done] == [0, 0], done[0].err
     assert "is slow" not in done[0].out
@@ -72,3 +78,22 @@ def test_when_a_rank_counts_as_slow() -> None:
     assert not _warnings([[0.9, 0.9, 0.8, 0.9]] * 100), "a rank that is fast"
     assert not _warnings([[0.0, 0.0]] + [[1.0, 1.0], [1.0, 0.0]] * 50), "no time measured yet"
     assert not _warnings([[5.0]] * 100), "no rank to compare with"
+
+
+def _methods() -> dict[str, object]:
+    return {name: vars(ProcessGroup).get(name) for name in COLLECTIVES} | {"wait": vars(Work).get("wait")}
+
+
+def _patched(enabled: bool) -> list[bool]:
+    """Whether torch's methods are others while collectives are timed, and afterwards."""
+    before = _methods()
+    timing = CollectiveTiming(rendezvous.start(1), enabled=enabled)
+    during = _methods()
+    timing.remove()
+    return [during != before, _methods() != before]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_torch_is_patched_only_where_it_was_asked_for(enabled: bool) -> None:
+    assert run_ranks(2, _patched, enabled) == [[enabled, False]] * 2
+    assert load_config([]).guard.name_stragglers is False

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
 from moe.engine.base import OptimizerState, SkipReason, StepResult
+from moe.engine.deepspeed.borrowed import borrow, borrow_value, check_version, require_meaning
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
-from moe.engine.deepspeed.shortcuts import take_shortcuts
+from moe.engine.deepspeed.shortcuts import Shortcuts
 from moe.engine.deepspeed.skip import NormLimit
 from moe.engine.parameters import expert_names, parameter_groups
 from moe.errors import UserError
@@ -68,27 +69,36 @@ def prepare(mesh: Mesh) -> Mesh:
     """The mesh with its expert group: consecutive ranks, whose exchange stays inside a node."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_not_about_overflow)
-    # NOTE: this op would be compiled for 45 s at first use, needs a compiler and sums in another order than gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    check_version()
+    # NOTE: this op would be compiled for 45 s at first use, needs a compiler and sums in another order than gloo. The
+    # whole table is replaced: setting one entry of it makes DeepSpeed probe every op with compiler subprocesses.
+    borrow_value(deepspeed.ops, "__compatible_ops__", lost="an op would be compiled at start-up, and sum otherwise")
+    setattr(deepspeed.ops, "__compatible_ops__", {"deepspeed_shm_comm": False})  # noqa: B010  # unknown to its stubs
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
     if mesh.expert_parallel_size == 1:
         return mesh
     name = _group_name(mesh.expert_parallel_size)
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(mesh.expert_parallel_size)
-    return replace(mesh, expert_group=groups._get_expert_parallel_group(name))
+    lost = "experts would have no process groups"
+    known = borrow(groups, "_get_expert_parallel_group_dict", lost=lost)
+    create = borrow(
+        groups, "_create_expert_and_data_parallel", "expert_parallel_size_", "mp_size", "pp_size", "mp_mode",
+        "use_data_before_expert_parallel_", "folding_spec", lost=lost,
+    )  # fmt: skip
+    if name not in known():
+        create(mesh.expert_parallel_size)
+    return replace(mesh, expert_group=borrow(groups, "_get_expert_parallel_group", "group_name", lost=lost)(name))
 
 
 def _not_about_overflow(record: logging.LogRecord) -> bool:
-    """DeepSpeed calls every refused step an overflow; the run says what it was (moe.train.guard)."""
+    """DeepSpeed calls every skipped step an overflow; moe.train.guard says what it was."""
     return "OVERFLOW!" not in record.getMessage()
 
 
-def _deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
+def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation(data_parallel_size),
+        "gradient_accumulation_steps": config.accumulation(mesh.data_parallel_size),
         "gradient_clipping": config.optim.max_grad_norm,
         "communication_data_type": "fp32",
         # Expert-parallel parameters need contiguous gradients and reduce-scatter in both stages.
@@ -100,7 +110,7 @@ def _deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]
         },
         "steps_per_print": 10**9,
     }
-    if _is_plain(config):
+    if _takes_shortcuts(config, mesh) and _reduces_in_place(config):
         # Saves two copies of every gradient: one larger than a bucket is reduced where it lies.
         settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_GRADIENT}
     if config.parallel.offload_optimizer:
@@ -112,13 +122,13 @@ def _deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]
     return settings
 
 
-def _shares_weights(config: Config) -> bool:
-    """Whether master weights can be the model's own: same precision, same device."""
-    return config.train.precision is Precision.float32 and not config.parallel.offload_optimizer
+def _takes_shortcuts(config: Config, mesh: Mesh) -> bool:
+    """Where they were measured, and where master weights can be the model's own: float32 on a CPU."""
+    return config.train.precision is Precision.float32 and mesh.device.type == "cpu"
 
 
-def _is_plain(config: Config) -> bool:
-    return config.parallel.zero_stage == 1 and config.parallel.expert_parallel_size == 1 and _shares_weights(config)
+def _reduces_in_place(config: Config) -> bool:
+    return config.parallel.zero_stage == 1 and config.parallel.expert_parallel_size == 1
 
 
 class DeepSpeedEngine:
@@ -153,16 +163,19 @@ class DeepSpeedEngine:
         engine, zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=_deepspeed_config(config, mesh.data_parallel_size),
+            config=_deepspeed_config(config, mesh),
             dist_init_required=False,
         )
         # Any: DeepSpeed annotates every kind of engine and optimizer that it could have returned.
         self._engine: Any = engine
         self._zero: Any = zero
         assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1 and experts_train)
-        if _shares_weights(config):
-            take_shortcuts(self._zero, mesh.world_size)
+        self._shortcuts = None
+        if _takes_shortcuts(config, mesh):
+            self._shortcuts = Shortcuts(self._zero, mesh.world_size)
         self._norm = NormLimit(self._zero, mesh)
+        borrow(self._zero, "update_lp_params", lost="the model would compute with old weights after a resume")
+        borrow(self._engine, "was_step_applied", lost="skipped steps would count as applied")
         self.optimizer_state: OptimizerState = ZeroOptimizerState(self._engine.module, zero)
         self._backwards = 0
 
@@ -172,7 +185,7 @@ class DeepSpeedEngine:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps refused, on all ranks together."""
+        """Optimizer steps skipped, on all ranks together."""
         return int(self._engine.skipped_steps)
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
@@ -180,29 +193,36 @@ class DeepSpeedEngine:
         return self._engine(*inputs, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        # × 1 changes no bit; × NaN tells all ranks, through the gradients, of a loss whose own would have been finite.
+        # Multiplying by 1 leaves the loss unchanged. Multiplying by NaN makes this rank's gradients NaN, so all ranks
+        # skip the step.
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
     def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
         """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`.
 
-        The update is refused on all ranks if a loss or a gradient was not finite on any, or if the gradient norm is
+        The update is skipped on all ranks if a loss or a gradient was not finite on any, or if the gradient norm is
         over `norm_limit` (None, on all ranks, for no limit).
         """
-        self._norm.limit, self._norm.norm = norm_limit, math.nan
+        self._norm.begin_step(norm_limit)
+        if self._shortcuts is not None:
+            self._shortcuts.begin_step()
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._backwards += 1
         self._engine.step()
         if self._backwards % self.accumulation:
             return None
-        norm, skipped = self._norm.norm, None
-        if not self._engine.was_step_applied():
+        norm, skipped, applied = self._norm.norm, None, self._engine.was_step_applied()
+        require_meaning(self._norm.asked or not applied, "ask for the gradient norm before an update")
+        require_meaning(not (applied and self._norm.skips), "skip a step whose norm is −1 or whose clipping is left")
+        if self._shortcuts is not None and applied:
+            require_meaning(self._shortcuts.clipped_once(), "flatten, then clip, each parameter group once an update")
+        if not applied:
             skipped = SkipReason.not_finite if math.isnan(norm) else SkipReason.spike
         return StepResult(norm, skipped)
 
     def resumed(self, steps: int, skipped_steps: int) -> None:
-        """After `master.fill` on all ranks: the model gets the master weights, the counters go on. A collective."""
+        """After `optimizer_state.fill` on all ranks: the model gets the new weights. A collective."""
         self._zero.update_lp_params()  # NOTE: without it the model would compute with old weights, silently
         self._engine.global_steps = steps
         self._engine.skipped_steps = skipped_steps

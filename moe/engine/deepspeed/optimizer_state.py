@@ -19,6 +19,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from moe.engine.base import ADAM_MOMENTS, KINDS, States
+from moe.engine.deepspeed.borrowed import borrow, borrow_value
 from moe.engine.parameters import trained_parameters, zero_states
 
 
@@ -79,5 +80,7 @@ class ZeroOptimizerState:
                     for moment in ADAM_MOMENTS:
                         slot[moment] = torch.zeros_like(parameter)
         # NOTE: DeepSpeed links optimizer states after its first group only; relinking covers the experts' groups.
+        lost = "moments could not be read or written"
+        borrow_value(self._zero, "_hp_optimizer_states_linked", lost=lost)
         self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+        borrow(self._zero, "_lazy_init_hp_params_optimizer_state", lost=lost)()

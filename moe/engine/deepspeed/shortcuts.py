@@ -9,7 +9,8 @@ gradients is time, a tenth of a small model's step. Results are the same (tests/
   buffer that stays: memory taken afresh from the system at every step costs more than the copy.
 - On one rank, gradients are divided by 1.
 
-Only for float32: with bfloat16 the master weights are needed, and DeepSpeed's classes and buffers are others.
+Only for float32 on a CPU, where it was measured. With bfloat16 the master weights are needed, and DeepSpeed's classes
+and buffers are others.
 """
 
 from __future__ import annotations
@@ -21,29 +22,63 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.engine.deepspeed.borrowed import borrow, borrow_value
+
 ROW = 1024  # elements summed in float32
 LARGE = 1 << 20  # elements; up to here a float64 copy costs next to nothing
 
 
-def take_shortcuts(zero: Any, world_size: int) -> None:
-    """Call once, on a new ZeRO-1/2 optimizer of a float32 model, before its first step."""
-    _share_weights(zero)
-    zero.get_grad_norm_direct = _norm_function(zero)
-    flat_gradients: dict[int, Tensor] = {}
-    zero._get_preflattened_grad_partition = lambda group: _flatten_and_clip(zero, group, flat_gradients)
-    zero.unscale_and_clip_grads = _already_clipped
-    if world_size == 1:
-        zero.gradient_average = False
+class Shortcuts:
+    """Patches a new ZeRO-1/2 optimizer of a float32 model, before its first step."""
+
+    def __init__(self, zero: Any, world_size: int) -> None:
+        clip = "gradients would not be clipped"
+        borrow(zero, "get_grad_norm_direct", "gradients", "params", "norm_type", lost="the norm would be another")
+        borrow(zero, "_get_preflattened_grad_partition", "group_idx", lost=clip)
+        borrow(zero, "unscale_and_clip_grads", "grad_groups_flat", "total_norm", lost=clip)
+        borrow_value(zero, "gradient_average", lost="gradients would be scaled")
+        for name in ("single_partition_of_fp32_groups", "clip_grad", "averaged_gradients", "dp_process_group"):
+            borrow_value(zero, name, lost=clip)
+        self._groups = len(zero.single_partition_of_fp32_groups)
+        self._flattened: list[int] = []
+        self._passes = 0
+        _share_weights(zero)
+        zero.get_grad_norm_direct = _norm_function(zero)
+        buffers: dict[int, Tensor] = {}
+
+        def flatten(group_idx: int) -> Tensor:
+            self._flattened.append(group_idx)
+            return _flatten_and_clip(zero, group_idx, buffers)
+
+        def already_clipped(grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
+            """In place of DeepSpeed's pass over the flat gradients."""
+            self._passes += 1
+
+        zero._get_preflattened_grad_partition = flatten
+        zero.unscale_and_clip_grads = already_clipped
+        if world_size == 1:
+            zero.gradient_average = False
+
+    def begin_step(self) -> None:
+        self._flattened, self._passes = [], 0
+
+    def clipped_once(self) -> bool:
+        """Since `begin_step`: whether every parameter group was flattened, and with it clipped, exactly once."""
+        return sorted(self._flattened) == list(range(self._groups)) and self._passes > 0
 
 
 def _share_weights(zero: Any) -> None:
+    lost = "the model's weights would not follow the optimizer's"
+    partitions = borrow_value(zero, "parallel_partitioned_bit16_groups", lost=lost)
+    process_groups = borrow_value(zero, "real_dp_process_group", lost=lost)
     for index, master in enumerate(zero.single_partition_of_fp32_groups):
-        rank = dist.get_rank(group=zero.real_dp_process_group[index])
-        weights = zero.parallel_partitioned_bit16_groups[index][rank]
+        rank = dist.get_rank(group=process_groups[index])
+        weights = partitions[index][rank]
         assert weights.dtype == master.dtype
         assert torch.equal(weights, master)
         master.data = weights.data
-    zero._link_all_hp_params()  # checkpoint accessors hold views of the master partition
+    # Checkpoints read and write views of the master partition.
+    borrow(zero, "_link_all_hp_params", lost="checkpoints would read old weights")()
 
 
 def squared_norm(gradient: Tensor) -> Tensor:
@@ -73,14 +108,11 @@ def _flatten_and_clip(zero: Any, group: int, buffers: dict[int, Tensor]) -> Tens
     master = zero.single_partition_of_fp32_groups[group]
     flat = buffers.setdefault(group, torch.empty_like(master, requires_grad=False))
     # DeepSpeed's own formula, so that clipped runs agree with it to the bit.
-    scale = 1.0 / torch.clamp((zero._global_grad_norm + 1e-6) / zero.clip_grad, min=1.0)
+    norm = borrow_value(zero, "_global_grad_norm", lost="gradients would not be clipped")
+    scale = 1.0 / torch.clamp((norm + 1e-6) / zero.clip_grad, min=1.0)
     start = 0
     for gradient in zero.averaged_gradients[group]:
         torch.mul(gradient.reshape(-1), scale, out=flat[start : start + gradient.numel()])
         start += gradient.numel()
     assert start == flat.numel(), f"{start} gradient elements for a partition of {flat.numel()}"
     return flat
-
-
-def _already_clipped(gradients: list[Tensor], total_norm: Tensor) -> None:
-    """In place of DeepSpeed's pass over the flat gradients."""

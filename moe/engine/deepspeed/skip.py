@@ -1,12 +1,12 @@
-"""Steps that DeepSpeed's optimizers are made to refuse: no weight, master weight, moment or Adam step moves anywhere.
+"""Steps that DeepSpeed's optimizers are made to skip: no weight, master weight, moment or Adam step changes anywhere.
 
-They refuse an update whose gradient norm is not finite, on all ranks together. Here a norm above a limit counts as
-such too. The decision is reduced over the ranks, because norms may differ in their last bit.
+DeepSpeed skips an update whose gradient norm is not finite, on all ranks together. Here a norm above a limit is skipped
+too. The decision is reduced over the ranks, because their norms may differ in the last bit.
 
-- ZeRO-1/2 asks `scaled_global_norm` and refuses when it is −1: the limit is one more reason to answer that.
-- `BF16_Optimizer` computes its norm in the middle of `step`. Clipping is what it does next: it asks
-  `get_grads_for_norm(for_clipping=True)`, before anything has changed. There we leave the step; the engine clears
-  the gradients, as after every step.
+- ZeRO-1/2 asks `scaled_global_norm` and skips when it is −1. A norm above the limit also returns −1.
+- `BF16_Optimizer` computes its norm in the middle of `step`. Clipping comes next: it asks
+  `get_grads_for_norm(for_clipping=True)`, before anything has changed. An exception leaves the step there; the engine
+  clears the gradients, as after every step.
 """
 
 from __future__ import annotations
@@ -15,29 +15,38 @@ import math
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from moe.distributed.mesh import Mesh
+from moe.engine.deepspeed.borrowed import borrow, borrow_value
+
+LOST = "steps over the norm limit would be applied, and the norm unknown"
 
 
 class NormLimit:
-    """Set `limit` (None: none) before each of the optimizer's steps, the same on all ranks; read `norm` after it.
+    """Call `begin_step` before each of the optimizer's steps; read `norm` after it.
 
-    `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite.
+    `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite. `asked`: DeepSpeed asked
+    for it; `skips`: it was over the limit, on some rank.
     """
 
     def __init__(self, zero: Any, mesh: Mesh) -> None:
         """Patches a DeepSpeed ZeRO-1/2 optimizer or BF16_Optimizer."""
         self.limit: float | None = None
-        self.norm = math.nan
+        self.norm, self.asked, self.skips = math.nan, False, False
         self._mesh = mesh
-        if hasattr(zero, "scaled_global_norm"):
-            self._watch_zero(zero)
-        else:
+        if isinstance(zero, BF16_Optimizer):
             self._watch_bf16(zero)
+        else:
+            self._watch_zero(zero)
+
+    def begin_step(self, limit: float | None) -> None:
+        """`limit` is the same on all ranks (None: none)."""
+        self.limit, self.norm, self.asked, self.skips = limit, math.nan, False, False
 
     def _watch_zero(self, zero: Any) -> None:
-        original = zero.scaled_global_norm
+        original = borrow(zero, "scaled_global_norm", "norm_type", lost=LOST)
 
         def scaled_global_norm(norm_type: float = 2) -> Tensor:
             norm = original(norm_type)
@@ -46,11 +55,12 @@ class NormLimit:
         zero.scaled_global_norm = scaled_global_norm
 
     def _watch_bf16(self, zero: Any) -> None:
-        gradients, step = zero.get_grads_for_norm, zero.step
-        assert zero.clip_grad > 0, "without clipping its step can't be left"
+        gradients = borrow(zero, "get_grads_for_norm", "for_clipping", lost=LOST)
+        step = borrow(zero, "step", "closure", lost=LOST)
+        assert borrow_value(zero, "clip_grad", lost=LOST) > 0, "without clipping its step can't be left"
 
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
-            if for_clipping and self._skips(zero._global_grad_norm):
+            if for_clipping and self._skips(borrow_value(zero, "_global_grad_norm", lost=LOST)):
                 raise _Skipped
             return gradients(for_clipping)
 
@@ -64,12 +74,13 @@ class NormLimit:
 
     def _skips(self, norm: Tensor | float) -> bool:
         """A collective if there is a limit."""
-        value = float(norm)
+        value, self.asked = float(norm), True
         self.norm = value if math.isfinite(value) and value >= 0 else math.nan  # DeepSpeed answers −1 for a NaN
         if self.limit is None:
             return False
         over = torch.tensor(float(value > self.limit), device=self._mesh.device)
-        return bool(self._mesh.sum_(over) > 0)
+        self.skips = bool(self._mesh.sum_(over) > 0)
+        return self.skips
 
 
 class _Skipped(Exception):
