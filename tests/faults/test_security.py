@@ -134,7 +134,7 @@ def test_as_each_file_of_a_checkpoint(
     assert sum(name.endswith(".safetensors") for name in inside) >= 2
     (optimizer, *_) = [name for name in inside if name.startswith("optimizer/")]
     # All other files are read by the same functions in training and in `moe generate`.
-    in_training = [[optimizer], ["state.json"], ["model/.metadata", "optimizer/.metadata", "manifest.json"]]
+    in_training = [[optimizer], ["model/.metadata", "optimizer/.metadata", "manifest.json"]]
     for number, replaced in enumerate([[name] for name in inside] + in_training):
         run = tmp_path / str(number)
         shutil.copytree(trained, run)
@@ -143,7 +143,7 @@ def test_as_each_file_of_a_checkpoint(
             _put(checkpoint, name, payloads["torch" if number % 2 else "pickle"])
         if number < len(inside):
             done = _main(["generate", f"checkpoint={run}", "prompt=3", "max_new_tokens=2"], monkeypatch, capsys)
-            read = name != "state.json" and not name.startswith("optimizer/")
+            read = not name.startswith("optimizer/")
         else:
             (done,) = moe_ranks("train", f"run_dir={run}", *corpus, *SHORT, "train.steps=3")
             read = True  # a run whose only checkpoint is damaged doesn't start over
