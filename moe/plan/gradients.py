@@ -8,7 +8,7 @@ expert / ranks of the experts.
 | bucket   | float32, 1, expert ranks    | 4       | shared | 8c   | 4c            | 4, through a bucket, then 4c  |
 | stage 2  | float32, 2                  | 4       | shared | 8c   | 4c            | at most a bucket of 4, and 4c |
 | stage 2  | bfloat16, 2                 | 2       | 4c     | 8c   | –             | at most a bucket of 2, and 4c |
-| sums     | bfloat16, 1                 | 2       | 4c     | 8c   | –             | 4 all the time, and 2 beside  |
+| sums     | bfloat16, 1                 | 2       | 4c     | 8c   | –             | 4 all the time                |
 
 With `parallel.offload_optimizer` master, Adam and the reduced gradients are in the host's memory, and stage 1 takes
 the bucket. A bucket is 500 million elements and its reduction works on a copy; on CUDA it is allocated whole, on a CPU
@@ -104,8 +104,8 @@ class Sharded:
         blocks = flat("weights", self.size * self.tensors.local)
         if not self.offload:  # moments, and master weights (bfloat16) or the flat gradient of the update (float32)
             blocks.append(MemoryBlock("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
-        if self.way == "sums":  # float32 sums, and the zeroed bfloat16 gradients, stay from step to step
-            blocks += [*flat("gradients", 4 * self.tensors.local), *self._each(2)]
+        if self.way == "sums":  # they stay from step to step
+            blocks += flat("gradients", 4 * self.tensors.local)
         return blocks
 
     def host(self) -> int:
@@ -126,7 +126,9 @@ class Sharded:
         """At the end of the step's last backward pass."""
         if self.way == "stage 2":
             return [*self._bucket(), *self.held()]
-        return [] if self.way == "sums" else [*self._each(4), *self.starting()]
+        if self.way == "sums":  # a bfloat16 gradient is freed once it has been added
+            return flat("gradients", 2 * self.tensors.largest)
+        return [*self._each(4), *self.starting()]
 
     def reducing(self) -> list[MemoryBlock]:
         if self.way == "in place":

@@ -117,7 +117,10 @@ def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the host instead of a compiled one
     if config.train.precision is Precision.bfloat16:
-        settings["bf16"] = {"enabled": True}
+        # NOTE: without it BF16_Optimizer clears the model's gradients in a hook on the model's outputs, which DeepSpeed
+        # doesn't find in a dataclass: the first of M micro-batches would count M times, the last once. With it each
+        # gradient is added to the float32 sums, and freed, as soon as it is there.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
