@@ -33,7 +33,7 @@ ROWS = {  # number → fault, what is required of the run
     11: ("two jobs on one run directory", "the second ends with an error"),
     12: ("malicious pickle as checkpoint, tokenizer, data; `_target_`", "the payload never runs"),
     13: ("secrets in the environment", "in no log, configuration, metrics or W&B file"),
-    14: ("a straggler: +200 ms a step on one rank", "a warning names the rank within 20 steps"),
+    14: ("a straggler: +200 ms a step on one rank", "guard.name_stragglers names the rank within 20 steps"),
     15: ("20 random kills in one run", "finishes; final weights bitwise equal"),
 }
 
