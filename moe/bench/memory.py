@@ -52,7 +52,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes of rank 0. `base` is the process before the model is built, part of neither other figure."""
+    """Bytes of rank 0. `base` is the process before the model is built, part of neither other number."""
 
     base: int
     measured: int

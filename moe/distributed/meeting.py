@@ -1,12 +1,17 @@
-"""All ranks meet before any of them waits in a collective: who never came, who came with another configuration.
+"""Before any rank waits in a collective, all of them meet in the store: missing ranks and different configurations are
+reported by name.
 
-The meeting is held in the store, in this order. Rank 0 names a session and waits; every other rank leaves a word of its
-own (`hello/RANK`); rank 0 answers each word with the session's name (`welcome/WORD`); every rank lays down its
-configuration under that name; rank 0 compares them and gives the verdict, which all ranks follow.
+The steps, all in torchrun's store:
 
-NOTE: keys outlive a restart, since torchrun keeps its store. Session and words are drawn anew by every process, so
-nothing of a dead attempt can be mistaken for this one's. torchrun's own TORCHELASTIC_RESTART_COUNT can't replace them:
-on several nodes only the node whose worker died counts the restart.
+1. Rank 0 draws a session name and waits.
+2. Every other rank draws a token and writes it under `hello/RANK`.
+3. Rank 0 answers each token with the session name, under `welcome/TOKEN`.
+4. Every rank writes its configuration under the session name.
+5. Rank 0 compares the configurations and writes the verdict, which all ranks read and follow.
+
+NOTE: keys outlive a restart, since torchrun keeps its store. Session names and tokens are drawn anew by every process,
+so the keys of a dead attempt are never taken for this one's. torchrun's own TORCHELASTIC_RESTART_COUNT can't replace
+them: on several nodes only the node whose worker died counts the restart.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from moe.errors import StartError
 TIMEOUT_VARIABLE = "MOE_START_TIMEOUT"  # seconds
 DEFAULT_TIMEOUT = 300.0
 POLL_SECONDS = 0.02
-GRACE = 10.0  # seconds in which the others must have read a verdict, or rank 0 have given it after its own time-out
+GRACE = 10.0  # seconds for the others to read the verdict, and for rank 0 to write it after its own time-out
 SHOWN_KEYS = 3
 
 
@@ -51,15 +56,15 @@ def meet(
     `owns_store`: the others' connection ends with this process, so it leaves last.
     """
     meeting = PrefixStore("meeting", store)
-    laid_down = json.dumps({key: str(value) for key, value in config.items()})
+    configuration = json.dumps({key: str(value) for key, value in config.items()})
     if rank == 0:
-        return _host(meeting, world_size, laid_down, timeout, owns_store)
-    return _attend(meeting, rank, world_size, laid_down, timeout)
+        return _host(meeting, world_size, configuration, timeout, owns_store)
+    return _attend(meeting, rank, world_size, configuration, timeout)
 
 
-def _host(store: Store, world_size: int, laid_down: str, timeout: float, owns_store: bool) -> str:
+def _host(store: Store, world_size: int, configuration: str, timeout: float, owns_store: bool) -> str:
     session = uuid.uuid4().hex
-    store.set(f"{session}/0", laid_down)
+    store.set(f"{session}/0", configuration)
     missing, welcomed = set(range(1, world_size)), set()
     deadline = time.monotonic() + timeout
     while missing and time.monotonic() < deadline:
@@ -67,10 +72,10 @@ def _host(store: Store, world_size: int, laid_down: str, timeout: float, owns_st
             if store.check([f"{session}/{rank}"]):
                 missing.remove(rank)
             elif store.check([f"hello/{rank}"]):
-                word = store.get(f"hello/{rank}").decode()
-                if word not in welcomed:
-                    welcomed.add(word)
-                    store.set(f"welcome/{word}", session)
+                token = store.get(f"hello/{rank}").decode()
+                if token not in welcomed:
+                    welcomed.add(token)
+                    store.set(f"welcome/{token}", session)
         time.sleep(POLL_SECONDS)
     if missing:
         error = _never_came(missing, world_size, timeout)
@@ -87,11 +92,11 @@ def _host(store: Store, world_size: int, laid_down: str, timeout: float, owns_st
     raise StartError(error, speaks=True)
 
 
-def _attend(store: Store, rank: int, world_size: int, laid_down: str, timeout: float) -> str:
-    word = uuid.uuid4().hex
-    store.set(f"hello/{rank}", word)
+def _attend(store: Store, rank: int, world_size: int, configuration: str, timeout: float) -> str:
+    token = uuid.uuid4().hex
+    store.set(f"hello/{rank}", token)
     try:
-        store.wait([f"welcome/{word}"], timedelta(seconds=timeout))
+        store.wait([f"welcome/{token}"], timedelta(seconds=timeout))
     except dist.DistError as error:
         try:
             missing = {0} | {other for other in range(world_size) if not store.check([f"hello/{other}"])}
@@ -99,8 +104,8 @@ def _attend(store: Store, rank: int, world_size: int, laid_down: str, timeout: f
             missing = {0}  # and the store with it
         # Nobody else may be left to say it.
         raise StartError(_never_came(missing, world_size, timeout), speaks=True) from error
-    session = store.get(f"welcome/{word}").decode()
-    store.set(f"{session}/{rank}", laid_down)
+    session = store.get(f"welcome/{token}").decode()
+    store.set(f"{session}/{rank}", configuration)
     try:
         store.wait([f"verdict/{session}"], timedelta(seconds=timeout + GRACE))
         verdict = store.get(f"verdict/{session}").decode()

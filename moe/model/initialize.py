@@ -1,6 +1,6 @@
 """Initial weights: a function of (seed, parameter name, global expert index) alone.
 
-So the same model starts at any number of ranks, any expert-parallel degree, on any device. Every parameter has a
+So the same model starts at any number of ranks, any expert-parallel size, on any device. Every parameter has a
 generator of its own on the CPU, where its values are drawn in float32; several parameters are drawn at a time.
 """
 

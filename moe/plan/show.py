@@ -4,7 +4,7 @@
         train.precision=bfloat16 train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256
     moe plan … plan.json=true plan.imbalance=2
 
-Takes every override of `moe train`; docs/plan.md explains the figures.
+Takes every override of `moe train`; docs/plan.md explains the numbers.
 """
 
 from __future__ import annotations

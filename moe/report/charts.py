@@ -1,4 +1,4 @@
-"""Which figures the page shows: the tiles at its head and the charts of each section."""
+"""What the page shows: the tiles at its head and the charts of each section."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES = 6  # line styles of page.css: colours and dashes
 
 
 def tiles(run: RunHistory) -> str:
-    """The final figures as a definition list."""
+    """The last values as a definition list."""
     val, unigram, violation = run.last("val_loss"), run.last("val_unigram_entropy"), run.last("max_violation")
     rate = finite(run.series["tokens_per_second"])
     asked, done = run.setting("train.steps"), int(run.steps[-1])
@@ -81,7 +81,7 @@ def _series(run: RunHistory, key: str, name: str, style: str = "s0", *, evaluati
 
 
 def _gaps(run: RunHistory, key: str) -> str:
-    """Says that steps are missing from a curve: a NaN must not vanish without a word."""
+    """A sentence about the steps that a curve has no finite value for; empty when there are none."""
     missing = int((~np.isfinite(run.series[key])).sum())
     return f"{missing:,} of {len(run.steps):,} steps have no finite value here." if 0 < missing < len(run.steps) else ""
 

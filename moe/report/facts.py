@@ -1,4 +1,4 @@
-"""The model in figures and the run in a line, from its config.yaml alone."""
+"""Parameter counts and a one-line summary of a run, from its config.yaml alone."""
 
 from __future__ import annotations
 

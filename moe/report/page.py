@@ -86,7 +86,7 @@ def _sections(run: RunHistory) -> list[tuple[str, str, str]]:
         )
     return [
         ("curves", "Loss", charts.loss_charts(run) or _empty("No finite loss in metrics.jsonl.")),
-        ("training", "Optimizer and speed", charts.training_charts(run) or _empty("No figures in metrics.jsonl.")),
+        ("training", "Optimizer and speed", charts.training_charts(run) or _empty("No metrics in metrics.jsonl.")),
         ("balance", "Balance", balance),
         ("experts", "Experts by layer", shares),
         ("text", "Who reads what", routed),
@@ -104,7 +104,7 @@ def _empty(text: str) -> str:
 
 
 def _provenance(run: RunHistory) -> str:
-    """Where the figures come from, and what of the file was not used."""
+    """Which lines of metrics.jsonl the page shows, and which it left out."""
     parts = [f"moe {__version__}", f"{len(run.steps):,} steps of metrics.jsonl"]
     if run.repeated_steps:
         parts.append(f"{run.repeated_steps:,} lines replaced: their steps were trained again after a resume")

@@ -103,7 +103,7 @@ def scientific(value: float, digits: int = 2) -> str:
 
 
 def short(value: float) -> str:
-    """One figure for reading: four significant digits, thousands separated; – where there is none."""
+    """One number for reading: four significant digits, thousands separated; – where there is none."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)

@@ -1,4 +1,4 @@
-"""Parts of the page that are the run's own words: text coloured by expert, samples, configuration. All is escaped."""
+"""Text that the run itself wrote: tokens coloured by expert, samples, configuration. All of it is escaped."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 W&B must never cost a training run: no key or no network means offline (sync later with `wandb sync`). Its service is a
 process of its own, which keeps the newest 32 KiB in memory: if it dies, an offline run is started in its place and
-gets every figure again from metrics.jsonl. A second failure ends W&B's part; each is one warning.
+gets every metric again from metrics.jsonl. A second failure ends W&B's part; each is one warning.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Tracker:
                 why = failed or "W&B is offline (no key, or WANDB_MODE says so); "
                 self._warn(f"{why}`wandb sync {run_dir}/wandb/offline-run-*-{attempt_id}` uploads the run later")
             return run
-        self._warn(f"{failed}metrics.jsonl has every figure")
+        self._warn(f"{failed}metrics.jsonl has every metric")
         return None
 
     def log(self, metrics: dict[str, Any]) -> None:

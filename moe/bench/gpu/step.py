@@ -34,15 +34,15 @@ def run(settings: Settings, record: Record) -> None:
     try:
         peak = measure_peak_flops(device, torch.bfloat16)
         for recompute in RECOMPUTE:
-            words = [*step_overrides(dry_run=settings.dry_run, micro_batches=MICRO_BATCHES)]
-            words += [f"model.recompute={recompute}"]
-            plan = _plan(words, device, peak)
+            overrides = [*step_overrides(dry_run=settings.dry_run, micro_batches=MICRO_BATCHES)]
+            overrides += [f"model.recompute={recompute}"]
+            plan = _plan(overrides, device, peak)
             planned = {"recompute": recompute, "planned_GB": plan.memory.step_peak / 1e9}
             if not plan.fits and recompute != RECOMPUTE[-1]:
                 record.row("memory", **planned, outcome="not tried: over the plan")
                 continue
             try:
-                _measure(words, mesh, plan, peak, record)
+                _measure(overrides, mesh, plan, peak, record)
                 record.row("memory", **planned, outcome="ran")
                 break
             except torch.OutOfMemoryError:
@@ -55,8 +55,8 @@ def run(settings: Settings, record: Record) -> None:
         rendezvous.stop()
 
 
-def _measure(words: list[str], mesh: Mesh, plan: Plan, peak: float, record: Record) -> None:
-    config = load_config(words)
+def _measure(overrides: list[str], mesh: Mesh, plan: Plan, peak: float, record: Record) -> None:
+    config = load_config(overrides)
     step = build(config, mesh)
     times, losses = [], []
     for number in range(WARM_UP + STEPS):
@@ -101,7 +101,7 @@ def build(config: Config, mesh: Mesh) -> Stepper:
     return Stepper(config, mesh, on_device(config, mesh.device))
 
 
-def _plan(words: list[str], device: torch.device, peak: float) -> Plan:
+def _plan(overrides: list[str], device: torch.device, peak: float) -> Plan:
     """For one rank of this machine, at the rate that a product reached; bandwidth is the vendor's for an H100."""
     cuda = device.type == "cuda"
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -113,4 +113,4 @@ def _plan(words: list[str], device: torch.device, peak: float) -> Plan:
         "intra_node_gbytes_per_s": 1, "inter_node_gbytes_per_s": 1,
     }  # fmt: skip
     settings = [f"hardware.{name}={value}" for name, value in hardware.items()]
-    return make_plan(load_config([*words, "hardware=custom", *settings, "plan.imbalance=1"], "plan", PlanConfig))
+    return make_plan(load_config([*overrides, "hardware=custom", *settings, "plan.imbalance=1"], "plan", PlanConfig))

@@ -37,12 +37,17 @@ LOGITS = {torch.float32: 5e-3, torch.bfloat16: 1e-1}  # bfloat16 may also choose
 def run(settings: Settings, record: Record) -> None:
     """Raises RuntimeError when a run of `moe train` fails or writes no metrics."""
     steps = TINY_STEPS if settings.dry_run else STEPS
-    words = [*(TINY if settings.dry_run else SMALL), *data.overrides(data.find_or_write(settings))]
-    words += ["train.precision=bfloat16", "optim.schedule=constant", f"train.steps={steps}", "train.eval_sequences=16"]
-    words += [f"train.eval_every={steps}", f"train.sample_every={steps}", "train.sample_tokens=8", "tracking=none"]
-    words += [f"checkpoint.every={steps // 2}", "checkpoint.keep=2"]
+    overrides = [*(TINY if settings.dry_run else SMALL), *data.overrides(data.find_or_write(settings))]
+    overrides += [
+        "train.precision=bfloat16",
+        "optim.schedule=constant",
+        f"train.steps={steps}",
+        "train.eval_sequences=16",
+    ]
+    overrides += [f"train.eval_every={steps}", f"train.sample_every={steps}", "train.sample_tokens=8", "tracking=none"]
+    overrides += [f"checkpoint.every={steps // 2}", "checkpoint.keep=2"]
     whole, resumed = (Path(settings.work) / name for name in ("whole", "resumed"))
-    said = _train(words, whole)
+    said = _train(overrides, whole)
     for line in said.splitlines():
         name, _, rest = line.strip().partition(": ")
         if name in ("attention", "experts", "memory", "peak", "model", "ranks"):
@@ -53,7 +58,7 @@ def run(settings: Settings, record: Record) -> None:
     shutil.copytree(whole, resumed)
     for later in sorted((resumed / "checkpoints").glob("step_*"))[1:]:
         shutil.rmtree(later)
-    said = _train(words, resumed)
+    said = _train(overrides, resumed)
     if "resuming from" not in said:
         raise RuntimeError(f"the second run did not resume:\n{said[-2000:]}")
     again = _metrics(resumed)
@@ -63,9 +68,9 @@ def run(settings: Settings, record: Record) -> None:
     _compare_with_float32(record, whole, settings)
 
 
-def _train(words: list[str], run_dir: Path) -> str:
+def _train(overrides: list[str], run_dir: Path) -> str:
     """What one run of `moe train` printed."""
-    command = [sys.executable, "-m", "moe", "train", *words, f"run_dir={run_dir}"]
+    command = [sys.executable, "-m", "moe", "train", *overrides, f"run_dir={run_dir}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(done.stdout, flush=True)
     if done.returncode:

@@ -7,8 +7,8 @@
   data-parallel size, so the loss needs no scaling for expert parallelism.
 - `engine.backward` divides by the accumulation steps and the reduction averages over ranks: the caller passes losses
   whose mean over all micro-batches of the step is the step's loss.
-- A step whose loss or gradient is not finite on any rank is refused on all of them: `backward` makes the gradients of
-  such a loss NaN, and DeepSpeed's optimizers refuse what isn't finite. A limit on the norm is added to that
+- A step whose loss or gradient is not finite on any rank is skipped on all of them: `backward` makes the gradients of
+  such a loss NaN, and DeepSpeed's optimizers skip an update that isn't finite. A limit on the norm is added to that
   (moe/engine/deepspeed/skip.py).
 - Without `communication_data_type: fp32`, bf16 gradients are reduced in bf16; without an explicit
   `gradient_clipping`, DeepSpeed clips at 1.0.

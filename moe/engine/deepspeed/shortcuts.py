@@ -93,7 +93,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 def _norm_function(zero: Any) -> Callable[..., Tensor]:
     def norm(gradients: Iterable[Tensor], params: Iterable[Tensor], norm_type: float = 2) -> Tensor:
-        """Of one parameter group over all ranks, float32; −1 when it is not finite, which makes `step` refuse."""
+        """Of one parameter group over all ranks, float32; −1, which makes `step` skip, when it is not finite."""
         del params  # one gradient each, and padding, which is zero
         assert norm_type == 2
         total = torch.stack([squared_norm(gradient) for gradient in gradients]).sum().float()
