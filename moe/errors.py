@@ -12,15 +12,15 @@ class UserError(ValueError):
 
 
 class StartError(UserError):
-    """A rank could not join the others. `speaks`: this process prints the message, whatever its rank.
+    """A rank could not join the others. `prints`: this process prints the message, whatever its rank.
 
     A failure that all ranks have in common is printed by the first rank of each machine; a rank that never joined must
     print its own.
     """
 
-    def __init__(self, text: str, *, speaks: bool = False) -> None:
+    def __init__(self, text: str, *, prints: bool = False) -> None:
         super().__init__(text)
-        self.speaks = speaks
+        self.prints = prints
 
 
 class OtherRankFailed(RuntimeError):

@@ -1,5 +1,5 @@
 import warnings
 
-# A rank reads what it needs without the others, and a model is written by one process: what torch then says it assumes
-# is what is meant.
+# A rank reads its own tensors without the others, and one process writes a model. torch warns that it assumes a single
+# process; that is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

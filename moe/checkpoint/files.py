@@ -41,7 +41,7 @@ def write_tensors(
     folder: Path, tensors: dict[str, Tensor], file_numbers: dict[str, int], group: dist.ProcessGroup | None = None
 ) -> None:
     """This rank's part of `tensors` into files of its own; `file_numbers` tells which of them each goes to. A
-    collective of `group`; without one, of nobody. Raises OSError, on all ranks when any failed."""
+    collective of `group`; without one, this process alone. Raises OSError, on all ranks when any failed."""
     try:
         writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
         writer.per_thread_copy_ahead = 0  # tensors are in host memory: no stream of training's to wait for

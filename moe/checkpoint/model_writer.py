@@ -1,5 +1,5 @@
-"""Writing a whole model, without an optimizer's state, as a checkpoint: `load_model` reads it, `moe generate` speaks
-from it, `checkpoint.init_from` starts a run from it."""
+"""Writes a whole model without optimizer state as a checkpoint, which `load_model`, `moe generate` and
+`checkpoint.init_from` read."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def misfits(folder: Path, engine: Engine, mesh: Mesh) -> list[str]:
 
 
 def newest(run_dir: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies, the same on all ranks; each one passed over is told, and why. A collective.
+    """The newest checkpoint that verifies, the same on all ranks; with a warning for each one skipped. A collective.
 
     Raises UserError when there are checkpoints but none is whole: starting anew in their place would lose them.
     """

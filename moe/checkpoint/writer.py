@@ -1,13 +1,13 @@
-"""Writing a checkpoint: a snapshot on the training thread, the rest beside it. `moe.checkpoint.layout` tells where.
+"""Writes checkpoints: a snapshot on the training thread, the rest in a thread of its own.
 
-Order of a save, so that a folder without the `.partial` ending is always whole:
+The steps of a save. A folder without the `.partial` ending is always complete (`moe.checkpoint.layout`):
 
-1. Every rank copies the tensors it will write into its host's memory. Nobody writes a tensor twice, and each rank
-   about as many bytes. Training waits for this step alone.
+1. Every rank copies the tensors it will write into its host's memory. No tensor is written twice, and every rank
+   writes about as many bytes. Training waits for this step alone.
 2. Into `step_N.partial` every rank writes its shards, fsyncs and hashes them.
-3. When all could, rank 0 checks that it sees every file (a run directory that nodes don't share stops here), writes
-   state.json, config.yaml, the tokenizer and the manifest, fsyncs all of it, renames the folder, fsyncs its parent,
-   and only then moves `latest` and removes what is no longer kept.
+3. When all ranks have succeeded, rank 0 checks that it sees every file (a run directory that nodes don't share stops
+   here), writes state.json, config.yaml, the tokenizer and the manifest, fsyncs all of it, renames the folder, fsyncs
+   its parent, and only then updates `latest` and deletes checkpoints that are no longer kept.
 
 Steps 2 and 3 run in a thread with a process group of its own, so that its collectives never meet training's.
 """
@@ -62,7 +62,7 @@ class _Snapshot:
 class Saver:
     """Saves one run's checkpoints. Every method is a collective: all ranks call it, in the same order.
 
-    `say` and `warn` show a line to the user; `beat` is told, while the caller waits, each time the save has come
+    `say` and `warn` print a line; while the caller waits, `beat` is called each time the save has come
     further. At most one save is under way: another waits for its end. `tokenizer` goes into every checkpoint.
     """
 
@@ -122,7 +122,7 @@ class Saver:
         return self.failures == 0
 
     def _join(self, thread: threading.Thread) -> None:
-        """A slow disk may take an hour: what hangs is a save in which no rank comes further."""
+        """Waits for the save. A slow disk may take an hour; a save hangs only when no rank writes anything more."""
         mine, everyone = None, -1
         while thread.is_alive():
             thread.join(1.0)
@@ -133,7 +133,7 @@ class Saver:
             mine, everyone = written, steps
 
     def _my_files(self) -> list[Path]:
-        """This rank's shards under way, by the writer's names; its counting starts at 1."""
+        """The shards that this rank is writing. Their names, which torch's writer gives, count ranks from 1."""
         mine = f"shard-{self._mesh.rank + 1:05d}-"
         return sorted(
             path for part in layout.PARTS for path in files.listed(self._partial / part) if path.name.startswith(mine)
@@ -199,14 +199,15 @@ class Saver:
             self._tidy(snapshot)
 
     def _clear(self, partial: Path) -> None:
-        """Away with what killed saves and removals have left: it takes room."""
+        """Deletes partial folders left by interrupted saves and removals, to free disk space."""
         if self._mesh.is_main:
             for torn in self.folder.glob(f"{layout.STEP}*{PARTIAL}"):
                 self._remove(torn)
             partial.mkdir(parents=True)
 
     def _tidy(self, snapshot: _Snapshot) -> None:
-        """`latest`, and away with what is no longer kept. Nothing here can make the save less whole than it is."""
+        """Updates `latest` and deletes checkpoints that are no longer kept. The new checkpoint is complete already, so
+        errors here are warnings."""
         try:
             write_durably(self.folder / layout.LATEST, snapshot.folder.name + "\n")
         except OSError as error:
@@ -218,8 +219,8 @@ class Saver:
                 self._remove(path)
 
     def _remove(self, folder: Path) -> None:
-        """A kill in the middle leaves no folder that looks whole. One that can't be removed (another node may still
-        read it) is told, and tried again at the next save."""
+        """Deletes a checkpoint. It is renamed to a partial folder first, so that a kill in between leaves none that
+        looks complete. If deleting fails (another node may still read it), warns, and the next save tries again."""
         try:
             if folder.suffix != PARTIAL:
                 folder = folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))

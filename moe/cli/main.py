@@ -69,7 +69,7 @@ def main() -> None:
         _run(sys.argv[1:])
     except UserError as error:
         # A rank that never joined the others prints its own message.
-        if _is_local_rank_0() or (isinstance(error, StartError) and error.speaks):
+        if _is_local_rank_0() or (isinstance(error, StartError) and error.prints):
             print(f"moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (OSError, OtherRankFailed) as error:

@@ -86,7 +86,7 @@ def register_router(kind: str, schema: type[RouterConfig], module: str) -> None:
 
 
 def registered_router(kind: object) -> RegisteredRouter:
-    """Raises UserError for a kind that nobody registered."""
+    """Raises UserError for a kind that isn't registered."""
     require(
         isinstance(kind, str) and kind in _ROUTERS, f"router.kind={kind} must be one of {', '.join(sorted(_ROUTERS))}"
     )

@@ -129,7 +129,7 @@ class GuardConfig:
         require(
             self.hang_seconds is None or self.hang_seconds <= MAX_HANG_SECONDS,
             f"guard.hang_seconds={self.hang_seconds} must be ≤ {MAX_HANG_SECONDS:g} (or null): the first step may take "
-            "twice as long, and after half an hour a collective gives up by itself, naming nobody",
+            "twice as long, and after half an hour a collective times out by itself, without naming a rank",
         )
         require(
             self.spike_window >= 8, f"guard.spike_window={self.spike_window} must be ≥ 8: a deviation needs a few norms"

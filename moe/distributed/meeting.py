@@ -89,7 +89,7 @@ def _host(store: Store, world_size: int, configuration: str, timeout: float, own
     deadline = time.monotonic() + GRACE
     while owns_store and store.add(f"read/{session}", 0) < present and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    raise StartError(error, speaks=True)
+    raise StartError(error, prints=True)
 
 
 def _attend(store: Store, rank: int, world_size: int, configuration: str, timeout: float) -> str:
@@ -103,7 +103,7 @@ def _attend(store: Store, rank: int, world_size: int, configuration: str, timeou
         except dist.DistError:
             missing = {0}  # and the store with it
         # Nobody else may be left to say it.
-        raise StartError(_never_came(missing, world_size, timeout), speaks=True) from error
+        raise StartError(_never_came(missing, world_size, timeout), prints=True) from error
     session = store.get(f"welcome/{token}").decode()
     store.set(f"{session}/{rank}", configuration)
     try:

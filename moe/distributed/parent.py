@@ -30,4 +30,4 @@ def die_with_torchrun() -> None:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
     if os.getppid() != parent:  # it died in between: the kernel's signal will not come
-        raise StartError("torchrun ended while this rank started", speaks=True)
+        raise StartError("torchrun ended while this rank started", prints=True)

@@ -43,7 +43,7 @@ def start(expert_parallel_size: int, config: Mapping[str, object] | None = None)
             raise StartError(
                 f"{local_world_size} processes on this machine but {gpus} GPU{'s' * (gpus > 1)}: "
                 f"NPROC (torchrun --nproc-per-node) must be ≤ {gpus}",
-                speaks=local_rank == gpus,
+                prints=local_rank == gpus,
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -77,7 +77,7 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
         raise StartError(
             f"WORLD_SIZE={world_size} but MASTER_ADDR={address or ''} and MASTER_PORT={port or ''}: "
             "start with torchrun (launch/torchrun.sh), or set both",
-            speaks=True,
+            prints=True,
         )
     # Under torchrun the agent owns the store and every rank is its client.
     owns = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -89,7 +89,7 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
         verb, hint = ("open", "is the port taken?") if owns else ("reach", f"is rank 0 of {world_size} running there?")
         raise StartError(
             f"rank {rank} could not {verb} MASTER_ADDR={address} MASTER_PORT={port} within {timeout:g} s: {hint}",
-            speaks=True,
+            prints=True,
         ) from error
     session = meet(store, rank, world_size, config, timeout, owns_store=owns)
     # gloo would read a dead attempt's addresses from torchrun's store: each session has keys of its own.
@@ -104,7 +104,7 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
         raise StartError(
             f"rank {rank} could not connect to the other ranks ({' '.join(str(error).split())}): on several nodes set "
             "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network between them, as `ip -brief address` names it",
-            speaks=True,
+            prints=True,
         ) from error
     _set_pg_timeout(COLLECTIVE_TIMEOUT)
 

@@ -9,7 +9,7 @@ token sums its rows by weight. With expert parallelism two exchanges surround th
    they are in the order (source rank, token), the order of the whole batch;
 4. after the experts the same way back. The backward pass mirrors it: gradients travel by the opposite exchange.
 
-Every rank takes part in every exchange, also with no row to send or receive, or the others would wait for ever. Both
+Every rank takes part in every exchange, also with no row to send or receive; otherwise the other ranks would hang. Both
 directions of every copy are gathers by a permutation or its inverse: no atomic additions, so results are deterministic.
 
 Shapes: T tokens, K choices per token, N = kept choices (T·K when dropless), M rows received, H hidden, E experts,

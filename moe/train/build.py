@@ -75,4 +75,4 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
 
 
 def _silent(_: str) -> None:
-    """Ranks other than the first leave the talking to it."""
+    """Only rank 0 prints."""

@@ -95,7 +95,7 @@ def watch(
         guard=Guard(config.guard, state, mesh, display.warn),
         collective_timing=CollectiveTiming(mesh, enabled=config.guard.name_stragglers),
         straggler=Straggler(host_names(mesh.world_size), display.warn),
-        stop=StopSignals(speaks=mesh.is_main),
+        stop=StopSignals(prints=mesh.is_main),
         watchdog=watchdog,
         flops_per_token=flops_per_token(config),
         peak_flops=peak,

@@ -21,13 +21,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Handles SIGNALS within its `with` block; `speaks`: this rank reports a received signal on stderr.
+    """Handles SIGNALS within its `with` block; `prints`: this rank reports a received signal on stderr.
 
     A signal that was ignored before (SIGINT under nohup or a script's `&`) stays ignored.
     """
 
-    def __init__(self, *, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, *, prints: bool) -> None:
+        self._prints = prints
         self._received: dict[signal.Signals, int] = dict.fromkeys(SIGNALS, 0)
         self._previous: dict[signal.Signals, Any] = {}  # the handlers to restore
         self.agreed: signal.Signals | None = None  # the signal that all ranks stop for, once they know it
@@ -64,7 +64,7 @@ class StopSignals:
             raise KeyboardInterrupt
         again = any(self._received.values())
         self._received[number] += 1
-        if not self._speaks:
+        if not self._prints:
             return
         if again:
             text = f"{number.name}: the run is already stopping and ends when its checkpoint is saved"

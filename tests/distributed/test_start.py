@@ -38,7 +38,7 @@ def _start(configs: list[dict[str, object]], absent: tuple[int, ...], seconds: s
     started = time.monotonic()
     with pytest.raises(StartError) as caught:
         rendezvous.start(1, configs[rank])
-    return str(caught.value), caught.value.speaks, time.monotonic() - started
+    return str(caught.value), caught.value.prints, time.monotonic() - started
 
 
 def _sum_after_start(configs: list[dict[str, object]]) -> float:
@@ -60,15 +60,15 @@ def test_a_missing_rank_is_named_by_the_others() -> None:
         assert message.startswith("rank 2 of 4 did not reach the start within 3 s"), message
         assert "MOE_START_TIMEOUT" in message
         assert 2.5 < seconds < 15
-    assert [speaks for _, speaks, _ in results] == [True, False, False, False], "printed once"
+    assert [prints for _, prints, _ in results] == [True, False, False, False], "printed once"
 
 
 def test_a_missing_rank_0_is_reported_as_an_unreachable_address() -> None:
     results = run_ranks(2, _start, [_flat()] * 2, (0,), "2", timeout=60)
-    message, speaks, seconds = results[1]
+    message, prints, seconds = results[1]
     assert message.startswith("rank 1 could not reach MASTER_ADDR=127.0.0.1 MASTER_PORT="), message
     assert "is rank 0 of 2 running there?" in message
-    assert speaks
+    assert prints
     assert seconds < 15
 
 
@@ -152,7 +152,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(key, value)
     with pytest.raises(StartError, match=r"4 processes on this machine but 2 GPUs: NPROC .* must be ≤ 2") as caught:
         rendezvous.start(1)
-    assert caught.value.speaks
+    assert caught.value.prints
     assert not dist.is_initialized()
 
 

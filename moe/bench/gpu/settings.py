@@ -1,4 +1,4 @@
-"""What every stage is told."""
+"""The settings that every stage gets."""
 
 from __future__ import annotations
 
