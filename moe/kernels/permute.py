@@ -91,15 +91,14 @@ class _CombineRows(torch.autograd.Function):
         y_NH, weights_TK = ctx.saved_tensors
         order: RowOrder = ctx.order
         dy_NH = dy_TH.index_select(0, order.tokens_N).to(weights_TK.dtype)
-        dweights_N = (dy_NH * y_NH).sum(1)
-        dweights_TK = dweights_N[order.rows_TK] if dweights_N.numel() else torch.zeros_like(weights_TK)
+        dweights_TK = (dy_NH * y_NH).sum(1)[order.rows_TK]
         weights_N1 = weights_TK.flatten()[order.places_N].unsqueeze(1)
         return dy_NH.mul_(weights_N1).to(y_NH.dtype), dweights_TK, None
 
 
 def _sum_rows(rows_NH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """Σₖ weights[t, k] · rows[index[t, k]], [T, H]; an embedding bag does it in one pass without the [T, K, H] copy."""
-    if index_TK.numel() == 0 or rows_NH.shape[0] == 0:
+    if index_TK.numel() == 0:  # no tokens, or no choice at all
         return rows_NH.new_zeros(index_TK.shape[0], rows_NH.shape[1])
     if rows_NH.dtype in (torch.float32, torch.float64):
         return F.embedding_bag(index_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)

@@ -22,6 +22,7 @@ from moe.kernels.attention.flex import _mask
 from moe.kernels.cross_entropy import HandWrittenLinearCrossEntropy
 from moe.kernels.grouped_products import torch_products
 from moe.kernels.grouped_swiglu import GroupedSwiGLU, PerExpertSwiGLU, resolve_backend
+from moe.kernels.permute import RowOrder, _CombineRows, _GatherRows
 from moe.kernels.rms_norm import HandWrittenRMSNorm, rms_norm
 from moe.kernels.rotary import HandWrittenProjectRotated, HandWrittenRotation, rotary_table
 from moe.kernels.swiglu import HandWrittenSwiGLU
@@ -96,6 +97,15 @@ def check(function: Any, *inputs: Any) -> Any:
 @pytest.mark.usefixtures("fake_without_waits")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestKernels:
+    def test_rows_into_expert_order_and_back(self, dtype: torch.dtype) -> None:
+        rows, weights_TK = empty(2 * T, H, dtype=dtype), empty(T, 2, dtype=torch.float32)
+        indices_N = torch.empty(2 * T, dtype=torch.int64, device=CUDA)
+        order = RowOrder(
+            indices_N, indices_N, indices_N.view(T, 2), torch.empty(E, dtype=torch.int64, device=CUDA), None
+        )
+        assert check(_GatherRows, empty(T, H, dtype=dtype), order).shape == (2 * T, H)
+        assert check(_CombineRows, rows, weights_TK, order).shape == (T, H)
+
     def test_rms_norm(self, dtype: torch.dtype) -> None:
         x, weight = empty(2, T, H, dtype=dtype), empty(H, dtype=dtype)
         assert check(HandWrittenRMSNorm, x, weight, 1e-5).dtype == rms_norm(x, weight, 1e-5).dtype == dtype
