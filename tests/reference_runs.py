@@ -22,14 +22,14 @@ from typing import Any
 
 from safetensors import safe_open
 
-WORDS = [
+OVERRIDES = [
     "model=tiny", "model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=96",
     "model.num_hidden_layers=2", "model.sliding_window=24", "train.sequence_length=64", "train.micro_batch_size=2",
     "train.global_batch_size=8", "train.steps=6", "train.eval_every=3", "train.eval_sequences=8", "optim.lr=0.01",
     "checkpoint.every=6", "tracking=none", "train.peak_tflops=0.1", "guard.hang_seconds=null",
 ]  # fmt: skip
 RANKS = [(1, 1), (2, 1), (2, 2)]  # (ranks, expert-parallel size)
-VARIANTS = {  # more words, each on (2, 2) in float32
+VARIANTS = {  # more overrides, each on (2, 2) in float32
     "dense": ["model.mlp=dense"],
     "capacity by position": ["router.capacity_factor=1.0"],
     "capacity by probability": ["router.capacity_factor=0.75", "router.drop_policy=probability"],
@@ -46,15 +46,15 @@ COMPARED = (
 
 
 def cases() -> dict[str, tuple[int, list[str]]]:
-    """{name: (ranks, words)}."""
+    """{name: (ranks, overrides)}."""
     found: dict[str, tuple[int, list[str]]] = {}
     for precision in ("float32", "bfloat16"):
         for stage in (1, 2):
             for ranks, expert in RANKS:
-                words = [f"train.precision={precision}", f"parallel.zero_stage={stage}", _expert(expert)]
-                found[f"{precision}, ZeRO-{stage}, {ranks} ranks, expert-parallel {expert}"] = ranks, words
-    for name, words in VARIANTS.items():
-        found[name] = 2, [*words, _expert(1 if name == "dense" else 2)]
+                overrides = [f"train.precision={precision}", f"parallel.zero_stage={stage}", _expert(expert)]
+                found[f"{precision}, ZeRO-{stage}, {ranks} ranks, expert-parallel {expert}"] = ranks, overrides
+    for name, overrides in VARIANTS.items():
+        found[name] = 2, [*overrides, _expert(1 if name == "dense" else 2)]
     found["bfloat16, capacity by position"] = 2, [*VARIANTS["capacity by position"], "train.precision=bfloat16"]
     return found
 
@@ -73,12 +73,20 @@ def record(checkout: Path, only: str) -> dict[str, Any]:
     renamed = "expert_parallel_size" in help_text
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (ranks, words) in cases().items():
+        for name, (ranks, overrides) in cases().items():
             if only not in name:
                 continue
             run_dir = Path(folder, "run" + str(len(results)))
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            command += ["-m", "moe", "train", *WORDS, *words, f"run_dir={run_dir}", f"data.cache_dir={folder}/cache"]
+            command += [
+                "-m",
+                "moe",
+                "train",
+                *OVERRIDES,
+                *overrides,
+                f"run_dir={run_dir}",
+                f"data.cache_dir={folder}/cache",
+            ]
             if not renamed:
                 command = [word.replace("expert_parallel_size", "expert") for word in command]
             done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)

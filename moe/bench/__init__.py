@@ -1,4 +1,4 @@
-"""`moe bench NAME key=value …`: measurements that compare with something timed in the same run, never with a memory."""
+"""`moe bench NAME key=value …`: measurements, each beside something timed in the same run."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m moe bench expert_parallel model=tiny rounds=5 steps=4
 
 Both train the same model on the same global batch in the same processes, in rounds that alternate which goes first; the
-ratio is taken inside each round. The size is `parallel.expert_parallel_size`, by default the number of ranks.
+ratio is computed within each round. The size is `parallel.expert_parallel_size`, by default the number of ranks.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
 class Stepper:
     """Each call is one optimizer step of `config`'s model and batch. A collective.
 
-    `model` is one of `config`'s with its weights, on one rank; None: built here, with the weights of `moe train`.
+    `model` is a model of `config` on one rank; with None it is built here, with the initial weights of `moe train`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, model: Transformer | None = None) -> None:

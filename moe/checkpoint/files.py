@@ -1,4 +1,4 @@
-"""The files of a checkpoint that is being written into a folder which has not its name yet."""
+"""Writes the files of a checkpoint, into a folder that gets its final name later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe.durable import write_durably
 
 
 class SavedTokenizer(Protocol):
-    """`moe.data.tokenizer.Tokenizer`, as far as a checkpoint holds it."""
+    """The part of `moe.data.tokenizer.Tokenizer` that a checkpoint holds."""
 
     fingerprint: str
 
@@ -57,11 +57,11 @@ def write_small_files(folder: Path, files: dict[str, bytes], manifest: dict[str,
         (folder / name).parent.mkdir(exist_ok=True)
         write_durably(folder / name, content)
         manifest[name] = entry(folder / name)
-    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))  # the last byte matters: a cut is seen
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))  # a truncated manifest doesn't parse
 
 
 def listed(folder: Path) -> list[Path]:
-    """Empty when it is not there: it may be renamed at any moment."""
+    """Empty when it is missing: another process may rename it at any moment."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -69,8 +69,8 @@ def listed(folder: Path) -> list[Path]:
 
 
 def bytes_now(path: Path) -> int:
-    """Of the file as it is now, also where another node writes it (NFS asks anew when a file is opened); −1 if it is
-    not there."""
+    """The file's current size, also where another node writes it (NFS asks the server when a file is opened); −1 if it
+    is missing."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, and whether they are whole. They are safetensors, JSON and the tokenizer's own, no
+"""Where a checkpoint's files are, and whether they are whole. They are safetensors, JSON and the tokenizer's files, no
 pickle; they load at any number of ranks and any expert-parallel size.
 
     RUN_DIR/checkpoints/latest                     text: the newest folder's name
@@ -9,8 +9,8 @@ pickle; they load at any number of ranks and any expert-parallel size.
                                       config.yaml  the run's configuration
                                       manifest.json  size and SHA-256 of every file above
 
-A folder that holds a model only has no `optimizer/`, and its weights have the model's dtype. In runs of before, the
-tokenizer is in RUN_DIR/tokenizer.
+A folder that holds a model only has no `optimizer/`, and its weights have the model's dtype. Earlier versions wrote the
+tokenizer to RUN_DIR/tokenizer.
 """
 
 from __future__ import annotations

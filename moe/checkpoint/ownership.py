@@ -1,4 +1,4 @@
-"""Who writes what of a checkpoint: pure functions of names and sizes, so that ranks need not ask each other."""
+"""Who writes what of a checkpoint: pure functions of names and sizes, so that ranks agree without communication."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def newest(run_dir: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | Non
         damaged.append(folder)
     if damaged:
         raise UserError(
-            f"{run_dir}: none of its {len(damaged)} checkpoints is whole (see above): mend one, or start another "
+            f"{run_dir}: none of its {len(damaged)} checkpoints is whole (see above): restore one, or start another "
             "run with run_dir=…"
         )
     if mesh.from_main((root / LATEST).exists()):
@@ -106,7 +106,7 @@ def newest(run_dir: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | Non
 
 
 def _set_aside(damaged: list[Path]) -> None:
-    """Out of the way of retention and of the next resume, which might find them readable again: kept, not removed."""
+    """Renames damaged checkpoints, so that retention and the next resume ignore them; they are kept, not deleted."""
     for folder in damaged:
         aside = folder.with_name(f"{folder.name}.damaged")
         if aside.exists():

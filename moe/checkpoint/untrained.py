@@ -1,5 +1,4 @@
-"""What a model holds that no optimizer updates, and a checkpoint has beside the trained parameters: frozen parameters
-and buffers."""
+"""Frozen parameters and buffers: no optimizer updates them, and a checkpoint has them beside the trained parameters."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _is_local_rank_0() -> bool:
-    """A message that all ranks have in common is printed by one rank of each machine."""
+    """A message that is the same on all ranks is printed by one rank of each machine."""
     from moe.distributed.rendezvous import world_from_environment
 
     return world_from_environment()[2] == 0

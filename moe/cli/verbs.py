@@ -1,4 +1,4 @@
-"""The verbs of `moe`: each a thin function from overrides to the part of the package that does the work."""
+"""The verbs of `moe`: each is a thin function that passes overrides to the part of the package that does the work."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _added_dirs: list[Path] = []
 
 
 def add_config_dir(folder: Path) -> None:
-    """From now on presets are also looked for in this folder, which has the groups' folders that it needs."""
+    """From now on presets are also looked for in this folder, which is laid out as configs/ is."""
     if folder.resolve() not in _added_dirs:
         _added_dirs.append(folder.resolve())
 
@@ -123,7 +123,7 @@ def _search_path() -> list[str]:
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:
-    """The schema's defaults, with the options of the router of that kind; None: without any, for a preset to bring."""
+    """The schema's defaults, with the options of the router of that kind; with None, a preset brings them."""
     node = OmegaConf.structured(schema)
     if "router" in node:
         node.router = "???" if router is None else OmegaConf.structured(registered_router(router).schema)

@@ -1,4 +1,4 @@
-"""What earlier versions called otherwise: in a run's config.yaml it is rewritten, on the command line it is an error.
+"""Names of earlier versions: rewritten in a run's config.yaml, an error on the command line.
 
 A run directory outlives the code that wrote it. Its config.yaml has `config_version`, and `migrate` applies the
 renamings of every version since. Whoever renames a key raises `CONFIG_VERSION` and adds the old name to `RENAMED`. A
@@ -37,7 +37,7 @@ def _nodes(count: int) -> str:
 
 
 def migrate(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.yaml's keys as today's; the argument stays as it is. Raises UserError for a version of the future."""
+    """A copy of a config.yaml's keys under today's names. Raises UserError for a newer version than this code's."""
     version = config.get("config_version", 0)
     require(type(version) is int and version >= 0, f"config_version={version} must be a whole number ≥ 0")
     require(
@@ -81,7 +81,7 @@ def _with(config: dict[str, Any], path: list[str], value: Any, old: str) -> dict
 
 
 def renamed(key: str) -> str | None:
-    """Today's name of a key of before, or of one in a section of before; None for any other key."""
+    """Today's name of an earlier key, or of one in an earlier section; None for any other key."""
     name = key
     for keys in RENAMED.values():
         for old, new in keys.items():
@@ -91,7 +91,7 @@ def renamed(key: str) -> str | None:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Raises UserError where an override has a key, preset or group of before, naming today's."""
+    """Raises UserError where an override has an earlier key, preset or group, naming today's."""
     for override in overrides:
         plain = override.lstrip("+~")
         key = plain.partition("=")[0]

@@ -1,4 +1,4 @@
-"""Routers: what all of them share, the options of each, and which configuration and module belong to `router.kind`.
+"""Routers: the options that all share, the options of each, and the dataclass and module that belong to `router.kind`.
 
 A new router is a file in moe/sparse/routers/, a dataclass here or beside it, one `register_router` and a YAML in
 configs/router/.

@@ -49,7 +49,7 @@ class CollectiveTiming:
             return
         for kind, names in ((ProcessGroup, COLLECTIVES), (Work, ("wait",))):
             for name in names:
-                # NOTE: what the class holds; `getattr` gives a bare function, which put back would not bind.
+                # NOTE: the class's own attribute: `getattr` gives a bare function, which would not bind when restored.
                 held = vars(kind).get(name)
                 if held is not None:
                     self._real.append((kind, name, held))

@@ -1,4 +1,4 @@
-"""What all ranks do together: sums, small values from everyone, and agreement on failures."""
+"""Collectives over all ranks: sums, small values from every rank, and agreement on failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """Over all ranks; in one process nothing is sent. Every method but `is_main` is a collective."""
+    """With one process nothing is sent. Every method but `is_main` is a collective."""
 
     __slots__ = ()
     rank: int
@@ -58,7 +58,7 @@ class Collectives:
         on its own rank, and as OtherRankFailed on the others.
         """
         result: T | None = None
-        failure: tuple[bool, str] | None = None  # is it for the user? in one line
+        failure: tuple[bool, str] | None = None  # (is it a UserError?, its one line)
         cause: Exception | None = None
         try:
             result = action()

@@ -102,7 +102,7 @@ def _attend(store: Store, rank: int, world_size: int, configuration: str, timeou
             missing = {0} | {other for other in range(world_size) if not store.check([f"hello/{other}"])}
         except dist.DistError:
             missing = {0}  # and the store with it
-        # Nobody else may be left to say it.
+        # No other rank may be left to report it.
         raise StartError(_never_came(missing, world_size, timeout), prints=True) from error
     session = store.get(f"welcome/{token}").decode()
     store.set(f"{session}/{rank}", configuration)
@@ -111,7 +111,7 @@ def _attend(store: Store, rank: int, world_size: int, configuration: str, timeou
         verdict = store.get(f"verdict/{session}").decode()
         store.add(f"read/{session}", 1)
     except dist.DistError as error:
-        raise StartError("rank 0 ended before all ranks had started: what it said is the cause") from error
+        raise StartError("rank 0 ended before all ranks had started: the cause is in its output") from error
     if verdict:
         raise StartError(verdict)
     return session

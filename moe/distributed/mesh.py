@@ -1,4 +1,4 @@
-"""Which rank this process is, how many there are, and which of them share what."""
+"""Which rank this process is, how many there are, and which of them share experts."""
 
 from __future__ import annotations
 

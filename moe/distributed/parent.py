@@ -17,9 +17,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_torchrun() -> None:
-    """From now on the kernel sends SIGKILL to this process when its torchrun is gone. Nothing elsewhere than on Linux.
+    """From now on the kernel sends SIGKILL to this process when its torchrun is gone. Linux only.
 
-    Called as early as can be: torchrun may be killed while this process still loads its libraries. Raises StartError
+    Call it first: torchrun may be killed while this process still loads its libraries. Raises StartError
     when torchrun was gone already, OSError when the kernel refuses.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":

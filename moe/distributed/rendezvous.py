@@ -112,7 +112,7 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
 def own_store(seconds: float) -> Store | None:
     """A new connection to the ranks' store, for a thread that must not wait behind a collective; None without ranks.
 
-    Its calls give up after `seconds` with a DistError.
+    Its calls raise DistError after `seconds`.
     """
     if dist.get_world_size() == 1:
         return None

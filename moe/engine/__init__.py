@@ -1,4 +1,4 @@
-"""Training engines. `prepare` and `build_engine` are the only ways to one; `moe.engine.base` is what they all offer."""
+"""Training engines. `prepare` and `build_engine` make one; `moe.engine.base` is the interface that all of them have."""
 
 from __future__ import annotations
 

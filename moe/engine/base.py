@@ -1,6 +1,6 @@
 """What training needs of an engine: gradients, an update, and the optimizer's state by parameter name.
 
-`tests/distributed/test_engine_contract.py` holds every engine to what is said here.
+`tests/distributed/test_engine_contract.py` tests every engine against this contract.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class StepResult:
 
 
 class OptimizerState(Protocol):
-    """Float32 weights and Adam's moments, whole and by name, for checkpoints.
+    """Float32 weights and Adam's moments of the parameters that train, whole and by name, for checkpoints.
 
-    Of the parameters that train (`requires_grad`): the others are the model's alone, and no step changes them.
+    Frozen parameters (`requires_grad=False`) are not in it: no step changes them.
     """
 
     def sizes(self) -> dict[str, int]:
@@ -48,7 +48,7 @@ class OptimizerState(Protocol):
         ...
 
     def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
-        """A collective that gathers one tensor at a time; a rank holds on to the (kind, name) in `keep` (None: all)."""
+        """A collective that gathers one tensor at a time; a rank keeps only the (kind, name) in `keep` (None: all)."""
         ...
 
     def empty(self, max_bytes: int) -> Iterator[States]:

@@ -1,4 +1,4 @@
-"""What every engine asks of a model's parameters: which train, which decay, which are experts'."""
+"""Which of a model's parameters train, which decay, and which belong to experts: the same for every engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only: norms (and any other vector) are left alone. Parameters that don't train are in none."""
+    """Decay on matrices only: norms (and any other vector) get none. Frozen parameters are in no group."""
     trained = trained_parameters(model).values()
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     vectors = [parameter for parameter in trained if parameter.ndim < 2]
@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def expert_names(model: nn.Module) -> set[str]:
-    """Of the parameters of which each rank of an expert group holds its own slice."""
+    """Names of the parameters of which each rank of an expert group holds its own slice."""
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
 

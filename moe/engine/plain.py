@@ -1,4 +1,5 @@
-"""One process, torch alone: what the exactness tests hold DeepSpeed against, and the fast start for small runs.
+"""One process, torch alone: the reference that the exactness tests compare DeepSpeed with, and a fast start for small
+runs.
 
 In float32 the optimizer's weights are the model's. In bfloat16 the model has bfloat16 weights; the optimizer has
 float32 ones, which start from the rounded weights, and sums gradients in float32: each micro-batch's gradient is added
@@ -70,7 +71,7 @@ class PlainEngine:
             return None
         masters = list(self._masters.values())
         for master in masters:
-            if master.grad is None:  # no loss depended on it: a zero gradient, as for every other engine
+            if master.grad is None:  # no loss depended on it: its gradient is zero, as in every other engine
                 master.grad = torch.zeros_like(master)
         total_norm = get_total_norm([master.grad for master in masters if master.grad is not None])
         grad_norm = float(torch.where(self._losses_finite, total_norm, math.nan))

@@ -1,4 +1,4 @@
-"""Text from a model: a batch of prompts, a rolling cache, and the usual ways to pick the next token.
+"""Generates text: a batch of prompts, a rolling cache, and the usual ways to pick the next token.
 
     moe generate checkpoint=runs/tiny-stdlib prompt='def '
     moe generate checkpoint=runs/tiny-stdlib prompts_file=prompts.txt temperature=0     # one JSON object a line
@@ -109,7 +109,7 @@ def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
 
 
 class _Text:
-    """One prompt and what has been made of it."""
+    """One prompt and its continuation so far."""
 
     def __init__(self, tokenizer: Tokenizer, index: int, prompt: str, settings: Sampling) -> None:
         self.tokenizer, self.index, self.settings = tokenizer, index, settings
@@ -126,7 +126,7 @@ class _Text:
         return pick(logits_V, self.ids, self.settings, self.generator)
 
     def add(self, token: int, last: bool) -> TextPiece | None:
-        """Takes the next token; what can be shown now, if anything."""
+        """Appends the next token; returns the text that can be shown now."""
         self.done = last or token == self.tokenizer.eos_id
         if token != self.tokenizer.eos_id:
             self.ids.append(token)
@@ -141,7 +141,7 @@ class _Text:
 
 
 def _unsettled(text: str, stop: str | None) -> int:
-    """Characters at the end that the next token may still change: a partial character, the stop text's beginning."""
+    """Characters at the end that the next token may change: part of a character, or the start of the stop text."""
     partial = len(text) - len(text.rstrip("\ufffd"))
     begun = 0
     if stop is not None:
@@ -169,7 +169,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def run_generate(config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, out: TextIO | None = None) -> None:
-    """`moe generate`: one prompt streams as it comes; a file's become one JSON object a line, in the file's order.
+    """`moe generate`: one prompt's text is streamed; a file's prompts give one JSON object a line, in the file's order.
 
     Writes to `out`, or to standard output.
     """

@@ -21,7 +21,7 @@ def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.
     probs_V = torch.softmax(values_V / settings.temperature, dim=-1)
     if settings.top_k is not None:
         probs_V[settings.top_k :] = 0
-    if settings.top_p < 1:  # of what top_k left: the fewest tokens that hold the share top_p
+    if settings.top_p < 1:  # of the tokens that top_k left, the fewest whose probabilities add up to top_p
         probs_V /= probs_V.sum()
         probs_V[probs_V.cumsum(0) - probs_V >= settings.top_p] = 0
     return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])

@@ -1,7 +1,7 @@
 """The language-model head and its cross-entropy in one, a slice of tokens at a time.
 
 The logits of a whole batch are the largest tensor of a small model ([T, V] float32), and plain cross-entropy walks over
-them six times. Here each slice's logits turn into their gradient in place and are gone.
+them six times. Here each slice's logits are turned into their gradient in place, and freed.
 Legend: T tokens, H hidden, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from moe.kernels.policy import wide_dtype, widen
 
 IGNORED = -100
-SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits in flight: what a core's cache likes, what fills a GPU
+SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits at a time: they fit a core's cache, they fill a GPU
 
 
 def slice_rows(device: str, vocab: int) -> int:

@@ -1,4 +1,4 @@
-"""Matrix products of rows sorted by expert with stacked weights, as an interface with one implementation a library.
+"""Matrix products of rows sorted by expert with stacked weights, as an interface with one implementation per library.
 
 `torch_products` is here, grouped_gemm's in `megablocks`; `grouped_swiglu` chooses. Shapes: N rows sorted by expert,
 E experts, I and O the sizes before and after a product.

@@ -5,7 +5,7 @@ the backward pass; the activation is recomputed there (as in SonicMoE, arXiv 251
 sigmoid:  dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
 The element-wise part is float32 for narrower dtypes.
 
-`resolve_backend` is the rule of what runs where; `loop_ffn` is the plain reference.
+`resolve_backend` decides what runs where; `loop_ffn` is the plain reference.
 
 Shapes: N rows sorted by expert, H hidden, F feed-forward, G = 2F (gate, then up), E experts.
 """
@@ -51,7 +51,7 @@ def resolve_backend(
 
 
 def _grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]) -> str | None:
-    """Why grouped_mm can't run, or None. On a CPU it has no rule of its own."""
+    """Why grouped_mm can't run, or None. On a CPU it always runs."""
     if device.type != "cuda":
         return None
     if dtype is not torch.bfloat16:
@@ -109,9 +109,9 @@ class LateCounts:
 
 
 class GroupedSwiGLU(torch.autograd.Function):
-    """All experts at once, over any set of grouped products (a GPU's). At least one row.
+    """All experts at once, with any library's grouped products (on a GPU). Needs at least one row.
 
-    `counts()` gives the rows of each expert; only the backward pass asks.
+    `counts()` gives the rows of each expert; only the backward pass calls it.
     """
 
     @staticmethod
@@ -208,7 +208,7 @@ def _activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """(silu(g) ⊙ u [N, F], gradient of gate/up [N, G]) from gate/up and the activation's gradient.
 
-    Five passes, in place where the cache gains by it: `dact_NF` is overwritten, and the results lie in `scratch` (at
+    Five passes, in place where that saves cache: `dact_NF` is overwritten, and the results lie in `scratch` (at
     least N rows each) where it is given and the dtype needs no widening.
     """
     dtype, work = gate_up_NG.dtype, wide_dtype(gate_up_NG.dtype)

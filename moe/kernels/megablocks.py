@@ -1,7 +1,7 @@
 """`experts.backend=megablocks`: MegaBlocks' permutation kernels and grouped_gemm's products (CUDA, bfloat16).
 
 MegaBlocks (arXiv 2211.15841) computes either block-sparse (its `sparse` operations over stk) or grouped; only the
-grouped path is used here. Both packages are optional and imported when this back-end is asked for.
+grouped path is used here. Both packages are optional and imported only for this back-end.
 
 Shapes: T tokens, K choices per token, N = T·K rows sorted by expert, H hidden, E experts.
 """

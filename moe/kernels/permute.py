@@ -36,7 +36,7 @@ def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
 def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
     """Each token's weighted sum of its rows, [T, H] in y's dtype, summed in the weights' dtype.
 
-    The weight of a place that isn't filled must be 0; its gradient means nothing.
+    The weight of a place that isn't filled must be 0; ignore its gradient.
     """
     return _CombineRows.apply(y_NH, weights_TK, order)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""What all modules and kernels decide alike: dtypes, float32 products, compilation, recomputation.
+"""Decisions that hold for all modules and kernels: dtypes, float32 products, compilation, recomputation.
 
 - Activations have the dtype of the weights they meet (`train.precision`). Statistics, softmaxes, losses, router
   arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
@@ -42,9 +42,9 @@ def exact_float32(device: torch.device) -> str | None:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile(function)`, once a process and at its first use: importing a module starts no compiler.
+    """`torch.compile(function)`, once per process and at its first use, so that importing a module starts no compiler.
 
-    The first call compiles for its shapes, the second other shape once more for all shapes.
+    The first call compiles for its shapes; the first call with another shape compiles once more, for all shapes.
     """
     return torch.compile(function)
 

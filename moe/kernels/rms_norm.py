@@ -32,7 +32,7 @@ def rms_norm_reference(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 class HandWrittenRMSNorm(torch.autograd.Function):
     """y = x·r·w with r = (mean(x²) + eps)^−½, so dx = r·(g·w) − x·r³/H·Σ(g·w·x) and dw = Σ_T g·x·r.
 
-    By hand because autograd's chain of element-wise steps, each a pass over memory, takes twice as long on a CPU.
+    Written by hand: autograd's element-wise steps are a pass over memory each and take twice as long on a CPU.
     """
 
     @staticmethod

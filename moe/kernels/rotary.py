@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864), Hugging Face's `rotate_half` pairing: dimension i turns with i + D/2.
 
-`project_rotated` is the fast path of bias-free projections on every device; `rotated` turns what any module projected.
+`project_rotated` is the fast path for bias-free projections on every device; `rotated` rotates any module's output.
 
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, H hidden.
 """
@@ -40,7 +40,7 @@ def rotary_table(
 
 
 class RotaryTables:
-    """The table of the positions of one forward pass, from a longer one that stays as long as device and dtype do."""
+    """The table of one forward pass's positions, cut from a longer one, kept until the device or dtype changes."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim, self.theta = head_dim, theta
@@ -51,7 +51,7 @@ class RotaryTables:
         whole, end = self._whole, start + length
         if whole is None or whole.cos_S1D.device != device or whole.cos_S1D.dtype != dtype:
             whole = rotary_table(0, end, self.head_dim, self.theta, device, dtype)
-        elif len(whole.cos_S1D) < end:  # twice as long, so that a text that grows by a token makes few tables
+        elif len(whole.cos_S1D) < end:  # twice as long: a text that grows token by token then needs few tables
             whole = rotary_table(0, 2 * end, self.head_dim, self.theta, device, dtype)
         self._whole = whole
         return RotaryTable(whole.cos_S1D[start:end], whole.sin_S1D[start:end])

@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245) with rotary positions, over whatever keys the pass's context shows.
+"""Grouped-query attention (arXiv 2305.13245) with rotary positions; the context decides which keys are visible.
 
 Legend: B batch, S sequence, H hidden, N query heads, G key/value heads, D head dimension.
 """
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         return self.o_proj(context.attend(self.layer, self.window, q_BSND, k_BSGD, v_BSGD))
 
     def _project(self, x_BSH: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: in one product where nothing but three products happens to x."""
+        """Rotated queries and keys, and values; in one joined product where all three modules are plain linear ones."""
         q, k, v = (plain_weight(module) for module in (self.q_proj, self.k_proj, self.v_proj))
         if q is not None and k is not None and v is not None:
             return project_rotated(x_BSH, q, k, v, table)

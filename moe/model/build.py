@@ -1,4 +1,4 @@
-"""A model with its weights on its device: allocated there at once, each weight drawn or read once."""
+"""Builds a model directly on its device: weights are allocated there, and drawn or read once."""
 
 from __future__ import annotations
 

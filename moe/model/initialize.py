@@ -1,7 +1,7 @@
 """Initial weights: a function of (seed, parameter name, global expert index) alone.
 
-So the same model starts at any number of ranks, any expert-parallel size, on any device. Every parameter has a
-generator of its own on the CPU, where its values are drawn in float32; several parameters are drawn at a time.
+The same model therefore starts at any number of ranks, any expert-parallel size, on any device. Every parameter has its
+own generator on the CPU, where its values are drawn in float32; several parameters are drawn at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_THREADS = 16  # each holds one parameter, or one expert's, in float32 until 
 
 
 def fill_weights(model: nn.Module, std: float, seed: int) -> None:
-    """N(0, std²) for all parameters but the norms', which are 1; a parameter of several names follows its first."""
+    """N(0, std²) for all parameters but the norms', which are 1; a shared parameter is drawn under its first name."""
     with torch.no_grad(), ThreadPoolExecutor(_threads()) as pool:
         for _ in pool.map(partial(_draw, std), *zip(*_draws(model, seed), strict=True)):
             pass

@@ -1,4 +1,4 @@
-"""When may a product be joined with others instead of calling the module that owns it?"""
+"""Decides whether a module's product may be joined with others instead of calling the module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def plain_weight(module: nn.Module) -> Tensor | None:
     """The weight [out, in] of a module whose forward pass is `x @ weight.T` and nothing else; None for any other.
 
-    Other are: a bias, a subclass or a wrapper (an adapter), a parametrization (it makes a subclass), hooks, a `forward`
+    None for: a bias, a subclass or a wrapper (an adapter), a parametrization (it makes a subclass), hooks, a `forward`
     set on the instance, and weights that are no ordinary tensors (quantised, sharded). Callers then call the module.
     """
     if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:

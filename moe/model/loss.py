@@ -13,7 +13,7 @@ from moe.model.linear import plain_weight
 def head_loss(head: nn.Module, x_TH: Tensor, labels_T: Tensor, vocab_size: int) -> Tensor:
     """Σ over labels ≠ −100 of −log softmax(head(x))[label]; a scalar, float32 (float64 for float64 inputs).
 
-    A head that is more than a product runs in slices of tokens, each again in the backward pass.
+    A head that isn't a plain linear layer runs on slices of tokens, which the backward pass recomputes.
     """
     weight = plain_weight(head)
     if weight is not None:

@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the head; a module of its own only because the parameter names say `model.`."""
+    """Everything but the head; a separate module only because Hugging Face's parameter names begin with `model.`."""
 
     def __init__(
         self, model: ModelConfig, router: RouterConfig, experts: ExpertsConfig, expert_group: ProcessGroup | None
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
     def _context(
         self, x_BSH: Tensor, document_ids_BS: Tensor | None, cache: KVCache | None, randomness: Randomness | None
     ) -> Context:
-        """Back-end and dtypes are those of the activations, whatever holds the weights."""
+        """Back-end and dtypes follow the activations, not the weights."""
         batch, count, _ = x_BSH.shape
         start, backend = 0, None
         if cache is not None:
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         """Logits, or the loss where labels (already shifted, −100 for no target) are given.
 
         `document_ids_BS` never falls along S; tokens see their own document only (None: one document). With a `cache`
-        the tokens follow those of earlier calls; it is filled and moved on. Dropout and jitter, where configured, take
+        the tokens follow those of earlier calls; it is filled and advanced. Dropout and jitter, where configured, take
         their numbers from `randomness` in training.
         """
         x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness)

@@ -3,16 +3,20 @@
 In bytes per parameter of this rank; c is the rank's share of ZeRO's partition: 1 / ranks of what all ranks hold,
 expert / ranks of the experts.
 
-| way      | when                        | weights | master | Adam | flat gradient | gradients                     |
-| in place | float32, 1, no expert ranks | 4       | shared | 8c   | 4c            | 4, reduced where they lie     |
-| bucket   | float32, 1, expert ranks    | 4       | shared | 8c   | 4c            | 4, through a bucket, then 4c  |
-| stage 2  | float32, 2                  | 4       | shared | 8c   | 4c            | at most a bucket of 4, and 4c |
-| stage 2  | bfloat16, 2                 | 2       | 4c     | 8c   | –             | at most a bucket of 2, and 4c |
-| sums     | bfloat16, 1                 | 2       | 4c     | 8c   | –             | 4 all the time                |
+| way      | when                                 | weights | master  | Adam | flat gradient | gradients           |
+| in place | float32 on a CPU, 1, no expert ranks | 4       | shared  | 8c   | 4c            | 4, reduced in place |
+| bucket   | float32 on a CPU, 1, expert ranks    | 4       | shared  | 8c   | 4c            | 4, a bucket, 4c     |
+| bucket   | float32 on CUDA, 1                   | 4       | 4c      | 8c   | 4c            | 4, a bucket, 4c     |
+| stage 2  | float32, 2                           | 4       | as in 1 | 8c   | 4c            | a bucket of 4, 4c   |
+| stage 2  | bfloat16, 2                          | 2       | 4c      | 8c   | 4c            | a bucket of 2, 4c   |
+| sums     | bfloat16, 1                          | 2       | 4c      | 8c   | –             | 4 all the time      |
 
-With `parallel.offload_optimizer` master, Adam and the reduced gradients are in the host's memory, and stage 1 takes
-the bucket. A bucket is 500 million elements and its reduction works on a copy; on CUDA it is allocated whole, on a CPU
-only what is written counts.
+On a CPU a float32 run's master weights are the model's own, and the buffer of its flat gradient is kept
+(moe/engine/deepspeed/shortcuts.py); elsewhere the flat gradient exists during the update only.
+
+With `parallel.offload_optimizer` master weights, Adam and the reduced gradients are in the host's memory, and stage 1
+takes the bucket. A bucket is 500 million elements and its reduction works on a copy; on CUDA it is allocated whole, on
+a CPU only what is written counts.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def flat(kind: str, size: float) -> list[MemoryBlock]:
 
 
 def element_size(config: Config) -> int:
-    """Bytes of a weight or activation in the model's arithmetic."""
+    """Bytes of one weight or activation in the dtype that the model computes in."""
     return 2 if config.train.precision is Precision.bfloat16 else 4
 
 
@@ -96,15 +100,17 @@ class Sharded:
         elif self.half:
             self.way = "sums"
         else:
-            self.way = "in place" if self.expert == 1 else "bucket"
-        whole = 0 if self.half or world_size == 1 else self.tensors.largest  # float32 keeps tensors that reach into it
+            self.way = "bucket" if self.cuda or self.expert > 1 else "in place"
+        whole = (
+            0 if self.half or world_size == 1 else self.tensors.largest
+        )  # float32 keeps tensors whole that overlap it
         self.partition = 0 if self.offload else round(4 * min(self.tensors.local, self.tensors.share + whole))
 
     def always(self) -> list[MemoryBlock]:
         blocks = flat("weights", self.size * self.tensors.local)
-        if not self.offload:  # moments, and master weights (bfloat16) or the flat gradient of the update (float32)
+        if not self.offload:  # moments, and master weights or, on a CPU in float32, the buffer of the flat gradient
             blocks.append(MemoryBlock("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
-        if self.way == "sums":  # they stay from step to step
+        if self.way == "sums":  # the sums are kept between steps
             blocks += flat("gradients", 4 * self.tensors.local)
         return blocks
 
@@ -119,7 +125,7 @@ class Sharded:
         return flat("gradients", self.partition) if self.way == "stage 2" else self._each(4)
 
     def starting(self) -> list[MemoryBlock]:
-        """When the first gradient of a backward pass comes: it allocates the bucket."""
+        """At the first gradient of a backward pass, which allocates the bucket."""
         return self._bucket() if self.cuda and self.way in ("stage 2", "bucket") else []
 
     def produced(self) -> list[MemoryBlock]:
@@ -135,12 +141,12 @@ class Sharded:
             return self._each(4)
         if self.way == "sums":
             return flat("communication", self._copy_of_sums())
-        # one reduction holds what all ranks share or experts, since their groups differ
+        # shared weights and experts have different groups, so each reduction holds one of the two
         group = self.tensors.local if self.expert == 1 else max(self.tensors.shared, self.tensors.experts)
         copy = min(BUCKET, group) * (6 if self.half and self.way == "stage 2" else 4)  # bfloat16, and widened
         bucket_and_copy = [*self._bucket(), *flat("communication", copy)]
         rest = max(0, self.tensors.local - BUCKET)
-        if self.way == "bucket":  # what waits for the next bucket still lies where it was
+        if self.way == "bucket":  # gradients that wait for the next bucket are still separate tensors
             return [*bucket_and_copy, *flat("gradients", 4 * rest)]
         # bfloat16 adds to one float32 partition; float32 fills a new one when the reduction's copy is gone
         partitions = 1 if self.half else (1 if self.several else 0) + (1 if rest else 0)
@@ -149,8 +155,10 @@ class Sharded:
     def updating(self) -> list[MemoryBlock]:
         if self.way in ("sums", "in place"):
             return [] if self.way == "sums" else self._each(4)
-        # the norm of a bfloat16 run is taken of a float64 copy of one gradient
-        return [*flat("gradients", self.partition), *flat("working", 8 * self.tensors.largest if self.half else 0)]
+        working = 0
+        if self.half or self.cuda:  # first a float64 copy of one gradient for the norm, then the flat gradient
+            working = max(8 * self.tensors.largest, 0 if self.offload else round(4 * self.tensors.share))
+        return [*flat("gradients", self.partition), *flat("working", working)]
 
     def _each(self, size: int) -> list[MemoryBlock]:
         """A tensor for each parameter, `size` bytes an element."""
@@ -161,7 +169,7 @@ class Sharded:
         return flat("communication", size * (BUCKET if self.cuda else min(BUCKET, self.tensors.local)))
 
     def _copy_of_sums(self) -> int:
-        """Flat sums are reduced where they lie when they come alone, and joined first when several fit a bucket."""
+        """A flat sum alone in its bucket is reduced in place; several in one bucket are copied together first."""
         shared = self.tensors.local if self.expert == 1 else self.tensors.shared
         experts = 0 if self.expert == 1 else self.tensors.experts
         joined = min(experts, BUCKET + EXPERT_GROUP) if experts > EXPERT_GROUP else 0

@@ -20,7 +20,7 @@ KINDS: tuple[str, ...] = (
     "working",
     "allocator",
 )
-STEP = ("loss", "backward", "reduce", "update")  # the phases that follow each other in a circle
+STEP = ("loss", "backward", "reduce", "update")  # the phases of a step, which repeat
 # On a CPU, glibc gives freed blocks from GIVEN_BACK on back to the system; smaller ones stay with the process.
 # Gradients don't fit the holes that activations leave (router outputs live on between them), so both pools count, and
 # blocks that come and go between kept ones need room of their own. HOLES are fitted to runs with glibc
@@ -32,8 +32,8 @@ HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed":
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one rank: {phase: {kind: bytes}} in the order of a step, on the device; `host` and `checkpoint_host` are
-    in the host's memory, for good and while a checkpoint is written (on a CPU both are part of the phases)."""
+    """Bytes of one rank: {phase: {kind: bytes}} in the order of a step, on the device. `host` is what the run
+    always takes of the host's memory, `checkpoint_host` what a save adds (on a CPU both are part of the phases)."""
 
     phases: dict[str, dict[str, int]]
     host: int
@@ -95,7 +95,7 @@ def estimate_memory(config: Config, world_size: int, device: str = "cpu") -> dic
 
 
 def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
-    """The loss's own backward pass, or the last layer's, when the loss's two gradients have moved on."""
+    """The larger of two: the loss's own backward pass, and the last layer's after the loss's gradients are freed."""
     kept, working = head_memory(shapes)
     head, layers = shapes.vocab * shapes.hidden, shapes.config.model.num_hidden_layers
     piece = max(4 * head, shapes.stream)
@@ -110,7 +110,7 @@ def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
 
 
 def _by_kind(phases: dict[str, list[MemoryBlock]], device: str, sparse: bool) -> Iterator[tuple[str, dict[str, int]]]:
-    """Sums by kind; on a CPU `allocator` is what the process holds beside: what other phases freed, and holes."""
+    """Sums by kind; on a CPU `allocator` is what the process holds on top: blocks freed earlier, and holes."""
     pools = {phase: _pools(blocks, sparse) for phase, blocks in phases.items()}
     gradients = max(pools[phase][0] for phase in STEP)
     others = max(pools[phase][1] for phase in STEP)

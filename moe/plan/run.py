@@ -19,8 +19,8 @@ KEPT = ("activations", "moe_buffers", "recomputed")
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one step at the stated rates, which nothing exceeds: real steps take longer than `overlapped`, and
-    longer than `in_turn` by as much as the arithmetic stays below its peak."""
+    """Seconds of one step if arithmetic and links ran at their stated peaks. A real step takes longer than
+    `overlapped`; without any overlap it takes longer than `in_turn` too."""
 
     compute: float
     update: float
@@ -46,8 +46,8 @@ class Plan:
     traffic: dict[str, Flow]
     times: Times
     advice: list[str]  # overrides that make it fit; [] when it fits or nothing does
-    advised_gb: float  # what it would need then; the least that was found when nothing fits
-    note: str = ""  # what was changed to have a plan at all
+    advised_gb: float  # what the run needs with `advice`; without any that fits, the least that was found
+    note: str = ""  # what was changed so that there could be a plan
 
     @property
     def needed_gb(self) -> float:
@@ -112,7 +112,7 @@ def needed_gb(config: PlanConfig, memory: MemoryPlan) -> float:
 
 
 def _host_gb(config: PlanConfig, memory: MemoryPlan) -> float:
-    """Host memory of a node: for good, and while a checkpoint is written."""
+    """Host memory of a node while a checkpoint is written, the most that a run takes."""
     return (memory.host + memory.checkpoint_host) * config.hardware.gpus_per_node / GB
 
 
@@ -140,7 +140,7 @@ def make_plan(asked: PlanConfig) -> Plan:
 
 
 def _rounded(config: PlanConfig) -> PlanConfig:
-    """With the global batch rounded up to whole micro-batches on every rank; itself when it is."""
+    """With the global batch rounded up to whole micro-batches on every rank; `config` itself if it already is."""
     train = config.train
     together = train.micro_batch_size * config.hardware.world_size
     size = -(-train.global_batch_size // together) * together
@@ -197,7 +197,7 @@ def _with(config: PlanConfig, changes: dict[str, Any]) -> PlanConfig:
 def _advise(config: PlanConfig, *, round_up: bool) -> tuple[list[str], float]:
     """The fewest changes that fit, by trying all combinations; among equals the first in the order of `_choices`.
 
-    When none fits, also with more nodes: ([], what the least hungry combination needs).
+    When none fits, also with more nodes: ([], what the combination with the smallest need takes).
     """
     least = float("inf")
     for nodes in (1, 2, 4, 8, 16):
@@ -218,12 +218,12 @@ def _advise(config: PlanConfig, *, round_up: bool) -> tuple[list[str], float]:
 
 
 def _override(key: str, value: Any) -> str:
-    """As it is typed."""
+    """The override as it is typed on the command line."""
     return f"{key}=true" if value is True else f"{key}={getattr(value, 'name', value)}"
 
 
 def _combinations(config: PlanConfig) -> list[dict[str, Any]]:
-    """All sets of changes: fewer before more, then cheaper before dearer."""
+    """All sets of changes, smaller sets first; among equally large ones, the cheaper first."""
     choices = _choices(config)
     cost = {key: place for place, key in enumerate(choices)}
     options = [[None, *((key, value) for value in values)] for key, values in choices.items()]
@@ -232,7 +232,7 @@ def _combinations(config: PlanConfig) -> list[dict[str, Any]]:
 
 
 def _choices(config: PlanConfig) -> dict[str, list[Any]]:
-    """What may change and to what, the cheapest first."""
+    """{key: the values to try}, the cheapest change first."""
     model, train, parallel, hardware = config.model, config.train, config.parallel, config.hardware
     sizes: list[int] = []
     if model.mlp is Mlp.sparse:

@@ -11,7 +11,7 @@ from moe.report.plots import Chart, Reference, Series, finite, line_chart
 from moe.report.reader import HIGHEST_LAYER, RunHistory
 from moe.report.scales import count, downsample, short
 
-RECENT = 20  # steps whose mean steadies a figure that is noisy from step to step
+RECENT = 20  # steps to average over: single steps are noisy
 STYLES = 6  # line styles of page.css: colours and dashes
 
 
@@ -173,7 +173,7 @@ def balance_charts(run: RunHistory) -> str:
 
 
 def _measured(run: RunHistory, name: str) -> Chart:
-    """A loss or diagnostic of which nothing but its name is known."""
+    """The chart of a loss or diagnostic that has no text of its own."""
     title = name.replace("_", " ").capitalize()
     return Chart(
         title,
@@ -218,7 +218,7 @@ def _router_z_loss(run: RunHistory, name: str) -> Chart:
     )
 
 
-# Of these there is more to say than the name; a router's metric needs no entry to be shown.
+# Texts for well-known metrics; a router's metric is shown without an entry too.
 _KNOWN = {
     "load_balancing_loss": _load_balancing_loss,
     "router_entropy": _router_entropy,
@@ -240,7 +240,7 @@ def _dropless(run: RunHistory) -> bool:
 
 
 def _draw(run: RunHistory, chart: Chart, key: str) -> str:
-    """Every chart shows the whole run, so that a step stands at the same place in all of them."""
+    """Every chart spans the whole run, so that a step has the same x position in all of them."""
     chart.span = (int(run.steps[0]), int(run.steps[-1]))
     return line_chart(chart, key)
 

@@ -49,7 +49,7 @@ def _router(run: RunHistory) -> RouterConfig | None:
 
 
 def brief(run: RunHistory) -> list[str]:
-    """Short phrases for the page's head, most telling first."""
+    """Short phrases for the page's head, the most informative first."""
     found = parameters(run)
     phrases = []
     if found is not None and found.active < found.total:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe.report.plots import embed
 
-WIDE = 16  # experts a phone or a column can still show with figures in the cells
+WIDE = 16  # experts a phone or a column can still show with numbers in the cells
 SHARE_UNIT = 10_000  # shares travel to page.js as integers of 1/100 %
 
 
@@ -67,6 +67,6 @@ def heatmap(steps: list[int], frames: list[list[list[float]]]) -> str:
 <span>≥ {200 * even:.3g} %</span></div></div>
 <div class="scroll" tabindex="0" role="region" aria-label="Expert share by layer and expert">
 <table class="heatmap{compact}" style="--columns:{experts}">
-<caption>Rows are layers, columns are experts; figures are per cent.</caption>
+<caption>Rows are layers, columns are experts; numbers are per cent.</caption>
 <thead><tr><th scope="col" class="corner">layer</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 {data}</figure>"""

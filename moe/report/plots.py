@@ -48,7 +48,7 @@ class Chart:
     note: str = ""
     floor: float | None = None
     span: tuple[int, int] | None = None  # steps the axis shows (default: those of the series)
-    least_span: float = 0.0  # the axis spans at least this: noise on a constant must not look like news
+    least_span: float = 0.0  # the axis spans at least this, so that noise on a constant looks flat
     percent: bool = False
     integer: bool = False
     may_log: bool = False
@@ -139,7 +139,7 @@ def _dot_path(points: Points, x: Axis, y: Axis) -> str:
 
 
 def _summary(chart: Chart, scale: float) -> str:
-    """What a reader who can't see the curve needs: where each series starts, ends, and its extremes."""
+    """The text for readers who can't see the curve: each series' start, end and extremes."""
     parts = []
     for one in chart.series:
         values = finite(one.points.values) * scale

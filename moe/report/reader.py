@@ -1,7 +1,7 @@
 """Reads a run's directory into plain numbers, whatever state it was left in.
 
 A torn line (the process was killed while it wrote) is skipped and counted; a step that was trained again after a
-resume counts once, with its last line. Memory stays small for long runs: expert shares are read for a few steps only.
+resume counts once, with its last line. For long runs memory is bounded: expert shares are read for a few steps only.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _by_source(rows: list[dict[str, float] | None]) -> dict[str, np.ndarray]:
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The file's text as the run wrote it, and its values under today's keys; no rule is checked, since all is past."""
+    """The file's text as the run wrote it, and its values under today's keys; no rule is checked: the run is over."""
     if not path.is_file():
         return "", {}
     try:

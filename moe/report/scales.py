@@ -68,7 +68,7 @@ def linear_ticks(low: float, high: float, count: int = 5, *, integer: bool = Fal
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within [low, high], with 2 and 5 between them where that gives no crowd."""
+    """Powers of ten within [low, high], with 2 and 5 between them where there is room."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         ticks = [factor * 10.0**decade for decade in decades for factor in factors]
@@ -115,7 +115,7 @@ def short(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A large count in overrides' size: 812, 46.7 B, 1.89 M."""
+    """A large count, shortened: 812, 46.7 B, 1.89 M."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             unit = 1e3 if suffix == "k" else size

@@ -36,8 +36,8 @@ def balance_loss(outputs: Sequence[RouterOutput], *, num_layers: int | None = No
     over the layers and multiplied by its coefficient.
 
     Pooling the layers first would score layers that collapsed onto *different* experts as perfectly balanced.
-    Raises ValueError when no output, or not one for each of `num_layers`, arrives: training a router without its
-    balance losses must be a choice (a coefficient of 0), never an accident.
+    Raises ValueError unless there is one output for each of `num_layers`: training a router without its balance
+    losses must be a choice (a coefficient of 0), never an accident.
     """
     if not outputs or (num_layers is not None and len(outputs) != num_layers):
         expected = "≥ 1" if num_layers is None else str(num_layers)

@@ -7,7 +7,7 @@ token sums its rows by weight. With expert parallelism two exchanges surround th
 2. the rows themselves (one all-to-all with exact counts: nothing is padded or dropped);
 3. received rows lie rank after rank; a second stable sort puts them expert after expert, so that inside an expert
    they are in the order (source rank, token), the order of the whole batch;
-4. after the experts the same way back. The backward pass mirrors it: gradients travel by the opposite exchange.
+4. after the experts, results travel back the same way; in the backward pass gradients take the opposite exchanges.
 
 Every rank takes part in every exchange, also with no row to send or receive; otherwise the other ranks would hang. Both
 directions of every copy are gathers by a permutation or its inverse: no atomic additions, so results are deterministic.
@@ -67,7 +67,7 @@ class Exchange:
 
 @dataclass(slots=True)
 class Counts:
-    """How many rows each rank sends to each expert of each rank, on its way."""
+    """An exchange of counts in flight: how many rows each rank sends to each expert of each rank."""
 
     group: dist.ProcessGroup
     sent_RE: Tensor

@@ -34,7 +34,7 @@ class Experts(nn.Module):
     def draws(self, seed_for: Callable[[str, int], int]) -> Iterator[tuple[Tensor, int]]:
         """(one expert's weight [O, I], the seed of its initial values), with `seed_for(parameter name, global expert)`.
 
-        So the values do not depend on the expert-parallel size.
+        The values don't depend on the expert-parallel size.
         """
         for name in ("gate_up_proj", "down_proj"):
             for local, weight in enumerate(getattr(self, name)):

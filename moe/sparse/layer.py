@@ -25,13 +25,13 @@ class SparseMLP(nn.Module):
     def __init__(
         self, gate: Router, experts: Experts, *, expert_group: dist.ProcessGroup | None = None, megablocks: bool = False
     ) -> None:
-        """`experts` holds this rank's share; `megablocks`: its kernels move the rows where every choice is kept."""
+        """`experts` holds this rank's share. With `megablocks` its kernels move the rows when no choice is dropped."""
         super().__init__()
         self.gate, self.experts, self.expert_group = gate, experts, expert_group
         self.moves_by_megablocks = megablocks
 
     def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> tuple[Tensor, RouterOutput]:
-        """x [B, S, H] → (y [B, S, H], what the router did). Every rank of the expert group must call it together."""
+        """x [B, S, H] → (y [B, S, H], the router's output). Every rank of the expert group must call it together."""
         routed = self.gate(x_BSH, randomness)
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
         rows = megablocks if self.moves_by_megablocks and order.filled_TK is None else permute
@@ -55,7 +55,7 @@ def build_sparse_mlp(
     *,
     expert_group: dist.ProcessGroup | None = None,
 ) -> SparseMLP:
-    """The configured router and this rank's experts in a layer. Raises UserError when the ranks don't divide them."""
+    """The configured router and this rank's experts in a layer. Raises UserError when they can't be split evenly."""
     ranks = 1 if expert_group is None else dist.get_world_size(expert_group)
     rank = 0 if expert_group is None else dist.get_rank(expert_group)
     if router.num_experts % ranks:

@@ -1,7 +1,7 @@
 """Random numbers as a function of (seed, step, layer, place, sample), never of a rank's generator.
 
-So they are the same at any number of ranks, after any resume, when activations are recomputed, and on any device: the
-numbers come from integer arithmetic alone (splitmix64's finalizer, doi 10.1145/2714064.2660195, on a counter).
+They are the same at any number of ranks, after any resume, when activations are recomputed, and on any device, because
+they come from integer arithmetic alone (splitmix64's finalizer, doi 10.1145/2714064.2660195, on a counter).
 """
 
 from __future__ import annotations

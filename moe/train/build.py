@@ -1,4 +1,4 @@
-"""What a run trains on and what it trains: data, model and engine, from the configuration alone."""
+"""Opens a run's data and builds its model and engine, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Data:
 
 
 def open_data(config: Config, mesh: Mesh, display: Display) -> Data:
-    """Prepared now where they aren't yet. A collective. Raises UserError."""
+    """Token shards that don't exist yet are prepared first. A collective. Raises UserError."""
     quiet = display.line if mesh.is_main else _silent
     corpus = mesh.agree(lambda: prepare(config.data, config.tokenizer, log=quiet), "data")
     mesh.agree(lambda: check_vocab(corpus, config.model.vocab_size), "data")

@@ -74,7 +74,7 @@ class Evaluation:
 
 
 def _first_experts(router: RouterOutput, tokens: int) -> list[int | None]:
-    """Each of the first tokens' best expert; None where none took it."""
+    """The best expert of each of the first tokens; None for a token that no expert took."""
     tokens_N, experts = router.choices.tokens_N.cpu(), router.choices.experts_N.tolist()
     starts = torch.searchsorted(tokens_N, torch.arange(tokens + 1)).tolist()
     return [experts[start] if start < end else None for start, end in pairwise(starts)]

@@ -1,4 +1,4 @@
-"""Figures of one optimizer step, exact over its whole global batch: one packed sum over ranks at the end of the step.
+"""Metrics of one optimizer step, exact over its whole global batch: one packed sum over ranks at the end of the step.
 
 E experts of a layer.
 """
@@ -18,7 +18,7 @@ from moe.distributed.mesh import Mesh
 from moe.sparse.balance import max_violation
 from moe.sparse.routers.base import RouterOutput
 
-# In every line, whatever the model: null in a dense one, and the loss where the routers have none of this name.
+# In every line, whatever the model: null in a dense model, and for a loss that its routers don't have.
 ALWAYS: dict[str, Any] = {
     "load_balancing_loss": None,
     "max_violation": None,
@@ -31,7 +31,7 @@ ALWAYS: dict[str, Any] = {
 class StepSums:
     """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the metrics.
 
-    What routers call their losses and diagnostics are the metrics' names.
+    The names of a router's losses and diagnostics are the metrics' names.
     """
 
     def __init__(self, mesh: Mesh) -> None:

@@ -1,4 +1,4 @@
-"""The one training step, which the loop, every benchmark and the tests take.
+"""The training step: the loop, every benchmark and the tests all use this one.
 
 For each of the step's micro-batches: forward pass → language-model and balance losses → backward pass → engine. The
 language-model loss is the sum over the target tokens of the step's whole global batch divided by their number, so it
@@ -25,7 +25,7 @@ from moe.train.metrics import StepSums
 
 @dataclass(slots=True)
 class TrainedStep:
-    """What came of one optimizer step.
+    """The result of one optimizer step.
 
     `metrics` are over the global batch. `losses` are this rank's micro-batches' total losses, each with its sample ids.
     `busy_seconds` and `flags` are what the caller gave, by rank and summed over the ranks.
@@ -53,8 +53,8 @@ def training_step(
 ) -> TrainedStep:
     """Optimizer step number `step` (0-based) on this rank's micro-batches of it, on the CPU. A collective.
 
-    `norm_limit` is `Engine.step`'s. `busy_seconds` and `flags()`, which is asked after the update, travel with the sum
-    of the metrics, so that they cost no collective of their own. `before_micro_batch` is called with each
+    `norm_limit` is passed to `Engine.step`. `busy_seconds` and `flags()`, called after the update, are reduced together
+    with the metrics, so they need no collective of their own. `before_micro_batch` is called with each
     micro-batch's index.
     """
     targets = _global_targets(batches, mesh)

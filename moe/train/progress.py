@@ -19,7 +19,7 @@ def _short(seconds: float) -> str:
 
 
 class Display:
-    """Silent on every rank but the first."""
+    """Prints on rank 0 only."""
 
     def __init__(self, *, is_main: bool, steps: int, log_every: int) -> None:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)

@@ -29,7 +29,7 @@ class Start:
 
 
 def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display: Display) -> Start:
-    """Finds and checks files, before a model is built. A collective. Raises UserError for what the run can't use."""
+    """Finds and checks the files to start from, before a model is built. A collective. Raises UserError."""
     resumed = reader.newest(folder, mesh, display.warn)
     if resumed is not None:
         return Start(resumed, None, mesh.agree(lambda: _changes(resumed, corpus, config), "resume"))
@@ -47,7 +47,7 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
 def load_start(
     start: Start, config: Config, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
 ) -> TrainState:
-    """Fills the engine and says from where; the state that training goes on with. A collective. Raises UserError."""
+    """Fills the engine, prints from where, and returns the state to continue with. A collective. Raises UserError."""
     fresh = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
     if start.weights is not None:
         mesh.agree(lambda: _check_fit(start, config, engine, mesh), "checkpoint.init_from")
@@ -65,7 +65,7 @@ def load_start(
 
 
 def _changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
-    """What is not as it was when `checkpoint` was written. Raises UserError for what can't go on."""
+    """A line for each change since `checkpoint` was written. Raises UserError for those that rule out a resume."""
     then, now = read_state(checkpoint), TrainState().versions
     _check_tokenizer(then, corpus, checkpoint, "use the run's own tokenizer or another run_dir")
     lines = run_directory.check_resumable(checkpoint, config, (then.data, corpus.fingerprint))

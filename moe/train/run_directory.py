@@ -13,9 +13,9 @@ from moe.config import Config, Schedule
 from moe.config.compose import read_config
 from moe.errors import UserError
 
-# What a checkpoint's tensors and token ids depend on: another value can't continue the run.
+# What a checkpoint's tensors and token ids depend on: with another value the run can't continue.
 FIXED = ("model", "router.kind", "router.num_experts", "tokenizer")
-# The same mathematics, computed, cut, watched or stored in another way. Of the data, its fingerprint decides.
+# These change how the run is computed, split, watched or stored, not its mathematics. Data is compared by fingerprint.
 NEUTRAL = (
     "run_dir", "engine", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention", "model.recompute",
     "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every", "train.eval_sequences",
@@ -43,7 +43,7 @@ def lock(run_dir: Path) -> IO[str]:
 
 
 def _read_soon(file: IO[str]) -> str:
-    """The holder's line, which it writes a moment after it has locked."""
+    """The line that names the holder, who writes it a moment after locking."""
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
         file.seek(0)
@@ -78,7 +78,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
 
 
 def model_differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """{key: (old value, new value)} where the models differ, by more than how they are computed."""
+    """{key: (old value, new value)} where the models differ in more than how they are computed."""
     changed = differences(old, new).items()
     return {key: values for key, values in changed if _under(key, ("model", "router")) and not _under(key, NEUTRAL)}
 
@@ -94,7 +94,7 @@ def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> 
     """
     changed = differences(read_config(checkpoint / CONFIG), config)
     lines = [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
-    # A longer or shorter run has other learning rates, unless they depend on nothing but the step.
+    # Another number of steps changes the learning rates, except where they depend on the step alone.
     flat = config.optim.schedule is Schedule.constant and config.optim.warmup_steps is not None
     harmless = (*NEUTRAL, "train.steps") if flat else NEUTRAL
     mathematics = []

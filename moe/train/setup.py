@@ -1,4 +1,4 @@
-"""A training run, put together: built (`build`), filled from a checkpoint (`resume`), and watched."""
+"""Puts a training run together: builds it (`build`), fills it from a checkpoint (`resume`), and watches it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def watch(
     state: TrainState,
     peak: float,
 ) -> TrainingRun:
-    """The run with what looks after it: evaluation, saves, guard, straggler, signals, watchdog. A collective."""
+    """Adds evaluation, saves, guard, straggler, signals and watchdog to the run. A collective."""
     watchdog = Watchdog(mesh, config.guard.hang_seconds)
 
     def beat(doing: str) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 WINDOW = 10  # steps
 SHARE = 0.2  # of a step: the excess from which a rank is a straggler
 SMALLEST = 0.03  # seconds: less is a small model on a busy machine
-STEADY = 8  # of WINDOW: the steps in which it must have been that slow; the others may be anything
+STEADY = 8  # of WINDOW: in so many steps it must have been that slow
 AGAIN = 1000  # steps after which the same rank is named again
 
 
 class Straggler:
-    """Told every step's busy seconds by rank; warns of the rank that holds the others up.
+    """Is given every step's busy seconds by rank; warns of the rank that holds the others up.
 
     `hosts` are the machines' names by rank. With one rank there is nothing to compare.
     """
@@ -32,9 +32,9 @@ class Straggler:
         self._named: tuple[int, int] | None = None  # rank, at which step
 
     def __call__(self, step: int, seconds: float, busy: list[float]) -> dict[str, Any]:
-        """Figures of the step: the rank that is busiest over the window, and its excess over the others in seconds.
+        """Metrics: the busiest rank over the window, and its excess in seconds.
 
-        `seconds` is the step's duration, `busy` every rank's time without waiting; zeros tell that there is none yet.
+        `seconds` is the step's duration, `busy` every rank's time without waiting (zeros before it is measured).
         """
         if len(busy) > 1 and all(busy):
             self._busy.append(busy)

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from moe.config import Config, TrackingBackend
 from moe.durable import append_line, write_durably
 
-# W&B section → metrics; sections are shown in alphabetical order. What stands in none is a router's and belongs to
-# "balance", which comes first.
+# W&B section → metrics; sections are shown in alphabetical order. A metric that no section lists is a router's
+# and belongs to "balance", which comes first.
 PANELS = {
     "train": ("loss", "lm_loss", "grad_norm", "lr", "dropped_fraction", "tokens"),
     "speed": ("tokens_per_second", "step_seconds", "mfu", "straggler_seconds"),
@@ -34,7 +34,7 @@ UNSHOWN = ("step", "skipped_steps", "slowest_rank")
 
 
 def plain(value: Any) -> Any:
-    """Dataclass dictionaries with enums by name, as JSON and W&B take them."""
+    """A dataclass as nested dictionaries with enums by name, which JSON and W&B can take."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, dict):
@@ -45,7 +45,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Figures with None for NaN and infinities, which JSON doesn't have."""
+    """Metrics with None for NaN and infinities, which JSON doesn't have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -73,7 +73,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def _has_key() -> bool:
-    """Whether W&B would find an API key; asks no server."""
+    """Whether W&B would find an API key on this machine; no server is asked."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
@@ -161,7 +161,7 @@ class Tracker:
             self._guarded(lambda run: run.log(panels(metrics), step=metrics["step"]))
 
     def _guarded(self, action: Callable[[Any], object]) -> None:
-        """`action` on the W&B run; when it fails, an offline run takes its place, and at the second time nothing."""
+        """Calls `action` with the W&B run. After one failure an offline run replaces it; after two, W&B is off."""
         try:
             action(self._run)
         except Exception as error:  # whatever it is, it must not cost the run
@@ -189,13 +189,13 @@ class Tracker:
 
     def close(self) -> None:
         finished = None
-        while self._run is not finished:  # one that fails here has another in its place
+        while self._run is not finished:  # if it fails here, another has replaced it
             finished = self._run
             self._guarded(_finish)
 
 
 def _end_service() -> None:
-    """What the run's file still lacks is in W&B's service, which writes it when it ends."""
+    """Ends W&B's service, which then writes what the run's file still lacks."""
     import wandb
 
     with contextlib.suppress(Exception):  # one that died can't be asked to

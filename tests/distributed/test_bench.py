@@ -1,4 +1,4 @@
-"""The benchmarks that need ranks run for real at a small shape and end with the figure they promise."""
+"""The benchmarks that need ranks run for real at a small shape and end with the line they promise."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def _save_and_go_on(folder: Path, overrides: list[str], frozen: tuple[str, ...] 
 
 
 def _resume(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) -> tuple[list[float], TrainState]:
-    config = config_of([*overrides, "train.seed=7"] if frozen else overrides)  # weights that are not read show
+    config = config_of(
+        [*overrides, "train.seed=7"] if frozen else overrides
+    )  # weights that a load leaves out are noticed
     mesh, engine = build(config, change=partial(_freeze, endings=frozen))
     checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
@@ -62,7 +64,7 @@ def _resume(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) ->
 
 
 CASES = [
-    # (ranks, expert degree, ZeRO stage) that saved → that resumes, and the tolerance
+    # (ranks, expert-parallel size, ZeRO stage) that saved → that resumes, and the tolerance
     ((1, 1, 1), (1, 1, 1), 0.0),
     ((2, 2, 1), (2, 2, 1), 0.0),
     ((2, 1, 2), (2, 1, 2), 0.0),

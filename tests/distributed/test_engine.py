@@ -22,7 +22,7 @@ from tests.distributed.training import Training, build, config_of, engine_steps,
 from tests.ranks import run_ranks
 
 STEPS = 20
-TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel degree)
+TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
 ZERO_2, NO_CLIP = "parallel.zero_stage=2", "optim.max_grad_norm=1e9"
 VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     # name → (overrides, experts that the router passes over)
@@ -55,7 +55,7 @@ class Differences:
 
 
 def _all_cases(world_size: int) -> dict[tuple[int, str], Training]:
-    """Runs on every rank: each variant at each degree of this world size."""
+    """Runs on every rank: each variant at each expert-parallel size of this world size."""
     results = {}
     for ranks, expert in TOPOLOGIES:
         if ranks != world_size:

@@ -1,4 +1,4 @@
-"""What `moe.engine.base` promises, of every engine on one rank; tests/distributed/test_engine.py has more ranks.
+"""`moe.engine.base`, tested for every engine on one rank; tests/distributed/test_engine.py has more ranks.
 
 A small linear model, whose gradients are known, and Mixtral where experts matter.
 """
@@ -278,7 +278,7 @@ def _saved_and_resumed(saver: str, other: str, precision: str) -> tuple[list[See
     with torch.no_grad():
         for parameter in resumed.model.parameters():
             if parameter.requires_grad:
-                parameter.zero_()  # weights that are not filled show
+                parameter.zero_()  # weights that a load leaves out are noticed
     _into(resumed, state, adam_steps=2, steps=3, skipped_steps=1)
     skipped = resumed.skipped_steps
     return [_seen(saving, step) for step in (3, 4)], [_seen(resumed, step) for step in (3, 4)], skipped

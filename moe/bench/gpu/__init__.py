@@ -1,4 +1,4 @@
-"""`launch/gpu_report.sh`, or `moe bench gpu key=value …`: what one GPU makes of this project, in one command.
+"""`launch/gpu_report.sh`, or `moe bench gpu key=value …`: measures this project on one GPU, in one command.
 
     moe bench gpu                                   every stage, on the GPU at hand
     moe bench gpu stages=machine,layer out=report   two of them; results go to the folder report

@@ -55,8 +55,8 @@ def write(folder: Path, *, pieces: int = PIECES, max_bytes: int = BYTES) -> None
             if size >= max_bytes:
                 break
     with tempfile.TemporaryDirectory() as cache:
-        words = ["data=files", f"data.path={folder / TEXT}", f"data.cache_dir={cache}"]
-        config = load_config([*words, "model=small", f"tokenizer.vocab_size={pieces}"])
+        text = ["data=files", f"data.path={folder / TEXT}", f"data.cache_dir={cache}"]
+        config = load_config([*text, "model=small", f"tokenizer.vocab_size={pieces}"])
         corpus = prepare(config.data, config.tokenizer)
         shutil.copy(corpus.folder / "tokenizer" / TOKENIZER, folder / TOKENIZER)
     config = load_config([*overrides(folder), "model=small"])

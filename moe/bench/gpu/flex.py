@@ -1,4 +1,4 @@
-"""Flex attention: how long it compiles, then what other back-ends are asked too. Last, since a compiler may hang."""
+"""Flex attention: how long it compiles, then what the attention stage measures. Last, since a compiler may hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions, and what the machine reaches: matrix products and copies."""
+"""Versions, and the machine's speed at matrix products and copies."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ TINY = [
 def step_overrides(*, dry_run: bool, micro_batches: int = 1) -> list[str]:
     """Overrides of `moe train` for the bfloat16 training step that stages measure."""
     size, batch = (TINY, 2) if dry_run else (THREE_BILLION, 4)
-    words = ["model=small", "tokenizer.vocab_size=300", "train.precision=bfloat16"]
-    return [*words, *LOCAL, *size, f"train.global_batch_size={batch * micro_batches}"]
+    overrides = ["model=small", "tokenizer.vocab_size=300", "train.precision=bfloat16"]
+    return [*overrides, *LOCAL, *size, f"train.global_batch_size={batch * micro_batches}"]
 
 
 def on_device(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -40,8 +40,8 @@ def run(settings: Settings, record: Record) -> None:
 
 def _steps(settings: Settings, mesh: Mesh, record: Record, *, offload: bool) -> list[float]:
     """Losses of `STEPS` steps; a row of their time and memory."""
-    words = [*step_overrides(dry_run=settings.dry_run), *([] if settings.dry_run else LAYERS)]
-    config = load_config([*words, f"parallel.offload_optimizer={str(offload).lower()}"])
+    overrides = [*step_overrides(dry_run=settings.dry_run), *([] if settings.dry_run else LAYERS)]
+    config = load_config([*overrides, f"parallel.offload_optimizer={str(offload).lower()}"])
     cuda = mesh.device.type == "cuda"
     step, times, losses = build(config, mesh), [], []
     if cuda:

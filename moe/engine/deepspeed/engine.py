@@ -49,7 +49,7 @@ SMALL_GRADIENT = 1 << 20  # elements: up to here gradients are gathered in a buc
 
 
 class _ExpertMarker(MoE):
-    """Tells DeepSpeed that the model has expert-parallel parameters. See the module's docstring."""
+    """Tells DeepSpeed that the model has expert-parallel parameters (see the module's docstring)."""
 
     def __init__(self, num_experts: int, expert: int) -> None:
         nn.Module.__init__(self)
@@ -126,7 +126,7 @@ def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def _takes_shortcuts(config: Config, mesh: Mesh) -> bool:
-    """Where they were measured, and where master weights can be the model's own: float32 on a CPU."""
+    """Float32 on a CPU: where they were measured, and where the optimizer's weights can be the model's own."""
     return config.train.precision is Precision.float32 and mesh.device.type == "cpu"
 
 

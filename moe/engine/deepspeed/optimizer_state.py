@@ -1,7 +1,7 @@
 """Master weights and Adam's moments of a DeepSpeed optimizer, whole and by name, for checkpoints.
 
-Through DeepSpeed's accessors, in an order each of whose omissions is silent: moments must exist before they can be
-linked, be linked anew for every group after the first, and have their step set in every group.
+Uses DeepSpeed's accessors. Three steps that it doesn't check if they are left out: moments must exist before they are
+linked, must be linked again for every group after the first, and need their step set in every group.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ZeroOptimizerState:
         return {name: parameter.numel() for name, parameter in trained_parameters(self._model).items()}
 
     def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
-        """A collective that gathers one tensor at a time; a rank holds on to the (kind, name) in `keep` (None: all)."""
+        """A collective that gathers one tensor at a time; a rank keeps only the (kind, name) in `keep` (None: all)."""
         self._link_moments()
         states: States = {kind: {} for kind in KINDS}
         for name, parameter in trained_parameters(self._model).items():

@@ -1,4 +1,4 @@
-"""Steps that DeepSpeed's optimizers are made to skip: no weight, master weight, moment or Adam step changes anywhere.
+"""Makes DeepSpeed's optimizers skip a step: no weight, moment or Adam step changes on any rank.
 
 DeepSpeed skips an update whose gradient norm is not finite, on all ranks together. Here a norm above a limit is skipped
 too. The decision is reduced over the ranks, because their norms may differ in the last bit.
@@ -27,8 +27,8 @@ LOST = "steps over the norm limit would be applied, and the norm unknown"
 class NormLimit:
     """Call `begin_step` before each of the optimizer's steps; read `norm` after it.
 
-    `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite. `asked`: DeepSpeed asked
-    for it; `skips`: it was over the limit, on some rank.
+    `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite. `asked`: DeepSpeed has
+    called for it; `skips`: it was over the limit on some rank.
     """
 
     def __init__(self, zero: Any, mesh: Mesh) -> None:

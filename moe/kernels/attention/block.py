@@ -76,7 +76,7 @@ def _banded(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int) -> Tens
     batch, length, _, head_dim = q_BSND.shape
     block = min(max(-(-window // BAND_BLOCKS // 8) * 8, MIN_BAND_BLOCK), MAX_BAND_BLOCK)
     back = -(-(window - 1) // block)
-    padding = -length % block  # queries after the end see the keys before them and are cut off again
+    padding = -length % block  # the padding's queries are computed and cut off
     blocks = (length + padding) // block
     q, k, v = (
         F.pad(tensor, (0, 0, 0, 0, 0, padding)).unflatten(1, (blocks, block)) for tensor in (q_BSND, k_BSGD, v_BSGD)

@@ -1,7 +1,7 @@
 """`flex`: torch's flex_attention, compiled. CUDA (no backward pass elsewhere), any dtype.
 
-What changes from pass to pass (documents, window) are tensors that the mask captures, so nothing is compiled again for
-them; another batch shape compiles once more, then all shapes are covered.
+Documents and window change from pass to pass; they are tensors that the mask captures, so they cause no recompilation.
+The first other batch shape compiles once more, for all shapes.
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
 """
 

@@ -1,4 +1,4 @@
-"""Which query sees which key: the pattern that all back-ends compute.
+"""Which query sees which key: the same pattern for all back-ends.
 
 Legend: B batch, S sequence, Q queries, K keys.
 """

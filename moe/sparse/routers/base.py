@@ -1,4 +1,4 @@
-"""What a sparse layer needs of a router, and what a router tells about a micro-batch.
+"""The interface of a router, and what it returns for a micro-batch.
 
 Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, K choices per token, N choices.
 """
@@ -20,8 +20,8 @@ from moe.sparse.randomness import Randomness
 class Choices:
     """Which token goes to which expert with which weight: one row a choice, in token order.
 
-    A token may have any number of rows, also none. `per_token` is K when every token has exactly K: then nothing about
-    the rows has to be counted, which on a GPU would wait for the device.
+    A token may have any number of rows, also none. `per_token` is K when every token has exactly K: shapes are
+    then known without counting rows, which on a GPU would wait for the device.
     """
 
     tokens_N: Tensor  # int64, not decreasing
@@ -32,7 +32,7 @@ class Choices:
 
     @classmethod
     def top_k(cls, experts_TK: Tensor, weights_TK: Tensor, keep_TK: Tensor | None = None) -> Choices:
-        """K choices a token; without those that `keep_TK` (bool) marks False."""
+        """K choices per token, less those that `keep_TK` (bool) marks False."""
         tokens, per_token = experts_TK.shape
         tokens_N = torch.arange(tokens * per_token, device=experts_TK.device) // per_token
         experts_N, weights_N = experts_TK.flatten(), weights_TK.flatten()
@@ -43,7 +43,7 @@ class Choices:
 
 
 class RouterLoss(NamedTuple):
-    """A scalar of one layer and micro-batch, unscaled as metrics show it, and what it is multiplied by in training."""
+    """A scalar loss of one layer and micro-batch, unscaled as in the metrics, and its coefficient in training."""
 
     value: Tensor
     coefficient: float
@@ -54,12 +54,12 @@ class RouterOutput:
     """What a layer's router did with one micro-batch; returned by every sparse layer, never parked in a global.
 
     Names in `losses` and `diagnostics` (scalars) become metrics, means over layers and micro-batches, as they are.
-    Floats are float32 whatever the model's dtype (float64 in a float64 model). All is of this rank's tokens.
+    Floats are float32 whatever the model's dtype (float64 in a float64 model). All of it is about this rank's tokens.
     """
 
     choices: Choices
     logits_TE: Tensor
-    probs_TE: Tensor  # what the router thinks of each expert; each row sums to 1
+    probs_TE: Tensor  # router probabilities; each row sums to 1
     counts_E: Tensor  # int64, choices per expert before any dropping: the demand
     losses: dict[str, RouterLoss]
     diagnostics: dict[str, Tensor]
@@ -102,11 +102,11 @@ class Router(nn.Module):
 
     @property
     def keeps_balance(self) -> bool:
-        """Whether anything keeps the experts in use: a run with a router that says no warns at its start."""
+        """Whether anything keeps the experts in use; if not, the run warns at its start."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Casts leave buffers alone: a float32 bias that moves by thousandths would stand still in bfloat16."""
+        """Casts skip buffers: a float32 bias that moves by thousandths would never change in bfloat16."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():

@@ -1,4 +1,4 @@
-"""Configurations of earlier versions: rewritten where a run wrote them, refused with today's name where a user does."""
+"""Configurations of earlier versions: rewritten in a run directory, an error with today's name on the command line."""
 
 from __future__ import annotations
 

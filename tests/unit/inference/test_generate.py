@@ -241,7 +241,7 @@ def test_lengths_and_vocabularies_that_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["prompt=a"], "checkpoint='' must name"),
         (["checkpoint=x"], "prompt=None and prompts_file=None: exactly one"),
@@ -255,9 +255,9 @@ def test_lengths_and_vocabularies_that_do_not_fit():
         (["checkpoint=x", "prompt=a", "seed=one"], "seed"),
     ],
 )
-def test_bad_keys_are_one_line(words, message):
+def test_bad_keys_are_one_line(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        load_config(words, "generate", GenerateConfig)
+        load_config(overrides, "generate", GenerateConfig)
     assert "\n" not in str(caught.value)
 
 
@@ -285,12 +285,12 @@ def test_the_shipped_defaults_compose():
     ],
 )
 def test_a_prompt_arrives_as_it_was_typed(text):
-    words = quote_texts(["checkpoint=x", f"prompt={text}", f"stop={text}"])
-    config = load_config(words, "generate", GenerateConfig)
+    overrides = quote_texts(["checkpoint=x", f"prompt={text}", f"stop={text}"])
+    config = load_config(overrides, "generate", GenerateConfig)
     assert (config.prompt, config.stop) == (text, text)
 
 
 def test_quoted_prompts_and_null_stay_hydras():
-    words = ["checkpoint=x", "prompt='a b '", "stop=null", "prompts_file=null"]
-    assert quote_texts(words) == words
-    assert load_config(words, "generate", GenerateConfig).prompt == "a b "
+    overrides = ["checkpoint=x", "prompt='a b '", "stop=null", "prompts_file=null"]
+    assert quote_texts(overrides) == overrides
+    assert load_config(overrides, "generate", GenerateConfig).prompt == "a b "

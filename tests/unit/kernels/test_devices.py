@@ -1,4 +1,4 @@
-"""Every kernel on every device that is here: against its plain reference in float64, forward and gradients, and the
+"""Every kernel on every device of this machine: against its plain reference in float64, forward and gradients, and the
 whole model on CUDA against the CPU. The CPU's runs show that the tests themselves are sound."""
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def model_of(mlp: Mlp, **settings: object) -> Transformer:
 def test_the_model_equals_the_float64_one(
     device: torch.device, dtype: torch.dtype, tolerance: float, mlp: Mlp, window: int | None
 ) -> None:
-    """Loss and gradients. Routing is all experts of all, so that rounding can't send a token elsewhere."""
+    """Loss and gradients. Every token goes to every expert, so that rounding can't send a token elsewhere."""
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(0, 96, (2, 40), generator=generator)
     documents_BS = torch.tensor([[0] * 11 + [1] * 29, [0] * 40], dtype=torch.int32)

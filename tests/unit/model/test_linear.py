@@ -1,4 +1,4 @@
-"""No module reads another's weight past its forward pass: one that is wrapped, hooked or replaced acts, and its
+"""No module reads another's weight past its forward pass: a wrapped, hooked or replaced module takes effect, and its
 gradients are those of a model with merged weights."""
 
 from __future__ import annotations

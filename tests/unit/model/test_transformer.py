@@ -167,7 +167,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
         TopKRouterConfig(),
         ExpertsConfig(),
     )
-    torch.manual_seed(123)  # the global generator has no say
+    torch.manual_seed(123)  # the global generator has no influence
     larger.init_weights(0)
     wider, others = dict(larger.named_parameters()), dict(other.named_parameters())
     for (name, parameter), twin in zip(model.named_parameters(), same.parameters(), strict=True):

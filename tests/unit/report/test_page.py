@@ -1,4 +1,4 @@
-"""The report page: what it shows, what it refuses, and that nothing in it can act or reach out."""
+"""The report page: what it shows, which runs it rejects, and that nothing in it can execute or load anything."""
 
 from __future__ import annotations
 

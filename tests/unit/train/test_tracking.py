@@ -1,4 +1,4 @@
-"""Every figure reaches metrics.jsonl and W&B's own file, the load-balancing loss first; W&B can't cost the run."""
+"""Every metric reaches metrics.jsonl and W&B's own file, the load-balancing loss first; W&B can't cost the run."""
 
 from __future__ import annotations
 
