@@ -15,4 +15,5 @@ if [ "${1:-}" = --slow ]; then
     selection=()
     shift
 fi
-python -m pytest "${selection[@]}" "$@"
+# Two files at a time: most tests wait for other processes. A file's tests stay together, since they share launches.
+python -m pytest "${selection[@]}" -n 2 --dist loadfile "$@"
