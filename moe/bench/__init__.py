@@ -21,5 +21,9 @@ def run_bench(overrides: list[str]) -> None:
     """Runs the benchmark that the first override names with the others as its keys. Raises UserError for the user."""
     name, keys = (overrides[0], overrides[1:]) if overrides else ("", [])
     if name not in BENCHMARKS:
-        raise UserError(f"moe bench {name}: no such benchmark; one of {', '.join(BENCHMARKS)}")
+        from moe.config.suggest import closest  # here, since moe.bench.gpu starts where packages may be missing
+
+        near = closest(name, list(BENCHMARKS))
+        meant = f"did you mean {near}?" if near else f"one of {', '.join(BENCHMARKS)}"
+        raise UserError(f"bench {name}: no such benchmark; {meant}")
     importlib.import_module(f"moe.bench.{name}").run(keys)

@@ -96,6 +96,6 @@ def _window(overrides: list[str], default: int = 512) -> int:
     for override in overrides:
         key, _, value = override.partition("=")
         if key != "window" or not value.isdecimal() or int(value) < 1:
-            raise UserError(f"moe bench attention {override}: its only key is window=N, a number of tokens ≥ 1")
+            raise UserError(f"bench attention {override}: its only key is window=N, a number of tokens ≥ 1")
         window = int(value)
     return window

@@ -31,7 +31,7 @@ def run(overrides: list[str]) -> None:
     """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises UserError for the user."""
     _, world, _, node = rendezvous.world_from_environment()
     if world == 1:
-        raise UserError("moe bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
+        raise UserError("bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
     keys, rest = split(overrides)
     batch = [f"parallel.expert_parallel_size={world}", f"train.global_batch_size={2 * world}"]
     config: Config = load_config([*DEFAULTS, *batch, *rest])

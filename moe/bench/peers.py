@@ -83,9 +83,9 @@ def run(overrides: list[str]) -> None:
     """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises UserError for the user."""
     keys, config = parse(overrides)
     if importlib.util.find_spec("transformers") is None:
-        raise UserError("moe bench peers needs transformers: pip install 'moe-train[dev]'")
+        raise UserError("bench peers needs transformers: pip install 'moe-train[dev]'")
     if rendezvous.world_from_environment()[1] != 1:
-        raise UserError("moe bench peers compares single processes: start it without torchrun")
+        raise UserError("bench peers compares single processes: start it without torchrun")
     mesh = rendezvous.start(1)
     try:
         rounds, implementation = compare(keys, config, mesh)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moe.cli.verbs import VERBS, schema
-from moe.config.compose import choices, compose_dict, groups
+from moe.config.compose import compose_dict
+from moe.config.presets import choices, groups
 
 
 def help_text(verb: str) -> str:
@@ -17,7 +18,9 @@ def help_text(verb: str) -> str:
         return "\n".join(text)
     name, kind = composed_from
     text.append(
-        f"\nUsage: moe {verb} [GROUP=NAME …] [KEY=VALUE …] [--cfg job]   (--cfg job prints the composed config)"
+        f"\nUsage: moe {verb} [GROUP=NAME|FILE.yaml …] [KEY=VALUE …] [--config-dir DIR] [--cfg job]\n"
+        "--config-dir adds your folder of presets, laid out as configs/ is (./configs is one without being named); "
+        "--cfg job prints the composed config."
     )
     composed: Any = OmegaConf.to_container(compose_dict([], name, kind), resolve=False, enum_to_str=True)
     if name != "generate":

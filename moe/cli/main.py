@@ -8,6 +8,8 @@
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
     moe bench peers                                       our training step compared with transformers'
+    moe ls                                                verbs, configuration groups and their presets
+    moe cp model/small mine.yaml                          a preset to edit: moe train model=mine.yaml
 
 `moe VERB --help` lists the verb's keys. Exit codes: 0 done; 1 a fault of the program or the machine; 2 something to
 change in the command, the configuration or the data (one line on stderr says what); 75 training hung (stderr says
@@ -17,22 +19,34 @@ training run after saving its state. After 75 and 128 + N the same command resum
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
+from pathlib import Path
 
 from moe.cli.help import help_text
 from moe.cli.verbs import VERBS, schema
-from moe.config.compose import ConfigError, load_config
+from moe.config.compose import ConfigError, load_config, to_yaml
+from moe.config.presets import add_config_dir
+from moe.config.suggest import closest
+from moe.distributed.environment import world_from_environment
 from moe.distributed.parent import die_with_torchrun
 from moe.errors import OtherRankFailed, StartError, Stopped, UserError
 
 
 def _run(arguments: list[str]) -> None:
+    arguments = _take_config_dirs(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print((__doc__ or "").strip())
         return
     verb, overrides = arguments[0], arguments[1:]
     if verb not in VERBS:
-        raise ConfigError(f"moe {verb}: no such verb; one of {', '.join(VERBS)} (`moe --help`)")
+        near = "train" if "=" in verb else closest(verb, list(VERBS))
+        meant = (
+            f"did you mean `moe {near}{f' {verb}' if '=' in verb else ''}`?" if near else f"one of {', '.join(VERBS)}"
+        )
+        raise ConfigError(f"{verb}: no such verb; {meant}")
     if "-h" in overrides or "--help" in overrides:
         print(help_text(verb))
         return
@@ -40,26 +54,43 @@ def _run(arguments: list[str]) -> None:
         at = overrides.index("--cfg")
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
-            raise ConfigError(
-                f"moe {verb} --cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config"
-            )
-        from moe.config.compose import to_yaml
-
+            raise ConfigError("--cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config")
         print(to_yaml(load_config(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
     flags = [override for override in overrides if override.startswith("-")]
     if flags:
         raise ConfigError(
-            f"moe {verb} {flags[0]}: no such option; configuration is key=value, options --help and --cfg job"
+            f"{flags[0]}: no such option of `moe {verb}`; configuration is key=value, options are --help, --cfg job "
+            "and --config-dir DIR"
         )
     VERBS[verb](overrides)
 
 
-def _is_local_rank_0() -> bool:
-    """A message that is the same on all ranks is printed by one rank of each machine."""
-    from moe.distributed.rendezvous import world_from_environment
+def _take_config_dirs(arguments: list[str]) -> list[str]:
+    """Adds every `--config-dir DIR` (or `--config-dir=DIR`) and returns the other arguments. Raises UserError."""
+    rest, waiting = [], iter(arguments)
+    for argument in waiting:
+        if argument == "--config-dir":
+            _add_config_dir(next(waiting, ""))
+        elif argument.startswith("--config-dir="):
+            _add_config_dir(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return rest
 
-    return world_from_environment()[2] == 0
+
+def _add_config_dir(folder: str) -> None:
+    if not folder:
+        raise ConfigError("--config-dir: must be followed by a folder of presets")
+    add_config_dir(Path(folder))
+
+
+def _tell_torchrun(line: str) -> None:
+    """torchrun ends with a table of the rank that failed first; with this its last lines say why."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": line}}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def main() -> None:
@@ -68,15 +99,19 @@ def main() -> None:
         die_with_torchrun()  # before the slow imports, during which torchrun may die
         _run(sys.argv[1:])
     except UserError as error:
-        # A rank that never joined the others prints its own message.
-        if _is_local_rank_0() or (isinstance(error, StartError) and error.prints):
-            print(f"moe: {' '.join(str(error).split())}", file=sys.stderr)
+        line = f"moe: {' '.join(str(error).split())}"
+        # A message that is the same on all ranks is printed by one rank of each machine; a rank that never joined the
+        # others prints its own.
+        if world_from_environment()[2] == 0 or (isinstance(error, StartError) and error.prints):
+            print(line, file=sys.stderr, flush=True)
+        _tell_torchrun(line)
         sys.exit(2)
     except (OSError, OtherRankFailed) as error:
-        print(f"moe: {error}", file=sys.stderr)
+        print(f"moe: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(f"moe: {error}")
         sys.exit(1)
     except Stopped as stopped:
-        if _is_local_rank_0():
+        if world_from_environment()[2] == 0:
             print(f"moe: {stopped}", file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from moe.config.compose import ConfigError, load_config
 
 def _train(overrides: list[str]) -> None:
     """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir."""
-    from moe.distributed.rendezvous import world_from_environment
+    from moe.distributed.environment import world_from_environment
 
     config: Config = load_config(overrides)
     _, world_size, _, node_size = world_from_environment()
@@ -23,9 +23,10 @@ def _train(overrides: list[str]) -> None:
 
 def _plan(overrides: list[str]) -> None:
     """What a run would need before it is launched: memory, bytes on the links, time; every override of `moe train`."""
+    config = load_config(overrides, "plan", PlanConfig)
     from moe.plan.show import run_plan
 
-    run_plan(load_config(overrides, "plan", PlanConfig))
+    run_plan(config)
 
 
 def _prepare(overrides: list[str]) -> None:
@@ -41,13 +42,14 @@ def _prepare(overrides: list[str]) -> None:
 
 def _generate(overrides: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
-    from moe.config.generate import GenerateConfig, quote_texts
-    from moe.inference.generate import run_generate
+    from moe.config.generate import GenerateConfig
+    from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
     from moe.checkpoint.layout import tokenizer_folder
     from moe.checkpoint.reader import load_model, resolve
     from moe.data.tokenizer import load_saved
+    from moe.inference.generate import run_generate
 
     folder = resolve(Path(config.checkpoint))
     run_generate(config, load_model(folder), load_saved(tokenizer_folder(folder)))
@@ -57,7 +59,7 @@ def _report(overrides: list[str]) -> None:
     """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert. No network needed."""
     if len(overrides) != 1 or "=" in overrides[0]:
         raise ConfigError(
-            f"moe report {' '.join(overrides)}: give one run directory, as in `moe report runs/tiny-stdlib`"
+            f"report {' '.join(overrides) or '(nothing)'}: give one run directory, as in `moe report runs/tiny-stdlib`"
         )
     from moe.report.page import write_report
 
@@ -71,6 +73,37 @@ def _bench(overrides: list[str]) -> None:
     run_bench(overrides)
 
 
+def _ls(arguments: list[str]) -> None:
+    """List the groups and their presets; `moe ls GROUP` says what each preset is, and where it lies if it is yours."""
+    from moe.cli.presets import list_presets
+
+    if len(arguments) > 1:
+        raise ConfigError(f"ls {' '.join(arguments)}: give one group, as in `moe ls model`, or none")
+    if not arguments:
+        print("Verbs (`moe VERB --help`):")
+        for verb, run in VERBS.items():
+            print(f"  {verb:{max(map(len, VERBS))}}  {(run.__doc__ or '').partition('; ')[0].rstrip('.')}")
+    print(list_presets(*arguments))
+
+
+def _cp(arguments: list[str]) -> None:
+    """Copy a preset to edit: `moe cp model/small mine.yaml`, then `moe train model=mine.yaml`."""
+    from moe.cli.presets import copy_preset
+
+    if len(arguments) != 2:
+        raise ConfigError(f"cp {' '.join(arguments)}: give a preset and a file, as in `moe cp model/small mine.yaml`")
+    print(copy_preset(*arguments))
+
+
+def _completion(arguments: list[str]) -> None:
+    """Print a completion script for bash, or for zsh with bashcompinit: `eval "$(moe completion bash)"`."""
+    from moe.cli.completion import completion_script
+
+    if arguments != ["bash"]:
+        raise ConfigError(f"completion {' '.join(arguments)}: must be `moe completion bash`; zsh takes it too")
+    print(completion_script(), end="")
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "plan": _plan,
@@ -78,6 +111,9 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": _generate,
     "report": _report,
     "bench": _bench,
+    "ls": _ls,
+    "cp": _cp,
+    "completion": _completion,
 }
 
 

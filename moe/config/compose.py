@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,76 +15,18 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import Config
+from moe.config.explain import explain
 from moe.config.migrate import check_overrides, migrate
+from moe.config.overrides import quote_where_needed
+from moe.config.presets import composed_folder
 from moe.config.router import registered_router, router_kinds, saved_kind
 from moe.config.rules import require
-from moe.config.suggest import closest, dotted_keys, no_such_key
+from moe.config.suggest import dotted_keys, no_such_key
 from moe.errors import UserError
 
 
 class ConfigError(UserError):
     """A configuration that can't be used; the text is one line for the user."""
-
-
-def config_dir() -> Path:
-    """The shipped YAML: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-_added_dirs: list[Path] = []
-
-
-def add_config_dir(folder: Path) -> None:
-    """From now on presets are also looked for in this folder, which is laid out as configs/ is."""
-    if folder.resolve() not in _added_dirs:
-        _added_dirs.append(folder.resolve())
-
-
-def choices(group: str) -> list[str]:
-    """Names that `group=NAME` accepts."""
-    return sorted({path.stem for root in (config_dir(), *_added_dirs) for path in (root / group).glob("*.yaml")})
-
-
-def groups() -> list[str]:
-    return sorted(path.name for path in config_dir().iterdir() if path.is_dir())
-
-
-_HINTS = {
-    "hardware": "; or describe yours: hardware=custom hardware.gpus_per_node=4 hardware.memory_gb=48 … "
-    "(`moe plan hardware=custom` names what is missing)",
-}
-
-
-def _one_line(error: BaseException, overrides: list[str], known: list[str]) -> str:
-    """Hydra's and OmegaConf's many-line messages as one: the key, the value, the rule. `known`: the keys there are."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    if text.startswith("Error merging override") and error.__cause__ is not None:
-        override = text.removeprefix("Error merging override ").lstrip("+~")
-        cause = str(error.__cause__)
-        section, _, value = override.partition("=")
-        if cause.startswith("Invalid type assigned: str"):  # a group's name where no group is
-            keys = ", ".join(key for key in known if key.startswith(f"{section}."))
-            return f"{override}: there is no preset {value}; {section} is set by its keys, {keys}"
-        return f"{override}: {_one_line(error.__cause__, [], known)}"
-    missing = re.match(r"In '.*': Could not (find|load) '(?P<group>\w+)/(?P<name>[^']*)'", text)
-    if missing:
-        group, name = missing["group"], missing["name"]
-        if group == "router" and name.endswith("_schema"):  # named by a YAML's defaults
-            kind = name.removesuffix("_schema")
-            return f"router.kind={kind} must be one of {', '.join(router_kinds())}: import the module that registers it"
-        near = closest(name, choices(group))
-        meant = f"; did you mean {group}={near}?" if near else ""
-        return f"{group}={name} must be one of {', '.join(choices(group))}{meant}{_HINTS.get(group, '')}"
-    full = re.search(r"full_key: (\S+)", f"{error}\n{error.__cause__}")
-    key = full[1] if full else ""
-    unknown = re.match(r"(Could not override|Key) '(?P<key>[^']+)'", text)
-    if unknown:
-        return no_such_key(key or unknown["key"], overrides, known)
-    given = next((override for override in overrides if key and override.lstrip("+~").startswith(f"{key}=")), key)
-    return f"{given}: {text}" if given else text
 
 
 def compose_dict(overrides: list[str], name: str = "train", schema: type = Config) -> DictConfig:
@@ -99,27 +40,26 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
         raise ConfigError(str(error)) from error
     hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
     if hydras:
-        raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe {name} --help` lists the keys")
+        raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe VERB --help` lists the keys")
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=_typed(schema, router=None))
     for kind in router_kinds():
         store.store(group="router", name=f"{kind}_schema", node=registered_router(kind).schema)
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose(name, overrides=[*overrides, *_search_path()], return_hydra_config=True)
+        with composed_folder(overrides) as (folder, named), initialize_config_dir(str(folder), version_base="1.3"):
+            composed = compose(name, overrides=quote_where_needed(named), return_hydra_config=True)
+    except UserError as error:
+        raise ConfigError(str(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         known = _keys(compose_dict([], name, schema)) if overrides else []
-        raise ConfigError(_one_line(error, overrides, known)) from error
+        raise ConfigError(explain(error, overrides, known)) from error
+    except yaml.MarkedYAMLError as error:
+        where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "a preset"
+        raise ConfigError(f"{where}: not valid YAML ({error.problem})") from error
     HydraConfig.instance().set_config(composed)  # so that ${hydra:runtime.choices.*} resolves
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
     return composed
-
-
-def _search_path() -> list[str]:
-    """Quoted: a folder's name may hold spaces and commas."""
-    folders = json.dumps([f"file://{folder}" for folder in _added_dirs], ensure_ascii=False)
-    return [f"hydra.searchpath={folders}"] if _added_dirs else []
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:
@@ -140,14 +80,14 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
     try:
         missing = sorted(OmegaConf.missing_keys(node))
     except OmegaConfBaseException as error:  # an interpolation that can't be resolved
-        raise ConfigError(_one_line(error, overrides or [], [])) from error
+        raise ConfigError(explain(error, overrides or [], [])) from error
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be stated: {missing[0]}=…")
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        raise ConfigError(_one_line(cause, overrides or [], [])) from error
+        raise ConfigError(explain(cause, overrides or [], [])) from error
     except AttributeError as error:  # slots refuse a key that `+key=` added
         key = str(error).rpartition(" attribute ")[2].strip("'")
         found = re.search(rf"(?m)^\+*((?:\w+\.)*{key})[.=]", "\n".join(overrides or []))
@@ -176,4 +116,4 @@ def read_config(path: Path, schema: type = Config) -> Any:
         return to_config(OmegaConf.merge(defaults, migrate(saved)))
     # YAML's reader is one that makes no objects: a tag that asks for one is an error too.
     except (OSError, UserError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: {_one_line(error, [], _keys(defaults))}") from error
+        raise ConfigError(f"{path}: {explain(error, [], _keys(defaults))}") from error

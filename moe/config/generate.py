@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from moe.config.rules import require
@@ -55,22 +54,3 @@ class GenerateConfig(Sampling):
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
         require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
-
-
-def quote_texts(overrides: list[str]) -> list[str]:
-    """Command-line overrides with `prompt=` and `stop=` quoted for Hydra, so that they arrive as they were typed.
-
-    Unquoted, Hydra trims `prompt=def ` and refuses `prompt=Once, twice`. What is already in quotes, and `null`, stays.
-    """
-    return [_quoted(override) if override.startswith(("prompt=", "stop=")) else override for override in overrides]
-
-
-def _quoted(override: str) -> str:
-    key, _, value = override.partition("=")
-    already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    if already or value == "null":
-        return override
-    # In Hydra's quotes a backslash counts before a quote only, in OmegaConf's text before an interpolation only.
-    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
-    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
-    return f"{key}='{value}'"

@@ -12,7 +12,7 @@ from moe.config.migrate import renamed
 def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
     """One line about the unknown dotted `key`, set by one of `overrides` or, if by none, by a file."""
     plain = [override.lstrip("+~") for override in overrides]
-    given = next((override for override in plain if override.startswith(f"{key}=")), key)
+    given = next((override for override in plain if override.startswith((f"{key}=", f"{key}."))), key)
     if now := renamed(key):
         return f"{'' if given == key else f'{given}: '}{key} is now {now}"
     near = nearest_keys(key, known)

@@ -12,22 +12,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
+from moe.distributed.environment import world_from_environment
 from moe.distributed.meeting import meet, start_timeout
 from moe.distributed.mesh import Mesh
 from moe.errors import StartError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-def world_from_environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun states them; a plain process is (0, 1, 0, 1)."""
-    read = os.environ.get
-    return (
-        int(read("RANK", "0")),
-        int(read("WORLD_SIZE", "1")),
-        int(read("LOCAL_RANK", "0")),
-        int(read("LOCAL_WORLD_SIZE", "1")),
-    )
 
 
 def start(expert_parallel_size: int, config: Mapping[str, object] | None = None) -> Mesh:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import RouterConfig
-from moe.config.compose import add_config_dir
+from moe.config.presets import add_config_dir
 from moe.config.router import register_router
 from moe.config.rules import positive
 from moe.sparse.balance import load_balancing_loss, router_entropy

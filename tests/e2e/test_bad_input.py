@@ -76,7 +76,7 @@ def test_bad_data_is_one_line(
         ),
         (["train", "train.global_batch_size=9"], "train.global_batch_size=9 must be divisible by"),
         (["train", "--fast"], "--fast: no such option"),
-        (["trian"], "moe trian: no such verb"),
+        (["trian"], "trian: no such verb; did you mean `moe train`?"),
         (["report", "nowhere"], "nowhere"),
         (["report"], "give one run directory"),
         (["generate", "prompt=x"], "checkpoint"),
@@ -97,7 +97,9 @@ def test_a_bad_command_is_one_line(
 def test_under_torchrun_only_rank_0_prints_the_line(moe: Run) -> None:
     done = moe("train", "router.top_k=9", ranks=2)
     assert done.returncode == 1
-    assert done.stderr.count("moe: router.top_k=9 must be ≤ router.num_experts=8") == 1
+    line = "moe: router.top_k=9 must be ≤ router.num_experts=8"
+    assert [shown for shown in done.stderr.splitlines() if shown.startswith("moe: ")] == [line]
+    assert done.stderr.rstrip("=\n").endswith(f"traceback : {line}"), "torchrun's own table ends with the reason"
     assert "router.py" not in done.stderr
 
 

@@ -45,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY_IN = {
     "deepspeed": "engine/deepspeed/",
     "wandb": "train/tracking.py",
-    "hydra": "config/compose.py",
+    "hydra": "config/",
     "datasets": "data/",
     "megablocks": "kernels/megablocks.py",
 }

@@ -28,7 +28,7 @@ def run(overrides: list[str]) -> None:
     for override in overrides:
         key, separator, value = override.partition("=")
         if key not in values or not separator:
-            raise UserError(f"moe bench gpu {override}: its keys are {', '.join(values)}")
+            raise UserError(f"bench gpu {override}: its keys are {', '.join(values)}")
         values[key] = value
     if values["dry_run"] not in ("true", "false"):
         raise UserError(f"dry_run={values['dry_run']} must be true or false")

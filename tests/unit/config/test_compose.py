@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moe.config import Config
-from moe.config.compose import ConfigError, choices, load_config, read_config, to_yaml
+from moe.config.compose import ConfigError, load_config, read_config, to_yaml
+from moe.config.presets import choices
 
 BAD = [
     # (overrides, what the line must hold)
@@ -17,7 +18,7 @@ BAD = [
     (["lr=1"], "lr=1: no such key; did you mean optim.lr=1?"),
     (["train.name=x"], "train.name=x: no such key; did you mean tracking.name=x?"),
     (["train.seq_length=8"], "train.seq_length=8: no such key; did you mean train.sequence_length=8?"),
-    (["+model.heads.x=3"], "model.heads: no such key"),
+    (["+model.heads.x=3"], "model.heads.x=3: no such key"),
     (["+foo=1"], "foo=1: no such key; `moe VERB --help` lists them all"),
     (["modle=tiny"], "modle=tiny: no such key; did you mean model=tiny?"),
     (["model=big"], "model=big must be one of mistral_7b, mixtral_8x22b, mixtral_8x7b, small, tiny"),
@@ -27,7 +28,7 @@ BAD = [
     (["train.steps=1.5"], "train.steps=1.5"),
     (["train.steps=null"], "train.steps=null"),
     (["train.steps=0"], "train.steps=0 must be > 0"),
-    (["model.mlp=foo"], "expected one of [dense, sparse]"),
+    (["model.mlp=foo"], "model.mlp=foo must be one of dense, sparse"),
     (["model.num_key_value_heads=3"], "model.num_attention_heads=4 must be divisible by model.num_key_value_heads=3"),
     (["model.head_dim=15"], "model.head_dim=15 must be even"),
     (["model.hidden_size=130"], "model.hidden_size=130 must be divisible by model.num_attention_heads=4"),

@@ -9,7 +9,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from moe.config import Config, HardwareConfig, SourceConfig
-from moe.config.compose import config_dir, load_config
+from moe.config.compose import ConfigError, load_config
+from moe.config.presets import add_config_dir, config_dir, groups, presets
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters
 
@@ -94,3 +95,80 @@ def test_yaml_says_only_what_differs_from_the_dataclasses(path: Path):
 
 def test_a_repeated_default_is_found():
     assert repeated({"optim": {"lr": 1e-3, "eps": 1.0}, "run_dir": "x"}, plain(Config)) == ["optim.lr"]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, as working directory."""
+    monkeypatch.setattr("moe.config.presets._added_dirs", [])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_local_and_added_folders_go_over_the_shipped_presets(own: Path):
+    write(own / "configs" / "model" / "mine.yaml", "hidden_size: 64\n")
+    write(own / "configs" / "model" / "tiny.yaml", "hidden_size: 96\n")
+    write(own / "configs" / "train.yaml", "run_dir: not read\n")
+    assert load_config(["model=mine"]).model.hidden_size == 64
+    assert load_config([]).model.hidden_size == 96
+    assert load_config([]).model.sliding_window is None, "a preset replaces the shipped one, it isn't merged with it"
+    write(own / "more" / "model" / "tiny.yaml", "hidden_size: 128\nsliding_window: 7\n")
+    add_config_dir(own / "more")
+    assert (load_config([]).model.hidden_size, load_config(["model=mine"]).model.hidden_size) == (128, 64)
+    assert load_config(["model=mine"]).run_dir == "runs/mine-stdlib"
+    assert presets("model")["tiny"] == own / "more" / "model" / "tiny.yaml"
+
+
+def test_a_file_is_a_preset(own: Path):
+    path = write(own / "some where" / "mine.yaml", "hidden_size: 64\n")
+    assert load_config([f"model={path}"]).model.hidden_size == 64
+    write(own / "fast.yaml", "# @package _global_\ntrain:\n  steps: 7\nmodel:\n  hidden_size: 32\n")
+    config = load_config(["experiment=fast.yaml", f"model={path}"])
+    assert (config.train.steps, config.model.hidden_size, config.run_dir) == (7, 32, "runs/mine-stdlib")
+
+
+@pytest.mark.parametrize("group", groups())
+def test_every_group_takes_a_copy_of_its_presets(own: Path, group: str):
+    for name, path in presets(group).items():
+        needed = {"files": ["data.path=x"], "model_file": ["tokenizer.path=x"], "huggingface": ["tokenizer.path=x"]}
+        copied = write(own / f"{name}_copy.yaml", path.read_text(encoding="utf-8"))
+        if group != "hardware":
+            assert load_config([f"{group}={copied}", *needed.get(name, [])])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hidden_sizee: 3", "model=mine.yaml: model.hidden_sizee: no such key; did you mean model.hidden_size?"),
+        ("hidden_size: abc", "model=mine.yaml: model.hidden_size must be a whole number"),
+        ("hidden_size: null", "model=mine.yaml: model.hidden_size must have a value, not null"),
+        ("mlp: thick", "model=mine.yaml: model.mlp must be one of dense, sparse"),
+        ("a: [", "mine.yaml:2: not valid YAML (expected the node content, but found '<stream end>')"),
+        ("- 3", "mine.yaml: must be a mapping of keys, as in hidden_size: 256"),
+        ("42", "mine.yaml: must be a mapping of keys"),
+        ("!!python/object:os.system x", "mine.yaml:1: not valid YAML (could not determine a constructor"),
+        ("\udcff", "mine.yaml: byte 0 isn't UTF-8"),
+    ],
+)
+def test_a_bad_preset_is_one_line_with_its_file(own: Path, text: str, message: str):
+    (own / "mine.yaml").write_bytes(f"{text}\n".encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(["model=mine.yaml"])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_without_presets_is_an_error(own: Path):
+    (own / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: has no folder named as a group"):
+        add_config_dir(own / "empty")
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        add_config_dir(own / "nowhere")
+    with pytest.raises(ConfigError, match=r"^model=gone.yaml: no such file; `moe ls model` lists presets$"):
+        load_config(["model=gone.yaml"])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import RouterConfig, TopKRouterConfig, compose
-from moe.config.compose import ConfigError, choices, load_config, read_config, to_yaml
+from moe.config import RouterConfig, TopKRouterConfig, presets
+from moe.config.compose import ConfigError, load_config, read_config, to_yaml
+from moe.config.presets import choices
 from moe.config.router import register_router
 from moe.plan import count_parameters
 from moe.report.facts import brief, parameters
@@ -122,10 +123,10 @@ def test_sizes_ask_the_config_what_a_token_uses(tmp_path: Path) -> None:
 @pytest.fixture
 def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of presets whose name needs quoting."""
-    monkeypatch.setattr(compose, "_added_dirs", [])
+    monkeypatch.setattr(presets, "_added_dirs", [])
     folder = tmp_path / 'my presets, "mine"'
     (folder / "router").mkdir(parents=True)
-    compose.add_config_dir(folder)
+    presets.add_config_dir(folder)
     return folder
 
 

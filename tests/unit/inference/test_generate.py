@@ -8,7 +8,8 @@ import torch
 
 from moe.config import ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.config.compose import ConfigError, load_config
-from moe.config.generate import GenerateConfig, Sampling, quote_texts
+from moe.config.generate import GenerateConfig, Sampling
+from moe.config.overrides import quote_texts
 from moe.inference.generate import generate, read_prompts, run_generate, sample_text, stream
 from moe.inference.sampling import pick
 from moe.model.transformer import Transformer

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from moe.config import PlanConfig
-from moe.config.compose import ConfigError, choices, config_dir, load_config
+from moe.config.compose import ConfigError, load_config
+from moe.config.presets import choices, config_dir
 from moe.plan import exchange_bytes, flops_per_token, make_plan, plan_traffic
 from moe.plan.run import needed_gb
 from moe.plan.show import run_plan, verdict

@@ -1,0 +1,51 @@
+"""Overrides as they are typed: values that Hydra's grammar would reject, trim or split are quoted for it."""
+
+from __future__ import annotations
+
+import re
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+
+def quote_texts(overrides: list[str]) -> list[str]:
+    """Overrides with `prompt=` and `stop=` quoted, so that they arrive as they were typed.
+
+    Unquoted, Hydra trims `prompt=def ` and splits `prompt=Once, twice`. What is already in quotes, and `null`, stays.
+    """
+    return [
+        f"{key}={_quoted(value, escape=True)}" if key in ("prompt", "stop") and not _is_quoted(value) else override
+        for override in overrides
+        for key, _, value in [override.partition("=")]
+    ]
+
+
+def quote_where_needed(overrides: list[str]) -> list[str]:
+    """Quotes the values that Hydra can't parse, as in `data.path=my file(1).txt`, or takes for several, as in `a,b`."""
+    parser = OverridesParser.create()
+    return [override if _parses(parser, override) else _with_quotes(override) for override in overrides]
+
+
+def _parses(parser: OverridesParser, override: str) -> bool:
+    try:
+        return not parser.parse_override(override).is_sweep_override()
+    except HydraException:
+        return False
+
+
+def _with_quotes(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}={_quoted(value, escape=False)}"
+
+
+def _is_quoted(value: str) -> bool:
+    return value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\"")
+
+
+def _quoted(value: str, *, escape: bool) -> str:
+    """`escape`: an interpolation (`${...}`) in the text is text."""
+    # In Hydra's quotes a backslash counts before a quote only, in OmegaConf's text before an interpolation only.
+    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
+    if escape:
+        value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return f"'{value}'"
