@@ -8,6 +8,7 @@
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
     moe bench peers                                       our training step compared with transformers'
+    moe doctor                                            whether this machine can train, and what would run how
     moe ls                                                verbs, configuration groups and their presets
     moe cp model/small mine.yaml                          a preset to edit: moe train model=mine.yaml
 
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 
 from moe.cli.help import help_text
-from moe.cli.verbs import VERBS, schema
+from moe.cli.verbs import OPTIONS, VERBS, schema
 from moe.config.compose import ConfigError, load_config, to_yaml
 from moe.config.presets import add_config_dir
 from moe.config.suggest import closest
@@ -57,7 +58,7 @@ def _run(arguments: list[str]) -> None:
             raise ConfigError("--cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config")
         print(to_yaml(load_config(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
-    flags = [override for override in overrides if override.startswith("-")]
+    flags = [override for override in overrides if override.startswith("-") and override not in OPTIONS.get(verb, ())]
     if flags:
         raise ConfigError(
             f"{flags[0]}: no such option of `moe {verb}`; configuration is key=value, options are --help, --cfg job "

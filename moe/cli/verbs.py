@@ -73,6 +73,13 @@ def _bench(overrides: list[str]) -> None:
     run_bench(overrides)
 
 
+def _doctor(arguments: list[str]) -> None:
+    """Check this machine: packages, GPU, back-ends, cores, memory, disk, W&B, ports; `--json` for one JSON object."""
+    from moe.doctor import run_doctor
+
+    run_doctor(arguments)
+
+
 def _ls(arguments: list[str]) -> None:
     """List the groups and their presets; `moe ls GROUP` says what each preset is, and where it lies if it is yours."""
     from moe.cli.presets import list_presets
@@ -111,10 +118,13 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": _generate,
     "report": _report,
     "bench": _bench,
+    "doctor": _doctor,
     "ls": _ls,
     "cp": _cp,
     "completion": _completion,
 }
+# Options of a verb beside --help, --cfg and --config-dir.
+OPTIONS = {"doctor": ("--json",)}
 
 
 def schema(verb: str) -> tuple[str, type] | None:

@@ -72,7 +72,7 @@ def cut_back(path: Path, step: int) -> None:
     write_durably(path, "".join(kept))
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B would find an API key on this machine; no server is asked."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
@@ -127,7 +127,7 @@ class Tracker:
         )
 
     def _start(self, run_dir: Path, resumed: bool) -> Any:
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         identity = run_dir / "wandb_id"
         if not (resumed and identity.exists()):
             identity.write_text(secrets.token_hex(4), encoding="utf-8")

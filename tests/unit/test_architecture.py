@@ -38,7 +38,11 @@ ROOMS: dict[str, set[str]] = {
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
-    "cli": {"bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "config", "errors"},
+    "doctor": {"bench", "train", "kernels", "distributed", "config", "errors"},
+    "cli": {
+        "doctor", "bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "config",
+        "errors",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 # A package that only these files may name.

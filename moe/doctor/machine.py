@@ -1,0 +1,98 @@
+"""Cores, memory and limits of this machine, and the speed of products and copies."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+
+from moe.doctor.finding import Finding
+
+FEW_FILES = 1024
+
+
+def cores() -> list[Finding]:
+    usable, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    load = os.getloadavg()[0]
+    stated = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS not set"
+    text = f"{usable} usable cores of {_processor()}, {stated}, load {load:.1f}"
+    quota = _cgroup("cpu.max")
+    limit = None
+    if quota and not quota.startswith("max"):
+        allowed, period = map(float, quota.split())
+        limit = allowed / period
+        text += f", the container may use {limit:g}"
+    if limit is not None and limit < usable:
+        return [Finding("cores", "note", text, f"set OMP_NUM_THREADS={max(1, int(limit))}: more threads only wait")]
+    if load > usable:
+        return [Finding("cores", "note", text, "other work is running: timings will vary")]
+    return [Finding("cores", "ok", text)]
+
+
+def _processor() -> str:
+    """The model's name, and the units that decide its speed at matrix products."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
+    known = {key.strip(): value.strip() for key, _, value in lines}
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in known.get("flags", "").split()]
+    return " ".join([known.get("model name", os.uname().machine), *([f"({', '.join(units)})"] if units else [])])
+
+
+def memory() -> list[Finding]:
+    available, total = available_memory()
+    text = f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
+    if available < 2e9:
+        return [Finding("memory", "note", text, "the default run (model=tiny) takes about 1 GB a rank")]
+    return [Finding("memory", "ok", text)]
+
+
+def available_memory() -> tuple[int, int]:
+    """(available, total) bytes of host memory, within the container's limit."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    available, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit and limit != "max" and used:
+        total = min(total, int(limit))
+        available = min(available, int(limit) - int(used))
+    return available, total
+
+
+def limits() -> list[Finding]:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"{files} open files"
+    shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
+    if shm is not None:
+        text += f", /dev/shm {shm.f_bavail * shm.f_frsize / 1e9:.1f} GB free"
+    if files < FEW_FILES:
+        return [Finding("limits", "note", text, f"ulimit -n {FEW_FILES}")]
+    return [Finding("limits", "ok", text)]
+
+
+def speed() -> list[Finding]:
+    """Matrix products (GFLOP/s) and copies (GB/s, read and written both counted), on the device that trains."""
+    import torch
+
+    from moe.train.metrics import measure_peak_flops
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    products = ", ".join(
+        f"{str(dtype).removeprefix('torch.')} {measure_peak_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
+        for dtype in (torch.float32, torch.bfloat16)
+        if device.type == "cuda" or dtype is torch.float32
+    )
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(4):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+    return [Finding("speed", "ok", f"products on {device.type}: {products}; copies {best / 1e9:.1f} GB/s")]
+
+
+def _cgroup(name: str) -> str | None:
+    path = Path("/sys/fs/cgroup") / name
+    return path.read_text(encoding="ascii").strip() if path.is_file() else None

@@ -1,0 +1,30 @@
+"""The checks of cores, memory and limits."""
+
+import subprocess
+import sys
+
+from moe.doctor import machine, network
+
+
+def test_memory_is_what_the_kernel_says() -> None:
+    available, total = machine.available_memory()
+    assert 0 < available <= total
+
+
+def test_few_open_files_are_noted() -> None:
+    program = "from moe.doctor.machine import limits; one, = limits(); print(one.state, one.found, one.fix)"
+    command = ["bash", "-c", f"ulimit -n 64; exec {sys.executable} -c '{program}'"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("note 64 open files")
+    assert done.stdout.rstrip().endswith("ulimit -n 1024")
+
+
+def test_cores_and_processor_are_named() -> None:
+    (found,) = machine.cores()
+    assert "usable cores of" in found.found
+
+
+def test_speed_is_measured() -> None:
+    (found,) = machine.speed()
+    assert "GFLOP/s; copies" in found.found
+    assert network.ports()
