@@ -20,8 +20,8 @@ from __future__ import annotations
 import sys
 
 from moe.cli.help import help_text
-from moe.cli.verbs import VERBS, schema
-from moe.config.compose import ConfigError, load_config
+from moe.cli.verbs import VERBS, load, schema
+from moe.config.compose import ConfigError
 from moe.distributed.parent import die_with_torchrun
 from moe.errors import OtherRankFailed, StartError, Stopped, UserError
 
@@ -45,7 +45,7 @@ def _run(arguments: list[str]) -> None:
             )
         from moe.config.compose import to_yaml
 
-        print(to_yaml(load_config(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
+        print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
     flags = [override for override in overrides if override.startswith("-")]
     if flags:
