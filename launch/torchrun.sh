@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One node of a run, or the only one: bash launch/torchrun.sh VERB [KEY=VALUE …]
-#   bash launch/torchrun.sh train model=mixtral_8x7b parallel.expert_parallel_size=8          every GPU of this machine
-#   NPROC=2 bash launch/torchrun.sh train parallel.expert_parallel_size=2                     two processes, on a CPU too
+#   bash launch/torchrun.sh train model=mixtral_8x7b parallel.expert_parallel_size=8 train.global_batch_size=64
+#                                                                               every GPU of this machine, here 8
+#   NPROC=2 bash launch/torchrun.sh train parallel.expert_parallel_size=2       two processes, on a CPU too
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh train …      the same command on every node, NODE_RANK 0, 1, …
 #
 # NPROC              processes on this node (default: its GPUs)

@@ -24,11 +24,13 @@ RENAMED = {"refused_in_a_row": "skipped_in_a_row"}  # name in older checkpoints 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
     """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks);
-    `recent_norms` and `skipped_in_a_row` are the guard's (`moe.train.guard`)."""
+    `elapsed` is in seconds of training, without the time between a stop and the resume; `recent_norms` and
+    `skipped_in_a_row` are the guard's (`moe.train.guard`)."""
 
     step: int = 0
     consumed: int = 0
     tokens: int = 0
+    elapsed: float = 0.0
     skipped_steps: int = 0
     recent_norms: list[float] = field(default_factory=list)
     skipped_in_a_row: int = 0

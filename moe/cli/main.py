@@ -2,8 +2,10 @@
 
     moe train                                             a tiny Mixtral on text that comes with Python
     moe train model=small data=files data.path='*.txt'    your own text
-    torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 train.precision=bfloat16
-    moe plan model=mixtral_8x7b hardware=h100 …           the memory and time of a run, before it is launched
+    torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 \\
+        train.precision=bfloat16 train.global_batch_size=64
+    moe plan model=mixtral_8x7b parallel.expert_parallel_size=8 train.global_batch_size=64 hardware=h100
+                                                          the memory and time of a run, before it is launched
     moe prepare data=files data.path=corpus.jsonl         only the token shards
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
@@ -27,8 +29,8 @@ import time
 from pathlib import Path
 
 from moe.cli.help import help_text
-from moe.cli.verbs import OPTIONS, VERBS, schema
-from moe.config.compose import ConfigError, load_config, to_yaml
+from moe.cli.verbs import OPTIONS, VERBS, load, schema
+from moe.config.compose import ConfigError, to_yaml
 from moe.config.presets import add_config_dir
 from moe.config.suggest import closest
 from moe.distributed.environment import world_from_environment
@@ -56,7 +58,7 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError("--cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config")
-        print(to_yaml(load_config(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
+        print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
     flags = [override for override in overrides if override.startswith("-") and override not in OPTIONS.get(verb, ())]
     if flags:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from moe.config import Config, PlanConfig
+from moe.config import Config, PlanConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
+
+
+def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
+    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated."""
+    return load_config(overrides, name, composed_as, _count_pieces)
+
+
+def _count_pieces(tokenizer: TokenizerConfig) -> int:
+    from moe.data.tokenizer import count_pieces
+
+    return count_pieces(tokenizer)
 
 
 def _train(overrides: list[str]) -> None:
     """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir."""
     from moe.distributed.environment import world_from_environment
 
-    config: Config = load_config(overrides)
+    config: Config = load(overrides)
     _, world_size, _, node_size = world_from_environment()
     config.check_world(world_size, node_size)
     from moe.train.loop import train
@@ -23,7 +35,7 @@ def _train(overrides: list[str]) -> None:
 
 def _plan(overrides: list[str]) -> None:
     """What a run would need before it is launched: memory, bytes on the links, time; every override of `moe train`."""
-    config = load_config(overrides, "plan", PlanConfig)
+    config = load(overrides, "plan", PlanConfig)
     from moe.plan.show import run_plan
 
     run_plan(config)
@@ -31,7 +43,7 @@ def _plan(overrides: list[str]) -> None:
 
 def _prepare(overrides: list[str]) -> None:
     """Write the token shards that `moe train` with the same data and tokenizer keys would use."""
-    config: Config = load_config(overrides)
+    config: Config = load(overrides)
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config import Config
+from moe.config import Config, ModelConfig, TokenizerConfig
+from moe.config.data import path_name
 from moe.config.explain import explain
 from moe.config.migrate import check_overrides, migrate
 from moe.config.overrides import quote_where_needed
@@ -29,8 +31,20 @@ class ConfigError(UserError):
     """A configuration that can't be used; the text is one line for the user."""
 
 
-def compose_dict(overrides: list[str], name: str = "train", schema: type = Config) -> DictConfig:
-    """The composed, typed, not yet checked configuration. Raises ConfigError."""
+def _data_name(preset: str, *, _root_: Any) -> str:
+    """What `run_dir` calls the data: `data.path` where it is set, else the preset of `data`."""
+    path = OmegaConf.select(_root_, "data.path", throw_on_missing=False)
+    return path_name(str(path or "")) or preset
+
+
+OmegaConf.register_new_resolver("data_name", _data_name, replace=True)
+
+
+def compose_dict(
+    overrides: list[str], name: str = "train", schema: type = Config, count_pieces: CountPieces | None = None
+) -> DictConfig:
+    """The composed, typed, not yet checked configuration; `count_pieces` opens an existing tokenizer where the model
+    takes its vocabulary from it. Raises ConfigError, and what `count_pieces` raises."""
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
@@ -59,15 +73,45 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     HydraConfig.instance().set_config(composed)  # so that ${hydra:runtime.choices.*} resolves
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
+    _fill_vocabulary(composed, count_pieces)
     return composed
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:
-    """The schema's defaults, with the options of the router of that kind; with None, a preset brings them."""
+    """The schema's defaults, with the options of the router of that kind. With None, for composing, they are missing
+    (a preset brings them), and so is the vocabulary (`_fill_vocabulary`)."""
     node = OmegaConf.structured(schema)
     if "router" in node:
-        node.router = "???" if router is None else OmegaConf.structured(registered_router(router).schema)
+        node.router = MISSING if router is None else OmegaConf.structured(registered_router(router).schema)
+    if "model" in node and router is None:
+        node.model.vocab_size = MISSING
     return node
+
+
+CountPieces = Callable[[TokenizerConfig], int]
+
+
+def _fill_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None:
+    """Sets `model.vocab_size`, unless a preset or an override states it, to the tokenizer's number of pieces, or to the
+    default where the tokenizer is trained with as many pieces as the model has rows for.
+
+    Without `count_pieces` it stays missing beside an existing tokenizer. Raises as `compose_dict` does.
+    """
+    if "model" not in node or not OmegaConf.is_missing(node.model, "vocab_size"):
+        return
+    tokenizer = node.tokenizer
+    follows_model = OmegaConf.is_interpolation(tokenizer, "vocab_size")
+    stated = None if follows_model else tokenizer.vocab_size
+    if follows_model or stated is not None:
+        # A number that breaks the tokenizer's rules is not passed on: their message names its key.
+        node.model.vocab_size = stated if stated is not None and stated > 0 else ModelConfig().vocab_size
+        return
+    try:
+        existing = TokenizerConfig(**{str(key): tokenizer[key] for key in tokenizer})
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    if count_pieces is not None:
+        node.model.vocab_size = count_pieces(existing)
 
 
 def _keys(node: DictConfig | ListConfig) -> list[str]:
@@ -96,9 +140,11 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
         raise ConfigError(str(error)) from error
 
 
-def load_config(overrides: list[str], name: str = "train", schema: type = Config) -> Any:
-    """Compose and check. Raises ConfigError."""
-    return to_config(compose_dict(overrides, name, schema), overrides)
+def load_config(
+    overrides: list[str], name: str = "train", schema: type = Config, count_pieces: CountPieces | None = None
+) -> Any:
+    """Compose and check. Raises as `compose_dict` does."""
+    return to_config(compose_dict(overrides, name, schema, count_pieces), overrides)
 
 
 def to_yaml(config: Any) -> str:

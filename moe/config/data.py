@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -63,6 +65,19 @@ class DataConfig:
         if self.path is not None:
             return {"text": SourceConfig(path=self.path, format=self.format, text_field=self.text_field)}
         return dict(self.sources)
+
+
+def path_name(path: str) -> str:
+    """A short name for what `data.path` names: its last two parts, without wildcards and the file's ending. Empty where
+    nothing is left of it.
+
+    `books/*.txt` → `books`, `shakespeare/input.txt` → `shakespeare-input`, `owner/name` → `owner-name`.
+    """
+    parts = list(PurePosixPath(path).parts)
+    if parts:
+        parts[-1] = PurePosixPath(parts[-1]).stem
+    words = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts if not re.search(r"[*?[]", part)]
+    return "-".join([word for word in words if word][-2:])
 
 
 def _source(name: str, value: Any) -> SourceConfig:

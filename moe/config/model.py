@@ -10,7 +10,8 @@ from moe.config.rules import positive, require, share
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The backbone. `head_dim=None` means hidden_size / num_attention_heads; `sliding_window=None` means full.
+    """The backbone. `head_dim=None` means hidden_size / num_attention_heads; `sliding_window=None` means full. Where no
+    preset or override states `vocab_size`, composing takes the tokenizer's number of pieces, if that is known.
 
     `hidden_dropout` drops from what attention and MLP add to the residual stream, in training only.
     """

@@ -140,6 +140,7 @@ class GuardConfig:
 class TrainConfig:
     """Batch sizes are in sequences; `eval_sequences` bounds the held-out sequences scored at each evaluation.
 
+    `sample_prompt` null is the beginning of a held-out document (`Corpus.opening`).
     `peak_tflops` is the hardware's stated peak for MFU, per rank (null: a matrix product is timed at start-up).
     """
 
@@ -152,7 +153,7 @@ class TrainConfig:
     eval_every: int = 50
     eval_sequences: int = 128
     sample_every: int = 100
-    sample_prompt: str = "def "
+    sample_prompt: str | None = None
     sample_tokens: int = 64
     log_every: int = 10
     peak_tflops: float | None = None

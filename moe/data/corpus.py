@@ -13,6 +13,7 @@ from moe.data.tokenizer import Tokenizer, load_saved
 FORMAT = 1  # of the shards; part of the fingerprint, so a new number never opens older folders
 SPLITS = ("train", "held_out")
 META = "meta.json"
+OPENING_CHARACTERS, OPENING_TOKENS = 40, 160  # a character is at most four byte pieces
 
 
 @dataclass(slots=True)
@@ -27,6 +28,21 @@ class Corpus:
     weights: list[float]
     train: list[TokenStream]
     held_out: list[TokenStream]
+
+    def opening(self) -> str:
+        """The beginning of the first held-out document that isn't blank, at most `OPENING_CHARACTERS` of it, cut at a
+        space if there is one: the same on every rank. Empty where every document is blank. Raises DataError."""
+        special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        for stream in self.held_out:
+            for index in range(stream.documents):
+                ids = [int(token) for token in stream.document(index, OPENING_TOKENS) if token not in special]
+                text = self.tokenizer.decode(ids).rstrip("\ufffd").strip()  # the last token may be part of a character
+                if len(text) > OPENING_CHARACTERS:
+                    cut = text[: OPENING_CHARACTERS + 1]
+                    text = cut.rpartition(" ")[0].rstrip() or cut[:-1]
+                if text:
+                    return text
+        return ""
 
     def describe(self) -> str:
         """A table for the terminal: folder, fingerprints, and what each source and split holds."""

@@ -118,6 +118,11 @@ class TokenStream:
             )
         return ids_N
 
+    def document(self, index: int, limit: int) -> np.ndarray:
+        """[N] int64: the first tokens of a document, at most `limit`, its BOS included. Raises as `read` does."""
+        start, stop = (int(offset) for offset in self._offsets[index : index + 2])
+        return self.read(start, min(stop, start + limit))
+
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """[N] int32: which document each of tokens `start` … `stop` − 1 belongs to, counted from 0 at `start`."""
         first, last = np.searchsorted(self._offsets, [start, stop - 1], side="right")

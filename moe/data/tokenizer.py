@@ -252,6 +252,11 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return SentencePieceTokenizer(_read(path), f"tokenizer.path={path}")
 
 
+def count_pieces(config: TokenizerConfig) -> int:
+    """Token ids of an existing tokenizer: the rows that a model needs for it. Raises DataError."""
+    return open_tokenizer(config).vocab_size
+
+
 def tokenizer_files(config: TokenizerConfig) -> list[Path]:
     """The files that an existing tokenizer is read from, to check cheaply whether it changed."""
     if config.kind is TokenizerKind.mistral:

@@ -9,6 +9,7 @@ Around each training step (`moe.train.objective`) come evaluation, tracking, sam
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,12 @@ def train(config: Config) -> None:
 def _loop(run: TrainingRun) -> None:
     config, state, train = run.config, run.state, run.config.train
     run.display.start(state.step)
+    began = time.monotonic() - state.elapsed  # as if the run had never been interrupted
     try:
         while state.step < train.steps and run.stop.agreed is None:
             metrics = _step(run)
+            state.elapsed = time.monotonic() - began
+            metrics |= {"time": time.time(), "elapsed": state.elapsed}  # Unix seconds; seconds of training
             last = state.step == train.steps
             if state.step % train.eval_every == 0 or last:
                 metrics |= _evaluate(run)
@@ -139,13 +143,15 @@ def _evaluate(run: TrainingRun) -> dict[str, Any]:
 
 def _sample(run: TrainingRun) -> None:
     """A continuation of `train.sample_prompt`. All ranks take part: with expert parallelism each holds a slice."""
-    train = run.config.train
+    stated, tokens = run.config.train.sample_prompt, run.config.train.sample_tokens
+    prompt = run.corpus.opening() if stated is None else stated
     run.watchdog.beat(run.state.step, "the sample")
-    text = sample_text(_transformer(run), run.corpus.tokenizer, train.sample_prompt, train.sample_tokens)
+    text = sample_text(_transformer(run), run.corpus.tokenizer, prompt, tokens)
     if run.mesh.is_main:
-        line = json.dumps({"step": run.state.step, "prompt": train.sample_prompt, "text": text}) + "\n"
+        sample = {"step": run.state.step, "prompt": prompt, "text": text}
+        line = json.dumps(sample) + "\n"
         _written(run, lambda: append_line(run.folder / "samples.jsonl", line))
-        run.display.line(f"sample: {train.sample_prompt + text!r}")
+        run.display.line(f"sample: {prompt + text!r}")
 
 
 def _written(run: TrainingRun, write: Callable[[], None]) -> None:

@@ -51,7 +51,7 @@ class Display:
 
     def step(self, metrics: dict[str, Any]) -> None:
         step = metrics["step"]
-        text = f"loss {metrics['lm_loss']:.3f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        text = f"lm_loss {metrics['lm_loss']:.3f} · {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics.get("load_balancing_loss") is not None:
             text += f" · balance {metrics['load_balancing_loss']:.3f}"
         if metrics["max_violation"] is not None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from tests.e2e.conftest import SMALL, Run, command, environment, read_metrics
 KEYS = {
     "step", "tokens", "loss", "lm_loss", "load_balancing_loss", "router_z_loss", "grad_norm", "lr", "mfu",
     "tokens_per_second", "step_seconds", "max_violation", "router_entropy", "dead_experts", "dropped_fraction",
-    "expert_shares", "load_balancing_loss_layers",
+    "expert_shares", "load_balancing_loss_layers", "time", "elapsed",
 }  # fmt: skip
 EVALUATION = {"val_loss", "val_bits_per_byte", "val_unigram_entropy", "val_loss_by_source"}
-TIMED = {"tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds"}
+TIMED = {"tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds", "time", "elapsed"}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,8 @@ def whole(moe: Run, corpus: list[str], tmp_path_factory: pytest.TempPathFactory)
     assert done.returncode == 0, done.stderr
     assert "experts: 4, 2 a token, grouped_mm" in done.stdout
     assert "validation loss" in done.stdout
+    first = read_metrics(folder)[0]
+    assert f"step 1/40 · lm_loss {first['lm_loss']:.3f} · " in done.stdout
     return folder
 
 
@@ -40,6 +43,15 @@ def test_the_run_directory_holds_everything(whole: Path) -> None:
     routing = json.loads((whole / "routing.json").read_text())
     assert len(routing["experts"]) == 2
     assert len(routing["experts"][0]) == len(routing["tokens"])
+
+
+def test_samples_continue_the_runs_own_held_out_text(whole: Path, corpus: list[str]) -> None:
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [20, 40]
+    (prompt,) = {sample["prompt"] for sample in samples}
+    folder = next(key for key in corpus if key.startswith("data.path=")).removeprefix("data.path=")
+    assert len(prompt) > 20
+    assert any(prompt in path.read_text() for path in Path(folder).iterdir())
 
 
 def test_every_step_has_every_metric(whole: Path) -> None:
@@ -58,6 +70,10 @@ def test_every_step_has_every_metric(whole: Path) -> None:
             line["lm_loss"] + 0.02 * line["load_balancing_loss"] + 0.001 * line["router_z_loss"], rel=1e-5
         )
     assert metrics[-1]["tokens"] == 40 * 4 * 64
+    for key in ("time", "elapsed"):
+        assert all(before[key] < after[key] for before, after in pairwise(metrics))
+    assert abs(metrics[-1]["time"] - (whole / "metrics.jsonl").stat().st_mtime) < 5
+    assert 0 < metrics[0]["elapsed"] < metrics[-1]["elapsed"] < 60
     assert metrics[-1]["lm_loss"] < metrics[0]["lm_loss"]
 
 
@@ -87,6 +103,8 @@ def test_the_same_command_resumes_after_a_kill_and_the_curve_is_bitwise_the_same
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     _same_curve(tmp_path, whole, 0.0)
+    elapsed = [line["elapsed"] for line in read_metrics(tmp_path)]
+    assert elapsed == sorted(elapsed), "the seconds of training go on where the checkpoint had them"
     again = moe(*overrides)
     assert again.returncode == 0
     assert "is finished at step 40" in again.stdout
@@ -126,6 +144,26 @@ def test_generate_and_report_read_the_run(moe: Run, whole: Path) -> None:
     report = moe("report", str(whole))
     assert report.returncode == 0, report.stderr
     assert Path(report.stdout.strip()).read_text().startswith("<!doctype html>")
+
+
+def test_a_model_takes_its_vocabulary_from_an_existing_tokenizer(
+    moe: Run, corpus: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """The run's files have the number, so a resume, `moe generate` and `moe plan` agree with it."""
+    model = whole / "checkpoints/step_00000040/tokenizer/tokenizer.model"
+    pieces = json.loads((model.parent / "moe_tokenizer.json").read_text())["vocab_size"]
+    unstated = [key for key in SMALL if not key.startswith("model.vocab_size=")]
+    overrides = [*corpus, *unstated, "tokenizer=model_file", f"tokenizer.path={model}", f"run_dir={tmp_path}"]
+    flat = ("optim.schedule=constant", "train.steps=5")
+    for steps in flat, ("optim.schedule=constant", "train.steps=6"):
+        done = moe("train", *overrides, *steps)
+        assert done.returncode == 0, done.stderr
+    assert f"resuming from {tmp_path}/checkpoints/step_00000005" in done.stdout
+    assert f"vocab_size: {pieces}\n" in (tmp_path / "config.yaml").read_text()
+    text = moe("generate", f"checkpoint={tmp_path}", "prompt=3 plus 4", "max_new_tokens=2")
+    assert text.returncode == 0, text.stderr
+    plan = moe("plan", *overrides, "plan.json=true")
+    assert f"model: {json.loads(plan.stdout)['parameters']['total']:,} parameters" in done.stdout
 
 
 def test_a_checkpoint_of_another_model_is_an_error(moe: Run, corpus: list[str], whole: Path) -> None:

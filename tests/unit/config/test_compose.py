@@ -9,6 +9,7 @@ import pytest
 from moe.config import Config
 from moe.config.compose import ConfigError, load_config, read_config, to_yaml
 from moe.config.presets import choices
+from moe.data.tokenizer import count_pieces
 
 BAD = [
     # (overrides, what the line must hold)
@@ -40,6 +41,8 @@ BAD = [
     (["tokenizer.vocab_size=100"], "tokenizer.vocab_size=100 must be ≥ 300"),
     (["tokenizer.path=x"], "tokenizer.path=x must be null for tokenizer.kind=sentencepiece"),
     (["tokenizer=model_file"], "tokenizer.path"),
+    (["tokenizer=mistral"], "model.vocab_size must be stated"),  # by nobody who could count the tokenizer's pieces
+    (["tokenizer.vocab_size=-5"], "tokenizer.vocab_size=-5 must be > 0"),
     (
         ["parallel.zero_stage=0"],
         "parallel.zero_stage=0 must be 1 or 2: DeepSpeed's stage 0 reports a wrong gradient norm",
@@ -95,6 +98,52 @@ def test_defaults_are_the_quickstarts_parts() -> None:
     assert config.router.aux_loss_coef > 0
     assert config.parallel.zero_stage == 1
     assert config.tokenizer.vocab_size == config.model.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("path", "run_dir"),
+    [
+        ("books.txt", "runs/tiny-books"),
+        ("books/*.txt", "runs/tiny-books"),
+        ("corpus/", "runs/tiny-corpus"),
+        ("../corpus/**/*.md", "runs/tiny-corpus"),
+        ("shakespeare/input.txt", "runs/tiny-shakespeare-input"),
+        ("other/input.txt", "runs/tiny-other-input"),
+        ("/home/me/my books.txt", "runs/tiny-me-my-books"),
+        ("owner/name", "runs/tiny-owner-name"),
+        ("*.txt", "runs/tiny-files"),
+    ],
+)
+def test_the_default_run_dir_differs_by_model_and_data(path: str, run_dir: str) -> None:
+    assert load_config(["data=files", f"data.path='{path}'"]).run_dir == run_dir
+    small = load_config(["model=small", "data=files", f"data.path='{path}'"])
+    assert small.run_dir == run_dir.replace("tiny", "small")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows"),
+    [
+        ([], 2048),
+        (["tokenizer=mistral"], 32000),
+        (["tokenizer.vocab_size=512"], 512),
+        (["tokenizer.vocab_size=3000"], 3000),
+        (["tokenizer=mistral", "model.vocab_size=40000"], 40000),
+        (["tokenizer.vocab_size=512", "model.vocab_size=600"], 600),
+        (["tokenizer=mistral", "model=mixtral_8x22b"], 32768),
+        (["model=small"], 4096),
+    ],
+)
+def test_the_model_has_the_tokenizers_vocabulary_unless_stated(overrides: list[str], rows: int, tmp_path: Path) -> None:
+    config = load_config(overrides, count_pieces=count_pieces)
+    assert config.model.vocab_size == rows
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_the_built_in_corpus_has_a_prompt_of_its_own() -> None:
+    assert load_config([]).train.sample_prompt == "def "
+    assert load_config(["data=files", "data.path=books.txt"]).train.sample_prompt is None
+    assert load_config(["train.sample_prompt=Once"]).train.sample_prompt == "Once"
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,23 @@ def test_shards_of_another_tokenizer_are_refused(rows, tmp_path):
     assert "doesn't match the shards'" in logged[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "opening"),
+    [
+        ("To be, or not to be, that is the question: {}", "To be, or not to be, that is the"),
+        ("天地玄黄宇宙洪荒日月盈昃" * 9 + "{}", "天地玄黄宇宙洪荒日月盈昃" * 3 + "天地玄黄"),
+        ("\nShort. {}\n", "Short."),
+    ],
+)
+def test_the_opening_is_that_of_a_held_out_document(text, opening, tmp_path):
+    rows = [" \n" * count for count in range(1, 7)] + [text.format(count) for count in range(6)]  # blank ones first
+    corpus = make(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "cache", MISTRAL, held_out=0.5)
+    (held_out,) = corpus.held_out
+    assert corpus.opening().startswith(opening)
+    assert len(corpus.opening()) <= 40
+    assert corpus.opening() in "".join(documents(corpus, held_out))
+
+
 def test_weights_follow_tokens_or_the_configuration(tmp_path):
     for name, count in (("a", 300), ("b", 100)):
         write_rows(tmp_path / f"{name}.jsonl", lines(count, name))

@@ -35,6 +35,12 @@ def test_any_range_of_tokens_at_any_shard_size(tmp_path, shard_tokens, vocab_siz
             assert stream.document_ids(start, stop).tolist() == [n - OWNER[start] for n in OWNER[start:stop]]
 
 
+def test_the_beginning_of_a_document(tmp_path):
+    stream = write(tmp_path, 5)
+    for limit in (1, 3, 100):
+        assert [stream.document(index, limit).tolist() for index in range(4)] == [one[:limit] for one in DOCUMENTS]
+
+
 def test_bytes_on_disk_are_little_endian(tmp_path):
     write(tmp_path / "narrow")
     write(tmp_path / "wide", vocab_size=70_000)

@@ -160,5 +160,5 @@ def test_the_display_shows_a_step_that_is_not_finite(capsys: pytest.CaptureFixtu
     bad = dict.fromkeys(("lm_loss", "load_balancing_loss", "max_violation", "dropped_fraction", "val_loss"), math.nan)
     display.step(FIGURES | bad | {"val_unigram_entropy": 6.0, "val_bits_per_byte": math.nan})
     shown = capsys.readouterr().out
-    assert "step 1/3 · loss nan" in shown
+    assert "step 1/3 · lm_loss nan" in shown
     assert "validation loss nan nats" in shown
