@@ -15,5 +15,6 @@ if [ "${1:-}" = --slow ]; then
     selection=()
     shift
 fi
-# Two files at a time: most tests wait for other processes. A file's tests stay together, since they share launches.
-python -m pytest "${selection[@]}" -n 2 --dist loadfile "$@"
+# Two files at a time, since most tests wait for other processes. A file's tests stay together: they share launches. Files
+# keep their order: where torch has CUDA, a process can't fork ranks once it has run a backward pass of its own.
+python -m pytest "${selection[@]}" -n 2 --dist loadfile --no-loadscope-reorder "$@"
