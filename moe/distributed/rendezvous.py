@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -17,17 +18,35 @@ from moe.distributed.mesh import Mesh
 from moe.errors import StartError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MAX_RANKS = 2**17
+MAX_THREADS = 1024
 
 
 def world_from_environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun states them; a plain process is (0, 1, 0, 1)."""
-    read = os.environ.get
-    return (
-        int(read("RANK", "0")),
-        int(read("WORLD_SIZE", "1")),
-        int(read("LOCAL_RANK", "0")),
-        int(read("LOCAL_WORLD_SIZE", "1")),
-    )
+    """(rank, world size, local rank, local world size) as torchrun states them; a plain process is (0, 1, 0, 1).
+
+    Raises StartError naming the variable that is no such number.
+    """
+    world_size = _number("WORLD_SIZE", 1, 1, MAX_RANKS)
+    rank = _number("RANK", 0, 0, world_size - 1, f": less than WORLD_SIZE={world_size}")
+    local_world_size = _number("LOCAL_WORLD_SIZE", 1, 1, world_size, f": at most WORLD_SIZE={world_size}")
+    # Launchers other than torchrun may not say how many ranks a machine has.
+    ranks, among = (local_world_size, "LOCAL_") if "LOCAL_WORLD_SIZE" in os.environ else (world_size, "")
+    local_rank = _number("LOCAL_RANK", 0, 0, ranks - 1, f": less than {among}WORLD_SIZE={ranks}")
+    return rank, world_size, local_rank, local_world_size
+
+
+def _number(variable: str, default: int, low: int, high: int, why: str = "") -> int:
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise StartError(
+            f"{variable}={text} must be a whole number from {low} to {high}{why}; torchrun sets it, a single process "
+            "needs none",
+            prints=True,
+        )
+    return int(text)
 
 
 def start(expert_parallel_size: int, config: Mapping[str, object] | None = None) -> Mesh:
@@ -65,8 +84,11 @@ def _threads(local_world_size: int) -> int:
     With several ranks torchrun has set that variable to 1 itself, whatever the machine.
     """
     stated = os.environ.get("OMP_NUM_THREADS", "")
-    if local_world_size == 1 and stated.isdigit():
-        return max(1, int(stated))
+    if local_world_size == 1 and stated:
+        first = re.fullmatch(r"([0-9]{1,9})(,[0-9]+)*", stated)  # OpenMP allows one number for each nesting level
+        if first is None or not 1 <= int(first[1]) <= MAX_THREADS:
+            raise StartError(f"OMP_NUM_THREADS={stated} must be a whole number from 1 to {MAX_THREADS}", prints=True)
+        return int(first[1])
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
@@ -79,6 +101,7 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
             "start with torchrun (launch/torchrun.sh), or set both",
             prints=True,
         )
+    _number("MASTER_PORT", 0, 1, 65535)
     # Under torchrun the agent owns the store and every rank is its client.
     owns = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
