@@ -24,6 +24,7 @@ from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
 from moe.errors import UserError
 from moe.model.build import empty_model
 from moe.model.transformer import Transformer
+from moe.plan.fit import check_model
 from moe.sparse import routers_of
 
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
@@ -142,12 +143,15 @@ def resolve(path: Path) -> Path:
     return next((one for one in found if verify(one) is None), found[0])
 
 
-def load_model(folder: Path) -> Transformer:
-    """The whole model of one checkpoint, in one process, float32 on the CPU. Raises UserError."""
+def load_model(folder: Path, *, check_memory: bool = True) -> Transformer:
+    """The whole model of one checkpoint, in one process, float32 on the CPU. Raises UserError; `check_memory=False`
+    loads one that is larger than the memory there is."""
     reason = verify(folder)
     if reason is not None:
         raise UserError(f"{folder}: damaged checkpoint, {reason}")
     config: Config = read_config(folder / CONFIG)
+    if check_memory:
+        check_model(config)
     model = empty_model(config, torch.device("cpu"))
     reader = _Reader(folder / MODEL)
     # In place: the tensors share the parameters' memory.

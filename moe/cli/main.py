@@ -88,6 +88,14 @@ def _add_config_dir(folder: str) -> None:
     add_config_dir(Path(folder))
 
 
+def _is_local_rank_0() -> bool:
+    """A message that is the same on all ranks is printed by one rank of each machine."""
+    try:
+        return world_from_environment()[2] == 0
+    except StartError:  # no rank at all: whatever was wrong first is the message
+        return True
+
+
 def _tell_torchrun(line: str) -> None:
     """torchrun ends with a table of the rank that failed first; with this its last lines say why."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -105,7 +113,7 @@ def main() -> None:
         line = f"moe: {' '.join(str(error).split())}"
         # A message that is the same on all ranks is printed by one rank of each machine; a rank that never joined the
         # others prints its own.
-        if world_from_environment()[2] == 0 or (isinstance(error, StartError) and error.prints):
+        if _is_local_rank_0() or (isinstance(error, StartError) and error.prints):
             print(line, file=sys.stderr, flush=True)
         _tell_torchrun(line)
         sys.exit(2)
@@ -114,7 +122,7 @@ def main() -> None:
         _tell_torchrun(f"moe: {error}")
         sys.exit(1)
     except Stopped as stopped:
-        if world_from_environment()[2] == 0:
+        if _is_local_rank_0():
             print(f"moe: {stopped}", file=sys.stderr)
         sys.exit(stopped.code)
     except KeyboardInterrupt:

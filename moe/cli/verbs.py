@@ -34,7 +34,10 @@ def _train(overrides: list[str]) -> None:
 
 
 def _plan(overrides: list[str]) -> None:
-    """What a run would need before it is launched: memory, bytes on the links, time; every override of `moe train`."""
+    """What a run would need before it is launched: memory, bytes on the links, time; every override of `moe train`.
+
+    Exit code 2 when it doesn't fit the stated hardware.
+    """
     config = load(overrides, "plan", PlanConfig)
     from moe.plan.show import run_plan
 
@@ -64,7 +67,7 @@ def _generate(overrides: list[str]) -> None:
     from moe.inference.generate import run_generate
 
     folder = resolve(Path(config.checkpoint))
-    run_generate(config, load_model(folder), load_saved(tokenizer_folder(folder)))
+    run_generate(config, load_model(folder, check_memory=config.check_memory), load_saved(tokenizer_folder(folder)))
 
 
 def _report(overrides: list[str]) -> None:

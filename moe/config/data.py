@@ -15,6 +15,8 @@ from moe.config.rules import positive, require
 from moe.config.suggest import no_such_key
 from moe.errors import UserError
 
+MAX_TRAIN_BYTES = 10**12
+
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
@@ -108,7 +110,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         trains, kind = self.kind is TokenizerKind.sentencepiece, self.kind.value
         reads = self.kind in (TokenizerKind.model_file, TokenizerKind.huggingface)
-        positive("tokenizer", self, "vocab_size", "train_bytes")
+        positive("tokenizer", self, "vocab_size")
+        positive("tokenizer", self, "train_bytes", at_most=MAX_TRAIN_BYTES)
         require(not reads or bool(self.path), f"tokenizer.path={self.path} must name a file for tokenizer.kind={kind}")
         require(
             reads or self.path is None,
@@ -121,5 +124,6 @@ class TokenizerConfig:
         )
         require(
             self.vocab_size is None or self.vocab_size >= 300,
-            f"tokenizer.vocab_size={self.vocab_size} must be ≥ 300: 256 bytes, 4 special pieces and some characters",
+            f"tokenizer.vocab_size={self.vocab_size} must be ≥ 300: 256 bytes, 4 special pieces and some characters "
+            "(unless it is set, it is model.vocab_size)",
         )

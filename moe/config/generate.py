@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config.rules import require
+from moe.config.rules import MAX_REAL, is_seed, positive, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,24 +27,27 @@ class Sampling:
     prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prefill_chunk", "top_k"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be ≥ 1")
-        for name in ("temperature", "seed"):
-            require(0 <= getattr(self, name) < float("inf"), f"{name}={getattr(self, name)} must be ≥ 0")
+        positive("", self, "max_new_tokens", "prefill_chunk", "top_k", "repetition_penalty")
+        is_seed("", self, "seed")
+        # Below float32's range a temperature means what its limit means.
+        require(self.temperature >= 0, f"temperature={self.temperature} must be ≥ 0")
+        require(self.temperature <= MAX_REAL, f"temperature={self.temperature} must be ≤ {MAX_REAL:g}")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
-        require(0 < self.repetition_penalty < float("inf"), f"repetition_penalty={self.repetition_penalty} must be > 0")
         require(self.stop != "", "stop='' must have a character: null means no stop text")
 
 
 @dataclass(kw_only=True, slots=True)
 class GenerateConfig(Sampling):
-    """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8)."""
+    """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8).
+
+    `check_memory=false` loads a model that is larger than the memory there is.
+    """
 
     checkpoint: str = ""
     prompt: str | None = None
     prompts_file: str | None = None
     batch_size: int = 8
+    check_memory: bool = True
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)  # super() doesn't work in a class that slots=True made anew
@@ -53,4 +56,4 @@ class GenerateConfig(Sampling):
         require(
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
-        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be ≥ 1")
+        positive("", self, "batch_size")

@@ -55,6 +55,7 @@ class ModelConfig:
             window is None or window >= 1,
             f"model.sliding_window={window} must be ≥ 1: it counts the query's own key (null means full attention)",
         )
+        positive("model", self, "sliding_window")
 
     @property
     def head_size(self) -> int:

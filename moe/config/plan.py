@@ -10,6 +10,8 @@ from moe.config.choices import DeviceKind
 from moe.config.rules import not_negative, positive, require
 from moe.config.run import Config
 
+MAX_RANKS = 2**17
+
 
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
@@ -39,6 +41,10 @@ class HardwareConfig:
         positive("hardware", self, "intra_node_gbytes_per_s", "inter_node_gbytes_per_s")
         not_negative("hardware", self, "reserved_gb")
         require(
+            self.world_size <= MAX_RANKS,
+            f"hardware.nodes={self.nodes} × hardware.gpus_per_node={self.gpus_per_node} must be ≤ {MAX_RANKS} ranks",
+        )
+        require(
             self.reserved_gb < self.memory_gb,
             f"hardware.reserved_gb={self.reserved_gb} must be < hardware.memory_gb={self.memory_gb}",
         )
@@ -57,9 +63,10 @@ class PlanSettings:
 
     def __post_init__(self) -> None:
         require(
-            1 <= self.imbalance < float("inf"),
+            self.imbalance >= 1,
             f"plan.imbalance={self.imbalance} must be ≥ 1: rows of the fullest expert rank over the mean",
         )
+        positive("plan", self, "imbalance")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,11 +25,13 @@ class Config:
     """One training run. `run_dir` receives config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html.
 
     `config_version` is raised whenever a key is renamed, so that saved configurations stay readable
-    (`moe.config.migrate`).
+    (`moe.config.migrate`). `check_memory=false` starts a run that this machine has too little memory for, by its plan
+    (`moe.plan.fit`).
     """
 
     config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
+    check_memory: bool = True
     engine: EngineKind = EngineKind.deepspeed
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=TopKRouterConfig)
@@ -57,6 +59,11 @@ class Config:
             train.sequence_length <= model.max_position_embeddings,
             f"train.sequence_length={train.sequence_length} must be ≤ "
             f"model.max_position_embeddings={model.max_position_embeddings}",
+        )
+        require(
+            train.sample_tokens < model.max_position_embeddings,
+            f"train.sample_tokens={train.sample_tokens} must be < "
+            f"model.max_position_embeddings={model.max_position_embeddings}: the prompt needs positions too",
         )
         pieces = self.tokenizer.vocab_size
         require(

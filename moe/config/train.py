@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe.config.choices import Precision, Schedule, TrackingBackend
-from moe.config.rules import not_negative, positive, require
+from moe.config.rules import is_seed, not_negative, positive, require
 
 MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.distributed.rendezvous.COLLECTIVE_TIMEOUT
 
@@ -161,4 +161,4 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("train", self, "steps", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every")
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
-        not_negative("train", self, "seed")
+        is_seed("train", self, "seed")

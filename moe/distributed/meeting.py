@@ -30,6 +30,7 @@ from moe.errors import StartError
 
 TIMEOUT_VARIABLE = "MOE_START_TIMEOUT"  # seconds
 DEFAULT_TIMEOUT = 300.0
+MAX_TIMEOUT = 86400.0  # a day
 POLL_SECONDS = 0.02
 GRACE = 10.0  # seconds for the others to read the verdict, and for rank 0 to write it after its own time-out
 SHOWN_KEYS = 3
@@ -42,8 +43,10 @@ def start_timeout() -> float:
         seconds = float(text or DEFAULT_TIMEOUT)
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise StartError(f"{TIMEOUT_VARIABLE}={text} must be a number of seconds > 0")
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise StartError(
+            f"{TIMEOUT_VARIABLE}={text} must be a number of seconds > 0 and ≤ {MAX_TIMEOUT:g}", prints=True
+        )
     return seconds
 
 

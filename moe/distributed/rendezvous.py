@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from moe.distributed.environment import world_from_environment
+from moe.distributed.environment import whole_number, world_from_environment
 from moe.distributed.meeting import meet, start_timeout
 from moe.distributed.mesh import Mesh
 from moe.errors import StartError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MAX_THREADS = 1024
 
 
 def start(expert_parallel_size: int, config: Mapping[str, object] | None = None) -> Mesh:
@@ -55,8 +57,11 @@ def _threads(local_world_size: int) -> int:
     With several ranks torchrun has set that variable to 1 itself, whatever the machine.
     """
     stated = os.environ.get("OMP_NUM_THREADS", "")
-    if local_world_size == 1 and stated.isdigit():
-        return max(1, int(stated))
+    if local_world_size == 1 and stated:
+        first = re.fullmatch(r"([0-9]{1,9})(,[0-9]+)*", stated)  # OpenMP allows one number for each nesting level
+        if first is None or not 1 <= int(first[1]) <= MAX_THREADS:
+            raise StartError(f"OMP_NUM_THREADS={stated} must be a whole number from 1 to {MAX_THREADS}", prints=True)
+        return int(first[1])
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
@@ -69,6 +74,7 @@ def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]
             "start with torchrun (launch/torchrun.sh), or set both",
             prints=True,
         )
+    whole_number("MASTER_PORT", 0, 1, 65535)
     # Under torchrun the agent owns the store and every rank is its client.
     owns = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

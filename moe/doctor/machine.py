@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 from moe.doctor.finding import Finding
+from moe.plan.machine import host_memory
 
 FEW_FILES = 1024
+LITTLE_MEMORY = 2e9  # bytes
 
 
 def cores() -> list[Finding]:
@@ -39,22 +41,15 @@ def _processor() -> str:
 
 
 def memory() -> list[Finding]:
-    available, total = available_memory()
-    text = f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB"
-    if available < 2e9:
-        return [Finding("memory", "note", text, "the default run (model=tiny) takes about 1 GB a rank")]
-    return [Finding("memory", "ok", text)]
-
-
-def available_memory() -> tuple[int, int]:
-    """(available, total) bytes of host memory, within the container's limit."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    available, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit and limit != "max" and used:
-        total = min(total, int(limit))
-        available = min(available, int(limit) - int(used))
-    return available, total
+    """What a process can still take, container and `ulimit -v` included; a run asks the same before it starts."""
+    left = host_memory()
+    if left < LITTLE_MEMORY:
+        return [
+            Finding(
+                "memory", "note", f"{left / 1e9:.1f} GB left", "the default run (model=tiny) takes about 1 GB a rank"
+            )
+        ]
+    return [Finding("memory", "ok", f"{left / 1e9:.1f} GB left")]
 
 
 def limits() -> list[Finding]:

@@ -18,10 +18,15 @@ def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.
     if settings.temperature == 0:
         return int(logits_V.argmax())
     values_V, order_V = logits_V.sort(descending=True, stable=True)
-    probs_V = torch.softmax(values_V / settings.temperature, dim=-1)
+    scaled_V = values_V / settings.temperature
+    if values_V[0].isfinite() and not scaled_V[0].isfinite():  # so close to 0 that float32 can't tell it from 0
+        return int(order_V[0])
+    probs_V = torch.softmax(scaled_V, dim=-1)
     if settings.top_k is not None:
         probs_V[settings.top_k :] = 0
     if settings.top_p < 1:  # of the tokens that top_k left, the fewest whose probabilities add up to top_p
         probs_V /= probs_V.sum()
-        probs_V[probs_V.cumsum(0) - probs_V >= settings.top_p] = 0
+        beyond_V = probs_V.cumsum(0) - probs_V >= settings.top_p
+        beyond_V[0] = False  # a top_p that float32 takes for 0 keeps one token too
+        probs_V[beyond_V] = 0
     return int(order_V[torch.multinomial(probs_V, 1, generator=generator)])

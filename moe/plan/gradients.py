@@ -1,4 +1,5 @@
-"""Weights, gradients and optimizer state as DeepSpeed's ZeRO-1 and 2 hold them on a rank (moe/engine/deepspeed).
+"""Weights, gradients and optimizer state as DeepSpeed's ZeRO-1 and 2 hold them on a rank (moe/engine/deepspeed), or as
+the plain engine does (moe/engine/plain.py).
 
 In bytes per parameter of this rank; c is the rank's share of ZeRO's partition: 1 / ranks of what all ranks hold,
 expert / ranks of the experts.
@@ -10,6 +11,8 @@ expert / ranks of the experts.
 | stage 2  | float32, 2                           | 4       | as in 1 | 8c   | 4c            | a bucket of 4, 4c   |
 | stage 2  | bfloat16, 2                          | 2       | 4c      | 8c   | 4c            | a bucket of 2, 4c   |
 | sums     | bfloat16, 1                          | 2       | 4c      | 8c   | –             | 4 all the time      |
+| plain    | engine=plain, float32                | 4       | shared  | 8    | –             | 4                   |
+| plain    | engine=plain, bfloat16               | 2       | 4       | 8    | –             | 4                   |
 
 On a CPU a float32 run's master weights are the model's own, and the buffer of its flat gradient is kept
 (moe/engine/deepspeed/shortcuts.py); elsewhere the flat gradient exists during the update only.
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config import Config, Precision
+from moe.config import Config, EngineKind, Precision
 from moe.plan.counts import parameter_parts
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
@@ -93,7 +96,9 @@ class Sharded:
         self.half = config.train.precision is Precision.bfloat16
         self.size = element_size(config)
         self.several = config.accumulation(world_size) > 1
-        if config.parallel.zero_stage == 2:
+        if config.engine is EngineKind.plain:
+            self.way = "plain"
+        elif config.parallel.zero_stage == 2:
             self.way = "stage 2"
         elif self.offload:
             self.way = "bucket"
@@ -108,7 +113,10 @@ class Sharded:
 
     def always(self) -> list[MemoryBlock]:
         blocks = flat("weights", self.size * self.tensors.local)
-        if not self.offload:  # moments, and master weights or, on a CPU in float32, the buffer of the flat gradient
+        if self.way == "plain":  # moments, and in bfloat16 master weights
+            each = 12 if self.half else 8
+            blocks.append(MemoryBlock("optimizer", each * self.tensors.local, 4 * self.tensors.largest))
+        elif not self.offload:  # moments, and master weights or, on a CPU in float32, the buffer of the flat gradient
             blocks.append(MemoryBlock("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
         if self.way == "sums":  # the sums are kept between steps
             blocks += flat("gradients", 4 * self.tensors.local)
@@ -134,10 +142,12 @@ class Sharded:
             return [*self._bucket(), *self.held()]
         if self.way == "sums":  # a bfloat16 gradient is freed once it has been added
             return flat("gradients", 2 * self.tensors.largest)
+        if self.way == "plain" and self.half:
+            return [*self._each(4), *flat("gradients", 2 * self.tensors.largest)]
         return [*self._each(4), *self.starting()]
 
     def reducing(self) -> list[MemoryBlock]:
-        if self.way == "in place":
+        if self.way in ("in place", "plain"):
             return self._each(4)
         if self.way == "sums":
             return flat("communication", self._copy_of_sums())
@@ -153,7 +163,7 @@ class Sharded:
         return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
 
     def updating(self) -> list[MemoryBlock]:
-        if self.way in ("sums", "in place"):
+        if self.way in ("sums", "in place", "plain"):
             return [] if self.way == "sums" else self._each(4)
         working = 0
         if self.half or self.cuda:  # first a float64 copy of one gradient for the norm, then the flat gradient

@@ -133,3 +133,11 @@ def _pools(blocks: list[MemoryBlock], sparse: bool) -> tuple[float, float]:
     holes = HOLES if sparse else {kind: HOLES[kind] for kind in ("working", "recomputed")}
     others = [block for block in small if block.kind != "gradients" or not sparse]
     return gradients, sum(block.size * (1 + holes.get(block.kind, 0)) for block in others)
+
+
+def size(count: float) -> str:
+    """Bytes for a reader, 3 digits."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(count) >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}" if count < 99.95 else f"{count:.0f} {units[0]}"

@@ -18,8 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moe.config import DeviceKind, Mlp, PlanConfig
+from moe.errors import UserError
 from moe.plan.counts import count_parameters, flops_per_token
 from moe.plan.gradients import local_tensors
+from moe.plan.memory import size
 from moe.plan.run import GB, Plan, make_plan
 
 WIDTH = 110  # columns where the output is not a terminal
@@ -35,23 +37,20 @@ KIND_NAMES = {"moe_buffers": "MoE buffers", "recomputed": "recomputed layer", "a
 
 
 def run_plan(config: PlanConfig, console: Console | None = None) -> None:
+    """Prints the plan. Raises UserError, which is the plan's last line, when it doesn't fit."""
     plan = make_plan(config)
     if config.plan.json:
         print(json.dumps(plan.as_dict(), indent=1))
-        return
-    if console is None:
-        console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
-    traffic = [_traffic(plan)] if any(flow.total for flow in plan.traffic.values()) else []
-    console.print(Group(_run(plan), "", _memory(plan), *_memory_notes(plan), "", *traffic, _times(plan)))
-    console.print(verdict(plan), soft_wrap=True)
-
-
-def size(count: float) -> str:
-    """Bytes for a reader, 3 digits."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while abs(count) >= 999.5 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.3g} {units[0]}" if count < 99.95 else f"{count:.0f} {units[0]}"
+    else:
+        if console is None:
+            console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
+        traffic = [_traffic(plan)] if any(flow.total for flow in plan.traffic.values()) else []
+        console.print(Group(_run(plan), "", _memory(plan), *_memory_notes(plan), "", *traffic, _times(plan)))
+        if plan.fits:
+            console.print(verdict(plan), soft_wrap=True)
+    if not plan.fits:
+        sys.stdout.flush()  # the line about it goes to stderr, after the table
+        raise UserError(verdict(plan))
 
 
 def _grid(title: str, *columns: str) -> Table:

@@ -21,6 +21,7 @@ from moe.durable import append_line, write_durably
 from moe.errors import UserError
 from moe.inference.generate import sample_text
 from moe.model.transformer import Transformer
+from moe.plan.fit import check_run
 from moe.report.page import write_report
 from moe.train import run_directory
 from moe.train.objective import training_step
@@ -35,6 +36,7 @@ def train(config: Config) -> None:
     try:
         display = Display(is_main=mesh.is_main, steps=config.train.steps, log_every=config.train.log_every)
         folder = Path(config.run_dir)
+        mesh.agree(lambda: check_run(config, mesh.world_size, mesh.local_world_size, mesh.device), "memory")
         held = mesh.agree(lambda: run_directory.lock(folder) if mesh.is_main else None, "run_dir")
         try:
             run = set_up(config, mesh, folder, display)

@@ -17,10 +17,10 @@ from moe.errors import UserError
 FIXED = ("model", "router.kind", "router.num_experts", "tokenizer")
 # These change how the run is computed, split, watched or stored, not its mathematics. Data is compared by fingerprint.
 NEUTRAL = (
-    "run_dir", "engine", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention", "model.recompute",
-    "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every", "train.eval_sequences",
-    "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every", "train.peak_tflops",
-    "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
+    "run_dir", "engine", "check_memory", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention",
+    "model.recompute", "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every",
+    "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every",
+    "train.peak_tflops", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
 )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from moe.cli import main as cli
 from moe.config import Config
 from moe.config.data import DataConfig
 from moe.distributed import rendezvous
@@ -121,12 +124,68 @@ def test_a_restart_starts_in_the_same_store() -> None:
     assert server.check(["meeting/hello/1"])
 
 
-@pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan"])
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "inf", "nan", "1e300"])
 def test_a_wrong_timeout_names_the_variable(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MOE_START_TIMEOUT", text)
     with pytest.raises(StartError, match=rf"MOE_START_TIMEOUT={text} must be a number of seconds > 0"):
         rendezvous.start(1)
+
+
+BAD_NUMBERS = [  # variables of two ranks, and the line
+    *(
+        ({"RANK": text}, f"RANK={text} must be a whole number from 0 to 1: less than WORLD_SIZE=2")
+        for text in ("", "a", "-1", "1e3", "2", "1.0", "９", "9" * 5000)
+    ),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE= must be a whole number from 1 to 131072"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be a whole number from 1 to"),
+    ({"WORLD_SIZE": "1000000"}, "WORLD_SIZE=1000000 must be a whole number from 1 to"),
+    ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3 must be a whole number from 1 to 2: at most WORLD_SIZE=2"),
+    ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 must be a whole number from 0 to 1: less than WORLD_SIZE=2"),
+    ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 must be .*: less than LOCAL_WORLD_SIZE=1"),
+    *(
+        ({"MASTER_PORT": text}, f"MASTER_PORT={text} must be a whole number from 1 to 65535")
+        for text in ("0", "70000", "-1", "http", "1e3")
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "expected"), BAD_NUMBERS, ids=lambda value: str(value)[:40])
+def test_a_variable_that_is_no_sensible_number_is_named(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the command: one line, printed by the process itself, which is no rank, and exit code 2."""
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | variables).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(StartError, match=expected):
+        rendezvous.start(1)
+    monkeypatch.setattr(sys, "argv", ["moe", "train", "engine=deepspeed", "tracking=none"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    assert (caught.value.code, len(error.splitlines())) == (2, 1), error
+    assert re.search(expected, error)
+
+
+def test_a_mistake_in_the_configuration_is_told_whatever_the_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    monkeypatch.setattr(sys, "argv", ["moe", "train", "router.top_k=9"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "moe: router.top_k=9 must be ≤ router.num_experts=8\n"
+
+
+@pytest.mark.parametrize("text", ["a", "0", "-1", "1e3", "4,x", "1025", "9" * 5000])
+def test_a_wrong_number_of_threads_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(StartError, match=f"OMP_NUM_THREADS={text} must be a whole number from 1 to 1024"):
+        rendezvous.start(1)
+    assert not dist.is_initialized()
+    assert rendezvous._threads(2) >= 1, "several ranks don't read it"
 
 
 def test_several_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +215,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(("stated", "ranks", "threads"), [("3", 1, 3), ("", 1, None), ("3", 2, None)])
+@pytest.mark.parametrize(("stated", "ranks", "threads"), [("3", 1, 3), ("3,2", 1, 3), ("", 1, None), ("3", 2, None)])
 def test_a_single_process_uses_the_threads_that_the_user_sets(
     stated: str, ranks: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

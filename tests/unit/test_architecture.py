@@ -26,9 +26,9 @@ ROOMS: dict[str, set[str]] = {
     "sparse": {"kernels", "config", "errors"},
     "model": {"kernels", "sparse", "config"},
     "engine": {"distributed", "sparse", "config", "errors"},
-    "checkpoint": {"engine", "distributed", "model", "sparse", "config", "errors", "durable", "__init__"},
-    "data": {"config", "errors", "durable"},
     "plan": {"kernels", "config", "errors"},
+    "checkpoint": {"plan", "engine", "distributed", "model", "sparse", "config", "errors", "durable", "__init__"},
+    "data": {"config", "errors", "durable"},
     "inference": {"model", "data", "config", "errors"},
     "report": {"config", "errors", "__init__"},
     "train": {
@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
-    "doctor": {"bench", "train", "kernels", "distributed", "config", "errors"},
+    "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
         "doctor", "bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "config",
         "errors",

@@ -59,7 +59,7 @@ class TopKRouter(Router):
             counts_E = count_choices(ids_TK.flatten(), config.num_experts)
             keep_TK = None
             if config.capacity_factor is not None and self.training:
-                capacity = expert_capacity(x_BSH.shape[1], config)
+                capacity = min(expert_capacity(x_BSH.shape[1], config), x_BSH.shape[1])  # an int64, whatever the factor
                 keep_TK = keep_choices(ids_TK, probs_TE.detach(), x_BSH.shape[0], capacity, config.drop_policy)
             return RouterOutput(
                 choices=Choices.top_k(ids_TK, weights_TK, keep_TK),

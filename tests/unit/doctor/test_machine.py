@@ -6,9 +6,14 @@ import sys
 from moe.doctor import machine, network
 
 
-def test_memory_is_what_the_kernel_says() -> None:
-    available, total = machine.available_memory()
-    assert 0 < available <= total
+def test_memory_that_a_limit_leaves_is_noted() -> None:
+    (found,) = machine.memory()
+    assert found.found.endswith("GB left")
+    program = "from moe.doctor.machine import memory; one, = memory(); print(one.state, one.found, one.fix)"
+    command = ["bash", "-c", f"ulimit -v 1500000; exec {sys.executable} -c '{program}'"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("note ")
+    assert "model=tiny" in done.stdout
 
 
 def test_few_open_files_are_noted() -> None:

@@ -134,6 +134,33 @@ def test_top_p_is_a_share_of_what_top_k_left():
     assert picks(LOGITS, temperature=1.0, top_k=2, top_p=0.7)[1] == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-300, 1e-39])
+@pytest.mark.parametrize("logits", [[1.0, 3.0, 2.0], [-3.0, -1.0, -2.0], [-1.0, 0.0, -1.0], [0.0, 3e38, 1e38]])
+def test_a_temperature_below_float32s_range_is_almost_0(temperature, logits):
+    assert picks(logits, temperature=temperature, count=20)[1] == 1
+
+
+def test_a_temperature_above_all_logits_makes_all_equal():
+    assert picks([1.0, 3.0], temperature=1e37)[0] == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("top_p", [1e-320, 1e-300, 1e-38])
+def test_a_top_p_of_almost_0_keeps_one_token(top_p):
+    assert picks(LOGITS, temperature=1.0, top_p=top_p, count=20)[1] == 1
+
+
+@pytest.mark.parametrize(("penalty", "expected"), [(1e37, 2), (1e-37, 0)])
+def test_the_largest_and_smallest_penalty_decide_alone(penalty, expected):
+    for temperature in (0, 1e-3, 1.0):
+        shares = picks([5.0, -1.0, 1.0], [0, 1], temperature=temperature, repetition_penalty=penalty, count=50)
+        assert shares[expected] > 0.5, temperature
+    assert picks([0.0, 1.0], [0], temperature=1.0, repetition_penalty=penalty, count=50).sum() == 1
+
+
+def test_the_largest_seed_is_a_seed():
+    generate(build(), TOKENIZER, ["a"], Sampling(max_new_tokens=2, seed=2**64 - 1))
+
+
 def test_repetition_penalty_lowers_both_signs():
     logits = torch.tensor([2.0, -1.0, 1.5, -1.5])
     before = logits.clone()
@@ -249,9 +276,14 @@ def test_lengths_and_vocabularies_that_do_not_fit():
         (["checkpoint=x", "prompt=a", "prompts_file=b"], "prompt=a and prompts_file=b: exactly one"),
         (["checkpoint=x", "prompt=a", "temperature=-1"], "temperature=-1.0 must be ≥ 0"),
         (["checkpoint=x", "prompt=a", "top_p=0"], "top_p=0.0 must be in"),
-        (["checkpoint=x", "prompt=a", "top_k=0"], "top_k=0 must be ≥ 1"),
-        (["checkpoint=x", "prompt=a", "max_new_tokens=0"], "max_new_tokens=0 must be ≥ 1"),
+        (["checkpoint=x", "prompt=a", "top_k=0"], "top_k=0 must be > 0"),
+        (["checkpoint=x", "prompt=a", "max_new_tokens=0"], "max_new_tokens=0 must be > 0"),
         (["checkpoint=x", "prompt=a", "repetition_penalty=0"], "repetition_penalty=0.0 must be > 0"),
+        (["checkpoint=x", "prompt=a", "repetition_penalty=1e308"], r"repetition_penalty=1e\+308 must be ≤ 1e\+37"),
+        (["checkpoint=x", "prompt=a", "temperature=inf"], r"temperature=inf must be ≤ 1e\+37"),
+        (["checkpoint=x", "prompt=a", "max_new_tokens=1000000000000"], "max_new_tokens=10+ must be ≤ 10+"),
+        (["checkpoint=x", "prompt=a", "seed=-1"], "seed=-1 must be ≥ 0"),
+        (["checkpoint=x", "prompt=a", f"seed={2**64}"], f"seed={2**64} must be ≤ {2**64 - 1}"),
         (["checkpoint=x", "prompt=a", "tempreature=1"], "tempreature"),
         (["checkpoint=x", "prompt=a", "seed=one"], "seed"),
     ],

@@ -9,6 +9,7 @@ import yaml
 from moe.config import PlanConfig
 from moe.config.compose import ConfigError, load_config
 from moe.config.presets import choices, config_dir
+from moe.errors import UserError
 from moe.plan import exchange_bytes, flops_per_token, make_plan, plan_traffic
 from moe.plan.run import needed_gb
 from moe.plan.show import run_plan, verdict
@@ -210,9 +211,11 @@ def test_nothing_fits_is_said():
 
 def test_json_is_the_plan(capsys):
     config = compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.json=true")
-    run_plan(config)
-    shown = json.loads(capsys.readouterr().out)
     plan = make_plan(config)
+    with pytest.raises(UserError) as caught:
+        run_plan(config)
+    assert str(caught.value) == verdict(plan)
+    shown = json.loads(capsys.readouterr().out)
     memory = shown["memory_bytes_per_rank"]
     assert memory["peak"] == sum(memory["phases"][memory["peak_phase"]].values()) == plan.memory.peak
     assert shown["parameters"] == {"total": 46_702_792_704, "active": 12_879_925_248, "per_rank": 7_242_780_672}
@@ -223,21 +226,25 @@ def test_json_is_the_plan(capsys):
 
 
 def test_table_names_everything(capsys):
-    run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.imbalance=2"))
+    with pytest.raises(UserError, match=r"^does not fit: needs .* try "):
+        run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.imbalance=2"))
     shown = capsys.readouterr().out
     for part in (
         "2 × 8 GPUs of 80 GB", "46,702,792,704, 12,879,925,248 active", "fullest expert rank at 2 × the mean",
         "MoE buffers", "← peak", "model.recompute = none", "expert exchange", "between nodes", "nothing overlaps",
-        "does not fit: needs",
     ):  # fmt: skip
         assert part in shown, part
-    assert all(len(line) <= 110 for line in shown.splitlines() if not line.startswith("does not fit"))
+    assert all(len(line) <= 110 for line in shown.splitlines())
+    run_plan(compose("hardware=cpu"))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fits: needs ")
 
 
 def test_page_shows_the_command_as_it_answers(capsys):
     """docs/plan.md's output is what the command prints."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
-    run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"))
+    with pytest.raises(UserError) as caught:
+        run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    lines.append(f"moe: {caught.value}")
     missing = [line for line in lines if line not in page]
     assert not missing, missing

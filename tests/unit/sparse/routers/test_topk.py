@@ -87,6 +87,11 @@ def test_capacity_is_the_ceiling_of_the_exact_product(
     assert expert_capacity(length, config) == capacity
 
 
+def test_a_capacity_beyond_int64_drops_nothing() -> None:
+    router = _router(capacity_factor=1e37)
+    assert router(torch.randn(2, 16, 16)).dropped.item() == 0
+
+
 def test_position_policy_drops_the_latest_of_each_sequence() -> None:
     sequences = [[[0, 1], [0, 1], [1, 0], [0, 2]], [[2, 0], [0, 1], [2, 1], [0, 2]]]
     ids_TK = torch.tensor(sequences).view(8, 2)

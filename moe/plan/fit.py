@@ -1,0 +1,105 @@
+"""Whether a run or a model fits into the memory that this machine has now, asked before anything is built.
+
+A plan is an estimate (docs/plan.md says how good), so that a run is refused only when it needs `MARGIN` times what is
+there: none that would fit is. A model's weights are known to the byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from moe.config import Config, DeviceKind, HardwareConfig, PlanConfig, PlanSettings
+from moe.errors import UserError
+from moe.plan.counts import count_parameters
+from moe.plan.machine import host_memory
+from moe.plan.memory import plan_memory, size
+from moe.plan.run import GB, make_plan
+
+MARGIN = 1.25  # plans were up to 10.5 % too high
+BATCH_BYTES = 20  # of a token: its id and target, int64, and document, int32; a step's batches are made at once
+NODES = "hardware.nodes="
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """What a rank has on its machine, which `local_ranks` of `world_size` share: bytes left on its device (a CPU's is
+    the host) and its part of the host's."""
+
+    device: DeviceKind
+    world_size: int
+    local_ranks: int
+    device_bytes: int
+    host_bytes: int
+
+
+def check_run(config: Config, world_size: int, local_ranks: int, device: torch.device) -> None:
+    """Raises UserError when this rank's plan is `MARGIN` times the memory that its machine has left, unless
+    `check_memory=false`. Takes milliseconds."""
+    if not config.check_memory:
+        return
+    plan = plan_memory(config, world_size, device=device.type)
+    host = host_memory(local_ranks)
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    here = _Here(DeviceKind[device.type], world_size, local_ranks, there, host)
+    fullest = plan.phases[plan.peak_phase]
+    batches = {"batches": BATCH_BYTES * config.train.global_batch_size * config.train.sequence_length // world_size}
+    if device.type == "cuda":
+        _check(config, here, f"GPU memory, phase {plan.peak_phase}", fullest, there)
+        saving = {"optimizer": plan.host, "checkpoint": plan.checkpoint_host}
+        _check(config, here, "host memory", batches | saving, host)
+    else:
+        _check(config, here, f"memory, phase {plan.peak_phase}", batches | fullest, host)
+
+
+def check_model(config: Config) -> None:
+    """Raises UserError when the model's float32 weights alone are more than the host memory that is left."""
+    needed, there = 4 * count_parameters(config)[0], host_memory()
+    if needed > there:
+        raise UserError(
+            f"check_memory=true: the model's weights take {size(needed)}, and {size(there)} of memory are left: take a "
+            "machine with more, or check_memory=false to load it anyway"
+        )
+
+
+def _check(config: Config, here: _Here, where: str, kinds: dict[str, int], there: int) -> None:
+    """`kinds`: bytes by what they are for; `there`: the bytes left for them."""
+    needed = sum(kinds.values())
+    if needed <= MARGIN * there:
+        return
+    most = max(kinds, key=kinds.__getitem__)
+    raise UserError(
+        f"check_memory=true: {'each rank' if here.world_size > 1 else 'this run'} needs about {size(needed)} of "
+        f"{where} (the most for {most}, {size(kinds[most])}), and {size(there)} are left: {_advice(config, here)}; "
+        "check_memory=false starts it anyway"
+    )
+
+
+def _advice(config: Config, here: _Here) -> str:
+    """What would fit, as overrides of `moe train`."""
+    hardware = HardwareConfig(
+        name="here",
+        device=here.device,
+        nodes=max(1, here.world_size // here.local_ranks),
+        gpus_per_node=here.local_ranks,
+        memory_gb=max(1, here.device_bytes) / GB,
+        reserved_gb=0.0,
+        host_memory_gb=max(1, here.host_bytes * here.local_ranks) / GB,
+        peak_tflops=1.0,
+        peak_tflops_float32=1.0,
+        memory_bandwidth_gbytes_per_s=1.0,
+        intra_node_gbytes_per_s=1.0,
+        inter_node_gbytes_per_s=1.0,
+    )
+    stated = {field.name: getattr(config, field.name) for field in fields(Config)}
+    plan = make_plan(PlanConfig(**stated, hardware=hardware, plan=PlanSettings(imbalance=1.0)))
+    if plan.fits:
+        return "try a smaller train.global_batch_size"
+    if not plan.advice:
+        return "nothing that `moe plan` tries fits here, so take a smaller model or a larger machine"
+    tried = [
+        f"{override.removeprefix(NODES)} such machines" if override.startswith(NODES) else override
+        for override in plan.advice
+    ]
+    return f"try {', '.join(tried)} (needs {size(plan.advised_gb * GB)})"
