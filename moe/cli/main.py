@@ -10,9 +10,10 @@
     moe bench peers                                       our training step compared with transformers'
 
 `moe VERB --help` lists the verb's keys. Exit codes: 0 done; 1 a fault of the program or the machine; 2 something to
-change in the command, the configuration or the data (one line on stderr says what); 75 training hung (stderr says
-which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM), a
-training run after saving its state. After 75 and 128 + N the same command resumes from the newest checkpoint.
+change in the command, the configuration or the data, or a plan that doesn't fit (one line on stderr says what); 75
+training hung (stderr says which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138
+SIGUSR1, 143 SIGTERM), a training run after saving its state. After 75 and 128 + N the same command resumes from the
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from __future__ import annotations
 import sys
 
 from moe.cli.help import help_text
+from moe.cli.limits import out_of_memory
 from moe.cli.verbs import VERBS, schema
 from moe.config.compose import ConfigError, load_config
 from moe.distributed.parent import die_with_torchrun
-from moe.errors import OtherRankFailed, StartError, Stopped, UserError
+from moe.errors import OtherRankFailed, StartError, Stopped, UserError, line_about
 
 
 def _run(arguments: list[str]) -> None:
@@ -76,7 +78,13 @@ def main() -> None:
             print(f"moe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (OSError, OtherRankFailed) as error:
-        print(f"moe: {error}", file=sys.stderr)
+        print(f"moe: {line_about(error)}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        print(f"moe: {line}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         if _is_local_rank_0():

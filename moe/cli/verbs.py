@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from moe.cli.limits import require_open_files
 from moe.config import Config, PlanConfig
 from moe.config.compose import ConfigError, load_config
 
@@ -16,6 +17,7 @@ def _train(overrides: list[str]) -> None:
     config: Config = load_config(overrides)
     _, world_size, _, node_size = world_from_environment()
     config.check_world(world_size, node_size)
+    require_open_files(world_size)
     from moe.train.loop import train
 
     train(config)

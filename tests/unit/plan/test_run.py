@@ -225,7 +225,7 @@ def test_json_is_the_plan(capsys):
 
 
 def test_table_names_everything(capsys):
-    with pytest.raises(UserError, match="^does not fit: needs .* try "):
+    with pytest.raises(UserError, match=r"^does not fit: needs .* try "):
         run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "plan.imbalance=2"))
     shown = capsys.readouterr().out
     for part in (
