@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(ValueError):
     """The user must change something in the command, the configuration, the data or the machine (exit code 2).
@@ -33,3 +35,9 @@ class Stopped(Exception):
     def __init__(self, text: str, signal_number: int) -> None:
         super().__init__(text)
         self.code = 128 + signal_number
+
+
+def line_about(error: Exception) -> str:
+    """An error's text; of too many open files, with the fix."""
+    many = isinstance(error, OSError) and error.errno == errno.EMFILE
+    return f"{error}: `ulimit -n 4096` in the shell that starts it allows more" if many else str(error)

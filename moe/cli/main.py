@@ -15,9 +15,10 @@
     moe cp model/small mine.yaml                          a preset to edit: moe train model=mine.yaml
 
 `moe VERB --help` lists the verb's keys. Exit codes: 0 done; 1 a fault of the program or the machine; 2 something to
-change in the command, the configuration or the data (one line on stderr says what); 75 training hung (stderr says
-which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM), a
-training run after saving its state. After 75 and 128 + N the same command resumes from the newest checkpoint.
+change in the command, the configuration or the data, or a plan that doesn't fit (one line on stderr says what); 75
+training hung (stderr says which rank and where; guard.hang_seconds); 128 + N stopped by signal N (130 Ctrl-C, 138
+SIGUSR1, 143 SIGTERM), a training run after saving its state. After 75 and 128 + N the same command resumes from the
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from moe.cli.help import help_text
+from moe.cli.limits import out_of_memory
 from moe.cli.verbs import OPTIONS, VERBS, load, schema
 from moe.config.compose import ConfigError, to_yaml
 from moe.config.presets import add_config_dir
 from moe.config.suggest import closest
 from moe.distributed.environment import world_from_environment
 from moe.distributed.parent import die_with_torchrun
-from moe.errors import OtherRankFailed, StartError, Stopped, UserError
+from moe.errors import OtherRankFailed, StartError, Stopped, UserError, line_about
 
 
 def _run(arguments: list[str]) -> None:
@@ -104,6 +107,12 @@ def _tell_torchrun(line: str) -> None:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
+def _end_with(line: str) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    _tell_torchrun(line)
+    sys.exit(1)
+
+
 def main() -> None:
     """Console entry point; see the module's docstring for exit codes."""
     try:
@@ -118,9 +127,12 @@ def main() -> None:
         _tell_torchrun(line)
         sys.exit(2)
     except (OSError, OtherRankFailed) as error:
-        print(f"moe: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(f"moe: {error}")
-        sys.exit(1)
+        _end_with(f"moe: {line_about(error)}")
+    except (MemoryError, RuntimeError, ImportError) as error:
+        line = out_of_memory(error)
+        if line is None:
+            raise
+        _end_with(f"moe: {line}")
     except Stopped as stopped:
         if _is_local_rank_0():
             print(f"moe: {stopped}", file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe.cli.limits import require_open_files
 from moe.config import Config, PlanConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
 
@@ -28,6 +29,7 @@ def _train(overrides: list[str]) -> None:
     config: Config = load(overrides)
     _, world_size, _, node_size = world_from_environment()
     config.check_world(world_size, node_size)
+    require_open_files(world_size)
     from moe.train.loop import train
 
     train(config)

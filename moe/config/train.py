@@ -127,6 +127,10 @@ class GuardConfig:
     def __post_init__(self) -> None:
         positive("guard", self, "max_skipped", "spike_sigmas", "spike_window", "hang_seconds")
         require(
+            self.hang_seconds is None or self.hang_seconds >= 1,
+            f"guard.hang_seconds={self.hang_seconds} must be ≥ 1 (or null): a step may take as long",
+        )
+        require(
             self.hang_seconds is None or self.hang_seconds <= MAX_HANG_SECONDS,
             f"guard.hang_seconds={self.hang_seconds} must be ≤ {MAX_HANG_SECONDS:g} (or null): the first step may take "
             "twice as long, and after half an hour a collective times out by itself, without naming a rank",

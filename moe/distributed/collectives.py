@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from moe.errors import OtherRankFailed, UserError
+from moe.errors import OtherRankFailed, UserError, line_about
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Collectives:
             result = action()
         except (UserError, OSError) as error:
             cause = error
-            failure = True, str(error) if isinstance(error, UserError) else f"{what}: {error}"
+            failure = True, str(error) if isinstance(error, UserError) else f"{what}: {line_about(error)}"
         except Exception as error:
             cause = error
             failure = False, f"{what}: {type(error).__name__}: {error}"

@@ -63,7 +63,7 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
     """The mesh with the engine's groups, the engine around a new model, and a rank's peak FLOP/s; tells what they are.
     A collective. Raises UserError."""
     mesh = prepare_engine(config, mesh)
-    model = build_model(config, mesh.device, mesh.expert_group)
+    model = mesh.agree(lambda: build_model(config, mesh.device, mesh.expert_group), "model")
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     if not all(router.keeps_balance for router in routers_of(model)):
         display.warn(f"router.kind={config.router.kind}: without a balance loss the expert loads may diverge")
