@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe.config import Config, PlanConfig
+from moe.config import Config, PlanConfig, PrepareConfig
 from moe.config.compose import ConfigError, load_config
 
 
@@ -29,12 +29,13 @@ def _plan(overrides: list[str]) -> None:
 
 
 def _prepare(overrides: list[str]) -> None:
-    """Write the token shards that `moe train` with the same data and tokenizer keys would use."""
-    config: Config = load_config(overrides)
+    """Write the token shards that `moe train` with the same data and tokenizer keys would use; `verify=true` checks
+    the content of shards that are there."""
+    config: PrepareConfig = load_config(overrides, "prepare", PrepareConfig)
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 
-    corpus = prepare(config.data, config.tokenizer)
+    corpus = prepare(config.data, config.tokenizer, verify=config.verify)
     check_vocab(corpus, config.model.vocab_size)
     print(corpus.describe())
 
@@ -82,8 +83,10 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 
 def schema(verb: str) -> tuple[str, type] | None:
-    if verb in ("train", "prepare"):
+    if verb == "train":
         return "train", Config
+    if verb == "prepare":
+        return "prepare", PrepareConfig
     if verb == "plan":
         return "plan", PlanConfig
     if verb == "generate":

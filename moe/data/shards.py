@@ -118,8 +118,9 @@ class _HashedFile:
 class TokenStream:
     """One source and split. `documents`, `tokens` and `bytes` (of UTF-8 text) are its totals.
 
-    `shards` and `offsets` are the paths of its files. A read that meets the end of a file raises OSError, which names
-    the file: it was cut after it was opened.
+    `files` are the paths of the shards and then `offsets`, documents.bin; `sha256` is by file name, empty where an
+    earlier version wrote them. A read that meets the end of a file raises OSError, which names the file: it was cut
+    after it was opened.
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any], dtype: np.dtype, vocab_size: int) -> None:
@@ -127,11 +128,13 @@ class TokenStream:
         begin with 0 and end with the stream's length."""
         self.folder, self.dtype, self.vocab_size = folder, dtype, vocab_size
         self.documents, self.tokens, self.bytes = int(meta["documents"]), int(meta["tokens"]), int(meta["bytes"])
+        self.sha256: dict[str, str] = meta.get("sha256", {})
         self._shard_tokens = int(meta["shard_tokens"])
         count = -(-self.tokens // self._shard_tokens)
-        self.shards = [folder / f"{i:05d}.bin" for i in range(count)]
+        self._shards = [folder / f"{i:05d}.bin" for i in range(count)]
         self.offsets = folder / OFFSETS_FILE
-        for i, path in enumerate(self.shards):
+        self.files = [*self._shards, self.offsets]
+        for i, path in enumerate(self._shards):
             _check_size(path, min(self._shard_tokens, self.tokens - i * self._shard_tokens) * dtype.itemsize)
         _check_size(self.offsets, (self.documents + 1) * OFFSET.itemsize)
         self._file = lru_cache(OPEN_FILES)(_OpenFile)
@@ -153,7 +156,7 @@ class TokenStream:
             shard, offset = divmod(start, self._shard_tokens)
             taken = min(stop - start, self._shard_tokens - offset)
             size = self.dtype.itemsize
-            data = self._file(self.shards[shard]).read(offset * size, taken * size)
+            data = self._file(self._shards[shard]).read(offset * size, taken * size)
             parts.append(np.frombuffer(data, self.dtype))
             start += taken
         ids_N = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
