@@ -4,7 +4,7 @@
     moe train model=small data=files data.path='*.txt'    your own text
     torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 \\
         train.precision=bfloat16 train.global_batch_size=64
-    moe plan model=mixtral_8x7b parallel.expert_parallel_size=8 train.global_batch_size=64 hardware=h100
+    moe plan model=mistral_7b hardware=h100 train.precision=bfloat16 train.global_batch_size=64
                                                           the memory and time of a run, before it is launched
     moe prepare data=files data.path=corpus.jsonl         only the token shards
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint

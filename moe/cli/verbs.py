@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_open_files
-from moe.config import Config, PlanConfig, TokenizerConfig
+from moe.config import Config, PlanConfig, PrepareConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
 
 
@@ -47,12 +47,13 @@ def _plan(overrides: list[str]) -> None:
 
 
 def _prepare(overrides: list[str]) -> None:
-    """Write the token shards that `moe train` with the same data and tokenizer keys would use."""
-    config: Config = load(overrides)
+    """Write the token shards that `moe train` with the same data and tokenizer keys would use; `verify=true` checks
+    the content of shards that are there."""
+    config: PrepareConfig = load(overrides, "prepare", PrepareConfig)
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 
-    corpus = prepare(config.data, config.tokenizer)
+    corpus = prepare(config.data, config.tokenizer, verify=config.verify)
     check_vocab(corpus, config.model.vocab_size)
     print(corpus.describe())
 
@@ -145,8 +146,10 @@ OPTIONS = {"doctor": ("--json",)}
 
 
 def schema(verb: str) -> tuple[str, type] | None:
-    if verb in ("train", "prepare"):
+    if verb == "train":
         return "train", Config
+    if verb == "prepare":
+        return "prepare", PrepareConfig
     if verb == "plan":
         return "plan", PlanConfig
     if verb == "generate":

@@ -22,6 +22,7 @@ from moe.config.choices import (
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
+from moe.config.prepare import PrepareConfig
 from moe.config.router import RouterConfig, TopKRouterConfig
 from moe.config.run import Config
 from moe.config.train import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
@@ -45,6 +46,7 @@ __all__ = [
     "PlanConfig",
     "PlanSettings",
     "Precision",
+    "PrepareConfig",
     "Recompute",
     "RouterConfig",
     "Schedule",

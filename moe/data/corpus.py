@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe.data.readers import DataError
 from moe.data.shards import TokenStream, token_dtype
 from moe.data.tokenizer import Tokenizer, load_saved
+from moe.data.verify import verify
+from moe.durable import write_durably
 
 FORMAT = 1  # of the shards; part of the fingerprint, so a new number never opens older folders
 SPLITS = ("train", "held_out")
@@ -80,11 +84,14 @@ def check_tokenizer(corpus: Corpus, tokenizer: Tokenizer, where: str) -> None:
         )
 
 
-def open_corpus(folder: Path, weights: dict[str, float] | None = None) -> Corpus:
+def open_corpus(
+    folder: Path, weights: dict[str, float], log: Callable[[str], None], *, verify_again: bool = False
+) -> Corpus:
     """Opens a prepared folder and checks its files against meta.json; `weights` override the shares by tokens.
 
-    Raises DataError when a file is missing or cut short, or when the tokenizer there isn't the one that wrote the
-    shards.
+    The files' content is checked when this machine opens the folder for the first time, and with `verify_again`.
+    Raises DataError when a file is missing, cut short or changed, or when the tokenizer there isn't the one that wrote
+    the shards.
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -100,7 +107,11 @@ def open_corpus(folder: Path, weights: dict[str, float] | None = None) -> Corpus
         [TokenStream(folder / name / split, meta["sources"][name][split], dtype, vocab_size) for name in names]
         for split in SPLITS
     )
-    sizes = [(weights or {}).get(name, float(stream.tokens)) for name, stream in zip(names, train, strict=True)]
+    streams = [*train, *held_out]
+    found = verify(folder, streams, again=verify_again, log=log)
+    if any(path.name not in stream.sha256 for stream in streams for path in stream.files if path in found):
+        _adopt(folder, meta, streams, found, log)
+    sizes = [weights.get(name, float(stream.tokens)) for name, stream in zip(names, train, strict=True)]
     return Corpus(
         tokenizer=tokenizer,
         fingerprint=meta["fingerprint"],
@@ -111,3 +122,17 @@ def open_corpus(folder: Path, weights: dict[str, float] | None = None) -> Corpus
         train=train,
         held_out=held_out,
     )
+
+
+def _adopt(
+    folder: Path, meta: dict[str, Any], streams: list[TokenStream], found: dict[Path, str], log: Callable[[str], None]
+) -> None:
+    """Adds the hashes `found` to a corpus of an earlier version, which recorded none."""
+    for stream in streams:
+        entry = meta["sources"][stream.folder.parent.name][stream.folder.name]
+        entry["sha256"] = {path.name: found[path] for path in stream.files}
+    try:
+        write_durably(folder / META, json.dumps(meta, indent=1))
+        log(f"{folder / META}: written by an earlier version; added the SHA-256 of {len(found)} files")
+    except OSError as error:
+        log(f"{folder / META}: written by an earlier version; the SHA-256 of its files can't be added: {error}")

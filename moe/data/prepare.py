@@ -35,22 +35,33 @@ __all__ = ["Corpus", "check_tokenizer", "check_vocab", "open_corpus", "prepare"]
 SETTLED_NS = 2_000_000_000  # file systems may give two writes within this time the same modification time
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, log: Callable[[str], None] = print) -> Corpus:
-    """Opens the shards of these sources and this tokenizer, and builds them first if they don't exist.
+def prepare(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    log: Callable[[str], None] = print,
+    warn: Callable[[str], None] | None = None,
+    verify: bool = False,
+) -> Corpus:
+    """Opens the shards of these sources and this tokenizer, and builds them first if they don't exist or are damaged.
 
-    Raises DataError, one line, if anything is wrong with the text, the tokenizer or the cache folder.
+    `verify` checks the content of all files, also if this machine did so before. `warn` (None: `log`) gets the line
+    about a damaged corpus, in the one process that prepares it again. Raises DataError, one line, if anything is wrong
+    with the text, the tokenizer or the cache folder.
     """
     cache = Path(data.cache_dir).expanduser()
     sources = open_sources(data)
     note = _Note.of(cache, data, tokenizer, sources)
-    if corpus := _open_known(note, data, log):
+    opener = _Opener(stated_weights(data), log, warn or log, verify)
+    if corpus := opener.known(note):
         return corpus
     with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{note.key}.lock", log):
-        if corpus := _open_known(note, data, log):  # another process built it while this one waited
+        if corpus := opener.known(note):  # another process built it while this one waited
             return corpus
-        return _build(cache, note, data, tokenizer, sources, log)
+        opener.tell()
+        return _build(cache, note, data, tokenizer, sources, opener)
 
 
 @dataclass(slots=True)
@@ -92,20 +103,37 @@ class _Note:
             partial.replace(self.path)
 
 
-def _open_known(note: _Note, data: DataConfig, log: Callable[[str], None]) -> Corpus | None:
-    fingerprint = note.read()
-    return _open_folder(note.path.parent / fingerprint, data, log) if fingerprint else None
+@dataclass(slots=True)
+class _Opener:
+    """Opens folders of the cache, and remembers why one could not be opened."""
 
+    weights: dict[str, float]
+    log: Callable[[str], None]
+    warn: Callable[[str], None]
+    verify: bool
+    _damage: str = ""
+    _told: str = ""
 
-def _open_folder(folder: Path, data: DataConfig, log: Callable[[str], None]) -> Corpus | None:
-    """The corpus in `folder`; None when there is none, or it is damaged (which is logged)."""
-    if not folder.is_dir():
-        return None
-    try:
-        return open_corpus(folder, stated_weights(data))
-    except DataError as error:
-        log(f"{error}; preparing again")
-        return None
+    def known(self, note: _Note) -> Corpus | None:
+        """The corpus of this note; None as for `open`, or when there is no note."""
+        fingerprint = note.read()
+        return self.open(note.path.parent / fingerprint) if fingerprint else None
+
+    def open(self, folder: Path) -> Corpus | None:
+        """The corpus in `folder`; None when there is none, or it is damaged."""
+        if not folder.is_dir():
+            return None
+        try:
+            return open_corpus(folder, self.weights, self.log, verify_again=self.verify)
+        except DataError as error:
+            self._damage = str(error)
+            return None
+
+    def tell(self) -> None:
+        """One line about the damaged corpus, if there was one; for the process that prepares it again."""
+        if self._damage != self._told:
+            self.warn(f"{self._damage}; preparing again")
+            self._told = self._damage
 
 
 def _build(
@@ -114,9 +142,9 @@ def _build(
     data: DataConfig,
     config: TokenizerConfig,
     sources: list[Source],
-    log: Callable[[str], None],
+    opener: _Opener,
 ) -> Corpus:
-    started = time.monotonic()
+    started, log = time.monotonic(), opener.log
     surveys = [survey_source(source, data.held_out) for source in sources]
     total = sum(survey.bytes for survey in surveys)
     if config.kind is TokenizerKind.sentencepiece:
@@ -128,8 +156,9 @@ def _build(
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = cache / fingerprint[:32]
     with _locked(cache / f"{folder.name}.lock", log):
-        corpus = _open_folder(folder, data, log)
+        corpus = opener.open(folder)
         if corpus is None:
+            opener.tell()
             partial = cache / f"{folder.name}.tmp"
             with _cache_errors(cache):
                 for leftover in (partial, folder):  # left by a killed process; damaged
@@ -142,7 +171,7 @@ def _build(
                     fsync(cache)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            corpus = open_corpus(folder, stated_weights(data))
+            corpus = open_corpus(folder, opener.weights, log)
             log(f"prepared {total / 1e6:.1f} MB of text in {time.monotonic() - started:.1f} s")
     with _cache_errors(cache):
         note.write(folder.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 
 from moe.config import Config
 from moe.data.corpus import Corpus, check_vocab
@@ -29,8 +31,8 @@ class Data:
 
 def open_data(config: Config, mesh: Mesh, display: Display) -> Data:
     """Token shards that don't exist yet are prepared first. A collective. Raises UserError."""
-    quiet = display.line if mesh.is_main else _silent
-    corpus = mesh.agree(lambda: prepare(config.data, config.tokenizer, log=quiet), "data")
+    log, warn = (display.line, display.warn) if mesh.is_main else (_silent, partial(_warn, mesh))
+    corpus = mesh.agree(lambda: prepare(config.data, config.tokenizer, log=log, warn=warn), "data")
     mesh.agree(lambda: check_vocab(corpus, config.model.vocab_size), "data")
     train = config.train
     loader = mesh.agree(
@@ -76,3 +78,8 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
 
 def _silent(_: str) -> None:
     """Only rank 0 prints."""
+
+
+def _warn(mesh: Mesh, text: str) -> None:
+    """A line that only this rank has."""
+    print(f"[rank {mesh.rank} of {mesh.world_size}] warning: {text}", file=sys.stderr, flush=True)

@@ -172,6 +172,69 @@ def test_a_damaged_cache_is_named_and_prepared_again(rows, tmp_path, name):
     assert documents(second, second.train[0]) == before
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("name", ["text/train/00000.bin", "text/held_out/00000.bin", "text/train/documents.bin"])
+def test_changed_bytes_are_named_once_and_prepared_again(rows, tmp_path, name, noted):
+    first = make(rows, tmp_path / "cache")
+    before = {path: path.read_bytes() for path in first.folder.rglob("*.bin")}
+    flip(first.folder / name)
+    if not noted:  # the text was touched, so the corpus is found by its content
+        os.utime(rows, (2e9, 2e9))
+    logged, warned = [], []
+    log = logged.append
+    prepare(DataConfig(path=str(rows), cache_dir=str(tmp_path / "cache")), TOKENIZER, log=log, warn=warned.append)
+    assert len(warned) == 1
+    assert warned[0].startswith(f"{first.folder / name}: ")
+    assert warned[0].endswith(": the cache is damaged; preparing again")
+    assert [line.split()[0] for line in logged] == ["prepared"]
+    assert {path: path.read_bytes() for path in first.folder.rglob("*.bin")} == before
+
+
+def test_a_damaged_corpus_that_cannot_be_prepared_again_is_an_error(rows, tmp_path):
+    first = make(rows, tmp_path / "cache")
+    flip(first.folder / "text/train/00000.bin")
+    rows.unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl: no such file or folder"):
+        make(rows, tmp_path / "cache")
+
+
+def test_verify_reads_what_was_checked_before(rows, tmp_path):
+    logged = []
+    first = make(rows, tmp_path / "cache", logged=logged)
+    config = DataConfig(path=str(rows), cache_dir=str(tmp_path / "cache"))
+    prepare(config, TOKENIZER, log=logged.append)
+    assert len(logged) == 1
+    prepare(config, TOKENIZER, log=logged.append, verify=True)
+    assert logged[1].startswith("verified 4 files, ")
+    assert str(first.folder) in logged[1]
+    assert len(logged) == 2
+
+
+def test_a_corpus_of_an_earlier_version_is_checked_and_gets_hashes(rows, tmp_path):
+    first = make(rows, tmp_path / "cache")
+    path = first.folder / "meta.json"
+    now = path.read_text()
+    meta = json.loads(now)
+    for split in ("train", "held_out"):
+        del meta["sources"]["text"][split]["sha256"]
+    path.write_text(json.dumps(meta, indent=1))
+    os.utime(first.folder / "text/train/00000.bin")  # not yet checked with these times
+    logged = []
+    second = make(rows, tmp_path / "cache", logged=logged)
+    assert logged == [f"{path}: written by an earlier version; added the SHA-256 of 4 files"]
+    assert second.fingerprint == first.fingerprint
+    assert path.read_text() == now
+    flip(first.folder / "text/train/00000.bin")
+    make(rows, tmp_path / "cache", logged=logged)
+    assert "preparing again" in logged[1]
+
+
 def test_the_partial_folder_of_a_killed_process_is_replaced(rows, tmp_path):
     first = make(rows, tmp_path / "cache")
     folder = first.folder.rename(first.folder.with_suffix(".tmp"))

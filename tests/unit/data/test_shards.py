@@ -1,5 +1,8 @@
 """Token shards and packing, compared with plain Python lists."""
 
+import hashlib
+import os
+
 import numpy as np
 import pytest
 
@@ -48,6 +51,52 @@ def test_bytes_on_disk_are_little_endian(tmp_path):
     assert (tmp_path / "wide" / "00000.bin").read_bytes()[:8] == b"\x01\x00\x00\x00\x0a\x00\x00\x00"
     assert token_dtype(65_536).itemsize == 2
     assert token_dtype(65_537).itemsize == 4
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 1 << 20])
+def test_the_writer_knows_the_hash_of_every_file(tmp_path, shard_tokens):
+    writer = StreamWriter(tmp_path, token_dtype(50), shard_tokens)
+    writer.start_document()
+    writer.write(FLAT)
+    meta = writer.close()
+    assert len(meta["sha256"]) == 1 + -(-len(FLAT) // shard_tokens)
+    assert meta["sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
+
+
+def test_documents_are_found_among_many_blocks_of_them(tmp_path):
+    sizes = np.random.default_rng(0).integers(2, 9, 5000)
+    writer = StreamWriter(tmp_path, token_dtype(50))
+    for size in sizes:
+        writer.start_document()
+        writer.write([1] * int(size))
+    stream = TokenStream(tmp_path, writer.close(), token_dtype(50), 50)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    for length in (1, 2, 70, 20_000):
+        for start in [*range(0, stream.tokens - length, 997), stream.tokens - length]:
+            expected = owners[start : start + length] - owners[start]
+            assert np.array_equal(stream.document_ids(start, start + length), expected)
+
+
+@pytest.mark.parametrize("name", ["00001.bin", "documents.bin"])
+def test_a_file_that_is_cut_while_it_is_open_is_named(tmp_path, name):
+    stream = write(tmp_path, 10)
+    size = (tmp_path / name).stat().st_size
+    os.truncate(tmp_path / name, size // 2)
+    rule = f"{name}: was cut after it was opened: it has {size // 2} bytes, and [0-9]+ are needed"
+    with pytest.raises(OSError, match=rule):
+        stream.read(0, len(FLAT)), stream.document_ids(0, len(FLAT))
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, 1), (-1, len(FLAT) - 1), (-1, len(FLAT) + 1)])
+def test_document_positions_that_do_not_span_the_stream_are_named(tmp_path, index, value):
+    write(tmp_path)
+    offsets = np.fromfile(tmp_path / "documents.bin", "<i8")
+    offsets[index] = value
+    offsets.tofile(tmp_path / "documents.bin")
+    meta = {"documents": len(DOCUMENTS), "tokens": len(FLAT), "bytes": 7, "shard_tokens": 100}
+    rule = f"documents.bin: goes from {offsets[0]} to {offsets[-1]} instead of 0 to {len(FLAT)}"
+    with pytest.raises(DataError, match=rule):
+        TokenStream(tmp_path, meta, token_dtype(50), 50)
 
 
 @pytest.mark.parametrize("name", ["00001.bin", "documents.bin"])
