@@ -35,6 +35,10 @@ ROWS = {  # number → fault, what is required of the run
     13: ("secrets in the environment", "in no log, configuration, metrics or W&B file"),
     14: ("a straggler: +200 ms a step on one rank", "guard.name_stragglers names the rank within 20 steps"),
     15: ("20 random kills in one run", "finishes; final weights bitwise equal"),
+    16: (
+        "a stray shard in a checkpoint; a manifest that doesn't fit",
+        "named and not read; bitwise equal; or an error",
+    ),
     18: (
         "corrupt token shards: bytes changed at equal size; a file cut in mid-run",
         "found, file named, prepared again; a cut ends all ranks with one line",

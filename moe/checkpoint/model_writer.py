@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from moe.checkpoint.files import SavedTokenizer, entry, listed, small_files, write_small_files, write_tensors
+from moe.checkpoint.files import SavedTokenizer, small_files, write_small_files, write_tensors
 from moe.checkpoint.layout import MODEL, UNTRAINED
+from moe.checkpoint.manifest import entry
 from moe.checkpoint.ownership import file_numbers
 from moe.checkpoint.state import TrainState
 from moe.config import Config
@@ -39,9 +40,9 @@ def write_model(
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
-        write_tensors(partial / MODEL, tensors, numbers)
+        write_tensors(partial / MODEL, tensors, numbers, written := [])
         manifest = {}
-        for path in listed(partial / MODEL):
+        for path in written:
             fsync(path)
             manifest[str(path.relative_to(partial))] = entry(path)
         fsync(partial / MODEL)

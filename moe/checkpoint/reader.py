@@ -5,18 +5,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from moe.checkpoint.layout import CHECKPOINTS, CONFIG, LATEST, MODEL, OPTIMIZER, committed, key_in_file, verify
+from moe.checkpoint.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    LATEST,
+    MODEL,
+    OPTIMIZER,
+    TOKENIZER,
+    committed,
+    key_in_file,
+)
+from moe.checkpoint.manifest import lists_any, read_manifest, shards_of, strays, verify
 from moe.checkpoint.sharding import ExpertSharding
+from moe.checkpoint.shards import READ_BYTES, ShardReader
 from moe.checkpoint.state import TrainState, read_state
-from moe.checkpoint.untrained import empty_parts, untrained_tensors
+from moe.checkpoint.untrained import untrained_tensors
 from moe.config import Config
 from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
@@ -27,26 +33,24 @@ from moe.model.transformer import Transformer
 from moe.plan.fit import check_model
 from moe.sparse import routers_of
 
-READ_BYTES = 2 << 30  # of tensors that a rank reads at once
-
 
 def load(folder: Path, engine: Engine, mesh: Mesh) -> TrainState:
     """Weights, buffers, moments and counters into a fresh engine. A collective. Raises UserError if shapes differ."""
     state = mesh.agree(lambda: read_state(folder), "resume")
-    if mesh.from_main(not (folder / OPTIMIZER).is_dir()):
+    if not mesh.from_main(lists_any(folder, OPTIMIZER)):
         raise UserError(f"{folder}: a model without its optimizer: checkpoint.init_from={folder} starts a run from it")
-    _fill(engine, mesh, _Reader(folder / MODEL), _Reader(folder / OPTIMIZER), state.step - state.skipped_steps)
+    _fill(engine, mesh, _part(folder, MODEL), _part(folder, OPTIMIZER), state.step - state.skipped_steps)
     engine.resumed(state.step, state.skipped_steps)
     return state
 
 
 def load_weights(folder: Path, engine: Engine, mesh: Mesh) -> None:
     """Weights and buffers into a fresh engine, whose moments stay zero. A collective. Raises UserError."""
-    _fill(engine, mesh, _Reader(folder / MODEL), None, 0)
+    _fill(engine, mesh, _part(folder, MODEL), None, 0)
     engine.resumed(0, 0)
 
 
-def _fill(engine: Engine, mesh: Mesh, model: _Reader, optimizer: _Reader | None, adam_steps: int) -> None:
+def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader | None, adam_steps: int) -> None:
     experts = ExpertSharding(engine.expert_names, mesh)
 
     def parts() -> Iterator[States]:
@@ -62,11 +66,24 @@ def _fill(engine: Engine, mesh: Mesh, model: _Reader, optimizer: _Reader | None,
     mesh.agree(lambda: model.fill_untrained(engine.model, experts.sharded), "checkpoint")
 
 
+def _part(folder: Path, part: str) -> ShardReader:
+    """Reads the files of `part` that the manifest lists. Raises UserError."""
+    try:
+        names = [Path(name).name for name in shards_of(read_manifest(folder), part)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: damaged checkpoint ({error})") from error
+    return ShardReader(folder / part, names)
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """Where the tokenizer of this checkpoint's model is. Raises OSError, ValueError."""
+    inside = lists_any(checkpoint, TOKENIZER)
+    return checkpoint / TOKENIZER if inside else checkpoint.resolve().parent.parent / TOKENIZER
+
+
 def misfits(folder: Path, engine: Engine, mesh: Mesh) -> list[str]:
     """Which tensors of the checkpoint's model aren't those of this run, or have another shape, a line each."""
-    saved = {
-        name: list(entry.size) for name, entry in _Reader(folder / MODEL).read_metadata().state_dict_metadata.items()
-    }
+    saved = {name: list(entry.size) for name, entry in _part(folder, MODEL).tensors().items()}
     here = dict(engine.model.named_parameters()) | untrained_tensors(engine.model)
     shapes = {name: list(tensor.shape) for name, tensor in here.items()}
     for name in engine.expert_names:
@@ -90,6 +107,7 @@ def newest(run_dir: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | Non
         reason = damage(folder, mesh)
         if reason is None:
             mesh.agree(lambda: _set_aside(damaged) if mesh.is_main else None, "resume")
+            warn_of_strays(folder, warn)
             return folder
         warn(f"checkpoint {folder} is damaged and passed over: {reason}")
         damaged.append(folder)
@@ -115,11 +133,29 @@ def _set_aside(damaged: list[Path]) -> None:
         folder.rename(aside)
 
 
+def warn_of_strays(folder: Path, warn: Callable[[str], None]) -> None:
+    """A warning for each file of a checkpoint's folders that isn't read, since its manifest doesn't list it."""
+    for path in strays(folder):
+        warn(f"{path} is not in the checkpoint's manifest and is not read")
+
+
 def damage(folder: Path, mesh: Mesh) -> str | None:
     """What is wrong with a checkpoint, None if it is whole; the same on all ranks. A collective."""
     # Hashing is what takes time: each rank has its share of the files.
-    reasons = mesh.gather(verify(folder, mesh.rank, mesh.world_size))
+    reasons = mesh.gather(verify(folder, mesh.rank, mesh.world_size) or (_flaw(folder) if mesh.is_main else None))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _flaw(folder: Path) -> str | None:
+    """What keeps the files that the manifest lists from holding each tensor once; from their headers alone."""
+    for part in (MODEL, OPTIMIZER):
+        try:
+            flaw = _part(folder, part).flaw()
+        except Exception as error:  # safetensors' errors have no class of their own that all versions share
+            flaw = f"can't be read ({error})"
+        if flaw is not None:
+            return f"{part}: {flaw}"
+    return None
 
 
 def candidates(path: Path, key: str) -> list[Path]:
@@ -146,14 +182,14 @@ def resolve(path: Path) -> Path:
 def load_model(folder: Path, *, check_memory: bool = True) -> Transformer:
     """The whole model of one checkpoint, in one process, float32 on the CPU. Raises UserError; `check_memory=False`
     loads one that is larger than the memory there is."""
-    reason = verify(folder)
+    reason = verify(folder) or _flaw(folder)
     if reason is not None:
         raise UserError(f"{folder}: damaged checkpoint, {reason}")
     config: Config = read_config(folder / CONFIG)
     if check_memory:
         check_model(config)
     model = empty_model(config, torch.device("cpu"))
-    reader = _Reader(folder / MODEL)
+    reader = _part(folder, MODEL)
     # In place: the tensors share the parameters' memory.
     reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})
     reader.fill_untrained(model)
@@ -161,46 +197,3 @@ def load_model(folder: Path, *, check_memory: bool = True) -> Transformer:
     for router in routers_of(model):
         router.begin_step(max(0, step - 1), config.train.steps)  # the last step that it was trained in
     return model.eval()
-
-
-class _Reader(HuggingFaceStorageReader):
-    """One part of a checkpoint; opens each file's header once, however often tensors are read."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self._metadata: Any = None
-
-    def read_metadata(self) -> Any:
-        if self._metadata is None:
-            self._metadata = super().read_metadata()
-        return self._metadata
-
-    def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Raises UserError."""
-        try:
-            state_dict_loader.load(tensors, storage_reader=self, no_dist=True)
-        except CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            raise UserError(f"{self.path}: does not fit this model ({first})") from error
-
-    def fill_untrained(
-        self, model: nn.Module, sharded: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
-    ) -> None:
-        """The tensors of `model` that no optimizer updates. Raises UserError if shapes or dtypes differ."""
-        tensors = untrained_tensors(model)
-        for part in empty_parts(tensors, READ_BYTES):
-            self._check_dtypes(
-                {name: value for name, value in part.items() if not isinstance(tensors[name], nn.Parameter)}
-            )
-            self.fill(sharded(part))
-            for name, value in part.items():
-                tensors[name].detach().copy_(value)
-
-    def _check_dtypes(self, buffers: dict[str, Tensor]) -> None:
-        saved = self.read_metadata().state_dict_metadata
-        for name, buffer in buffers.items():
-            if name in saved and saved[name].properties.dtype != buffer.dtype:
-                raise UserError(
-                    f"{self.path}: does not fit this model ({name} is {saved[name].properties.dtype}, "
-                    f"the model's is {buffer.dtype})"
-                )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +48,35 @@ def read_state(folder: Path) -> TrainState:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         values = {RENAMED.get(name, name): value for name, value in values.items()}
-        return TrainState(**{field.name: values[field.name] for field in fields(TrainState) if field.name in values})
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a training state ({error!r})") from error
+    for name, value in values.items():
+        rule = next((rule for names, holds, rule in _RULES if name in names and not holds(value)), None)
+        if rule is not None:
+            raise UserError(f"{path}: {name}={str(value)[:40]} must be {rule}; use another checkpoint")
+    return TrainState(**{field.name: values[field.name] for field in fields(TrainState) if field.name in values})
+
+
+def _is_real(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+_RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (
+        ("step", "consumed", "tokens", "skipped_steps", "skipped_in_a_row"),
+        lambda value: type(value) is int and 0 <= value < 2**63,
+        "a whole number ≥ 0",
+    ),
+    (("elapsed",), _is_real, "a finite number ≥ 0"),
+    (
+        ("recent_norms",),
+        lambda value: isinstance(value, list) and all(map(_is_real, value)),
+        "a list of finite numbers ≥ 0",
+    ),
+    (("tokenizer", "data"), lambda value: isinstance(value, str), "text"),
+    (
+        ("versions",),
+        lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
+        "a mapping of names to versions",
+    ),
+]

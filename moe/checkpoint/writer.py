@@ -6,8 +6,9 @@ The steps of a save. A folder without the `.partial` ending is always complete (
    writes about as many bytes. Training waits for this step alone.
 2. Into `step_N.partial` every rank writes its shards, fsyncs and hashes them.
 3. When all ranks have succeeded, rank 0 checks that it sees every file (a run directory that nodes don't share stops
-   here), writes state.json, config.yaml, the tokenizer and the manifest, fsyncs all of it, renames the folder, fsyncs
-   its parent, and only then updates `latest` and deletes checkpoints that are no longer kept.
+   here) and that the files hold every tensor once, writes state.json, config.yaml, the tokenizer and the manifest,
+   fsyncs all of it, renames the folder, fsyncs its parent, and only then updates `latest` and deletes checkpoints that
+   are no longer kept.
 
 Steps 2 and 3 run in a thread with a process group of its own, so that its collectives never meet training's.
 """
@@ -31,8 +32,10 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 
 from moe.checkpoint import files, layout
 from moe.checkpoint.layout import UNTRAINED
+from moe.checkpoint.manifest import entry, shards_of
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
+from moe.checkpoint.shards import ShardReader
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.untrained import copied, saved_dtype, untrained_tensors
 from moe.config import CheckpointConfig
@@ -57,6 +60,7 @@ class _Snapshot:
     parts: dict[str, dict[str, Tensor]]  # {folder: {key in the file: tensor}}
     small_files: dict[str, bytes]
     file_numbers: dict[str, int]  # key in the file → which of the numbered files it goes to
+    keys: dict[str, set[str]]  # {folder: keys in the files of all ranks}
 
 
 class Saver:
@@ -81,7 +85,7 @@ class Saver:
         self._mesh, self._config = mesh, config
         self._say, self._warn, self._beat, self._tokenizer = say, warn, beat, tokenizer
         self._doing = ""  # the thread's part of the work
-        self._partial = self.folder
+        self._shards: list[Path] = []  # of this rank, in the save under way
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         _set_pg_timeout(LONGEST_SAVE, group)
@@ -126,18 +130,11 @@ class Saver:
         mine, everyone = None, -1
         while thread.is_alive():
             thread.join(1.0)
-            written = self._doing, sum(files.bytes_now(path) for path in self._my_files())
+            written = self._doing, sum(files.bytes_now(path) for path in list(self._shards))
             steps = self._store.add("progress", int(written != mine))
             if self._beat is not None and steps != everyone:
                 self._beat(f"the save, {self._doing}")
             mine, everyone = written, steps
-
-    def _my_files(self) -> list[Path]:
-        """The shards that this rank is writing. Their names, which torch's writer gives, count ranks from 1."""
-        mine = f"shard-{self._mesh.rank + 1:05d}-"
-        return sorted(
-            path for part in layout.PARTS for path in files.listed(self._partial / part) if path.name.startswith(mine)
-        )
 
     def _snapshot(self, engine: Engine, state: TrainState, config_yaml: str) -> _Snapshot:
         trained, fixed, mesh = engine.optimizer_state.sizes(), untrained_tensors(engine.model), self._mesh
@@ -154,7 +151,11 @@ class Saver:
                 {layout.key_in_file(kind, name): t for name, t in experts.sharded(named).items()}
             )
         small = files.small_files(state, config_yaml, self._tokenizer)
-        return _Snapshot(self.folder / layout.folder_name(state.step), state.step, parts, small, file_numbers(sizes))
+        keys: dict[str, set[str]] = {part: set() for part in layout.PARTS}
+        for kind, name in sizes:
+            keys[layout.part_of(kind)].add(layout.key_in_file(kind, name))
+        folder = self.folder / layout.folder_name(state.step)
+        return _Snapshot(folder, state.step, parts, small, file_numbers(sizes), keys)
 
     def _run(self, snapshot: _Snapshot, waited: float) -> None:
         """The thread: what goes wrong is kept for `wait` to raise or count."""
@@ -177,7 +178,7 @@ class Saver:
     def _write(self, snapshot: _Snapshot) -> None:
         """Steps 2 and 3. Raises OSError on every rank when any rank could not; older checkpoints stay."""
         mesh, partial = self._mesh, snapshot.folder.with_name(snapshot.folder.name + PARTIAL)
-        self._doing, self._partial = "clearing away", partial
+        self._doing, self._shards = "clearing away", []
         try:
             mesh.agree(lambda: self._clear(partial), "checkpoint", self._group)
             written = mesh.agree(lambda: self._write_shards(snapshot, partial), "checkpoint", self._group)
@@ -185,7 +186,7 @@ class Saver:
             self._doing = "waiting for all shards"
             dist.all_gather_object(everyone, written, group=self._group)
             self._doing = "the commit"
-            manifest = {name: entry for shards in everyone for name, entry in shards.items()}
+            manifest = {name: one for shards in everyone for name, one in shards.items()}
             mesh.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
         except UserError as error:
             if mesh.is_main:
@@ -232,13 +233,13 @@ class Saver:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
         self._doing = "writing shards"
         for part, tensors in snapshot.parts.items():
-            files.write_tensors(partial / part, tensors, snapshot.file_numbers, self._group)
+            files.write_tensors(partial / part, tensors, snapshot.file_numbers, self._shards, self._group)
         written = {}
-        for path in self._my_files():
+        for path in self._shards:
             name = str(path.relative_to(partial))
             self._doing = f"hashing {name}"
             fsync(path)
-            written[name] = files.entry(path)
+            written[name] = entry(path)
         for part in snapshot.parts:
             fsync(partial / part)
         return written
@@ -247,14 +248,18 @@ class Saver:
         if not self._mesh.is_main:
             return
         deadline = time.monotonic() + VISIBLE_SECONDS
-        for name, entry in manifest.items():
-            while files.bytes_now(partial / name) != entry["bytes"]:
+        for name, expected in manifest.items():
+            while files.bytes_now(partial / name) != expected["bytes"]:
                 if time.monotonic() > deadline:
                     raise OSError(
                         f"{partial / name}: another rank wrote it, but rank 0 doesn't see it: run_dir must lie on a "
                         "file system that all nodes share"
                     )
                 time.sleep(0.2)
+        for part, keys in snapshot.keys.items():
+            names = [Path(name).name for name in shards_of(manifest, part)]
+            flaw = ShardReader(partial / part, names).flaw(keys)
+            assert flaw is None, f"{partial / part}: {flaw}"
         files.write_small_files(partial, snapshot.small_files, manifest)
         if snapshot.folder.exists():  # a damaged one, which the resume passed over
             self._remove(snapshot.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,14 @@ def _generate(overrides: list[str]) -> None:
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
-    from moe.checkpoint.layout import tokenizer_folder
-    from moe.checkpoint.reader import load_model, resolve
+    from moe.checkpoint.reader import load_model, resolve, tokenizer_folder, warn_of_strays
     from moe.data.tokenizer import load_saved
     from moe.inference.generate import run_generate
 
     folder = resolve(Path(config.checkpoint))
-    run_generate(config, load_model(folder, check_memory=config.check_memory), load_saved(tokenizer_folder(folder)))
+    model = load_model(folder, check_memory=config.check_memory)
+    warn_of_strays(folder, lambda line: print(f"moe: {line}", file=sys.stderr))
+    run_generate(config, model, load_saved(tokenizer_folder(folder)))
 
 
 def _report(overrides: list[str]) -> None:

@@ -41,6 +41,7 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
     reason = reader.damage(weights, mesh)
     if reason is not None:
         raise UserError(f"checkpoint.init_from={path}: {weights} is damaged: {reason}")
+    reader.warn_of_strays(weights, display.warn)
     return Start(None, weights, mesh.agree(lambda: _model_changes(weights, corpus, config), "checkpoint.init_from"))
 
 

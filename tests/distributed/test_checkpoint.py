@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moe.checkpoint import writer as save_module
-from moe.checkpoint.layout import committed, verify
+from moe.checkpoint.layout import committed
+from moe.checkpoint.manifest import verify
 from moe.checkpoint.reader import load, load_model, newest, resolve
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver

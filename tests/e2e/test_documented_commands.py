@@ -37,7 +37,9 @@ EXCEPTIONS = {  # beginning of a command that isn't one of `moe` → why it isn'
 REFUSED = {  # documented as what names the keys, and as a plan that doesn't fit
     "moe plan hardware=custom": "must be stated: hardware.gpus_per_node=",
     "moe plan model=mixtral_8x7b parallel.expert_parallel_size=8 hardware=h100 hardware.nodes=2 "
-    "train.precision=bfloat16 train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256": "does not fit: needs ",
+    "train.precision=bfloat16 train.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=256": (
+        "does not fit: needs "
+    ),
 }
 SHORT = [
     "train.steps=1", "train.micro_batch_size=1", "train.global_batch_size=2", "train.eval_sequences=3",

@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from moe.checkpoint.layout import committed, verify
+from moe.checkpoint.layout import committed
+from moe.checkpoint.manifest import verify
 from moe.checkpoint.model_writer import write_model
 from moe.checkpoint.reader import load_model
 from moe.config.compose import read_config

@@ -120,9 +120,11 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 
 def final_state(run_dir: Path) -> dict[str, bytes | str]:
-    """Every tensor of the last checkpoint by file and name (their order in a file is not fixed), and state.json."""
+    """Every tensor of the last checkpoint by file and name (their order in a file is not fixed), and state.json without
+    its measured time."""
     folder = run_dir / "checkpoints" / f"step_{checkpoints(run_dir)[-1]:08d}"
-    state: dict[str, bytes | str] = {"state.json": (folder / "state.json").read_text()}
+    counted = {key: value for key, value in json.loads((folder / "state.json").read_text()).items() if key not in TIMED}
+    state: dict[str, bytes | str] = {"state.json": json.dumps(counted)}
     for path in folder.rglob("*.safetensors"):
         for name, tensor in load_file(path).items():
             state[f"{path.relative_to(folder)} {name}"] = tensor.numpy().tobytes()

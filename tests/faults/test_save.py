@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from moe.checkpoint.layout import committed, verify
+from moe.checkpoint.layout import committed
+from moe.checkpoint.manifest import verify
 from moe.checkpoint.reader import load, newest
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
