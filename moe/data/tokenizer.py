@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 
 from moe.config import TokenizerConfig, TokenizerKind
-from moe.data.long_text import SPACE, LongText
+from moe.data.long_text import SPACE, LongText, byte_level_parts
 from moe.data.readers import DataError
 
 INFO_FILE = "moe_tokenizer.json"
@@ -182,7 +182,9 @@ class HuggingFaceTokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
 
     def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
-        yield self.encode(text)
+        parts = byte_level_parts(text, self._backend, self._json)
+        while batch := [*islice(parts, PARTS)]:
+            yield from self.encode_many(batch, threads)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
