@@ -1,1 +1,1 @@
-"""Text to batches: sources, tokenizers, memory-mapped token shards, mixtures, packing, the loader."""
+"""Text to batches: sources, tokenizers, token shards, mixtures, packing, the loader."""

@@ -24,6 +24,7 @@ from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 from moe.durable import fsync
 
 ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once: enough to keep every core busy
+LONG_BYTES = 2 << 20  # a longer text is encoded in parts; chunks of text files are shorter
 PROGRESS_BYTES = 1 << 28  # bytes of text between two progress lines
 
 
@@ -140,21 +141,22 @@ def _encode_source(
     done = 0
     try:
         for chunk, ids in _encoded(source.chunks(), tokenizer):
-            number = _hash(chunk)
-            size = len(chunk.data)
-            content.update(_content_bytes(chunk, number))
-            writer = writers["held_out" if number < survey.threshold else "train"]
-            if chunk.starts_document or writer is not current:
-                if current is not None:
-                    current.write([tokenizer.eos_id])
-                writer.start_document()
-                writer.write([tokenizer.bos_id])
-                current = writer
-            writer.write(ids)
-            writer.bytes += size
-            if (done + size) // PROGRESS_BYTES > done // PROGRESS_BYTES:
-                log(f"{source.name}: {(done + size) / 1e6:,.0f} of {survey.bytes / 1e6:,.0f} MB")
-            done += size
+            if chunk is not None:
+                number, size = _hash(chunk), len(chunk.data)
+                content.update(_content_bytes(chunk, number))
+                writer = writers["held_out" if number < survey.threshold else "train"]
+                if chunk.starts_document or writer is not current:
+                    if current is not None:
+                        current.write([tokenizer.eos_id])
+                    writer.start_document()
+                    writer.write([tokenizer.bos_id])
+                    current = writer
+                writer.bytes += size
+                if (done + size) // PROGRESS_BYTES > done // PROGRESS_BYTES:
+                    log(f"{source.name}: {(done + size) / 1e6:,.0f} of {survey.bytes / 1e6:,.0f} MB")
+                done += size
+            assert current is not None  # no part of a chunk comes before the chunk
+            current.write(ids)
         if current is not None:
             current.write([tokenizer.eos_id])
         if content.hexdigest() != survey.content:
@@ -168,15 +170,28 @@ def _encode_source(
         raise
 
 
-def _encoded(chunks: Iterator[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, list[int]]]:
-    """Each chunk with its token ids, encoded ENCODE_BYTES at a time on all of this process's cores."""
+def _encoded(chunks: Iterator[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk | None, list[int]]]:
+    """Each chunk with its token ids, encoded ENCODE_BYTES at a time on all of this process's cores.
+
+    A chunk longer than LONG_BYTES comes with its first ids; None comes with the others.
+    """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batch: list[Chunk] = []
+
+    def encoded() -> Iterator[tuple[Chunk, list[int]]]:
+        yield from zip(batch, tokenizer.encode_many([chunk.text for chunk in batch], threads), strict=True)
+        batch.clear()
+
     size = 0
     for chunk in chunks:
-        batch.append(chunk)
-        size += len(chunk.data)
-        if size >= ENCODE_BYTES:
-            yield from zip(batch, tokenizer.encode_many([p.text for p in batch], threads), strict=True)
-            batch, size = [], 0
-    yield from zip(batch, tokenizer.encode_many([p.text for p in batch], threads), strict=True)
+        long = len(chunk.data) > LONG_BYTES
+        if long or size >= ENCODE_BYTES:
+            yield from encoded()
+            size = 0
+        if long:
+            for number, ids in enumerate(tokenizer.encode_long(chunk.text, threads)):
+                yield chunk if number == 0 else None, ids
+        else:
+            batch.append(chunk)
+            size += len(chunk.data)
+    yield from encoded()

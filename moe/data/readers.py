@@ -19,9 +19,12 @@ class DataError(UserError):
 class Chunk:
     """Part of a document, or all of it. A chunk that doesn't start a document continues the one before it."""
 
-    text: str
-    data: bytes  # the same in UTF-8
+    data: bytes  # valid UTF-8
     starts_document: bool = True
+
+    @property
+    def text(self) -> str:
+        return self.data.decode()
 
 
 def read_text(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
@@ -35,7 +38,8 @@ def read_text(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
                 # A line longer than a chunk is cut at any byte; the bytes of a cut character go into the next chunk.
                 tail = _unfinished(block) if not block.endswith(b"\n") else b""
                 block = block[: len(block) - len(tail)]
-                yield Chunk(_decode(block, path, position), block, starts_document)
+                _decode(block, path, position)
+                yield Chunk(block, starts_document)
                 starts_document, position = False, position + len(block)
             if tail:
                 _decode(tail, path, position)
@@ -65,16 +69,18 @@ def _decode(block: bytes, path: Path, position: int) -> str:
 
 def read_jsonl(path: Path, key: str, field: str) -> Iterator[Chunk]:
     """One document per line: its string `field`. Blank lines are skipped; `key` is the source's, for messages."""
-    position = 0
+    position = number = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = _decode(line, path, position)
+            while line := file.readline():
+                number += 1
+                text = _decode(line.rstrip(b"\r\n"), path, position)
                 position += len(line)
-                if not text.strip():
+                line = b""  # a row may have many megabytes, so no copy of it is kept longer than needed
+                if not text or text.isspace():
                     continue
                 try:
-                    row = json.loads(text.removeprefix("\ufeff").rstrip("\r\n"))
+                    row = json.loads(text.removeprefix("\ufeff"))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}: broken JSON at column {error.colno}: {error.msg}") from error
                 except RecursionError as error:
@@ -83,7 +89,9 @@ def read_jsonl(path: Path, key: str, field: str) -> Iterator[Chunk]:
                     raise DataError(f"{path}:{number}: must be a JSON object, is a {type(row).__name__}")
                 if field not in row:
                     raise DataError(f"{path}:{number}: {no_field(key, field, list(row))}")
-                yield as_chunk(row[field], field, f"{path}:{number}")
+                value, row, text = row[field], None, ""
+                chunk, value = as_chunk(value, field, f"{path}:{number}"), None
+                yield chunk
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
 
@@ -99,7 +107,7 @@ def as_chunk(value: Any, field: str, place: str) -> Chunk:
         shown = "null" if value is None else f"a {type(value).__name__}"
         raise DataError(f"{place}: field {field!r} must be a string, is {shown}")
     try:
-        return Chunk(value, value.encode("utf-8"))
+        return Chunk(value.encode("utf-8"))
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         wrong = f"U+{ord(value[error.start]):04X}"
         raise DataError(f"{place}: field {field!r} holds a lone surrogate ({wrong}), which is not text") from error

@@ -95,7 +95,7 @@ def _open_stdlib(name: str, key: str, domain: str) -> Source:
     def read() -> Iterator[Chunk]:
         try:
             for text in texts():
-                yield Chunk(text, text.encode())
+                yield Chunk(text.encode())
         except (OSError, SyntaxError, UnicodeError) as error:
             raise DataError(f"{key}.path={domain}: this Python's library can't be read: {error}") from error
 

@@ -11,6 +11,9 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +21,11 @@ import numpy as np
 import sentencepiece
 
 from moe.config import TokenizerConfig, TokenizerKind
+from moe.data.long_text import SPACE, LongText, byte_level_parts
 from moe.data.readers import DataError
 
-SPACE = "▁"  # stands for a space in SentencePiece's vocabulary
 INFO_FILE = "moe_tokenizer.json"
+PARTS = 8  # of a long text, encoded at once
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -38,6 +42,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode_many(self, texts: list[str], threads: int) -> list[list[int]]: ...
+
+    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+        """The ids of `encode`, part by part, so that memory doesn't grow with them (where the tokenizer allows it)."""
+        ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -83,15 +91,32 @@ class SentencePieceTokenizer:
         return self.encode_many([text], threads=1)[0]
 
     def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        if any(SPACE in text for text in texts):
-            return [self._encode_with_space_sign(text) for text in texts]
-        return self._processor.encode(texts, num_threads=threads)  # type: ignore[return-value]
+        return self._encode_many(texts, threads, self._processor)
 
-    def _encode_with_space_sign(self, text: str) -> list[int]:
+    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+        parts = self._long_text.parts(text)
+        yield from self._encode_many([*islice(parts, 1)], threads, self._processor)
+        while batch := [*islice(parts, PARTS)]:
+            yield from self._encode_many(batch, threads, self._long_text.inside)
+
+    @cached_property
+    def _long_text(self) -> LongText:
+        return LongText(self._model, self._processor)
+
+    def _encode_many(
+        self, texts: list[str], threads: int, first: sentencepiece.SentencePieceProcessor
+    ) -> list[list[int]]:
+        """`first` encodes each text up to its first '▁'."""
+        if any(SPACE in text for text in texts):
+            return [self._encode_with_space_sign(text, first) for text in texts]
+        return first.encode(texts, num_threads=threads)  # type: ignore[return-value]
+
+    def _encode_with_space_sign(self, text: str, first: sentencepiece.SentencePieceProcessor) -> list[int]:
         """Encodes a literal '▁' as its three bytes; as a piece it would be decoded to a space."""
-        ids: list[int] = []
-        for index, part in enumerate(text.split(SPACE)):
-            ids += self._space_ids * (index > 0) + self._processor.encode(part)  # type: ignore[operator]
+        head, *rest = text.split(SPACE)
+        ids: list[int] = first.encode(head)  # type: ignore[assignment]
+        for part in rest:
+            ids += self._space_ids + self._processor.encode(part)  # type: ignore[operator]
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -155,6 +180,11 @@ class HuggingFaceTokenizer:
 
     def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+        parts = byte_level_parts(text, self._backend, self._json)
+        while batch := [*islice(parts, PARTS)]:
+            yield from self.encode_many(batch, threads)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)

@@ -15,15 +15,16 @@ from moe.data.tokenizer import SPACE, SentencePieceTokenizer
 RESERVED = 256 + 3  # pieces that aren't learnt: bytes; unknown, BOS, EOS
 COVERAGE = 0.9995  # share of the text's characters that get a piece; the rest are encoded as bytes
 SAMPLE_BLOCK = 4096  # characters: blocks of this size are taken into the sample or left out as a whole
+LONG_LINE = 1 << 20  # characters; a longer line is cut: SentencePiece skips lines above 16 MiB
 
 
 def sample_blocks(texts: Iterator[str], share: float) -> Iterator[str]:
-    """A sample of `share` of the text in blocks of whole lines, spread evenly over the corpus."""
+    """A sample of `share` of the text in blocks of whole lines (but LONG_LINE), spread evenly over the corpus."""
     seen = taken = 0
     for text in texts:
         block: list[str] = []
         size = 0
-        for line in text.splitlines(keepends=True):
+        for line in _lines(text):
             block.append(line)
             size += len(line)
             if size >= SAMPLE_BLOCK:
@@ -36,6 +37,17 @@ def sample_blocks(texts: Iterator[str], share: float) -> Iterator[str]:
         if size and taken < share * seen:
             taken += size
             yield "".join(block)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """As `splitlines(keepends=True)`, but without a list of all lines, and lines longer than LONG_LINE are cut."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + SAMPLE_BLOCK) + 1 or len(text)
+        for line in text[start:end].splitlines(keepends=True):
+            step = SAMPLE_BLOCK if len(line) > LONG_LINE else len(line)
+            yield from (line[at : at + step] for at in range(0, len(line), step))
+        start = end
 
 
 def train_sentencepiece(blocks: list[str], vocab_size: int, log: Callable[[str], None]) -> SentencePieceTokenizer:

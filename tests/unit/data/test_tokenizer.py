@@ -11,7 +11,7 @@ from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.readers import DataError
 from moe.data.stdlib import arithmetic
 from moe.data.tokenizer import SentencePieceTokenizer, load_saved, open_tokenizer
-from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
+from moe.data.tokenizer_training import LONG_LINE, sample_blocks, train_sentencepiece
 
 HARD_TEXTS = [
     "def f(x):\n\tif x  ==   1:\r\n        return 'é中😀'\n\n\n",
@@ -151,6 +151,28 @@ def test_sample_is_even_over_the_corpus():
     assert min(places) < 20
     assert max(places) > 980
     assert list(sample_blocks(iter(texts), 1.0)) == texts
+
+
+def test_a_sample_of_one_long_line_is_even_and_in_small_blocks():
+    line = "".join(f"{i:07d} " for i in range(LONG_LINE))
+    taken = list(sample_blocks(iter([line]), 0.1))
+    assert max(map(len, taken)) <= 4096
+    assert abs(sum(map(len, taken)) / len(line) - 0.1) < 0.01
+    assert int(taken[-1][:7]) > 0.95 * LONG_LINE
+
+
+def test_blocks_end_where_lines_do():
+    dice = random.Random(0)
+    for _ in range(20):
+        text = "".join(dice.choice(["\n", "\r", "\r\n", "\x0b", "\u2028", "word " * 30, "x"]) for _ in range(3000))
+        blocks, size = [[]], 0
+        for line in text.splitlines(keepends=True):
+            blocks[-1].append(line)
+            size += len(line)
+            if size >= 4096:
+                blocks.append([])
+                size = 0
+        assert list(sample_blocks(iter([text]), 1.0)) == ["".join(block) for block in blocks if block]
 
 
 def test_save_and_load(trained, texts, tmp_path):
