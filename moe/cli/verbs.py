@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe.cli.limits import require_open_files
+from moe.cli.limits import require_address_space, require_open_files
 from moe.config import Config, PlanConfig
 from moe.config.compose import ConfigError, load_config
 
@@ -18,6 +18,7 @@ def _train(overrides: list[str]) -> None:
     _, world_size, _, node_size = world_from_environment()
     config.check_world(world_size, node_size)
     require_open_files(world_size)
+    require_address_space(config.engine)
     from moe.train.loop import train
 
     train(config)
