@@ -6,13 +6,20 @@ import resource
 import traceback
 from pathlib import Path
 
+from moe.config import EngineKind
 from moe.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Measured peaks: 27 in one process with W&B; of 2, 4 and 6 ranks that share experts in pairs 40, 53 and 61 in each.
 OPEN_FILES, OPEN_FILES_PER_RANK = 32, 6
 # How torch, the thread library and the loader of shared libraries say that there is no memory.
-NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "failed to map segment", "Cannot allocate memory")
+NO_MEMORY = (
+    "DefaultCPUAllocator", "can't start new thread", "Resource temporarily unavailable", "failed to map segment",
+    "Cannot allocate memory",
+)  # fmt: skip
+# What the libraries and threads of one process take, of a model of a few kB; with less, gloo may wait for ever for a
+# thread that could not start.
+LIBRARIES = 1_250_000  # kB
 
 
 def require_open_files(world_size: int) -> None:
@@ -24,6 +31,16 @@ def require_open_files(world_size: int) -> None:
             f"ulimit -n {limit}: a process may open {limit} files, and training on {world_size} "
             f"rank{'s' * (world_size > 1)} takes up to {needed}: `ulimit -n {max(1024, 2 * needed)}` in the shell that "
             "starts it"
+        )
+
+
+def require_address_space(engine: EngineKind) -> None:
+    """Raises UserError when `ulimit -v` is less than DeepSpeed's libraries take."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if engine is EngineKind.deepspeed and limit != resource.RLIM_INFINITY and limit < 1024 * LIBRARIES:
+        raise UserError(
+            f"ulimit -v {limit // 1024}: engine=deepspeed takes {LIBRARIES} kB of address space before there is a "
+            "model: `ulimit -v unlimited` in the shell that starts it, or engine=plain"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe.cli.limits import require_open_files
+from moe.cli.limits import require_address_space, require_open_files
 from moe.config import Config, PlanConfig, PrepareConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
 
@@ -31,6 +31,7 @@ def _train(overrides: list[str]) -> None:
     _, world_size, _, node_size = world_from_environment()
     config.check_world(world_size, node_size)
     require_open_files(world_size)
+    require_address_space(config.engine)
     from moe.train.loop import train
 
     train(config)

@@ -16,6 +16,7 @@ Legend: T tokens of a micro-batch, k choices per token, H hidden, L layers, E ex
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from moe.config import Config, Mlp, Recompute
@@ -89,11 +90,11 @@ def _same_node(world: int, expert: int, ranks_per_node: int) -> float:
     """Of a rank's expert-parallel peers, the share in its own node; the mean over ranks."""
     if expert == 1:
         return 1.0
-    pairs = [
-        (rank, first + peer) for rank in range(world) for first in [rank - rank % expert] for peer in range(expert)
-    ]
-    others = [(rank, peer) for rank, peer in pairs if rank != peer]
-    return sum(rank // ranks_per_node == peer // ranks_per_node for rank, peer in others) / len(others)
+    near = 0
+    for first in range(0, world, expert):
+        of_node = Counter(rank // ranks_per_node for rank in range(first, first + expert))
+        near += sum(count * (count - 1) for count in of_node.values())
+    return near / (world * (expert - 1))
 
 
 def _crossings(ring: list[int], ranks_per_node: int) -> float:

@@ -79,6 +79,12 @@ def test_a_file_too_many_elsewhere_says_what_to_raise() -> None:
     assert "`ulimit -n 4096`" in only_line(done)
 
 
+def test_an_address_space_too_small_for_the_libraries_is_named_at_once() -> None:
+    done = limited(resource.RLIMIT_AS, 900000 * 1024, "train", "tracking=none")
+    assert done.returncode == 2, done.stderr
+    assert only_line(done).startswith("moe: ulimit -v 900000: engine=deepspeed takes 1250000 kB of address space")
+
+
 @pytest.mark.parametrize("gigabytes", [4, 16])
 def test_no_room_for_the_model_is_one_line(gigabytes: int, corpus: list[str], tmp_path: Path) -> None:
     limit = gigabytes * 10**9

@@ -138,6 +138,16 @@ def test_links_are_those_of_the_groups(nodes, ranks, expert):
         assert flows["expert gradients"].total == 0
 
 
+def test_the_largest_cluster_is_planned():
+    overrides = [
+        "hardware=h100", "hardware.nodes=16384", "router.num_experts=131072", "parallel.expert_parallel_size=131072",
+        "parallel.expert_across_nodes=true", "train.micro_batch_size=1",
+    ]  # fmt: skip
+    assert make_plan(compose(*overrides)).traffic["expert exchange"].inter > 0
+    with pytest.raises(ConfigError, match=r"hardware\.nodes=16385 × hardware\.gpus_per_node=8 must be ≤ 131072 ranks"):
+        compose("hardware=h100", "hardware.nodes=16385")
+
+
 def test_stage_2_reduces_after_every_micro_batch():
     overrides = [*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"]
     one, two = (make_plan(compose(*overrides, f"parallel.zero_stage={stage}")).traffic for stage in (1, 2))

@@ -64,6 +64,7 @@ def test_what_computes_the_same_in_another_way_is_only_told(checkpoint: Path) ->
         "model.attention=naive",
         "train.log_every=1",
         "tracking=none",
+        "check_memory=false",
     ]
     lines = run_directory.check_resumable(checkpoint, load_config(overrides), SAME)
     assert "parallel.zero_stage: 1 → 2" in lines
