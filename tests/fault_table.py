@@ -39,10 +39,16 @@ ROWS = {  # number → fault, what is required of the run
         "a stray shard in a checkpoint; a manifest that doesn't fit",
         "named and not read; bitwise equal; or an error",
     ),
+    17: ("a node with other code or versions", "all ranks end before the first step; the versions and ranks named"),
     18: (
         "corrupt token shards: bytes changed at equal size; a file cut in mid-run",
         "found, file named, prepared again; a cut ends all ranks with one line",
     ),
+    19: (
+        "the run directory removed, renamed or replaced in mid-run",
+        "ends with one line; never a run that can't be used",
+    ),
+    20: ("no room for temporary files when a rank hangs", "the report is complete, the stopped rank is ended"),
 }
 
 

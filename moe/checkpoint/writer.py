@@ -81,6 +81,8 @@ class Saver:
         tokenizer: files.SavedTokenizer | None = None,
     ) -> None:
         self.folder = run_dir / layout.CHECKPOINTS
+        if mesh.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)  # here: a save must not make a run directory anew
         self.failures = 0  # in a row
         self._mesh, self._config = mesh, config
         self._say, self._warn, self._beat, self._tokenizer = say, warn, beat, tokenizer
@@ -188,7 +190,7 @@ class Saver:
             self._doing = "the commit"
             manifest = {name: one for shards in everyone for name, one in shards.items()}
             mesh.agree(lambda: self._commit(snapshot, partial, manifest), "checkpoint", self._group)
-        except UserError as error:
+        except (OSError, UserError) as error:
             if mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
@@ -204,7 +206,7 @@ class Saver:
         if self._mesh.is_main:
             for torn in self.folder.glob(f"{layout.STEP}*{PARTIAL}"):
                 self._remove(torn)
-            partial.mkdir(parents=True)
+            partial.mkdir()
 
     def _tidy(self, snapshot: _Snapshot) -> None:
         """Updates `latest` and deletes checkpoints that are no longer kept. The new checkpoint is complete already, so

@@ -40,6 +40,8 @@ from moe.distributed.environment import world_from_environment
 from moe.distributed.parent import die_with_torchrun
 from moe.errors import OtherRankFailed, StartError, Stopped, UserError, line_about
 
+LONGEST_LINE = 1200  # characters
+
 
 def _run(arguments: list[str]) -> None:
     arguments = _take_config_dirs(arguments)
@@ -107,7 +109,13 @@ def _tell_torchrun(line: str) -> None:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
+def _shortened(line: str) -> str:
+    """A line of bearable length: a value that fills the screen says no more than its ends."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
+
+
 def _end_with(line: str) -> NoReturn:
+    line = _shortened(line)
     print(line, file=sys.stderr, flush=True)
     _tell_torchrun(line)
     sys.exit(1)
@@ -119,7 +127,7 @@ def main() -> None:
         die_with_torchrun()  # before the slow imports, during which torchrun may die
         _run(sys.argv[1:])
     except UserError as error:
-        line = f"moe: {' '.join(str(error).split())}"
+        line = _shortened(f"moe: {' '.join(str(error).split())}")
         # A message that is the same on all ranks is printed by one rank of each machine; a rank that never joined the
         # others prints its own.
         if _is_local_rank_0() or (isinstance(error, StartError) and error.prints):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moe.errors import OtherRankFailed, UserError, line_about
 
 T = TypeVar("T")
+PROGRAM, MACHINE, USER = range(3)  # whose fault an action's failure is; where ranks differ, the first counts
 
 
 class Collectives:
@@ -54,30 +55,31 @@ class Collectives:
         `group` holds all ranks too, for a thread that must not meet training's collectives.
 
         Without this, a rank that alone meets a bad file would leave the others waiting in the next collective.
-        Raises UserError on every rank for a UserError or an OSError on any. A fault of the program is raised as it is
-        on its own rank, and as OtherRankFailed on the others.
+        Raises UserError, or OSError, on every rank for one on any. A fault of the program is raised as it is on its own
+        rank, and as OtherRankFailed on the others.
         """
         result: T | None = None
-        failure: tuple[bool, str] | None = None  # (is it a UserError?, its one line)
+        failure: tuple[int, str] | None = None  # (which of FAULTS, its one line)
         cause: Exception | None = None
         try:
             result = action()
-        except (UserError, OSError) as error:
-            cause = error
-            failure = True, str(error) if isinstance(error, UserError) else f"{what}: {line_about(error)}"
+        except UserError as error:
+            cause, failure = error, (USER, str(error))
+        except OSError as error:
+            cause, failure = error, (MACHINE, f"{what}: {line_about(error)}")
         except Exception as error:
-            cause = error
-            failure = False, f"{what}: {type(error).__name__}: {error}"
+            cause, failure = error, (PROGRAM, f"{what}: {type(error).__name__}: {error}")
         failures = [failure]
         if self.world_size > 1:
             failures = [None] * self.world_size
             dist.all_gather_object(failures, failure, group=group)
-        if failure is not None and not failure[0]:
+        if failure is not None and failure[0] == PROGRAM:
             assert cause is not None
             raise cause
         found = [(rank, *one) for rank, one in enumerate(failures) if one is not None]
-        for rank, for_user, text in sorted(found, key=lambda one: one[1]):  # faults first
-            if not for_user:
+        for rank, fault, text in sorted(found, key=lambda one: one[1]):
+            if fault == PROGRAM:
                 raise OtherRankFailed(f"rank {rank} failed: {text} (its own output has the traceback)") from cause
-            raise UserError(text if rank == 0 else f"{text} (on rank {rank})") from cause
+            line = text if rank == 0 else f"{text} (on rank {rank})"
+            raise (OSError if fault == MACHINE else UserError)(line) from cause
         return result  # type: ignore[return-value]  # no rank failed, so this one has a result

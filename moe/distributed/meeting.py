@@ -6,8 +6,8 @@ The steps, all in torchrun's store:
 1. Rank 0 draws a session name and waits.
 2. Every other rank draws a token and writes it under `hello/RANK`.
 3. Rank 0 answers each token with the session name, under `welcome/TOKEN`.
-4. Every rank writes its configuration under the session name.
-5. Rank 0 compares the configurations and writes the verdict, which all ranks read and follow.
+4. Every rank writes its configuration, its versions and a digest of its code under the session name.
+5. Rank 0 compares them and writes the verdict, which all ranks read and follow.
 
 NOTE: keys outlive a restart, since torchrun keeps its store. Session names and tokens are drawn anew by every process,
 so the keys of a dead attempt are never taken for this one's. torchrun's own TORCHELASTIC_RESTART_COUNT can't replace
@@ -26,6 +26,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from moe.distributed.code import PREFIX, running_code
 from moe.errors import StartError
 
 TIMEOUT_VARIABLE = "MOE_START_TIMEOUT"  # seconds
@@ -53,13 +54,13 @@ def start_timeout() -> float:
 def meet(
     store: Store, rank: int, world_size: int, config: Mapping[str, object], timeout: float, *, owns_store: bool
 ) -> str:
-    """The session's name, the same on all ranks, once each has come with the same `config`.
+    """The session's name, the same on all ranks, once each has come with the same `config` and code.
 
     Raises StartError on every rank that came: the ranks that didn't within `timeout` seconds, or the keys that differ.
     `owns_store`: the others' connection ends with this process, so it leaves last.
     """
     meeting = PrefixStore("meeting", store)
-    configuration = json.dumps({key: str(value) for key, value in config.items()})
+    configuration = json.dumps({key: str(value) for key, value in config.items()} | running_code())
     if rank == 0:
         return _host(meeting, world_size, configuration, timeout, owns_store)
     return _attend(meeting, rank, world_size, configuration, timeout)
@@ -128,23 +129,34 @@ def _never_came(missing: set[int], world_size: int, timeout: float) -> str:
 
 
 def differences(configs: list[dict[str, str]]) -> str:
-    """One line: the first keys that differ, with their values and ranks. Empty if all configurations are equal."""
+    """One line: the first keys that differ, with their values and ranks. Empty if all are equal. Where code differs,
+    only that: other code may well have other keys."""
     keys = sorted({key for config in configs for key in config})
     different = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    code = [key for key in different if key.startswith(PREFIX)]
+    if code:
+        found = _values(configs, code, PREFIX)
+        return f"the ranks run different code: {found}: install the same versions on every node, of moe's source too"
     if not different:
         return ""
+    more = len(different) - SHOWN_KEYS
+    return (
+        f"the ranks were started with different configurations: {_values(configs, different[:SHOWN_KEYS])}"
+        + (f"; and {more} more key{'s' * (more > 1)}" if more > 0 else "")
+        + ": start every node with the same overrides"
+    )
+
+
+def _values(configs: list[dict[str, str]], keys: list[str], prefix: str = "") -> str:
+    """`key=value on ranks 0-2, other on rank 3; …`, without the keys' prefix."""
     shown = []
-    for key in different[:SHOWN_KEYS]:
+    for key in keys:
         holders: dict[str, set[int]] = {}
         for rank, config in enumerate(configs):
             holders.setdefault(config.get(key, "nothing"), set()).add(rank)
-        shown.append(f"{key}=" + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
-    more = len(different) - len(shown)
-    return (
-        f"the ranks were started with different configurations: {'; '.join(shown)}"
-        + (f"; and {more} more key{'s' * (more > 1)}" if more else "")
-        + ": start every node with the same overrides"
-    )
+        values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+        shown.append(f"{key.removeprefix(prefix)}={values}")
+    return "; ".join(shown)
 
 
 def _ranks(ranks: set[int]) -> str:

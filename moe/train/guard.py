@@ -29,6 +29,7 @@ class Guard:
         self._config, self._state, self._mesh, self._warn = config, state, mesh, warn
         self._limit: float | None = None
         self._skipped: list[str] = []  # step and samples of each of the last skipped steps
+        self._accepted = 0  # steps of this process
 
     def norm_limit(self) -> float | None:
         """The gradient norm above which the next step is skipped; None while the window holds too few norms."""
@@ -48,6 +49,7 @@ class Guard:
         """
         state = self._state
         if result.skipped is None:
+            self._accepted += 1
             state.skipped_in_a_row = 0
             state.recent_norms.append(result.grad_norm)
             del state.recent_norms[: -self._config.spike_window]
@@ -82,10 +84,16 @@ class Guard:
         return self._state.skipped_in_a_row >= self._config.max_skipped
 
     def check(self) -> None:
-        """Raises UserError when exhausted. The skipped steps changed no weight."""
-        if not self.exhausted:
-            return
+        """At the end of the run. Raises UserError when exhausted, or when no step was accepted since its start: the
+        skipped steps changed no weight."""
         state = self._state
+        if not self.exhausted:
+            if self._skipped and not self._accepted:
+                raise UserError(
+                    f"step {state.step}: every step since the start was skipped: {'; '.join(self._skipped)}. Nothing "
+                    "was learnt: lower optim.lr, or repair these samples, and start with another run_dir"
+                )
+            return
         skipped = state.skipped_in_a_row
         raise UserError(
             f"step {state.step}: {skipped} steps in a row were skipped (guard.max_skipped={self._config.max_skipped}): "

@@ -37,14 +37,14 @@ def train(config: Config) -> None:
         display = Display(is_main=mesh.is_main, steps=config.train.steps, log_every=config.train.log_every)
         folder = Path(config.run_dir)
         mesh.agree(lambda: check_run(config, mesh.world_size, mesh.local_world_size, mesh.device), "memory")
-        held = mesh.agree(lambda: run_directory.lock(folder) if mesh.is_main else None, "run_dir")
+        held = mesh.agree(lambda: run_directory.RunLock(folder) if mesh.is_main else None, "run_dir")
         try:
             run = set_up(config, mesh, folder, display)
             if run.state.step >= config.train.steps:
                 display.line(f"{folder} is finished at step {run.state.step}; a larger train.steps goes on from there")
                 return
             with run.stop, run.watchdog:
-                _loop(run)
+                _loop(run, held)
         finally:
             if held is not None:
                 held.close()
@@ -52,13 +52,16 @@ def train(config: Config) -> None:
         rendezvous.stop()
 
 
-def _loop(run: TrainingRun) -> None:
+def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
+    """`held` is rank 0's."""
     config, state, train = run.config, run.state, run.config.train
     run.display.start(state.step)
     began = time.monotonic() - state.elapsed  # as if the run had never been interrupted
     try:
         while state.step < train.steps and run.stop.agreed is None:
             metrics = _step(run)
+            if held is not None:
+                held.check(state.step)
             state.elapsed = time.monotonic() - began
             metrics |= {"time": time.time(), "elapsed": state.elapsed}  # Unix seconds; seconds of training
             last = state.step == train.steps

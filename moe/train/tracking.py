@@ -74,10 +74,13 @@ def cut_back(path: Path, step: int) -> None:
 
 def has_key() -> bool:
     """Whether W&B would find an API key on this machine; no server is asked."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    except ValueError:  # W&B itself says so
+        host = ""
     try:
         known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
         known = None
     return bool(os.environ.get("WANDB_API_KEY") or known)
 

@@ -23,7 +23,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -136,7 +135,10 @@ class Watchdog:
             else:
                 why = self._store_error or "it does not answer"
                 lines.append(f"the ranks' store is gone: rank 0's torchrun or machine has ended ({why})")
-        lines += ["stacks of all threads:", *_stacks()]
+        try:
+            lines += ["stacks of all threads:", *_stacks()]
+        except OSError as error:
+            lines.append(f"stacks can't be shown: {error}")
         os.write(2, "".join(f"[{this_rank}] {line}\n" for line in lines).encode())
         if posts:
             waiter = threading.Thread(
@@ -199,7 +201,8 @@ def _process(post: dict[str, Any]) -> str:
 
 
 def _stacks() -> list[str]:
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+    # In memory: there may be no room for a file.
+    with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read().splitlines()

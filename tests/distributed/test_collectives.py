@@ -48,7 +48,7 @@ def _agreed(action: Callable[[int], int]) -> tuple[str, str]:
     ("action", "expected"),
     [
         (_user_error, [("UserError", "data.path=x must exist (on rank 1)")] * 2),
-        (_disk, [("UserError", "reading: [Errno 28] No space left on device: '/full/file' (on rank 1)")] * 2),
+        (_disk, [("OSError", "reading: [Errno 28] No space left on device: '/full/file' (on rank 1)")] * 2),
         (
             _fault,
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,22 @@ def test_a_stopped_rank_is_named_and_killed_and_all_others_write_their_stacks(
     assert texts[1] == ""
     assert seconds < 20
     outcome(f"one of three ranks stopped: named by both others, whose stacks are printed, all ended with {EXIT_CODE}")
+
+
+def _no_temporary_files_and_rank_1_stops(rank: int) -> None:
+    tempfile.tempdir = "/nowhere"
+    with pytest.raises(OSError, match="nowhere"):
+        tempfile.mkstemp()
+    _stop_rank_1(rank)
+
+
+@pytest.mark.fault(20)
+def test_the_report_needs_no_temporary_file(tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    codes, texts, _ = _ended(tmp_path, _no_temporary_files_and_rank_1_stops, 2)
+    assert codes == [EXIT_CODE, -signal.SIGKILL]
+    assert "[rank 0 of 2] rank 1 is stopped or its machine is gone: process " in texts[0]
+    assert " in barrier" in texts[0]
+    outcome("no file can be made: rank named, stacks printed, the stopped rank ended")
 
 
 def test_a_live_rank_that_is_behind_is_named_with_its_stack(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from moe.checkpoint.state import TrainState, read_state
 from moe.config.train import GuardConfig
 from moe.distributed.mesh import Mesh
 from moe.engine.base import SkipReason, StepResult
+from moe.errors import UserError
 from moe.train.guard import MAX_LISTED, Guard
 from moe.train.progress import Display
 from tests.unit.train.test_tracking import FIGURES
@@ -128,7 +129,7 @@ def test_the_run_ends_after_so_many_in_a_row_and_says_what_to_change() -> None:
     for result in (NOT_FINITE, NOT_FINITE, StepResult(1.0, None), NOT_FINITE, NOT_FINITE):
         _step(guard, result)
         assert not guard.exhausted
-        guard.check()
+    guard.check()
     _step(guard, NOT_FINITE, (math.nan, [21]))
     assert guard.exhausted
     with pytest.raises(ValueError, match="3 steps in a row") as caught:
@@ -162,3 +163,18 @@ def test_the_display_shows_a_step_that_is_not_finite(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "step 1/3 · lm_loss nan" in shown
     assert "validation loss nan nats" in shown
+
+
+def test_a_run_without_an_accepted_step_is_an_error() -> None:
+    guard = _guard(max_skipped=1000)
+    for _ in range(3):
+        _step(guard, StepResult(math.nan, SkipReason.not_finite))
+    with pytest.raises(UserError, match=r"every step since the start was skipped: step 1 .*Nothing was learnt"):
+        guard.check()
+    _step(guard, StepResult(1.0, None))
+    _step(guard, StepResult(math.nan, SkipReason.not_finite))
+    guard.check()
+
+
+def test_a_run_that_had_nothing_to_do_is_none() -> None:
+    _guard().check()

@@ -15,11 +15,11 @@ from moe.train.tracking import cut_back
 
 
 def test_a_second_job_is_refused_and_the_holder_named(tmp_path: Path) -> None:
-    held = run_directory.lock(tmp_path)
+    held = run_directory.RunLock(tmp_path)
     with pytest.raises(ValueError, match=r"run_dir=.* is in use by process \d+ on .*choose another run_dir"):
-        run_directory.lock(tmp_path)
+        run_directory.RunLock(tmp_path)
     held.close()
-    run_directory.lock(tmp_path).close()
+    run_directory.RunLock(tmp_path).close()
 
 
 SAME = ("d1", "d1")
@@ -36,7 +36,7 @@ def test_a_holder_that_has_only_just_locked_is_waited_for(tmp_path: Path) -> Non
         fcntl.flock(held, fcntl.LOCK_EX)
         threading.Timer(0.2, lambda: (held.write("process 7 on here\n"), held.flush())).start()
         with pytest.raises(ValueError, match="is in use by process 7 on here"):
-            run_directory.lock(tmp_path)
+            run_directory.RunLock(tmp_path)
 
 
 def test_another_model_cannot_continue_and_the_key_is_named(checkpoint: Path) -> None:

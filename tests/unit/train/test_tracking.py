@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe.config.compose import load_config
-from moe.train.tracking import Tracker
+from moe.train.tracking import Tracker, has_key
 from tests.ranks import run_ranks
 
 FIGURES = {
@@ -143,3 +143,24 @@ def test_a_full_disk_costs_whole_lines_and_says_so(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert ["step 4" in warnings[0], "step 5" in warnings[1], len(warnings)] == [True, True, 2]
+
+
+@pytest.mark.parametrize("netrc", [b"machine api.wandb.ai login x password \xff\n", b"machine\n", b"\x00"])
+def test_a_netrc_that_cannot_be_read_is_no_key(netrc, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_bytes(netrc)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not has_key()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "not a url", "", "https://"])
+def test_a_broken_base_url_costs_one_warning_and_not_the_run(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    warnings = []
+    tracker = Tracker(load_config([f"run_dir={tmp_path}"]), tmp_path, resumed=False, warn=warnings.append)
+    tracker.log(FIGURES | {"step": 1})
+    tracker.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert 1 <= len(warnings) <= 2
