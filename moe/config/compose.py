@@ -93,6 +93,11 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
+        if override.startswith("~") and not re.fullmatch(r"~data\.sources\.[^.=]+", override):
+            raise ConfigError(
+                f"{override}: only a source can be taken out (~data.sources.NAME); all else has a value, so state "
+                "another: GROUP=NAME or KEY=VALUE"
+            )
     try:
         check_overrides(overrides)
     except UserError as error:
@@ -110,10 +115,20 @@ def compose_dict(overrides: list[str], name: str = "train", schema: type = Confi
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         known = _keys(compose_dict([], name, schema)) if overrides else []
         raise ConfigError(_one_line(error, overrides, known)) from error
+    if _names_own_text(overrides) and composed.hydra.runtime.choices.get("data") == "stdlib":
+        return compose_dict([*overrides, "data=files"], name, schema)
     HydraConfig.instance().set_config(composed)  # so that ${hydra:runtime.choices.*} resolves
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
     return composed
+
+
+def _names_own_text(overrides: list[str]) -> bool:
+    """`data.path=…` is set and no `data=` preset: then it takes the place of the built-in text."""
+    plain = [override.lstrip("+") for override in overrides]
+    return any(one.startswith("data.path=") and one != "data.path=null" for one in plain) and not any(
+        one.startswith("data=") for one in plain
+    )
 
 
 def _search_path() -> list[str]:
