@@ -14,6 +14,7 @@ from moe.checkpoint.layout import (
     LATEST,
     MODEL,
     OPTIMIZER,
+    PARTS,
     TOKENIZER,
     committed,
     key_in_file,
@@ -142,13 +143,15 @@ def warn_of_strays(folder: Path, warn: Callable[[str], None]) -> None:
 def damage(folder: Path, mesh: Mesh) -> str | None:
     """What is wrong with a checkpoint, None if it is whole; the same on all ranks. A collective."""
     # Hashing is what takes time: each rank has its share of the files.
-    reasons = mesh.gather(verify(folder, mesh.rank, mesh.world_size) or (_flaw(folder) if mesh.is_main else None))
+    reasons = mesh.gather(
+        verify(folder, mesh.rank, mesh.world_size) or (_flaw(folder, *PARTS) if mesh.is_main else None)
+    )
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _flaw(folder: Path) -> str | None:
+def _flaw(folder: Path, *parts: str) -> str | None:
     """What keeps the files that the manifest lists from holding each tensor once; from their headers alone."""
-    for part in (MODEL, OPTIMIZER):
+    for part in parts:
         try:
             flaw = _part(folder, part).flaw()
         except Exception as error:  # safetensors' errors have no class of their own that all versions share
@@ -182,7 +185,7 @@ def resolve(path: Path) -> Path:
 def load_model(folder: Path, *, check_memory: bool = True) -> Transformer:
     """The whole model of one checkpoint, in one process, float32 on the CPU. Raises UserError; `check_memory=False`
     loads one that is larger than the memory there is."""
-    reason = verify(folder) or _flaw(folder)
+    reason = verify(folder) or _flaw(folder, MODEL)
     if reason is not None:
         raise UserError(f"{folder}: damaged checkpoint, {reason}")
     config: Config = read_config(folder / CONFIG)

@@ -1,12 +1,12 @@
 """`moe VERB key=value …` (or `python -m moe …`; under torchrun: `torchrun … -m moe …`).
 
     moe train                                             a tiny Mixtral on text that comes with Python
-    moe train model=small data=files data.path='*.txt'    your own text
+    moe train model=small data.path='*.txt'               your own text
     torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 \\
         train.precision=bfloat16 train.global_batch_size=64
     moe plan model=mistral_7b hardware=h100 train.precision=bfloat16 train.global_batch_size=64
                                                           the memory and time of a run, before it is launched
-    moe prepare data=files data.path=corpus.jsonl         only the token shards
+    moe prepare data.path=corpus.jsonl                    only the token shards
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
     moe bench peers                                       our training step compared with transformers'

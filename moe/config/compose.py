@@ -48,6 +48,11 @@ def compose_dict(
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
+        if override.startswith("~") and not re.fullmatch(r"~data\.sources\.[^.=]+", override):
+            raise ConfigError(
+                f"{override}: only a source can be taken out (~data.sources.NAME); all else has a value, so state "
+                "another: GROUP=NAME or KEY=VALUE"
+            )
     try:
         check_overrides(overrides)
     except UserError as error:
@@ -70,11 +75,21 @@ def compose_dict(
     except yaml.MarkedYAMLError as error:
         where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "a preset"
         raise ConfigError(f"{where}: not valid YAML ({error.problem})") from error
+    if _names_own_text(overrides) and composed.hydra.runtime.choices.get("data") == "stdlib":
+        return compose_dict([*overrides, "data=files"], name, schema, count_pieces)
     HydraConfig.instance().set_config(composed)  # so that ${hydra:runtime.choices.*} resolves
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
     _fill_vocabulary(composed, count_pieces)
     return composed
+
+
+def _names_own_text(overrides: list[str]) -> bool:
+    """`data.path=…` is set and no `data=` preset: then it takes the place of the built-in text."""
+    plain = [override.lstrip("+") for override in overrides]
+    return any(one.startswith("data.path=") and one != "data.path=null" for one in plain) and not any(
+        one.startswith("data=") for one in plain
+    )
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config.choices import SourceFormat, TokenizerKind
-from moe.config.rules import positive, require
+from moe.config.rules import filled, positive, require
 from moe.config.suggest import no_such_key
 from moe.errors import UserError
 
@@ -48,14 +48,15 @@ class DataConfig:
     cache_dir: str = "~/.cache/moe"
 
     def __post_init__(self) -> None:
+        filled("data", self, "path", "text_field", "cache_dir")
         require(0 < self.held_out < 1, f"data.held_out={self.held_out} must be between 0 and 1: a share of documents")
         both = self.path is not None and self.sources
-        require(not both, f"data.path={self.path} and data.sources can't both be set: name one")
+        require(not both, f"data.path={self.path} and data.sources can't both be set (data=files has no sources)")
         self.sources = {name: _source(name, value) for name, value in self.sources.items()}
         weights = [source.weight for source in self.sources.values()]
         for name, source in self.sources.items():
             positive(f"data.sources.{name}", source, "weight")
-            require(bool(source.path), f"data.sources.{name}.path='' must name a file, folder, glob or data set")
+            filled(f"data.sources.{name}", source, "path", "text_field", "subset", "split")
         stated = [weight for weight in weights if weight is not None]
         require(
             len(stated) in (0, len(weights)),
@@ -112,6 +113,7 @@ class TokenizerConfig:
         reads = self.kind in (TokenizerKind.model_file, TokenizerKind.huggingface)
         positive("tokenizer", self, "vocab_size")
         positive("tokenizer", self, "train_bytes", at_most=MAX_TRAIN_BYTES)
+        filled("tokenizer", self, "path")
         require(not reads or bool(self.path), f"tokenizer.path={self.path} must name a file for tokenizer.kind={kind}")
         require(
             reads or self.path is None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config.rules import MAX_REAL, is_seed, positive, require
+from moe.config.rules import MAX_REAL, filled, is_seed, positive, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,6 +52,7 @@ class GenerateConfig(Sampling):
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)  # super() doesn't work in a class that slots=True made anew
         require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
+        filled("", self, "prompts_file")
         given = (self.prompt is not None) + (self.prompts_file is not None)
         require(
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from moe.config.choices import DeviceKind
-from moe.config.rules import not_negative, positive, require
+from moe.config.rules import filled, not_negative, positive, require
 from moe.config.run import Config
 
 MAX_RANKS = 2**17
@@ -36,6 +36,7 @@ class HardwareConfig:
     inter_node_gbytes_per_s: float
 
     def __post_init__(self) -> None:
+        filled("hardware", self, "name")
         positive("hardware", self, "nodes", "gpus_per_node", "memory_gb", "host_memory_gb", "peak_tflops")
         positive("hardware", self, "peak_tflops_float32", "memory_bandwidth_gbytes_per_s")
         positive("hardware", self, "intra_node_gbytes_per_s", "inter_node_gbytes_per_s")

@@ -29,6 +29,14 @@ def not_negative(prefix: str, owner: object, *names: str) -> None:
     _numbers(prefix, owner, names, lambda value: value >= 0, "≥ 0", MAX_COUNT)
 
 
+def filled(prefix: str, owner: object, *names: str) -> None:
+    """Texts that must not be blank where they are set: `KEY=$UNSET` in a shell gives an empty one."""
+    for name in names:
+        value = getattr(owner, name)
+        key = f"{prefix}.{name}" if prefix else name
+        require(value is None or bool(value.strip()), f"{key}={value!r} is empty: give a value or leave the key out")
+
+
 def share(prefix: str, owner: object, *names: str) -> None:
     """Fields that must be in [0, 1)."""
     for name in names:

@@ -9,7 +9,7 @@ from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.router import RouterConfig, TopKRouterConfig
-from moe.config.rules import require
+from moe.config.rules import filled, require
 from moe.config.train import (
     CheckpointConfig,
     GuardConfig,
@@ -47,13 +47,14 @@ class Config:
 
     def __post_init__(self) -> None:
         train, model, optim = self.train, self.model, self.optim
+        filled("", self, "run_dir")
         require(
             self.config_version == CONFIG_VERSION,
             f"config_version={self.config_version} must be {CONFIG_VERSION}, this code's: leave it out",
         )
         require(
             bool(self.data.all_sources()),
-            "data.path=null must name a file, folder, glob or data set, as in data=files data.path='corpus/*.txt'",
+            "data.path=null must name a file, folder, glob or data set, as in data.path='corpus/*.txt'",
         )
         require(
             train.sequence_length <= model.max_position_embeddings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe.config.choices import Precision, Schedule, TrackingBackend
-from moe.config.rules import is_seed, not_negative, positive, require
+from moe.config.rules import filled, is_seed, not_negative, positive, require
 
 MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.distributed.rendezvous.COLLECTIVE_TIMEOUT
 
@@ -72,6 +72,9 @@ class TrackingConfig:
     backend: TrackingBackend = TrackingBackend.wandb
     project: str = "moe"
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        filled("tracking", self, "project", "name")
 
 
 @dataclass(kw_only=True, slots=True)

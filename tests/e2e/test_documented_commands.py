@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 
 from moe.bench import BENCHMARKS, attention, settings
-from moe.cli.verbs import load
+from moe.cli.verbs import load, schema
 from moe.config import PlanConfig
 from moe.config.compose import load_config
 from tests.e2e.documented import DOCUMENTS, ROOT, Command, commands
@@ -132,7 +132,9 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
         _check_bench(rest)  # it measures for minutes
         return
     if verb in ("train", "prepare") and "--cfg" not in rest and "--help" not in rest:
-        config = load(rest)
+        composed_from = schema(verb)
+        assert composed_from is not None
+        config = load(rest, *composed_from)
         if not command.sketch and verb == "train":
             config.check_world(command.ranks)
     message = REFUSED.get(command.text)

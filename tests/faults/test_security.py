@@ -341,7 +341,7 @@ OVERRIDES = {
     "Hydra's launcher": ["hydra.launcher._target_=builtins.open"],
     "Hydra's search path": ["hydra.searchpath=[file://{folder}]", "+experiment=evil"],
     "a group's file elsewhere": ["model=../../../../../../../..{folder}/evil"],
-    "another folder of files": ["--config-dir={folder}"],
+    "another folder of files": ["--config-dir={folder}", "experiment=evil"],
     "a resolver": ['train.steps=${{eval:\'open("{marker}","w")\'}}'],
 }
 

@@ -141,7 +141,7 @@ def test_without_a_gpu_nothing_runs_and_nothing_is_wrong(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["stage=layer"], "moe bench gpu stage=layer: its keys are stages, out, folder, seconds, dry_run"),
+        (["stage=layer"], "bench gpu stage=layer: its keys are stages, out, folder, seconds, dry_run"),
         (["stages=layer,peaks"], "stages=layer,peaks: no stage peaks; one of machine, "),
         (["dry_run=yes"], "dry_run=yes must be true or false"),
         (["seconds=0"], "seconds=0 must be a whole number ≥ 1"),
@@ -237,7 +237,7 @@ def test_data_is_found_at_another_place_without_tokenizing(tmp_path: Path) -> No
     here, there = tmp_path / "here", tmp_path / "there"
     data.write(here, pieces=data.TINY_PIECES, max_bytes=data.TINY_BYTES)
     shutil.copytree(here, there, copy_function=shutil.copyfile)  # other times of modification too
-    config, said = load_config(data.overrides(there)), list[str]()
+    config, said = load_config([*data.overrides(there), "model=small"]), list[str]()
     corpus = prepare(config.data, config.tokenizer, log=said.append)
     assert said == []
     assert corpus.folder.parent == there / data.CACHE

@@ -49,7 +49,24 @@ BAD = [
     ),
     (["parallel.zero_stage=3"], "parallel.zero_stage=3 must be 1 or 2: stage 3"),
     (["data=files"], "data.path"),
-    (["data.path=x"], "data.path=x and data.sources can't both be set"),
+    (["data=stdlib", "data.path=x"], "data.path=x and data.sources can't both be set"),
+    (["data.path="], "data.path='' is empty: give a value or leave the key out"),
+    (["data=files", "data.path=' '"], "data.path=' ' is empty"),
+    (["run_dir="], "run_dir='' is empty"),
+    (["data.cache_dir="], "data.cache_dir='' is empty"),
+    (["data.path=x", "data.text_field="], "data.text_field='' is empty"),
+    (["data.sources.prose.path="], "data.sources.prose.path='' is empty"),
+    (["+data.sources.prose.split="], "data.sources.prose.split='' is empty"),
+    (["tokenizer=model_file", "tokenizer.path="], "tokenizer.path='' is empty"),
+    (["tracking.project="], "tracking.project='' is empty"),
+    (["tracking.name="], "tracking.name='' is empty"),
+    (["~train"], "~train: only a source can be taken out (~data.sources.NAME)"),
+    (["~train.steps"], "~train.steps: only a source"),
+    (["~tracking"], "~tracking: only a source"),
+    (["~data"], "~data: only a source"),
+    (["~run_dir"], "~run_dir: only a source"),
+    (["~data.sources.prose.weight"], "~data.sources.prose.weight: only a source"),
+    (["~data.sources.poetry"], "'data.sources.poetry' does not exist"),
     (["+data.sources.x.path=a"], "must be stated for every source or for none"),
     (["+data.sources.x.pth=a"], "data.sources.x.pth: no such key; did you mean data.sources.x.path?"),
     (["data.held_out=1"], "data.held_out=1.0 must be between 0 and 1"),
@@ -67,7 +84,7 @@ BAD = [
     (["train.sequence_length=100000"], "must be ≤ model.max_position_embeddings=32768"),
     (["router.aux_loss_coef=-1"], "router.aux_loss_coef=-1.0 must be ≥ 0"),
     (["router.capacity_factor=0"], "router.capacity_factor=0.0 must be > 0"),
-    (["data.path=null", "data=files"], "data.path=null must name a file, folder, glob or data set, as in data=files"),
+    (["data.path=null", "data=files"], "data.path=null must name a file, folder, glob or data set, as in data.path="),
     (["=3"], "=3: must be key=value"),
     (["model"], "model: must be key=value"),
 ]
@@ -188,6 +205,31 @@ def test_accumulation_counts_micro_batches_per_rank() -> None:
 def test_a_source_added_on_the_command_line_is_typed() -> None:
     config = load_config(["data=files", "data.path=null", "+data.sources.code.path=src", "+data.sources.code.weight=2"])
     assert config.data.all_sources()["code"].weight == 2.0
+
+
+@pytest.mark.parametrize("more", [[], ["model=small"], ["data=files"], ["++data.path=other.txt"]])
+def test_data_path_alone_takes_the_place_of_the_built_in_text(more: list[str]) -> None:
+    config = load_config(["data.path=my.txt", *more])
+    assert list(config.data.all_sources()) == ["text"]
+    assert config.run_dir.endswith(("-my", "-other"))
+    assert load_config(["data.path=null"]).data.all_sources().keys() == {"python", "prose", "arithmetic"}
+
+
+def test_data_path_keeps_the_preset_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.path` only replaces the built-in text, not what a preset or an experiment says about one's own."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("path: rows.jsonl\ntext_field: body\n")
+    (tmp_path / "experiment").mkdir()
+    experiment = "# @package _global_\ndefaults:\n  - override /data: mine\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(experiment)
+    monkeypatch.setattr("moe.config.presets._added_dirs", [tmp_path])
+    for preset in ("data=mine", "experiment=mine"):
+        data = load_config([preset, "data.path=other.jsonl"]).data
+        assert (data.path, data.text_field) == ("other.jsonl", "body")
+
+
+def test_a_source_can_be_taken_out() -> None:
+    assert load_config(["~data.sources.prose"]).data.all_sources().keys() == {"python", "arithmetic"}
 
 
 def test_experts_stay_inside_a_node_unless_asked() -> None:
