@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from moe.config.choices import Precision, Schedule, TrackingBackend
 from moe.config.rules import filled, is_seed, not_negative, positive, require
 
+MAX_TAG = 64  # characters that W&B takes
 MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.distributed.rendezvous.COLLECTIVE_TIMEOUT
 
 
@@ -67,14 +68,28 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """W&B: `project` and `name` are wandb.init's; WANDB_MODE and the key come from the environment only."""
+    """W&B: `project`, `name`, `group` and `tags` are wandb.init's; WANDB_MODE and the key come from the environment
+    only.
+
+    What has a value for each layer or expert is sent in the first step, the last one and every `detail_every`-th;
+    metrics.jsonl has it in every step. `report` uploads report.html as an artifact when training ends.
+    """
 
     backend: TrackingBackend = TrackingBackend.wandb
     project: str = "moe"
     name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    detail_every: int = 10
+    report: bool = False
 
     def __post_init__(self) -> None:
-        filled("tracking", self, "project", "name")
+        filled("tracking", self, "project", "name", "group")
+        require(
+            all(0 < len(tag.strip()) <= MAX_TAG for tag in self.tags),
+            f"tracking.tags={self.tags} must each have 1 to {MAX_TAG} characters, as in tracking.tags=[sweep,small]",
+        )
+        positive("tracking", self, "detail_every")
 
 
 @dataclass(kw_only=True, slots=True)

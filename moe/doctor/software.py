@@ -107,12 +107,15 @@ def _resolved(resolve: Any, kinds: Any) -> str:
 
 
 def tracking() -> list[Finding]:
-    from moe.train.tracking import has_key
+    from moe.train.wandb_key import find_key
 
     mode = os.environ.get("WANDB_MODE")
     if mode:
         return [Finding("W&B", "ok", f"wandb {version('wandb')}, WANDB_MODE={mode}")]
-    if has_key():
+    key, wrong = find_key()
+    if wrong:
+        return [Finding("W&B", "note", f"wandb {version('wandb')}: {'; '.join(wrong.values())}", "mend it or unset it")]
+    if key:
         return [Finding("W&B", "ok", f"wandb {version('wandb')}, an API key is there: runs are online")]
     fix = "`wandb login`, or upload later with `wandb sync RUN_DIR/wandb/offline-run-*`"
     return [Finding("W&B", "note", f"wandb {version('wandb')}, no API key: runs are recorded offline", fix)]

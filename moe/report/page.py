@@ -12,11 +12,12 @@ import os
 from html import escape
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from moe import __version__
 from moe.report import charts, facts, palette, texts
 from moe.report.heatmap import heatmap
-from moe.report.reader import RunHistory, read_run
+from moe.report.reader import Routing, RunHistory, read_run
 
 DENSE = '<p class="empty">dense model: no router</p>'
 
@@ -73,6 +74,15 @@ def render(run: RunHistory) -> str:
 </body>
 </html>
 """
+
+
+def routing_page(routing: dict[str, Any]) -> str:
+    """A page of its own with what routing.json says: one text, coloured by expert."""
+    return (
+        f'<!doctype html><meta charset="utf-8"><style>{_asset("page.css")}\n{palette.css()}</style>'
+        f'<button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button>'
+        f"<main>{texts.coloured_text(Routing(**routing))}</main><script>{_asset('page.js')}</script>"
+    )
 
 
 def _sections(run: RunHistory) -> list[tuple[str, str, str]]:

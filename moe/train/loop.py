@@ -79,18 +79,19 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
                 run.saver.save(run.engine, run.state, to_yaml(run.config))
         run.watchdog.beat(state.step, "the end of the last save", long=True)
         saved = run.saver.wait()
+        finished = run.stop.agreed is None or state.step >= train.steps or run.guard.exhausted
+        if run.mesh.is_main and finished:
+            _written(run, lambda: _report(run))
     finally:
         run.display.stop()
         run.collective_timing.remove()
         run.watchdog.beat(state.step, "the tracker's end", long=True)
         if run.tracker is not None:
             run.tracker.close()
-    if run.stop.agreed is not None and state.step < train.steps and not run.guard.exhausted:
-        run.mesh.barrier()  # whatever started the ranks may end them all once one has left
+    run.mesh.barrier()  # whatever started the ranks may end them all once one has left
+    if not finished:
+        assert run.stop.agreed is not None
         raise run.stop.stopped(run.folder, state.step, saved=saved)
-    if run.mesh.is_main:
-        _written(run, lambda: run.display.line(f"report: {write_report(run.folder)}"))
-    run.mesh.barrier()  # as above
     run.guard.check()
     if not saved:
         raise UserError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
@@ -141,8 +142,11 @@ def _step(run: TrainingRun) -> dict[str, Any]:
 def _evaluate(run: TrainingRun) -> dict[str, Any]:
     metrics, routing = run.evaluation(_transformer(run), lambda part: run.watchdog.beat(run.state.step, part))
     if run.mesh.is_main and routing is not None:
-        text = json.dumps({"step": run.state.step, **routing}) + "\n"
+        routing = {"step": run.state.step, **routing}
+        text = json.dumps(routing) + "\n"
         _written(run, lambda: write_durably(run.folder / "routing.json", text))
+        if run.tracker is not None:
+            run.tracker.routing(routing)
     return metrics
 
 
@@ -157,6 +161,15 @@ def _sample(run: TrainingRun) -> None:
         line = json.dumps(sample) + "\n"
         _written(run, lambda: append_line(run.folder / "samples.jsonl", line))
         run.display.line(f"sample: {prompt + text!r}")
+        if run.tracker is not None:
+            run.tracker.sample(sample)
+
+
+def _report(run: TrainingRun) -> None:
+    path = write_report(run.folder)
+    run.display.line(f"report: {path}")
+    if run.tracker is not None:
+        run.tracker.report(path)
 
 
 def _written(run: TrainingRun, write: Callable[[], None]) -> None:

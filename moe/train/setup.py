@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
@@ -11,17 +14,19 @@ from moe.config import Config
 from moe.config.compose import to_yaml
 from moe.data.corpus import Corpus
 from moe.data.loader import Loader
+from moe.distributed.code import running_code
 from moe.distributed.collective_timing import CollectiveTiming, host_names
 from moe.distributed.mesh import Mesh
 from moe.durable import write_durably
 from moe.engine.base import Engine
-from moe.plan import flops_per_token
+from moe.plan import count_parameters, flops_per_token
 from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
 from moe.train.progress import Display
 from moe.train.resume import find_start, load_start
 from moe.train.signals import StopSignals
+from moe.train.startup import choose_backends
 from moe.train.straggler import Straggler
 from moe.train.tracking import Tracker, cut_back
 from moe.train.watchdog import Watchdog
@@ -44,6 +49,7 @@ class TrainingRun:
     guard: Guard
     collective_timing: CollectiveTiming
     straggler: Straggler
+    hosts: list[str]  # by rank
     stop: StopSignals
     watchdog: Watchdog
     flops_per_token: float
@@ -80,6 +86,7 @@ def watch(
     def beat(doing: str) -> None:
         watchdog.beat(state.step, doing, long=True)
 
+    hosts = host_names(mesh.world_size)
     saver = Saver(folder, mesh, config.checkpoint, display.line, display.warn, beat, data.corpus.tokenizer)
     return TrainingRun(
         config=config,
@@ -94,7 +101,8 @@ def watch(
         state=state,
         guard=Guard(config.guard, state, mesh, display.warn),
         collective_timing=CollectiveTiming(mesh, enabled=config.guard.name_stragglers),
-        straggler=Straggler(host_names(mesh.world_size), display.warn),
+        straggler=Straggler(hosts, display.warn),
+        hosts=hosts,
         stop=StopSignals(prints=mesh.is_main),
         watchdog=watchdog,
         flops_per_token=flops_per_token(config),
@@ -108,4 +116,26 @@ def _write_run_files(run: TrainingRun, *, resumed: bool) -> None:
     write_durably(run.folder / "config.yaml", to_yaml(run.config))
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_back(run.folder / name, run.state.step)
-    run.tracker = Tracker(run.config, run.folder, resumed=resumed, warn=run.display.warn)
+    run.tracker = Tracker(run.config, run.folder, resumed=resumed, warn=run.display.warn, facts=_facts(run))
+
+
+def _facts(run: TrainingRun) -> dict[str, Any]:
+    """What a run is besides its configuration, for the tracker."""
+    config, mesh = run.config, run.mesh
+    parameters, active = count_parameters(config)
+    return {
+        "code": running_code(),
+        "hosts": run.hosts,
+        "ranks": mesh.world_size,
+        "ranks_per_node": mesh.local_world_size,
+        "device": mesh.device.type,
+        "gpu": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else None,
+        "parameters": parameters,
+        "active_parameters": active,
+        "flops_per_token": run.flops_per_token,
+        "peak_flops_per_rank": run.peak_flops,
+        "first_step": run.state.step + 1,
+        "data": run.corpus.describe(),
+        "tokenizer": run.state.tokenizer,
+        "back_ends": choose_backends(config, mesh),
+    }

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moe.errors import Stopped
+from moe.errors import Stopped, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -50,12 +50,15 @@ class StopSignals:
         """Sets `agreed`; `flags` are summed over all ranks."""
         self.agreed = next((number for number, count in zip(SIGNALS, flags, strict=True) if count), None)
 
-    def stopped(self, run_dir: Path, step: int, *, saved: bool) -> Stopped | ValueError:
+    def stopped(self, run_dir: Path, step: int, *, saved: bool) -> Stopped | UserError:
         """The exception that ends the program, once all ranks are ready to stop."""
         assert self.agreed is not None
         text = f"{self.agreed.name}: stopped after step {step}"
         if not saved:
-            return ValueError(f"{run_dir}: {text}, but the checkpoint could not be saved (see above)")
+            return UserError(
+                f"{run_dir}: {text}, but the checkpoint could not be saved (see above): once there is room, the same "
+                "command goes on from the newest checkpoint"
+            )
         return Stopped(f"{text}, which is saved in {run_dir}; the same command resumes from there", self.agreed)
 
     def _handle(self, signum: int, _: FrameType | None) -> None:

@@ -48,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
 # A package that only these files may name.
 ONLY_IN = {
     "deepspeed": "engine/deepspeed/",
-    "wandb": "train/tracking.py",
+    "wandb": "train/wandb_run.py",
     "hydra": "config/",
     "datasets": "data/",
     "megablocks": "kernels/megablocks.py",

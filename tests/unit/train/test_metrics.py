@@ -14,7 +14,7 @@ from moe.distributed import rendezvous
 from moe.sparse import RouterOutput, max_violation
 from moe.sparse.routers import RouterLoss, build_router
 from moe.train.metrics import StepSums
-from moe.train.tracking import panels
+from moe.train.panels import panels
 from tests.bias_router.router import BiasRouterConfig
 from tests.ranks import run_ranks
 
@@ -57,9 +57,9 @@ def test_metrics_are_what_the_router_measured_and_what_counts_say(config: Router
         layers = torch.tensor(values, dtype=torch.float64).mean(0)
         assert metrics[f"{name}_layers"] == pytest.approx(layers.tolist(), rel=1e-12)
         assert metrics[name] == pytest.approx(layers.mean().item(), rel=1e-12)
-        shown = panels(metrics)
+        shown = panels(metrics, detailed=True)
         assert shown[f"balance/{name}"] == metrics[name]
-        assert shown[f"balance/{name}_layer_01"] == metrics[f"{name}_layers"][1]
+        assert shown[f"layers/{name}_01"] == metrics[f"{name}_layers"][1]
     counts_LE = torch.stack([sum(layers[layer].counts_E for layers in micro_batches) for layer in range(2)])
     assert torch.equal(torch.stack(counts), counts_LE)
     assert counts_LE.dtype == counts[0].dtype == torch.int64

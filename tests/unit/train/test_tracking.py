@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe.config.compose import load_config
-from moe.train.tracking import Tracker, has_key
+from moe.train.tracking import Tracker
 from tests.ranks import run_ranks
 
 FIGURES = {
-    "step": 1, "tokens": 64, "loss": 3.5, "lm_loss": 3.4, "load_balancing_loss": 1.25, "router_z_loss": 0.5,
+    "step": 1, "tokens": 64, "skipped_steps": 0, "time": 1.8e9, "elapsed": 6.4,
+    "loss": 3.5, "lm_loss": 3.4, "load_balancing_loss": 1.25, "router_z_loss": 0.5,
     "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 10.0, "mfu": 0.1, "step_seconds": 6.4, "max_violation": 0.3,
     "router_entropy": 0.7, "dead_experts": 0, "dropped_fraction": 0.0, "expert_shares": [[0.25, 0.75], [0.5, 0.5]],
     "load_balancing_loss_layers": [1.5, 1.0], "val_loss": 3.0, "val_loss_by_source": {"prose": 2.5},
@@ -39,30 +44,33 @@ def _records(data: bytes) -> list[bytes]:
     return records
 
 
-def history(path: Path) -> list[dict[str, float]]:
-    """Every logged step of a .wandb file, as W&B itself would upload it."""
+def _parsed(path: Path) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    steps = []
+    parsed = []
     for data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        if record.HasField("history"):
-            items = record.history.item
-            steps.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return steps
+        parsed.append(record)
+    return parsed
 
 
-def logged(run_dir: Path) -> dict[str, float]:
+def history(path: Path) -> list[dict[str, Any]]:
+    """Every logged step of a .wandb file, as W&B itself would upload it."""
+    items = [record.history.item for record in _parsed(path) if record.HasField("history")]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in step} for step in items]
+
+
+def logged(run_dir: Path) -> dict[str, Any]:
     """The newest values of the only offline run."""
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for step in history(path):
         values |= step
     return values
 
 
-def test_wandb_gets_the_balance_in_total_and_per_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_every_number_once_and_experts_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     warnings: list[str] = []
@@ -71,15 +79,60 @@ def test_wandb_gets_the_balance_in_total_and_per_layer(tmp_path: Path, monkeypat
     tracker.close()
     history = logged(tmp_path)
     assert history["balance/load_balancing_loss"] == 1.25
-    assert history["balance/load_balancing_loss_layer_00"] == 1.5
-    assert history["balance/load_balancing_loss_layer_01"] == 1.0
-    assert history["experts/layer_00/share_01"] == 0.75
-    assert history["val/loss_prose"] == 2.5
+    assert [history[f"layers/load_balancing_loss_{layer:02d}"] for layer in (0, 1)] == [1.5, 1.0]
+    assert (history["val/loss"], history["val/loss_by_source/prose"]) == (3.0, 2.5)
+    assert (history["train/skipped_steps"], history["balance/dropped_fraction"]) == (0, 0.0)
+    assert not {"val/val_loss", "train/dropped_fraction"} & history.keys()
+    assert history["experts/expert_shares/_type"] == "histogram"
+    assert history["experts/expert_shares_heatmap/_type"] == "html-file"
     sections = sorted({key.partition("/")[0] for key in history if "/" in key})
-    assert sections[0] == "balance", "W&B shows sections in alphabetical order"
+    assert sections == ["balance", "experts", "layers", "speed", "train", "val"], "W&B shows them in this order"
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == FIGURES
     assert len(warnings) == 1
     assert "wandb sync" in warnings[0]
+
+
+def test_layers_and_experts_are_logged_every_n_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 experts of 4 layers: one histogram and one picture, not 256 numbers a step."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = load_config(["tracking=wandb", "tracking.detail_every=3", "train.steps=8"])
+    tracker = Tracker(config, tmp_path, resumed=False, warn=[].append)
+    for step in range(1, 9):
+        tracker.log(FIGURES | {"step": step, "expert_shares": [[1 / 64] * 64] * 4, "new_diagnostic_layers": [0.5] * 4})
+    tracker.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    steps = history(path)
+    detailed = [step["_step"] for step in steps if "experts/expert_shares/_type" in step]
+    assert detailed == [1, 3, 6, 8]
+    assert [step["_step"] for step in steps if "layers/new_diagnostic_03" in step] == detailed
+    assert max(len(step) for step in steps) < 40
+    assert len(list(path.parent.glob("files/media/html/**/*.html"))) == 4
+
+
+def test_wandb_gets_samples_routing_facts_tags_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    overrides = ["tracking=wandb", "tracking.group=sweep", "tracking.tags=[small,first]", "tracking.report=true"]
+    facts = {"ranks": 2, "code": {"code.moe": "0123"}}
+    tracker = Tracker(load_config(overrides), tmp_path, resumed=False, warn=[].append, facts=facts)
+    tracker.log(FIGURES)
+    tracker.sample({"step": 1, "prompt": "Once <upon", "text": " a time \ud800"})
+    tracker.routing({"step": 1, "tokens": ["a", "b"], "experts": [[0, None]], "num_experts": 2})
+    (tmp_path / "report.html").write_text("the report")
+    tracker.report(tmp_path / "report.html")
+    tracker.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (step,) = history(path)
+    assert {"samples/text/path", "samples/routing/path"} <= step.keys()
+    pages = [page.read_text() for page in path.parent.glob("files/media/html/**/*.html")]
+    assert any("<b>Once &lt;upon</b> a time ?" in page for page in pages)
+    assert any('class="t c0 u0"' in page for page in pages)
+    records = _parsed(path)
+    (started,) = [record.run for record in records if record.HasField("run")]
+    assert (started.run_group, list(started.tags)) == ("sweep", ["small", "first"])
+    configured = {item.key: json.loads(item.value_json) for item in started.config.update}
+    assert configured["facts"] == facts
+    assert configured["tracking"]["group"] == "sweep"
+    assert [record.artifact.type for record in records if record.HasField("artifact")] == ["report"]
 
 
 def test_a_wandb_that_fails_twice_ends_and_metrics_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +141,8 @@ def test_a_wandb_that_fails_twice_ends_and_metrics_go_on(tmp_path: Path, monkeyp
     tracker = Tracker(load_config(["tracking=wandb"]), tmp_path, resumed=False, warn=warnings.append)
     for step in range(1, 7):
         if step in (2, 4):
-            assert tracker._run is not None
-            tracker._run.finish()  # logging to a finished run is refused by W&B
+            assert tracker._wandb is not None
+            tracker._wandb._run.finish()  # logging to a finished run is refused by W&B
         tracker.log(FIGURES | {"step": step})
     tracker.close()
     stopped = [text for text in warnings if text.startswith("W&B stopped")]
@@ -114,9 +167,10 @@ def test_what_is_not_finite_is_null_and_no_point_in_wandb(tmp_path: Path, monkey
     assert strict == FIGURES | nulls
     found = logged(tmp_path)
     assert found["train/loss"] == FIGURES["loss"]
-    absent = {"train/lm_loss", "train/grad_norm", "val/loss_prose", "balance/load_balancing_loss_layer_00"}
-    assert not found.keys() & (absent | {"experts/layer_00/share_01"})
-    assert found["balance/load_balancing_loss_layer_01"] == 1.0
+    absent = {"train/lm_loss", "train/grad_norm", "val/loss_by_source/prose", "layers/load_balancing_loss_00"}
+    assert not found.keys() & absent
+    assert found["layers/load_balancing_loss_01"] == 1.0
+    assert sum(found["experts/expert_shares/values"]) == 3, "the one that is none is left out"
 
 
 def test_tracking_none_writes_metrics_alone(tmp_path: Path) -> None:
@@ -145,22 +199,40 @@ def test_a_full_disk_costs_whole_lines_and_says_so(tmp_path: Path) -> None:
     assert ["step 4" in warnings[0], "step 5" in warnings[1], len(warnings)] == [True, True, 2]
 
 
-@pytest.mark.parametrize("netrc", [b"machine api.wandb.ai login x password \xff\n", b"machine\n", b"\x00"])
-def test_a_netrc_that_cannot_be_read_is_no_key(netrc, tmp_path, monkeypatch):
-    (tmp_path / "netrc").write_bytes(netrc)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not has_key()
+NETRCS = [b"machine api.wandb.ai login x password \xff\n", b"machine\n", b"\x00"]
+URLS = ["http://[::1", "not a url", "", "https://"]
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "not a url", "", "https://"])
-def test_a_broken_base_url_costs_one_warning_and_not_the_run(url, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", url)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    warnings = []
-    tracker = Tracker(load_config([f"run_dir={tmp_path}"]), tmp_path, resumed=False, warn=warnings.append)
-    tracker.log(FIGURES | {"step": 1})
-    tracker.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-    assert 1 <= len(warnings) <= 2
+def _started(folder: Path, **variables: str) -> tuple[list[str], str]:
+    """(warnings, stderr) of a run with these variables, in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from moe.config.compose import load_config\n"
+        "from moe.train.tracking import Tracker; from tests.unit.train.test_tracking import FIGURES\n"
+        "folder = Path(sys.argv[1])\n"
+        "tracker = Tracker(load_config(['tracking=wandb']), folder, resumed=False, warn=print)\n"
+        "tracker.log(FIGURES); tracker.close()"
+    )
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, env=inherited | variables, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("netrc", NETRCS[:1])
+def test_a_netrc_that_cannot_be_read_is_one_warning(netrc: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "netrc"
+    path.write_bytes(netrc)
+    warnings, error = _started(tmp_path, NETRC=str(path))
+    assert len(warnings) == 1, warnings
+    assert warnings[0].startswith(f"W&B is offline: {path} can't be read ('utf-8' codec can't decode byte 0xff")
+    assert error == ""
+    assert logged(tmp_path)["train/loss"] == FIGURES["loss"]
+
+
+@pytest.mark.parametrize("url", URLS[:2])
+def test_a_broken_base_url_is_one_warning(url: str, tmp_path: Path) -> None:
+    warnings, error = _started(tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40)
+    assert len(warnings) == 1, warnings
+    assert warnings[0].startswith(f"W&B is offline: WANDB_BASE_URL={url} must be an address as in https://api.wandb.ai")
+    assert error == ""
+    assert logged(tmp_path)["train/loss"] == FIGURES["loss"]
