@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 
+DEVICE_FAULTS = {errno.EIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO}
+
 
 class UserError(ValueError):
     """The user must change something in the command, the configuration, the data or the machine (exit code 2).
 
-    Its text is one line: key or file, value, rule, fix. Any other exception is a fault of the program or the machine
-    (exit code 1); a fault of the program keeps its traceback.
+    Its text is one line: key or file, value, rule, fix. Below one may lie an OSError that tells of a broken device
+    (`is_device_fault`): the exit code is 1 then, as for OSError itself. Any other exception is a fault of the program
+    or the machine (exit code 1); a fault of the program keeps its traceback.
     """
 
 
@@ -35,6 +38,15 @@ class Stopped(Exception):
     def __init__(self, text: str, signal_number: int) -> None:
         super().__init__(text)
         self.code = 128 + signal_number
+
+
+def is_device_fault(error: BaseException | None) -> bool:
+    """Whether a disk or network file system failed below this error: that is the machine's fault, not the user's."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DEVICE_FAULTS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def line_about(error: Exception) -> str:

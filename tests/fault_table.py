@@ -49,6 +49,10 @@ ROWS = {  # number → fault, what is required of the run
         "ends with one line; never a run that can't be used",
     ),
     20: ("no room for temporary files when a rank hangs", "the report is complete, the stopped rank is ended"),
+    21: (
+        "EIO in one call on a file of the run or the data's cache, at random",
+        "goes on whole, or ends with one line and exit code 1 and resumes; bitwise equal",
+    ),
 }
 
 

@@ -23,6 +23,7 @@ newest checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ from moe.config.presets import add_config_dir
 from moe.config.suggest import closest
 from moe.distributed.environment import world_from_environment
 from moe.distributed.parent import die_with_torchrun
-from moe.errors import OtherRankFailed, StartError, Stopped, UserError, line_about
+from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about
 
 LONGEST_LINE = 1200  # characters
 
@@ -101,12 +102,21 @@ def _is_local_rank_0() -> bool:
         return True
 
 
-def _tell_torchrun(line: str) -> None:
-    """torchrun ends with a table of the rank that failed first; with this its last lines say why."""
+def _exit(code: int, line: str) -> NoReturn:
+    """Ends with `code` after `line` was printed. torchrun then writes some thirty lines, a traceback of its own among
+    them, which no rank can prevent: say what they are, and let its closing table repeat `line`."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
+        if _is_local_rank_0():
+            print(
+                f"(torchrun now reports that its processes ended, exit code {code}; the reason is above)",
+                file=sys.stderr,
+            )
         message = {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": line}}
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+        # The line is on stderr already; a full disk must not hide it behind a traceback.
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+    sys.exit(code)
 
 
 def _shortened(line: str) -> str:
@@ -117,8 +127,7 @@ def _shortened(line: str) -> str:
 def _end_with(line: str) -> NoReturn:
     line = _shortened(line)
     print(line, file=sys.stderr, flush=True)
-    _tell_torchrun(line)
-    sys.exit(1)
+    _exit(1, line)
 
 
 def main() -> None:
@@ -132,8 +141,7 @@ def main() -> None:
         # others prints its own.
         if _is_local_rank_0() or (isinstance(error, StartError) and error.prints):
             print(line, file=sys.stderr, flush=True)
-        _tell_torchrun(line)
-        sys.exit(2)
+        _exit(1 if is_device_fault(error) else 2, line)
     except (OSError, OtherRankFailed) as error:
         _end_with(f"moe: {line_about(error)}")
     except (MemoryError, RuntimeError, ImportError) as error:

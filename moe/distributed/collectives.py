@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from moe.errors import OtherRankFailed, UserError, line_about
+from moe.errors import OtherRankFailed, UserError, is_device_fault, line_about
 
 T = TypeVar("T")
 PROGRAM, MACHINE, USER = range(3)  # whose fault an action's failure is; where ranks differ, the first counts
@@ -64,7 +64,7 @@ class Collectives:
         try:
             result = action()
         except UserError as error:
-            cause, failure = error, (USER, str(error))
+            cause, failure = error, (MACHINE if is_device_fault(error) else USER, str(error))
         except OSError as error:
             cause, failure = error, (MACHINE, f"{what}: {line_about(error)}")
         except Exception as error:

@@ -36,7 +36,7 @@ class RunLock:
             self._file = self._open()
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 holder = _read_soon(self._file)
                 self._file.close()
                 raise UserError(

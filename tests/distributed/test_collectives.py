@@ -23,6 +23,12 @@ def _disk(rank: int) -> int:
     return rank
 
 
+def _broken_device(rank: int) -> int:
+    if rank == 1:
+        raise UserError("data.cache_dir=/x: can't write /x/y") from OSError(5, "Input/output error", "/x/y")
+    return rank
+
+
 def _fault(rank: int) -> int:
     if rank == 1:
         list(zip([1], [1, 2], strict=True))  # a ValueError, but of ours
@@ -49,6 +55,7 @@ def _agreed(action: Callable[[int], int]) -> tuple[str, str]:
     [
         (_user_error, [("UserError", "data.path=x must exist (on rank 1)")] * 2),
         (_disk, [("OSError", "reading: [Errno 28] No space left on device: '/full/file' (on rank 1)")] * 2),
+        (_broken_device, [("OSError", "data.cache_dir=/x: can't write /x/y (on rank 1)")] * 2),
         (
             _fault,
             [
@@ -72,7 +79,7 @@ def _agreed(action: Callable[[int], int]) -> tuple[str, str]:
             ],
         ),
     ],
-    ids=["user error", "disk", "fault", "fault beside a user error"],
+    ids=["user error", "disk", "broken device", "fault", "fault beside a user error"],
 )
 def test_every_rank_ends_and_says_why(action: Callable[[int], int], expected: list[tuple[str, str]]) -> None:
     assert run_ranks(2, _agreed, action) == expected

@@ -99,6 +99,8 @@ def test_under_torchrun_only_rank_0_prints_the_line(moe: Run) -> None:
     assert done.returncode == 1
     line = "moe: router.top_k=9 must be ≤ router.num_experts=8"
     assert [shown for shown in done.stderr.splitlines() if shown.startswith("moe: ")] == [line]
+    note = "(torchrun now reports that its processes ended, exit code 2; the reason is above)"
+    assert done.stderr.splitlines()[:2] == [line, note], "before torchrun's lines, and nothing of ours among them"
     assert done.stderr.rstrip("=\n").endswith(f"traceback : {line}"), "torchrun's own table ends with the reason"
     assert "router.py" not in done.stderr
 

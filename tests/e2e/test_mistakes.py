@@ -1,4 +1,8 @@
-"""Twenty mistakes at the real command line: one line with the key, its value, the rule or the fix; under a second."""
+"""Twenty mistakes at the real command line: one line with the key, its value, the rule or the fix; at once.
+
+Without torch, whose import takes longer than all the rest, and within a second of CPU time on a machine that starts
+Python in 0.05 s; a slower one gets as much longer.
+"""
 
 import resource
 import subprocess
@@ -37,19 +41,27 @@ MISTAKES = [
 ]
 
 
+def _timed(arguments: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Python's process and its seconds of CPU time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize(("command", "expected"), MISTAKES, ids=[command for command, _ in MISTAKES])
 def test_a_mistake_is_answered_in_one_line_and_in_less_than_a_second(
     command: str, expected: str, tmp_path: Path
 ) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", "moe", *command.split(" ")], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done, seconds = _timed(["-X", "importtime", "-m", "moe", *command.split(" ")], tmp_path)
+    imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    done.stderr = "".join(f"{line}\n" for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    assert len(imports) > 100
+    assert [line for line in imports if line.rpartition("|")[2].strip() == "torch"] == []
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"moe: {expected}" if "--config-dir" not in command else "moe: --config-dir ")
     assert expected in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0, "seconds of CPU time"
+    assert seconds < max(1.0, 20 * _timed(["-c", ""], tmp_path)[1]), "seconds of CPU time"
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -138,6 +139,12 @@ def fail(*, steps: Iterable[int]) -> None:
     DeepSpeedEngine.__call__ = forward
 
 
+def full_disk(*, limit: int) -> None:
+    """No file may grow past `limit` bytes: a write fails as on a full disk, without root's rights."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
 def kill_wandb(*, steps: Iterable[int]) -> None:
     """W&B's service process is killed just before the metrics of these steps are logged."""
     original, wanted = Tracker.log, set(steps)
@@ -159,6 +166,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "inf_gradient": inf_gradient,
     "spike": spike,
     "sleep": sleep,
+    "full_disk": full_disk,
     "kill_wandb": kill_wandb,
     "fail": fail,
 }
