@@ -58,7 +58,7 @@ def main(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     def run(folder: Path, rank: int, at: int) -> list[tuple[Finished, int, str]]:
         overrides = [*job["overrides"], f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}"]
-        return run_ranks(ranks, _armed, overrides, str(folder), rank, at, timeout=120)
+        return run_ranks(ranks, _armed, overrides, str(folder), rank, at, timeout=240)
 
     points = job["points"]
     if isinstance(points, int):

@@ -29,7 +29,7 @@ def moe_ranks(
     ranks: int = 1,
     faults: tuple[dict[str, Any], ...] = (),
     more: dict[str, str] | None = None,
-    timeout: float = 60,
+    timeout: float = 240,
 ) -> list[Finished]:
     """Runs `moe OVERRIDES` in `ranks` forked processes; results by rank. `more` is added to their environment."""
     return run_ranks(ranks, moe_here, list(overrides), faults, more or {}, timeout=timeout)
