@@ -12,6 +12,7 @@ import json
 import math
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +23,8 @@ from urllib.parse import urlsplit
 
 from moe.config import Config, TrackingBackend
 from moe.durable import append_line, write_durably
+from moe.errors import UserError
+from moe.untrusted import Values, json_lines, read_text
 
 # W&B section → metrics; sections are shown in alphabetical order. A metric that no section lists is a router's
 # and belongs to "balance", which comes first.
@@ -58,18 +61,17 @@ def finite(value: Any) -> Any:
 def cut_back(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl (or samples.jsonl) up to `step`: a resume writes the later ones again.
 
-    Also drops lines that a crash has torn, wherever they are.
+    Also drops lines that a crash has torn, wherever they are. Raises UserError for a line whose step is no number.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_durably(path, "".join(kept))
+    for line in json_lines(path):
+        if line.value is not None:
+            values = Values(line.value, f"{path}:{line.number}", "remove the line")
+            if values.count("step") <= step:
+                kept.append(line.raw.rstrip(b"\n") + b"\n")
+    write_durably(path, b"".join(kept))
 
 
 def has_key() -> bool:
@@ -133,8 +135,12 @@ class Tracker:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         identity = run_dir / "wandb_id"
         if not (resumed and identity.exists()):
-            identity.write_text(secrets.token_hex(4), encoding="utf-8")
-        run_id = identity.read_text(encoding="utf-8").strip()
+            write_durably(identity, secrets.token_hex(4))
+        run_id = read_text(identity).strip()
+        if not re.fullmatch(r"[\w-]{1,64}", run_id):
+            raise UserError(
+                f"{identity}: {run_id[:40]!r} is no id of a W&B run: remove the file, and the run gets another"
+            )
         failed = ""
         for attempt, attempt_id in ((mode, run_id), ("offline", secrets.token_hex(4))):
             try:
@@ -181,9 +187,9 @@ class Tracker:
         """A new offline run with every line of metrics.jsonl."""
         try:
             run = self._init("offline", secrets.token_hex(4))
-            for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                metrics = json.loads(line)
-                run.log(panels(metrics), step=metrics["step"])
+            for line in json_lines(self._folder / "metrics.jsonl"):
+                if line.value is not None:
+                    run.log(panels(line.value), step=line.value["step"])
         except Exception as error:
             self._warn(f"{reason} and can't start offline ({error}); metrics.jsonl goes on")
             return None
