@@ -6,6 +6,9 @@ import errno
 import os
 from pathlib import Path
 
+from moe.errors import UserError
+from moe.untrusted import open_regular
+
 PARTIAL = ".partial"
 
 
@@ -22,7 +25,9 @@ def write_durably(path: Path, content: str | bytes) -> None:
     """Replaces `path`; a reader sees the whole old or the whole new content, even after a power cut. Raises OSError."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.unlink(missing_ok=True)  # a FIFO there would be waited for, and a link's target overwritten
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         fsync(partial)
         partial.replace(path)
     except OSError:
@@ -33,7 +38,11 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Appends a whole line or nothing: after an error the part that was written is removed. Raises OSError."""
-    with path.open("ab", buffering=0) as file:
+    try:
+        file = open_regular(path, "ab")
+    except UserError as error:  # a FIFO that took its place
+        raise OSError(errno.EINVAL, "no regular file", str(path)) from error
+    with file:
         end = file.seek(0, os.SEEK_END)
         try:
             if file.write(line.encode()) < len(line.encode()):

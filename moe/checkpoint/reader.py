@@ -34,6 +34,8 @@ from moe.model.transformer import Transformer
 from moe.plan.fit import check_model
 from moe.sparse import routers_of
 
+CPU = torch.device("cpu")
+
 
 def load(folder: Path, engine: Engine, mesh: Mesh) -> TrainState:
     """Weights, buffers, moments and counters into a fresh engine. A collective. Raises UserError if shapes differ."""
@@ -174,24 +176,43 @@ def candidates(path: Path, key: str) -> list[Path]:
     raise UserError(f"{key}={path}: no checkpoint there; expected a run directory or a step_N folder of one")
 
 
-def resolve(path: Path) -> Path:
-    """The newest whole checkpoint of `candidates`; the newest when none is whole. Raises UserError."""
-    found = candidates(path, "checkpoint")
-    if len(found) == 1:
-        return found[0]
-    return next((one for one in found if verify(one) is None), found[0])
+def _silent(_: str) -> None:
+    """Says nothing."""
 
 
-def load_model(folder: Path, *, check_memory: bool = True) -> Transformer:
-    """The whole model of one checkpoint, in one process, float32 on the CPU. Raises UserError; `check_memory=False`
-    loads one that is larger than the memory there is."""
-    reason = verify(folder) or _flaw(folder, MODEL)
-    if reason is not None:
-        raise UserError(f"{folder}: damaged checkpoint, {reason}")
+def resolve(path: Path, warn: Callable[[str], None] = _silent) -> Path:
+    """The newest of `candidates` whose model is whole: the files that `read_model` and `tokenizer_folder` read have
+    their SHA-256. `warn` gets a line for each that is passed over. Raises UserError when none is whole."""
+    damaged: list[str] = []
+    for folder in candidates(path, "checkpoint"):
+        reason = verify(folder, without=OPTIMIZER) or _flaw(folder, MODEL)
+        if reason is None:
+            for line in damaged:
+                warn(f"{line}; {folder} is read in its place")
+            warn_of_strays(folder, warn)
+            return folder
+        damaged.append(f"{folder}: damaged checkpoint, {reason}")
+    raise UserError(damaged[0])
+
+
+def load_model(path: Path) -> Transformer:
+    """The model of the newest whole checkpoint, float32 on the CPU. Raises UserError."""
+    return read_model(resolve(path))
+
+
+def read_model(
+    folder: Path,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    check_memory: bool = True,
+) -> Transformer:
+    """The whole model of a checkpoint that `resolve` has verified, in one process. Raises UserError;
+    `check_memory=False` loads one that is larger than the memory there is."""
     config: Config = read_config(folder / CONFIG)
     if check_memory:
-        check_model(config)
-    model = empty_model(config, torch.device("cpu"))
+        check_model(config, device, dtype)
+    model = empty_model(config, device, dtype=dtype)
     reader = _part(folder, MODEL)
     # In place: the tensors share the parameters' memory.
     reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,14 @@ import torch
 from moe import __version__
 from moe.checkpoint.layout import STATE
 from moe.errors import UserError
+from moe.untrusted import is_real, read_object
 
 
 def _versions() -> dict[str, str]:
     return {"moe": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed")}
 
 
+MAX_SECONDS = 10**10
 RENAMED = {"refused_in_a_row": "skipped_in_a_row"}  # name in older checkpoints → today's
 
 
@@ -43,40 +43,45 @@ class TrainState:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Raises UserError naming the file."""
+    """Raises UserError naming the file and the key."""
     path = folder / STATE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values = {RENAMED.get(name, name): value for name, value in values.items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a training state ({error!r})") from error
-    for name, value in values.items():
-        rule = next((rule for names, holds, rule in _RULES if name in names and not holds(value)), None)
-        if rule is not None:
-            raise UserError(f"{path}: {name}={str(value)[:40]} must be {rule}; use another checkpoint")
-    return TrainState(**{field.name: values[field.name] for field in fields(TrainState) if field.name in values})
+        values = read_object(path, FIX)
+    except OSError as error:
+        raise UserError(f"{path}: not a training state ({error.strerror})") from error
+    values.values.update({new: values.values.pop(old) for old, new in RENAMED.items() if old in values.values})
+    state = TrainState(
+        step=values.count("step"),
+        consumed=values.count("consumed"),
+        tokens=values.count("tokens"),
+        tokenizer=values.text("tokenizer"),
+        data=values.text("data"),
+    )
+    for name in ("skipped_steps", "skipped_in_a_row"):
+        if name in values.values:
+            setattr(state, name, values.count(name, at_most=state.step))
+    for name, (holds, rule) in _RULES.items():
+        if name in values.values:
+            setattr(state, name, values.take(name, holds, rule))
+    return state
 
 
-def _is_real(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+FIX = "use another checkpoint"
 
 
-_RULES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
-    (
-        ("step", "consumed", "tokens", "skipped_steps", "skipped_in_a_row"),
-        lambda value: type(value) is int and 0 <= value < 2**63,
-        "a whole number ≥ 0",
-    ),
-    (("elapsed",), _is_real, "a finite number ≥ 0"),
-    (
-        ("recent_norms",),
-        lambda value: isinstance(value, list) and all(map(_is_real, value)),
+def _is_amount(value: Any) -> bool:
+    return is_real(value) and value >= 0
+
+
+# Of what a checkpoint of an earlier version may lack.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "elapsed": (lambda value: _is_amount(value) and value <= MAX_SECONDS, f"a number from 0 to {MAX_SECONDS}"),
+    "recent_norms": (
+        lambda value: isinstance(value, list) and all(map(_is_amount, value)),
         "a list of finite numbers ≥ 0",
     ),
-    (("tokenizer", "data"), lambda value: isinstance(value, str), "text"),
-    (
-        ("versions",),
+    "versions": (
         lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
         "a mapping of names to versions",
     ),
-]
+}

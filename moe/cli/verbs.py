@@ -66,13 +66,14 @@ def _generate(overrides: list[str]) -> None:
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
-    from moe.checkpoint.reader import load_model, resolve, tokenizer_folder, warn_of_strays
+    from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
     from moe.data.tokenizer import load_saved
     from moe.inference.generate import run_generate
+    from moe.kernels.policy import choose_device, torch_dtype
 
-    folder = resolve(Path(config.checkpoint))
-    model = load_model(folder, check_memory=config.check_memory)
-    warn_of_strays(folder, lambda line: print(f"moe: {line}", file=sys.stderr))
+    device, dtype = choose_device(config.device), torch_dtype(config.dtype)
+    folder = resolve(Path(config.checkpoint), lambda line: print(f"warning: {line}", file=sys.stderr))
+    model = read_model(folder, device=device, dtype=dtype, check_memory=config.check_memory)
     run_generate(config, model, load_saved(tokenizer_folder(folder)))
 
 

@@ -22,7 +22,7 @@ from moe.config.migrate import check_overrides, migrate
 from moe.config.overrides import quote_where_needed
 from moe.config.presets import composed_folder
 from moe.config.router import registered_router, router_kinds, saved_kind
-from moe.config.rules import require
+from moe.config.saved import INTERPOLATION, read_saved
 from moe.config.suggest import dotted_keys, no_such_key
 from moe.errors import UserError
 
@@ -159,7 +159,20 @@ def load_config(
     overrides: list[str], name: str = "train", schema: type = Config, count_pieces: CountPieces | None = None
 ) -> Any:
     """Compose and check. Raises as `compose_dict` does."""
-    return to_config(compose_dict(overrides, name, schema, count_pieces), overrides)
+    config = to_config(compose_dict(overrides, name, schema, count_pieces), overrides)
+    if isinstance(config, Config):
+        _check_can_be_saved(OmegaConf.to_container(OmegaConf.structured(config), resolve=False), "")
+    return config
+
+
+def _check_can_be_saved(value: Any, key: str) -> None:
+    """Raises ConfigError for a text that `read_config` would refuse."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, one in inner:
+            _check_can_be_saved(one, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and INTERPOLATION in value:
+        raise ConfigError(f"{key}={value}: must not have {INTERPOLATION}, which a saved configuration can't hold")
 
 
 def to_yaml(config: Any) -> str:
@@ -171,10 +184,11 @@ def read_config(path: Path, schema: type = Config) -> Any:
     """A run's config.yaml, also that of an earlier version. Raises ConfigError naming the file."""
     defaults = OmegaConf.structured(schema)
     try:
-        saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        require(isinstance(saved, dict), "must be a mapping of keys")
+        _, saved = read_saved(path)
+    except (OSError, UserError) as error:
+        raise ConfigError(str(error)) from error
+    try:
         defaults = _typed(schema, router=saved_kind(saved.get("router")))
         return to_config(OmegaConf.merge(defaults, migrate(saved)))
-    # YAML's reader is one that makes no objects: a tag that asks for one is an error too.
-    except (OSError, UserError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (UserError, OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{path}: {explain(error, [], _keys(defaults))}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from moe.config.choices import Precision
 from moe.config.rules import MAX_REAL, filled, is_seed, positive, require
 
 
@@ -40,13 +42,17 @@ class Sampling:
 class GenerateConfig(Sampling):
     """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8).
 
-    `check_memory=false` loads a model that is larger than the memory there is.
+    `device` is `cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one. `dtype` is that of weights, activations
+    and cache; the router and the choice of a token stay float32. `check_memory=false` loads a model that is larger than
+    the memory there is.
     """
 
     checkpoint: str = ""
     prompt: str | None = None
     prompts_file: str | None = None
     batch_size: int = 8
+    device: str = "auto"
+    dtype: Precision = Precision.float32
     check_memory: bool = True
 
     def __post_init__(self) -> None:
@@ -58,3 +64,5 @@ class GenerateConfig(Sampling):
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
         positive("", self, "batch_size")
+        known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
+        require(known is not None, f"device={self.device} must be auto, cpu, cuda or cuda:N")

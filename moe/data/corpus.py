@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from moe.data.readers import DataError
-from moe.data.shards import TokenStream, token_dtype
+from moe.data.shards import TokenStream, stream_entry, token_dtype
 from moe.data.tokenizer import Tokenizer, load_saved
 from moe.data.verify import verify
 from moe.durable import write_durably
+from moe.errors import UserError
+from moe.untrusted import read_object
 
 FORMAT = 1  # of the shards; part of the fingerprint, so a new number never opens older folders
 SPLITS = ("train", "held_out")
 META = "meta.json"
+DAMAGED = "the cache is damaged"
 OPENING_CHARACTERS, OPENING_TOKENS = 40, 160  # a character is at most four byte pieces
 
 
@@ -94,30 +97,41 @@ def open_corpus(
     the shards.
     """
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        names = list(meta["sources"])
-        vocab_size, stated = int(meta["tokenizer"]["vocab_size"]), meta["tokenizer"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / META}: unreadable ({error}): the cache is damaged") from error
+        meta = read_object(folder / META, DAMAGED)
+        sources, card = meta.object("sources"), meta.object("tokenizer")
+        names = list(sources.values)
+        vocab_size, stated = card.count("vocab_size", 1), card.text("fingerprint")
+        fingerprint = meta.text("fingerprint")
+        descriptions = [sources.object(name).text("description") for name in names]
+        entries = {split: [stream_entry(sources.object(name).object(split)) for name in names] for split in SPLITS}
+    except OSError as error:
+        raise DataError(f"{folder / META}: unreadable ({error}): {DAMAGED}") from error
+    except UserError as error:
+        raise DataError(str(error)) from error
+    if not names or not all(PurePath(name).name == name for name in names):
+        raise DataError(f"{folder / META}: sources={', '.join(names)[:80]} must be names of folders there: {DAMAGED}")
     tokenizer = load_saved(folder / "tokenizer")
     if tokenizer.fingerprint != stated:
         raise DataError(f"{folder}: tokenizer {tokenizer.fingerprint[:16]} doesn't match the shards' {stated[:16]}")
     dtype = token_dtype(vocab_size)
     train, held_out = (
-        [TokenStream(folder / name / split, meta["sources"][name][split], dtype, vocab_size) for name in names]
+        [
+            TokenStream(folder / name / split, entry, dtype, vocab_size)
+            for name, entry in zip(names, entries[split], strict=True)
+        ]
         for split in SPLITS
     )
     streams = [*train, *held_out]
     found = verify(folder, streams, again=verify_again, log=log)
     if any(path.name not in stream.sha256 for stream in streams for path in stream.files if path in found):
-        _adopt(folder, meta, streams, found, log)
+        _adopt(folder, meta.values, streams, found, log)
     sizes = [weights.get(name, float(stream.tokens)) for name, stream in zip(names, train, strict=True)]
     return Corpus(
         tokenizer=tokenizer,
-        fingerprint=meta["fingerprint"],
+        fingerprint=fingerprint,
         folder=folder,
         source_names=names,
-        descriptions=[meta["sources"][name]["description"] for name in names],
+        descriptions=descriptions,
         weights=[size / sum(sizes) for size in sizes],
         train=train,
         held_out=held_out,

@@ -29,6 +29,8 @@ from moe.data.readers import DataError
 from moe.data.sources import Source, open_sources, stated_weights
 from moe.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from moe.durable import fsync
+from moe.errors import UserError
+from moe.untrusted import read_object
 
 __all__ = ["Corpus", "check_tokenizer", "check_vocab", "open_corpus", "prepare"]
 
@@ -92,8 +94,8 @@ class _Note:
 
     def read(self) -> str | None:
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):  # no note, or an incomplete one: the corpus is read instead
+            return read_object(self.path, "remove it").text("fingerprint", "[0-9a-f]{32}")
+        except (OSError, UserError):  # no note, or an incomplete one: the corpus is read instead
             return None
 
     def write(self, fingerprint: str) -> None:

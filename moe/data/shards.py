@@ -24,10 +24,13 @@ from typing import Any
 import numpy as np
 
 from moe.data.readers import DataError
+from moe.errors import UserError
+from moe.untrusted import Values
 
 SHARD_TOKENS = 1 << 28  # 512 MiB of uint16
 OFFSETS_FILE = "documents.bin"
 OFFSET = np.dtype("<i8")
+MOST_SHARDS = 10**6
 OPEN_FILES = 32  # of one stream: it may have more shards than a process may open files
 BLOCK = 512  # offsets read at once: 4 KiB
 BLOCKS_KNOWN = 1 << 14  # blocks whose first offset is remembered: half of them lie on the first 13 levels of a search
@@ -115,6 +118,20 @@ class _HashedFile:
         self._file.close()
 
 
+def stream_entry(values: Values) -> dict[str, Any]:
+    """A stream's entry in meta.json, as `StreamWriter.close` returned it, checked. Raises UserError."""
+    for key in ("documents", "tokens", "shard_tokens"):
+        values.count(key, 1)
+    values.count("bytes")
+    if values.values["tokens"] > MOST_SHARDS * values.values["shard_tokens"]:
+        raise UserError(f"{values.where}: {values.prefix}shard_tokens makes over {MOST_SHARDS} files: {values.fix}")
+    if "sha256" in values.values:
+        hashes = values.object("sha256")
+        for name in hashes.values:
+            hashes.text(name, "[0-9a-f]{64}")
+    return values.values
+
+
 class TokenStream:
     """One source and split. `documents`, `tokens` and `bytes` (of UTF-8 text) are its totals.
 
@@ -127,9 +144,9 @@ class TokenStream:
         """Raises DataError when a file is missing, hasn't the size that meta.json implies, or documents.bin doesn't
         begin with 0 and end with the stream's length."""
         self.folder, self.dtype, self.vocab_size = folder, dtype, vocab_size
-        self.documents, self.tokens, self.bytes = int(meta["documents"]), int(meta["tokens"]), int(meta["bytes"])
+        self.documents, self.tokens, self.bytes = meta["documents"], meta["tokens"], meta["bytes"]
         self.sha256: dict[str, str] = meta.get("sha256", {})
-        self._shard_tokens = int(meta["shard_tokens"])
+        self._shard_tokens = meta["shard_tokens"]
         count = -(-self.tokens // self._shard_tokens)
         self._shards = [folder / f"{i:05d}.bin" for i in range(count)]
         self.offsets = folder / OFFSETS_FILE

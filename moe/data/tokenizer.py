@@ -23,8 +23,13 @@ import sentencepiece
 from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.long_text import SPACE, LongText, byte_level_parts
 from moe.data.readers import DataError
+from moe.errors import UserError
+from moe.untrusted import read_object, read_small
 
 INFO_FILE = "moe_tokenizer.json"
+SAVED_FILES = r"tokenizer\.(model|json)"  # names, never paths: the folder may be somebody else's
+LARGEST_MODEL = 1 << 28  # bytes; vocabularies of 256,000 pieces take 35 MB
+MAX_PIECES = 10**8
 PARTS = 8  # of a long text, encoded at once
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -254,18 +259,31 @@ def _save(folder: Path, files: dict[str, bytes]) -> None:
 
 def load_saved(folder: Path) -> Tokenizer:
     """Reads what `Tokenizer.save` wrote. Raises DataError when a file is missing or its content has changed."""
+    path = folder / INFO_FILE
     try:
-        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-        model = (folder / info["file"]).read_bytes()
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: holds no saved tokenizer ({INFO_FILE}: {error})") from error
-    where = str(folder / info["file"])
-    if info["file"] == HuggingFaceTokenizer.file_name:
-        tokenizer: Tokenizer = HuggingFaceTokenizer(model, info["bos_id"], info["eos_id"], where)
+        info = read_object(path, "restore the folder")
+        file, fingerprint = info.text("file", SAVED_FILES), info.text("fingerprint", "[0-9a-f]{64}")
+        size = info.count("vocab_size", 1, MAX_PIECES)
+        bos, eos = (info.count(key, at_most=size - 1) for key in ("bos_id", "eos_id"))
+        model = read_small(folder / file, LARGEST_MODEL)
+    except OSError as error:
+        raise DataError(f"{folder}: holds no saved tokenizer ({error})") from error
+    except UserError as error:
+        raise DataError(str(error)) from error
+    where = str(folder / file)
+    if file == HuggingFaceTokenizer.file_name:
+        tokenizer: Tokenizer = HuggingFaceTokenizer(model, bos, eos, where)
     else:
         tokenizer = SentencePieceTokenizer(model, where)
-    if tokenizer.fingerprint != info["fingerprint"]:
+    if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{where}: its content is not what was saved (SHA-256 differs)")
+    for key, there in (
+        ("vocab_size", tokenizer.vocab_size),
+        ("bos_id", tokenizer.bos_id),
+        ("eos_id", tokenizer.eos_id),
+    ):
+        if info.values[key] != there:
+            raise DataError(f"{path}: {key}={info.values[key]} must be {there}, as in {file}; restore the folder")
     return tokenizer
 
 
@@ -309,9 +327,11 @@ def _mistral_model() -> Path:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path, LARGEST_MODEL)
     except OSError as error:
         raise DataError(f"tokenizer.path={path}: {error.strerror}") from error
+    except UserError as error:
+        raise DataError(f"tokenizer.path={error}") from error
 
 
 def _open_huggingface(folder: Path) -> Tokenizer:

@@ -25,9 +25,14 @@ from moe.config.generate import GenerateConfig, Sampling
 from moe.config.rules import require
 from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
+from moe.inference.decoding import IncrementalDecoder
 from moe.inference.sampling import pick
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
+
+
+class NotFiniteError(UserError):
+    """A model whose logits are NaN or infinite gives no text."""
 
 
 @dataclass(slots=True)
@@ -50,7 +55,8 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[str], setti
 def stream(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], settings: Sampling, *, all_steps: bool = False
 ) -> Iterator[TextPiece]:
-    """The continuations as they come. Raises UserError when the tokenizer or the lengths don't fit the model.
+    """The continuations as they come. Raises UserError when the tokenizer or the lengths don't fit the model, and
+    NotFiniteError.
 
     `all_steps` makes exactly `max_new_tokens` passes even when every text has ended: ranks that share experts must pass
     equally often, and rounding could make one rank's text end before another's.
@@ -75,6 +81,11 @@ def stream(
         logits_BV = _prefill(model, cache, [text.ids for text in texts], settings.prefill_chunk, tokenizer.bos_id)
         for step in range(settings.max_new_tokens):
             rows_BV = logits_BV[:, : tokenizer.vocab_size].float().cpu()
+            if not rows_BV.isfinite().all():
+                raise NotFiniteError(
+                    "the model's logits are not finite: its weights hold NaN, infinity or numbers too large for "
+                    f"{str(model.dtype).removeprefix('torch.')}; use another checkpoint"
+                )
             chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
             last = step == settings.max_new_tokens - 1
             for text, token in zip(texts, chosen, strict=True):
@@ -113,40 +124,39 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer, index: int, prompt: str, settings: Sampling) -> None:
         self.tokenizer, self.index, self.settings = tokenizer, index, settings
-        self.prompt_ids = tokenizer.encode(prompt)
-        self.ids = [tokenizer.bos_id, *self.prompt_ids]
-        self.new_ids: list[int] = []
-        self.shown, self.done = 0, False
-        # Decoded together with the prompt: a tokenizer may drop the space that opens a text.
-        self.prompt_length = len(tokenizer.decode(self.prompt_ids))
+        prompt_ids = tokenizer.encode(prompt)
+        self.ids = [tokenizer.bos_id, *prompt_ids]
+        self.seen = set(self.ids)
+        self.decoder = IncrementalDecoder(tokenizer, prompt_ids)
+        self.held_back, self.done = "", False  # the end of the text, which may be the beginning of the stop text
         digest = hashlib.sha256(f"{settings.seed}/{index}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def choose(self, logits_V: Tensor) -> int:
-        return pick(logits_V, self.ids, self.settings, self.generator)
+        return pick(logits_V, self.seen, self.settings, self.generator)
 
     def add(self, token: int, last: bool) -> TextPiece | None:
         """Appends the next token; returns the text that can be shown now."""
         self.done = last or token == self.tokenizer.eos_id
+        text = self.held_back
         if token != self.tokenizer.eos_id:
-            self.ids.append(token)
-            self.new_ids.append(token)
-        text = self.tokenizer.decode(self.prompt_ids + self.new_ids)[self.prompt_length :]
+            self.seen.add(token)
+            text += self.decoder.add(token)
+        if self.done:
+            text += self.decoder.end()
         stop = self.settings.stop
         if stop is not None and (at := text.find(stop)) >= 0:
             self.done, text = True, text[:at]
-        end = len(text) if self.done else len(text) - _unsettled(text, stop)
-        start, self.shown = self.shown, max(end, self.shown)
-        return TextPiece(self.index, text[start:end], self.done) if self.done or end > start else None
+        end = len(text) if self.done else len(text) - _begun(text, stop)
+        self.held_back = text[end:]
+        return TextPiece(self.index, text[:end], self.done) if self.done or end else None
 
 
-def _unsettled(text: str, stop: str | None) -> int:
-    """Characters at the end that the next token may change: part of a character, or the start of the stop text."""
-    partial = len(text) - len(text.rstrip("\ufffd"))
-    begun = 0
-    if stop is not None:
-        begun = next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)
-    return max(partial, begun)
+def _begun(text: str, stop: str | None) -> int:
+    """Characters at the end of `text` that the stop text begins with."""
+    if stop is None:
+        return 0
+    return next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:

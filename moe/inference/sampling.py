@@ -8,13 +8,13 @@ from torch import Tensor
 from moe.config.generate import Sampling
 
 
-def pick(logits_V: Tensor, ids: list[int], settings: Sampling, generator: torch.Generator) -> int:
-    """The next token after `ids`, from float32 logits [V] (not changed)."""
+def pick(logits_V: Tensor, seen: set[int], settings: Sampling, generator: torch.Generator) -> int:
+    """The next token of a text that has the tokens `seen`, from float32 logits [V] (not changed)."""
     if settings.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(ids)))
-        values = logits_V[seen]
+        seen_N = torch.tensor(sorted(seen))
+        values = logits_V[seen_N]
         penalty = settings.repetition_penalty
-        logits_V = logits_V.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+        logits_V = logits_V.index_put((seen_N,), torch.where(values > 0, values / penalty, values * penalty))
     if settings.temperature == 0:
         return int(logits_V.argmax())
     values_V, order_V = logits_V.sort(descending=True, stable=True)

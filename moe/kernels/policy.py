@@ -4,6 +4,7 @@
   arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
 - float32 matrix products on CUDA are IEEE float32, never TF32: `exact_float32`.
 - `torch.compile` is used where eager mode has no kernel at all (flex attention), through `compiled` alone.
+- What `device` and `dtype` of a command name: `choose_device`, `torch_dtype`.
 - What `model.recompute` names runs through `recomputed`.
 """
 
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from moe.config import Precision
+from moe.errors import UserError
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,6 +42,21 @@ def exact_float32(device: torch.device) -> str | None:
         return None
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "float32 matrix products: IEEE float32, no TF32"
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision is Precision.bfloat16 else torch.float32
+
+
+def choose_device(stated: str) -> torch.device:
+    """`auto` is the GPU where torch sees one, else the CPU. Raises UserError for a GPU that isn't there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if stated == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(stated)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"device={stated}: torch sees {count} CUDA devices here: device=cpu, or `moe doctor` says why")
+    return device
 
 
 @cache

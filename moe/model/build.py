@@ -17,15 +17,20 @@ def build_model(config: Config, device: torch.device, expert_group: ProcessGroup
     return model
 
 
-def empty_model(config: Config, device: torch.device, expert_group: ProcessGroup | None = None) -> Transformer:
-    """The same with uninitialised weights, for a checkpoint to fill. Buffers have their initial values.
+def empty_model(
+    config: Config,
+    device: torch.device,
+    expert_group: ProcessGroup | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The same with uninitialised weights, of `dtype`, for a checkpoint to fill. Buffers have their initial values.
 
     A module with buffers must set them in `reset_buffers()`, which its constructor calls too.
     """
     exact_float32(device)
     with torch.device("meta"):
         model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
-    model.to_empty(device=device)
+    model.to(dtype).to_empty(device=device)
     model.tie_weights()
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):

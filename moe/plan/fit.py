@@ -53,13 +53,15 @@ def check_run(config: Config, world_size: int, local_ranks: int, device: torch.d
         _check(config, here, f"memory, phase {plan.peak_phase}", batches | fullest, host)
 
 
-def check_model(config: Config) -> None:
-    """Raises UserError when the model's float32 weights alone are more than the host memory that is left."""
-    needed, there = 4 * count_parameters(config)[0], host_memory()
+def check_model(config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError when the model's weights alone are more than the memory that is left on `device`."""
+    needed = dtype.itemsize * count_parameters(config)[0]
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
     if needed > there:
+        half = "dtype=bfloat16 halves them, " if dtype.itemsize > 2 else ""
         raise UserError(
-            f"check_memory=true: the model's weights take {size(needed)}, and {size(there)} of memory are left: take a "
-            "machine with more, or check_memory=false to load it anyway"
+            f"check_memory=true: the model's weights take {size(needed)}, and {size(there)} of memory are left on "
+            f"{device}: {half}or take a machine with more, or check_memory=false to load it anyway"
         )
 
 

@@ -8,7 +8,8 @@ from html import escape
 import numpy as np
 
 from moe.report.plots import Chart, Reference, Series, finite, line_chart
-from moe.report.reader import HIGHEST_LAYER, RunHistory
+from moe.report.reader import RunHistory
+from moe.report.rows import HIGHEST_LAYER
 from moe.report.scales import count, downsample, short
 
 RECENT = 20  # steps to average over: single steps are noisy
@@ -39,7 +40,7 @@ def tiles(run: RunHistory) -> str:
             "tokens/s",
             _mfu(run),
         ),
-        ("Steps", f"{done:,}", f"of {asked:,}" if type(asked) is int else "", _tokens(run)),
+        ("Steps", f"{done:,}", f"of {asked:,}" if asked is not None else "", _tokens(run)),
     ]
     return "<dl class=tiles>" + "".join(_tile(*entry) for entry in entries) + "</dl>"
 
@@ -126,7 +127,7 @@ def training_charts(run: RunHistory) -> str:
         "Gradient norm",
         "before clipping",
         [_series(run, "grad_norm", "gradient norm")],
-        _reference("clipped at", float(clip)) if isinstance(clip, (int, float)) else [],
+        _reference("clipped at", float(clip)) if clip is not None else [],
         note=_gaps(run, "grad_norm"),
         floor=0.0,
         may_log=True,
@@ -201,7 +202,7 @@ def _router_entropy(run: RunHistory, name: str) -> Chart:
         "Router entropy",
         "nats per token",
         [_series(run, name, "router entropy")],
-        _reference("undecided, ln E", math.log(experts)) if type(experts) is int and experts > 1 else [],
+        _reference("undecided, ln E", math.log(experts)) if experts is not None and experts > 1 else [],
         note="0: every token is sure of one expert.",
         floor=0.0,
     )

@@ -31,8 +31,9 @@ def write_report(run_dir: Path) -> Path:
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
     beside = run_dir / f".report.{os.getpid()}.html"
-    # `replace`: JSON may hold half a surrogate pair, which no encoding can write
-    beside.write_bytes(page.encode("utf-8", errors="replace"))
+    beside.unlink(missing_ok=True)  # what lies there may be a link to another file
+    with beside.open("xb") as file:  # `replace`: JSON may hold half a surrogate pair, which no encoding can write
+        file.write(page.encode("utf-8", errors="replace"))
     os.replace(beside, target)  # a browser that reloads never sees half a page
     return target
 

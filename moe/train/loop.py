@@ -19,7 +19,7 @@ from moe.config.compose import to_yaml
 from moe.distributed import rendezvous
 from moe.durable import append_line, write_durably
 from moe.errors import UserError
-from moe.inference.generate import sample_text
+from moe.inference.generate import NotFiniteError, sample_text
 from moe.model.transformer import Transformer
 from moe.plan.fit import check_run
 from moe.report.page import write_report
@@ -155,7 +155,11 @@ def _sample(run: TrainingRun) -> None:
     stated, tokens = run.config.train.sample_prompt, run.config.train.sample_tokens
     prompt = run.corpus.opening() if stated is None else stated
     run.watchdog.beat(run.state.step, "the sample")
-    text = sample_text(_transformer(run), run.corpus.tokenizer, prompt, tokens)
+    try:
+        text = sample_text(_transformer(run), run.corpus.tokenizer, prompt, tokens)
+    except NotFiniteError as error:  # the same on all ranks; whether training can go on is the guard's to say
+        run.display.warn(f"step {run.state.step}: no sample: {error}")
+        return
     if run.mesh.is_main:
         sample = {"step": run.state.step, "prompt": prompt, "text": text}
         line = json.dumps(sample) + "\n"

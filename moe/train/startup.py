@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from moe.config import Config, EngineKind, Mlp, Precision
+from moe.config import Config, EngineKind, Mlp
 from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
 from moe.kernels.grouped_swiglu import resolve_backend
-from moe.kernels.policy import exact_float32
+from moe.kernels.policy import exact_float32, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
 from moe.train.metrics import measure_peak_flops
 
@@ -18,7 +18,7 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
 
     Raises UserError if a back-end that the configuration names can't run here.
     """
-    model, dtype = config.model, _dtype(config)
+    model, dtype = config.model, torch_dtype(config.train.precision)
     attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
     lines = [f"attention: {attention.name} ({reason})"]
     if (products := exact_float32(mesh.device)) is not None:
@@ -37,7 +37,9 @@ def peak_flops(config: Config, mesh: Mesh) -> float:
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops * 1e12
     mesh.barrier()  # all ranks measure at the same time, since they will compute at the same time
-    peak = torch.tensor(measure_peak_flops(mesh.device, _dtype(config)), dtype=torch.float64, device=mesh.device)
+    peak = torch.tensor(
+        measure_peak_flops(mesh.device, torch_dtype(config.train.precision)), dtype=torch.float64, device=mesh.device
+    )
     return float(mesh.sum_(peak)) / mesh.world_size
 
 
@@ -59,10 +61,6 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
         f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",
         f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is relative to it",
     ]
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision is Precision.bfloat16 else torch.float32
 
 
 def _size(count: float) -> str:

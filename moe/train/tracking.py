@@ -11,6 +11,7 @@ from typing import Any
 from moe.config import Config, TrackingBackend
 from moe.durable import append_line, write_durably
 from moe.train.wandb_run import WandbRun
+from moe.untrusted import Values, json_lines
 
 
 def finite(value: Any) -> Any:
@@ -27,18 +28,17 @@ def finite(value: Any) -> Any:
 def cut_back(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl (or samples.jsonl) up to `step`: a resume writes the later ones again.
 
-    Also drops lines that a crash has torn, wherever they are.
+    Also drops lines that a crash has torn, wherever they are. Raises UserError for a line whose step is no number.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_durably(path, "".join(kept))
+    for line in json_lines(path):
+        if line.value is not None:
+            values = Values(line.value, f"{path}:{line.number}", "remove the line")
+            if values.count("step") <= step:
+                kept.append(line.raw.rstrip(b"\n") + b"\n")
+    write_durably(path, b"".join(kept))
 
 
 class Tracker:

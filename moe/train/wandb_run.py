@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import Config
+from moe.durable import write_durably
+from moe.errors import UserError
 from moe.report.matrix import matrix_page
 from moe.report.page import routing_page
 from moe.train.panels import Matrix, panels
 from moe.train.wandb_key import BASE_URL, NETRC, find_key
+from moe.untrusted import read_text
 
 Warn = Callable[[str], None]
 
@@ -85,8 +89,12 @@ class WandbRun:
         mode, why = _mode(key, wrong)
         identity = self._folder / "wandb_id"
         if not (resumed and identity.exists()):
-            identity.write_text(secrets.token_hex(4), encoding="utf-8")
-        run_id = identity.read_text(encoding="utf-8").strip()
+            write_durably(identity, secrets.token_hex(4))
+        run_id = read_text(identity).strip()
+        if not re.fullmatch(r"[\w-]{1,64}", run_id):
+            raise UserError(
+                f"{identity}: {run_id[:40]!r} is no id of a W&B run: remove the file, and the run gets another"
+            )
         failed = ""
         for attempt, attempt_id in ((mode, run_id), ("offline", secrets.token_hex(4))):
             try:

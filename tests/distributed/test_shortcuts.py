@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config.compose import load_config
 from moe.distributed import rendezvous
 from moe.engine import build_engine, prepare
 from moe.engine.base import SkipReason
 from moe.engine.deepspeed import engine as engine_module
-from moe.engine.deepspeed.shortcuts import LARGE, ROW, squared_norm
+from moe.engine.deepspeed.shortcuts import LARGE, ROW, _flatten_and_clip, squared_norm
 from moe.model.transformer import Transformer
 from moe.sparse.balance import balance_loss
 from tests.ranks import run_ranks
@@ -107,3 +108,36 @@ def test_a_gradient_that_is_not_finite_is_refused_as_before(world_size: int) -> 
 def test_norm_in_rows_equals_float64(numel: int) -> None:
     gradient = torch.randn(numel, generator=torch.Generator().manual_seed(numel)) * 1e-3
     assert squared_norm(gradient).item() == pytest.approx(gradient.double().square().sum().item(), rel=3e-8)
+
+
+class _Zero:
+    """What flattening reads of a ZeRO optimizer."""
+
+    clip_grad = 1.0
+
+    def __init__(self) -> None:
+        self.single_partition_of_fp32_groups = [torch.zeros(6)]
+        self.averaged_gradients = {0: [torch.ones(2, 2), torch.ones(2)]}
+        self._global_grad_norm = torch.tensor(2.0)
+
+
+def test_the_flat_buffer_is_allocated_once() -> None:
+    buffers: dict[int, torch.Tensor] = {}
+    zero = _Zero()
+    first = _flatten_and_clip(zero, 0, buffers)
+    with _Allocations() as made:
+        assert _flatten_and_clip(zero, 0, buffers) is first
+    assert made.of == []
+
+
+class _Allocations(TorchDispatchMode):
+    """Notes each operator that takes memory for a tensor of a partition's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "empty" in str(func):
+            self.of.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from moe.config.presets import groups, presets
 from tests.e2e.conftest import SMALL
@@ -153,33 +157,102 @@ def rows(random_: random.Random, folder: Path, done: Path) -> Case:
 
 
 def run_directory(random_: random.Random, folder: Path, done: Path) -> Case:
-    """Someone else's run directory, given to report, generate or train."""
+    """Someone else's run directory, given to report, generate, train or checkpoint.init_from. Its manifests mostly
+    list the changed files as they are."""
     run_dir = folder / "run"
     shutil.copytree(done, run_dir)
     files = [path for path in run_dir.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-    for path in random_.sample(files, random_.choice([1, 1, 2])):
-        match random_.randrange(5):
-            case 0:
-                path.write_bytes(_mutated(random_, path.read_bytes()))
-            case 1:
-                path.write_bytes(
-                    random_.choice([b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b"a: &a [*a]", b"[" * 5000])
-                )
-            case 2:
-                path.unlink()
-                path.mkdir()
-            case 3:
-                path.unlink()
-                path.symlink_to(random_.choice(["/dev/zero", "/nowhere", "/etc/hostname", "."]))
-            case 4:
-                path.write_text(_odd_value(random_, path.read_text(errors="replace")), errors="replace")
-    verb = random_.choice(["report", "generate", "train"])
+    picked = random_.sample(files, random_.choice([1, 1, 2]))
+    for path in picked:
+        _change(random_, path)
+    if random_.random() < 0.8:
+        for manifest in sorted(run_dir.glob("checkpoints/*/manifest.json")):
+            if manifest not in picked:
+                _list_anew(manifest)
+    verb = random_.choice(["report", "generate", "train", "init_from"])
+    train = ["train", *ONE_STEP, *_corpus(done), "train.steps=3"]
     arguments = {
         "report": ["report", "run"],
         "generate": ["generate", "checkpoint=run", "prompt=one", "max_new_tokens=3"],
-        "train": ["train", *ONE_STEP, *_corpus(done), "run_dir=run", "train.steps=3", "checkpoint.allow_changes=true"],
+        "train": [*train, "run_dir=run", "checkpoint.allow_changes=true"],
+        "init_from": [*train, "run_dir=new", "checkpoint.init_from=run"],
     }[verb]
-    return Case("run directory", f"{verb} {[str(path.relative_to(run_dir)) for path in files[:1]]}", arguments)
+    names = [str(path.relative_to(run_dir)) for path in picked]
+    return Case("run directory", f"{verb} {names}", arguments, {"SECRET": SECRET}, never=SECRET)
+
+
+SECRET = "a-secret-of-the-environment"
+CONTENTS = [
+    b"", b"{", b"[]", b"{}", b"null", b"3", b"\xff\xfe", b"[" * 5000, b"{" * 5000, b'{"a":' * 3000, b"9" * 6000,
+    b"a: &a [*a]", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", b"a: " + b"[" * 500, b"run_dir: ${oc.env:SECRET}",
+    b"!!python/object/apply:os.getcwd []", b'{"file": "/dev/zero"}', b'{"file": "../../metrics.jsonl"}',
+]  # fmt: skip
+ODD_LEAVES = [
+    None, True, False, -1, 0, 1.5, 2**53, 10**30, 10**400, 1e300, 1e999, float("nan"), "", "x", "/dev/zero", "../..",
+    "${oc.env:SECRET}", "\ud800", [], [[]], {}, {"a": {"a": 1}}, [1] * 1000,
+]  # fmt: skip
+
+
+def _change(random_: random.Random, path: Path) -> None:
+    """Other bytes, an odd value somewhere inside, or no regular file at all."""
+    match random_.randrange(9):
+        case 0:
+            path.write_bytes(_mutated(random_, path.read_bytes()))
+        case 1:
+            path.write_bytes(random_.choice(CONTENTS))
+        case 2:
+            path.unlink()
+            path.mkdir()
+        case 3:
+            path.unlink()
+            path.symlink_to(random_.choice(["/dev/zero", "/nowhere", "/etc/hostname", "."]))
+        case 4:
+            path.unlink()
+            os.mkfifo(path)
+        case 5:
+            path.write_text(_odd_value(random_, path.read_text(errors="replace")), errors="replace")
+        case _:
+            _odd_leaf(random_, path)
+
+
+def _odd_leaf(random_: random.Random, path: Path) -> None:
+    """One value of a JSON or YAML file replaced, or its key removed."""
+    content = path.read_text(errors="replace")
+    lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+    at = random_.randrange(max(1, len(lines)))
+    load, dump = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
+    try:
+        tree = load(lines[at])
+    except (ValueError, IndexError):
+        return
+    place, key = _random_leaf(random_, tree)
+    if place is None:
+        return
+    if random_.random() < 0.2:
+        del place[key]
+    else:
+        place[key] = random_.choice(ODD_LEAVES)
+    lines[at] = dump(tree)
+    path.write_text("\n".join(lines) + "\n", errors="surrogatepass")
+
+
+def _random_leaf(random_: random.Random, tree: Any) -> tuple[Any, Any]:
+    place, key = None, None
+    while isinstance(tree, dict | list) and tree and (place is None or random_.random() < 0.8):
+        place, key = tree, random_.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+        tree = place[key]
+    return place, key
+
+
+def _list_anew(manifest: Path) -> None:
+    """Gives the files that are there the sizes and hashes that they have now."""
+    entries = json.loads(manifest.read_text())
+    for name in entries:
+        path = manifest.parent / name
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            entries[name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    manifest.write_text(json.dumps(entries))
 
 
 def _odd_value(random_: random.Random, text: str) -> str:

@@ -19,13 +19,14 @@ CODES = {0, 1, 2}
 
 @dataclass(frozen=True)
 class Case:
-    """`must_fail`: exit code 0 is wrong, since the input is known to be unusable."""
+    """`must_fail`: exit code 0 is wrong, since the input is known to be unusable. `never` must not be printed."""
 
     area: str
     name: str
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     must_fail: bool = False
+    never: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def _fault(case: Case, code: int | None, out: str, err: str) -> str:
         return f"exit code {code} with {len(lines)} messages"
     if code and len(lines[0]) > 1500:
         return f"a message of {len(lines[0])} characters"
+    if case.never and case.never in out + err:
+        return f"{case.never} was printed"
     if not code and case.must_fail:
         return "exit code 0"
     return ""

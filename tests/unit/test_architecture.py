@@ -19,31 +19,35 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "durable": set(),
-    "config": {"errors"},
+    "untrusted": {"errors"},
+    "durable": {"untrusted", "errors"},
+    "config": {"untrusted", "errors"},
     "distributed": {"errors"},
     "kernels": {"config", "errors"},
     "sparse": {"kernels", "config", "errors"},
     "model": {"kernels", "sparse", "config"},
     "engine": {"distributed", "sparse", "config", "errors"},
     "plan": {"kernels", "config", "errors"},
-    "checkpoint": {"plan", "engine", "distributed", "model", "sparse", "config", "errors", "durable", "__init__"},
-    "data": {"config", "errors", "durable"},
+    "checkpoint": {
+        "plan", "engine", "distributed", "model", "sparse", "config", "errors", "untrusted", "durable", "__init__",
+    },
+    "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
-    "report": {"config", "errors", "__init__"},
+    "report": {"config", "errors", "untrusted", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
-        "config", "durable", "errors",
+        "config", "durable", "untrusted", "errors",
     },
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "config",
-        "errors",
+        "doctor", "bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "kernels",
+        "config", "errors",
     },
     "__main__": {"cli"},
+    "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},
 }  # fmt: skip
 # A package that only these files may name.
 ONLY_IN = {

@@ -106,7 +106,9 @@ def _norm_function(zero: Any) -> Callable[..., Tensor]:
 def _flatten_and_clip(zero: Any, group: int, buffers: dict[int, Tensor]) -> Tensor:
     """This rank's gradients of one group as one tensor, scaled so that the global norm is at most `clip_grad`."""
     master = zero.single_partition_of_fp32_groups[group]
-    flat = buffers.setdefault(group, torch.empty_like(master, requires_grad=False))
+    flat = buffers.get(group)
+    if flat is None:
+        flat = buffers[group] = torch.empty_like(master, requires_grad=False)
     # DeepSpeed's own formula, so that clipped runs agree with it to the bit.
     norm = borrow_value(zero, "_global_grad_norm", lost="gradients would not be clipped")
     scale = 1.0 / torch.clamp((norm + 1e-6) / zero.clip_grad, min=1.0)

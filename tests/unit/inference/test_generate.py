@@ -101,7 +101,7 @@ def test_a_text_depends_on_seed_and_index_only():
 def picks(logits: list[float], ids=(), count: int = 4000, **settings) -> torch.Tensor:
     """Shares of each token among `count` picks."""
     generator = torch.Generator().manual_seed(0)
-    chosen = [pick(torch.tensor(logits), list(ids), Sampling(**settings), generator) for _ in range(count)]
+    chosen = [pick(torch.tensor(logits), set(ids), Sampling(**settings), generator) for _ in range(count)]
     return torch.bincount(torch.tensor(chosen), minlength=len(logits)) / count
 
 
@@ -165,9 +165,9 @@ def test_repetition_penalty_lowers_both_signs():
     logits = torch.tensor([2.0, -1.0, 1.5, -1.5])
     before = logits.clone()
     generator = torch.Generator()
-    assert pick(logits, [0], Sampling(temperature=0, repetition_penalty=2.0), generator) == 2
-    assert pick(logits, [0, 2, 2], Sampling(temperature=0, repetition_penalty=4.0), generator) == 0
-    assert pick(torch.tensor([-1.0, -1.5]), [0], Sampling(temperature=0, repetition_penalty=2.0), generator) == 1
+    assert pick(logits, {0}, Sampling(temperature=0, repetition_penalty=2.0), generator) == 2
+    assert pick(logits, {0, 2}, Sampling(temperature=0, repetition_penalty=4.0), generator) == 0
+    assert pick(torch.tensor([-1.0, -1.5]), {0}, Sampling(temperature=0, repetition_penalty=2.0), generator) == 1
     assert torch.equal(logits, before)
 
 

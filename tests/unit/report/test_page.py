@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 
 from moe.config.compose import load_config, to_yaml
+from moe.errors import UserError
 from moe.report import facts, palette
 from moe.report.page import write_report
 from moe.report.plots import Axis, Chart, Reference, Series, line_chart, value_axis
-from moe.report.reader import FRAMES, read_run
+from moe.report.reader import read_run
+from moe.report.rows import FRAMES
 from moe.report.scales import count, downsample, linear_ticks, log_ticks, scientific, short, tick_label
 
 OVERRIDES = """def read(path, mode='r'):
@@ -312,7 +315,8 @@ def test_dense_model_has_no_router_sections(tmp_path: Path) -> None:
         (None, "no such file; train first"),
         ("", "is empty; train at least one step"),
         ('{"step": 1, "lm_l', "holds no step in its 1 line;"),
-        ('{"loss": 1}\n[1]\n', "holds no step in its 2 lines;"),
+        ('{"st\n[1]\n', "holds no step in its 2 lines;"),
+        ('{"loss": 1}\n[1]\n', ":1: step is missing"),
     ],
 )
 def test_no_step_is_one_clear_line(tmp_path: Path, content: str | None, message: str) -> None:
@@ -347,6 +351,68 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: str, message
         write_report(folder)
     assert str(caught.value).startswith(str(folder / name))
     assert "\n" not in str(caught.value)
+
+
+ODD_VALUES: dict[str, list[object]] = {
+    "step": [True, "1", 1.5, -1, 10**400, None, {"a": 1}],
+    "lm_loss": [True, "1", [1], {"a": 1}, 10**400],
+    "load_balancing_loss_layers": ["x", {"a": 1}, [True], [[1]], 3],
+    "expert_shares": ["x", [1, 2], [[1, 0], [1]], [[0.5, "x"]], [[2.0, -1.0]], {"a": 1}],
+    "val_loss_by_source": [[1], 3, {"a": "x"}, {"a": True}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD_VALUES.items() for value in values])
+def test_a_value_of_another_type_is_named_with_its_line(tmp_path: Path, key: str, value: object) -> None:
+    folder = fake_run(tmp_path / "run", steps=3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[1][key] = value
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError) as caught:
+        write_report(folder)
+    assert str(caught.value).startswith(f"{folder / 'metrics.jsonl'}:2: {key}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "true", "1.5", "[1]", "{a: 1}", "9" * 30])
+@pytest.mark.parametrize("key", ["num_attention_heads", "head_dim", "hidden_size"])
+def test_a_size_that_is_none_is_named(tmp_path: Path, key: str, value: str) -> None:
+    """The page computes with them: num_attention_heads=0 was a division by zero."""
+    folder = fake_run(tmp_path / "run", steps=3)
+    (folder / "config.yaml").write_text(f"model:\n  {key}: {value}\n")
+    with pytest.raises(UserError, match=rf"config.yaml: model.{key}=.* must be a whole number from 1 to 10{{9}};"):
+        write_report(folder)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "routing.json", "samples.jsonl"])
+def test_a_fifo_is_refused_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = fake_run(tmp_path / "run", steps=3)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name}: must be a regular file, not a FIFO: remove it"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [('{"text": 3}', "text"), ('{"prompt": [], "text": ""}', "prompt"), ('{"step": "x", "text": ""}', "step")],
+)
+def test_a_sample_of_another_type_is_named(tmp_path: Path, line: str, key: str) -> None:
+    folder = fake_run(tmp_path / "run", steps=3)
+    (folder / "samples.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=f"samples.jsonl:1: {key}="):
+        write_report(folder)
+
+
+def test_the_report_does_not_follow_a_link(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", steps=3)
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name in ("report.html", f".report.{os.getpid()}.html"):
+        (folder / name).symlink_to(other)
+    write_report(folder)
+    assert other.read_text() == "mine"
 
 
 def test_torn_lines_are_skipped_and_told(tmp_path: Path) -> None:
