@@ -23,8 +23,8 @@ class SourceConfig:
     """One corpus: a file, folder, glob, data set name, or a built-in domain (`format=stdlib`).
 
     `text_field` is the text column of JSONL, CSV, TSV, Parquet and data sets; `subset` and `split` are those of
-    `datasets.load_dataset`; `weight` is the share of training samples (null: in proportion to tokens; all sources or none
-    state one).
+    `datasets.load_dataset`; `weight` is the share of training samples (null: in proportion to tokens; all sources or
+    none state one).
     """
 
     path: str = ""

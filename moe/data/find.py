@@ -128,15 +128,16 @@ def _expand(parts: tuple[str, ...], *, hidden: bool) -> Iterator[tuple[str, Path
         deeper = []
         for entry in sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
             path = folder / entry.name
+            is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
             if entry.name.startswith(".") and not part.startswith("."):
                 if hidden and part != "**":
                     yield "hidden", path
             elif part == "**":
-                deeper += [(path, at)] if entry.is_dir() else []
+                deeper += [(path, at)] if is_folder else []
             elif fnmatchcase(entry.name, part):
                 if not last:
-                    deeper += [(path, at + 1)] if entry.is_dir() else []
-                elif not entry.is_dir():
+                    deeper += [(path, at + 1)] if is_folder else []
+                elif not is_folder:
                     yield _kind(path), path
                 elif not recursive:
                     yield "folder", path

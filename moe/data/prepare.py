@@ -28,7 +28,8 @@ from moe.data.corpus_writer import survey_source, train_tokenizer, write_corpus
 from moe.data.find import expanded
 from moe.data.readers import DataError
 from moe.data.sources import Source, open_sources, stated_weights
-from moe.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
+from moe.data.tokenizer import open_tokenizer, tokenizer_files
+from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync
 
 __all__ = ["Corpus", "check_tokenizer", "check_vocab", "open_corpus", "prepare"]
