@@ -146,7 +146,7 @@ def test_strange_parquet_columns(tmp_path):
 def test_damaged_parquet_is_one_line_or_the_rows(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [f"row {index}" for index in range(100)], "n": range(100)}), path)
-    content = path.read_bytes()
+    content, messages = path.read_bytes(), []
     for seed in range(100):
         dice, data = random.Random(seed), bytearray(content)
         for _ in range(dice.choice([1, 2, 8])):
@@ -155,7 +155,9 @@ def test_damaged_parquet_is_one_line_or_the_rows(tmp_path):
         try:
             texts(read_parquet(path, "data", "text"))
         except DataError as error:
-            assert "\n" not in str(error)
+            messages.append(str(error))
+    assert messages
+    assert not any("\n" in message for message in messages)
 
 
 ROWS = "".join(json.dumps({"text": f"row {index}"}) + "\n" for index in range(5000)).encode()
