@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import DataConfig, SourceFormat
+from moe.config import DataConfig, SourceFormat, TokenizerConfig
 from moe.data.find import find
+from moe.data.prepare import prepare
 from moe.data.readers import DataError
 from moe.data.sources import open_sources
 
@@ -177,3 +178,12 @@ def test_a_file_and_a_folder_without_permission_are_one_line():
             if root:
                 os.seteuid(0)
             (folder / "shut").chmod(0o755)
+
+
+def test_folders_whose_names_are_no_utf8(tmp_path):
+    corpus, cache = tmp_path / "in\udcff", tmp_path / "cache\udcff"
+    write(corpus, "a.txt", "b.txt")
+    (corpus / "c\udcfe.txt").write_text("third\n")
+    data = DataConfig(path=str(corpus), cache_dir=str(cache))
+    prepared = prepare(data, TokenizerConfig(), log=lambda line: None)
+    assert prepared.train[0].documents + prepared.held_out[0].documents == 3
