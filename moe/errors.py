@@ -53,3 +53,10 @@ def line_about(error: Exception) -> str:
     """An error's text; of too many open files, with the fix."""
     many = isinstance(error, OSError) and error.errno == errno.EMFILE
     return f"{error}: `ulimit -n 4096` in the shell that starts it allows more" if many else str(error)
+
+
+def shown(text: str, longest: int = 60) -> str:
+    """A value for a message: control characters and lone surrogates escaped, a long value cut to its ends."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} … {text[-longest // 2 :]} ({len(text)} characters)"
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -52,6 +52,8 @@ class SourceFormat(Enum):
     auto = "auto"
     text = "text"
     jsonl = "jsonl"
+    csv = "csv"
+    tsv = "tsv"
     parquet = "parquet"
     dataset = "dataset"
     stdlib = "stdlib"

@@ -22,8 +22,9 @@ MAX_TRAIN_BYTES = 10**12
 class SourceConfig:
     """One corpus: a file, folder, glob, data set name, or a built-in domain (`format=stdlib`).
 
-    `text_field` is the text column of JSONL, Parquet and data sets; `subset` and `split` are `datasets.load_dataset`'s;
-    `weight` is the share of training samples (null: in proportion to tokens; all sources or none state one).
+    `text_field` is the text column of JSONL, CSV, TSV, Parquet and data sets; `subset` and `split` are those of
+    `datasets.load_dataset`; `weight` is the share of training samples (null: in proportion to tokens; all sources or
+    none state one).
     """
 
     path: str = ""
@@ -52,6 +53,11 @@ class DataConfig:
         require(0 < self.held_out < 1, f"data.held_out={self.held_out} must be between 0 and 1: a share of documents")
         both = self.path is not None and self.sources
         require(not both, f"data.path={self.path} and data.sources can't both be set (data=files has no sources)")
+        for name, default in (("text_field", "text"), ("format", SourceFormat.auto)):
+            require(
+                not self.sources or getattr(self, name) == default,
+                f"data.{name} belongs to data.path: set data.path, or data.sources.NAME.{name} of a source",
+            )
         self.sources = {name: _source(name, value) for name, value in self.sources.items()}
         weights = [source.weight for source in self.sources.values()]
         for name, source in self.sources.items():

@@ -10,7 +10,8 @@ from typing import Any
 
 from moe.data.readers import DataError
 from moe.data.shards import TokenStream, stream_entry, token_dtype
-from moe.data.tokenizer import Tokenizer, load_saved
+from moe.data.tokenizer import load_saved
+from moe.data.tokenizer_base import Tokenizer
 from moe.data.verify import verify
 from moe.durable import write_durably
 from moe.errors import UserError

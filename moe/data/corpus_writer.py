@@ -19,7 +19,7 @@ from moe.data.corpus import FORMAT, META, SPLITS
 from moe.data.readers import Chunk, DataError
 from moe.data.shards import StreamWriter, token_dtype
 from moe.data.sources import Source, stated_weights
-from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer_base import Tokenizer
 from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 from moe.durable import fsync
 

@@ -83,7 +83,7 @@ def _splits_anywhere(about: dict[str, Any]) -> bool:
     normalizer = (about.get("normalizer") or {"type": "NFC"}).get("type")
     added = (token for token in about.get("added_tokens", []) if not token["special"])
     crosses = any(token["lstrip"] or token["rstrip"] or re.search(r"\S\s|\s\S", token["content"]) for token in added)
-    return known and normalizer == "NFC" and about["model"]["type"] == "BPE" and not crosses
+    return known and normalizer == "NFC" and about["model"].get("type") == "BPE" and not crosses
 
 
 def _is_split(text: str, place: int, splitter: Any) -> bool:

@@ -25,9 +25,11 @@ import sentencepiece
 from moe.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe.data.corpus import FORMAT, Corpus, check_tokenizer, check_vocab, open_corpus
 from moe.data.corpus_writer import survey_source, train_tokenizer, write_corpus
+from moe.data.find import expanded
 from moe.data.readers import DataError
 from moe.data.sources import Source, open_sources, stated_weights
-from moe.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
+from moe.data.tokenizer import open_tokenizer, tokenizer_files
+from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync
 from moe.errors import UserError
 from moe.untrusted import read_object
@@ -51,8 +53,11 @@ def prepare(
     about a damaged corpus, in the one process that prepares it again. Raises DataError, one line, if anything is wrong
     with the text, the tokenizer or the cache folder.
     """
-    cache = Path(data.cache_dir).expanduser()
+    cache = expanded("data.cache_dir", data.cache_dir)
     sources = open_sources(data)
+    for source in sources:
+        if source.taken:
+            log(source.taken)
     note = _Note.of(cache, data, tokenizer, sources)
     opener = _Opener(stated_weights(data), log, warn or log, verify)
     if corpus := opener.known(note):

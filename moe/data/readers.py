@@ -1,14 +1,22 @@
-"""Reads one file or table as documents; every error is one line with the file and the place in it."""
+"""Reads text files, compressed or not, as documents; every error is one line with the file and the place in it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
 from moe.errors import UserError
+
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+LOOKED_AT = 8192  # bytes at a text file's beginning: a NUL among them means that it is no text
 
 
 class DataError(UserError):
@@ -27,24 +35,67 @@ class Chunk:
         return self.data.decode()
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed as its name says. Raises DataError, also for reads within the block."""
+    try:
+        with _decompressed(path) as file:
+            yield file
+    except EOFError as error:
+        raise DataError(f"{path}: the compressed file is cut short: copy it again") from error
+    except (zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: not readable as {path.suffix}: {first_line(error)}") from error
+    except OSError as error:
+        compressed = path.suffix.lower() in COMPRESSED_SUFFIXES and error.strerror is None
+        rule = f"not readable as {path.suffix}: {first_line(error)}" if compressed else error.strerror
+        raise DataError(f"{path}: {rule}") from error
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path))
+        case ".bz2":
+            return cast(BinaryIO, bz2.open(path))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(path))
+        case ".zst":
+            import pyarrow
+
+            with path.open("rb"):  # its error says what is wrong, pyarrow's also where in its sources
+                pass
+            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16)
+    return path.open("rb")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def read_text(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
     """One document per file, in chunks of about `chunk_bytes` that end with a line (or, in a long one, a character)."""
     starts_document, position = True, 0
-    try:
-        with path.open("rb") as file:
-            tail = b""
-            while block := file.read(chunk_bytes):
-                block = tail + block + file.readline(chunk_bytes)
-                # A line longer than a chunk is cut at any byte; the bytes of a cut character go into the next chunk.
-                tail = _unfinished(block) if not block.endswith(b"\n") else b""
-                block = block[: len(block) - len(tail)]
-                _decode(block, path, position)
-                yield Chunk(block, starts_document)
-                starts_document, position = False, position + len(block)
-            if tail:
-                _decode(tail, path, position)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    with opened(path) as file:
+        tail = b""
+        while block := file.read(chunk_bytes):
+            block = tail + block + file.readline(chunk_bytes)
+            # A line longer than a chunk is cut at any byte; the bytes of a cut character go into the next chunk.
+            tail = _unfinished(block) if not block.endswith(b"\n") else b""
+            block = block[: len(block) - len(tail)]
+            refuse_nul(block[: max(0, LOOKED_AT - position)], path, position)
+            decode(block, path, position)
+            yield Chunk(block, starts_document)
+            starts_document, position = False, position + len(block)
+        if tail:
+            decode(tail, path, position)
+
+
+def refuse_nul(block: bytes, path: Path, position: int) -> None:
+    """Raises DataError where `block`, at `position` of the file, has a NUL byte."""
+    if (at := block.find(b"\0")) >= 0:
+        raise DataError(
+            f"{path}: byte {position + at} is NUL: the file is UTF-16 or no text; convert it to UTF-8, or leave it out"
+        )
 
 
 def _unfinished(block: bytes) -> bytes:
@@ -59,87 +110,9 @@ def _unfinished(block: bytes) -> bytes:
     return b""
 
 
-def _decode(block: bytes, path: Path, position: int) -> str:
+def decode(block: bytes, path: Path, position: int) -> str:
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
         place = position + error.start
         raise DataError(f"{path}: byte {place} (0x{block[error.start]:02x}) is not UTF-8: {error.reason}") from error
-
-
-def read_jsonl(path: Path, key: str, field: str) -> Iterator[Chunk]:
-    """One document per line: its string `field`. Blank lines are skipped; `key` is the source's, for messages."""
-    position = number = 0
-    try:
-        with path.open("rb") as file:
-            while line := file.readline():
-                number += 1
-                text = _decode(line.rstrip(b"\r\n"), path, position)
-                position += len(line)
-                line = b""  # a row may have many megabytes, so no copy of it is kept longer than needed
-                if not text or text.isspace():
-                    continue
-                try:
-                    row = json.loads(text.removeprefix("\ufeff"))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}: broken JSON at column {error.colno}: {error.msg}") from error
-                except RecursionError as error:
-                    raise DataError(f"{path}:{number}: broken JSON: nested too deeply") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: must be a JSON object, is a {type(row).__name__}")
-                if field not in row:
-                    raise DataError(f"{path}:{number}: {no_field(key, field, list(row))}")
-                value, row, text = row[field], None, ""
-                chunk, value = as_chunk(value, field, f"{path}:{number}"), None
-                yield chunk
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-
-
-def no_field(key: str, field: str, names: list[str]) -> str:
-    """The message for a row or table without `field`."""
-    return f"no field {field!r}; it has {', '.join(map(str, names)) or 'none'}: set {key}.text_field"
-
-
-def as_chunk(value: Any, field: str, place: str) -> Chunk:
-    """A row's value as a document. Raises DataError, naming the place, when it isn't text."""
-    if not isinstance(value, str):
-        shown = "null" if value is None else f"a {type(value).__name__}"
-        raise DataError(f"{place}: field {field!r} must be a string, is {shown}")
-    try:
-        return Chunk(value.encode("utf-8"))
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        wrong = f"U+{ord(value[error.start]):04X}"
-        raise DataError(f"{place}: field {field!r} holds a lone surrogate ({wrong}), which is not text") from error
-
-
-def read_parquet(path: Path, key: str, field: str) -> Iterator[Chunk]:
-    """One document per row: its string column `field`; `key` is the source's, for messages."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise DataError(f"{path}: {no_field(key, field, names)}")
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield as_chunk(value, field, f"{path}: row {number}")
-                    number += 1
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from error
-
-
-def column(rows: Iterable[Any], field: str, place: str) -> Iterator[Any]:
-    """`field` of every row of a `datasets` table."""
-    try:
-        for row in rows:
-            yield row[field]
-    except Exception as error:  # `datasets` lets any exception of its readers through
-        raise DataError(f"{place}: `datasets` can't read it: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

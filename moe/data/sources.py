@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, JSONL, Parquet, `datasets`, and the built-in domains.
+"""Where text comes from: files of all formats, folders, globs, `datasets`, and the built-in domains.
 
 A source is a stream of `Chunk`s, so memory doesn't grow with the corpus: about a mebibyte of a text file at most, or
 one row of the other formats. Text that can't be read raises `DataError`, one line that names the file and the place.
@@ -6,8 +6,9 @@ one row of the other formats. Text that can't be read raises `DataError`, one li
 
 from __future__ import annotations
 
-import glob
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,26 +17,16 @@ from typing import Any
 
 from moe.config import DataConfig, SourceConfig, SourceFormat
 from moe.data import stdlib
-from moe.data.readers import (
-    Chunk,
-    DataError,
-    as_chunk,
-    column,
-    first_line,
-    no_field,
-    read_jsonl,
-    read_parquet,
-    read_text,
-)
+from moe.data.find import expanded, find
+from moe.data.formats import format_of
+from moe.data.readers import Chunk, DataError, first_line, read_text
+from moe.data.rows import DELIMITERS, as_chunk, column, no_field, read_csv, read_jsonl, read_parquet
+from moe.errors import shown
 
 MAX_CHUNK_BYTES = 1 << 20
 MIN_CHUNK_BYTES = 1 << 10
 MIN_CHUNKS = 64  # fewer text files are cut into about so many chunks, so that one long book has held-out text too
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-PARQUET_SUFFIXES = (".parquet",)
-PICKLE_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(slots=True)
@@ -47,6 +38,7 @@ class Source:
     identity: list[Any]
     modified_ns: int  # newest file's modification time; 0 where there are no files
     read: Callable[[], Iterator[Chunk]]
+    taken: str = ""  # of a folder or glob: one line with what is read and what is left out
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk but empty ones, in a fixed order. Raises DataError."""
@@ -71,11 +63,12 @@ def stated_weights(data: DataConfig) -> dict[str, float]:
 
 def _open(name: str, key: str, config: SourceConfig) -> Source:
     if config.format is SourceFormat.stdlib:
+        _require_used(key, config, {SourceFormat.stdlib})
         return _open_stdlib(name, key, config.path)
-    path = Path(config.path).expanduser()
+    path = expanded(f"{key}.path", config.path)
     if config.format is SourceFormat.dataset or (config.format is SourceFormat.auto and _is_saved_dataset(path)):
         return _open_dataset(name, key, config, path)
-    return _open_files(name, key, config, _expand(key, config, path))
+    return _open_files(name, key, config)
 
 
 def _open_stdlib(name: str, key: str, domain: str) -> Source:
@@ -103,27 +96,7 @@ def _open_stdlib(name: str, key: str, domain: str) -> Source:
 
 
 def _is_saved_dataset(path: Path) -> bool:
-    return any((path / marker).is_file() for marker in SAVED_DATASET_FILES)
-
-
-def _expand(key: str, config: SourceConfig, path: Path) -> list[Path]:
-    """The files that a path, folder or glob names, sorted."""
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        inside = (found for found in path.rglob("*") if found.is_file())
-        found = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        if not found:
-            raise DataError(f"{key}.path={config.path}: the folder holds no files")
-        return found
-    if glob.has_magic(config.path):
-        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-        if not found:
-            raise DataError(f"{key}.path={config.path}: the glob matches no file (working folder: {Path.cwd()})")
-        return found
-    # A mistyped folder must fail at once, not after a search of the Hub, so Hub names need format=dataset.
-    hint = f"; a data set on the Hub needs {key}.format=dataset" if HUB_NAME.fullmatch(config.path) else ""
-    raise DataError(f"{key}.path={config.path}: no such file or folder (working folder: {Path.cwd()}){hint}")
+    return any(os.path.isfile(path / marker) for marker in SAVED_DATASET_FILES)
 
 
 def _stat(key: str, paths: list[Path]) -> tuple[list[Any], int]:
@@ -136,12 +109,12 @@ def _stat(key: str, paths: list[Path]) -> tuple[list[Any], int]:
     return identity, max((stat.st_mtime_ns for _, stat in stats), default=0)
 
 
-def _open_files(name: str, key: str, config: SourceConfig, paths: list[Path]) -> Source:
-    for path in paths:
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise DataError(f"{path}: {path.suffix} files may be pickles, which run code when read: never opened")
+def _open_files(name: str, key: str, config: SourceConfig) -> Source:
+    found = find(key, config.path, config.format)
+    paths = found.files
     identity, modified = _stat(key, paths)
-    readers = [_format_of(config.format, path) for path in paths]
+    readers = [format_of(config.format, path) for path in paths]
+    _require_used(key, config, set(readers))
     texts = [size for reader, (_, size, _) in zip(readers, identity, strict=True) if reader is SourceFormat.text]
     chunk_bytes = MAX_CHUNK_BYTES
     if len(texts) < MIN_CHUNKS:
@@ -153,21 +126,32 @@ def _open_files(name: str, key: str, config: SourceConfig, paths: list[Path]) ->
                 yield from read_jsonl(path, key, config.text_field)
             elif reader is SourceFormat.parquet:
                 yield from read_parquet(path, key, config.text_field)
+            elif reader.value in DELIMITERS:
+                yield from read_csv(path, key, config.text_field, DELIMITERS[reader.value])
             else:
                 yield from read_text(path, chunk_bytes)
 
-    kinds = sorted({reader.value for reader in readers})
+    kinds = Counter(reader.value for reader in readers)
+    taken = ""
+    if found.several:
+        formats = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        taken = f"source {name!r}: {len(paths)} file{'s' if len(paths) > 1 else ''} ({formats}){found.left_out()}"
+    description = f"{'+'.join(sorted(kinds))}:{config.path}"
     settings = ["files", config.format.value, config.text_field]
-    return Source(name, f"{'+'.join(kinds)}:{config.path}", [*settings, *identity], modified, read)
+    return Source(name, description, [*settings, *identity], modified, read, taken)
 
 
-def _format_of(stated: SourceFormat, path: Path) -> SourceFormat:
-    if stated is not SourceFormat.auto:
-        return stated
-    suffix = path.suffix.lower()
-    if suffix in JSONL_SUFFIXES:
-        return SourceFormat.jsonl
-    return SourceFormat.parquet if suffix in PARQUET_SUFFIXES else SourceFormat.text
+def _require_used(key: str, config: SourceConfig, readers: set[SourceFormat]) -> None:
+    """Raises DataError naming a key that nothing in this source reads."""
+    default = SourceConfig()
+    if config.text_field != default.text_field and not readers - {SourceFormat.text, SourceFormat.stdlib}:
+        raise DataError(
+            f"{key}.text_field={shown(config.text_field)} is read by no file of this source, which is plain text: "
+            f"leave it out, or state {key}.format=jsonl, csv, tsv or parquet"
+        )
+    for field in ("subset", "split"):
+        if (value := getattr(config, field)) != getattr(default, field):
+            raise DataError(f"{key}.{field}={shown(str(value))} is read for data sets only: leave it out")
 
 
 def _open_dataset(name: str, key: str, config: SourceConfig, path: Path) -> Source:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import sentencepiece
 
+from moe.data.long_text import SPACE
 from moe.data.readers import DataError
-from moe.data.tokenizer import SPACE, SentencePieceTokenizer
+from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 RESERVED = 256 + 3  # pieces that aren't learnt: bytes; unknown, BOS, EOS
 COVERAGE = 0.9995  # share of the text's characters that get a piece; the rest are encoded as bytes

@@ -98,7 +98,7 @@ def _open_note(folder: Path, log: Callable[[str], None]) -> Iterator[TextIO | No
     """This machine's note about the corpus in `folder`, locked; None where none can be kept."""
     # A user's own folder: a note that another user wrote would hide a damage.
     place = Path(tempfile.gettempdir()) / f"moe-verified-{os.getuid()}"
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     try:
         place.mkdir(mode=0o700, exist_ok=True)
         if place.lstat().st_uid != os.getuid():

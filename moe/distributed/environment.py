@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from moe.errors import StartError
+from moe.errors import StartError, shown
 
 MAX_RANKS = 2**17
 
@@ -31,8 +31,8 @@ def whole_number(variable: str, default: int, low: int, high: int, why: str = ""
         return default
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise StartError(
-            f"{variable}={text} must be a whole number from {low} to {high}{why}; torchrun sets it, a single process "
-            "needs none",
+            f"{variable}={shown(text)} must be a whole number from {low} to {high}{why}; torchrun sets it, a single "
+            "process needs none",
             prints=True,
         )
     return int(text)

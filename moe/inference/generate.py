@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe.config.generate import GenerateConfig, Sampling
 from moe.config.rules import require
-from moe.data.tokenizer import Tokenizer
+from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.inference.decoding import IncrementalDecoder
 from moe.inference.sampling import pick

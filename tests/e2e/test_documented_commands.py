@@ -6,6 +6,7 @@ made in a temporary folder, and so is a run that it reads, by the documented com
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import re
@@ -86,6 +87,9 @@ class Desk:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.suffix == ".jsonl":
             place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif place.suffix == ".csv":
+            with place.open("w", newline="") as file:
+                csv.writer(file).writerows([["id", field], *([index, row[field]] for index, row in enumerate(rows))])
         elif place.suffix == ".parquet":
             Dataset.from_list(rows).to_parquet(place)
         elif "dataset" in place.name:

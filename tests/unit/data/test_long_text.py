@@ -10,8 +10,10 @@ import pytest
 
 from moe.config import TokenizerConfig, TokenizerKind
 from moe.data import long_text
+from moe.data.huggingface_tokenizer import HuggingFaceTokenizer
+from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.stdlib import arithmetic
-from moe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, open_tokenizer
+from moe.data.tokenizer import open_tokenizer
 from moe.data.tokenizer_training import train_sentencepiece
 from tests.unit.data.test_tokenizer import HARD_TEXTS, huggingface_folder
 

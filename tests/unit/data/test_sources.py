@@ -9,7 +9,8 @@ import pytest
 
 from moe.config import DataConfig, SourceFormat
 from moe.data import sources, stdlib
-from moe.data.readers import DataError, as_chunk, read_text
+from moe.data.readers import DataError, read_text
+from moe.data.rows import as_chunk
 from moe.data.sources import open_sources
 
 ROWS = ["first document\n", "second, with é and 😀", "third\nover lines\n"]
@@ -161,12 +162,12 @@ def test_jsonl_not_utf8_names_file_and_byte(tmp_path):
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ('{"text": "a"', "broken JSON at column 13: Expecting ',' delimiter"),
+        ('{"text": "a"', "broken JSON at column 13: Expecting ',' delimiter: each line must be one JSON object"),
         ("[1, 2]", "must be a JSON object, is a list"),
         ("[" * 100_000, "broken JSON: nested too deeply"),
         ('{"body": "a", "n": 1}', "no field 'text'; it has body, n: set data.text_field"),
         ("{}", "no field 'text'; it has none: set data.text_field"),
-        ('{"text": 3}', "field 'text' must be a string, is a int"),
+        ('{"text": 3}', "field 'text' must be a string, is a number"),
         ('{"text": null}', "field 'text' must be a string, is null"),
         (r'{"text": "\ud800"}', "field 'text' holds a lone surrogate (U+D800), which is not text"),
     ],
@@ -187,7 +188,7 @@ def test_missing_field_names_the_key_of_its_source(tmp_path):
 def test_bad_parquet(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]})
     assert error_of(path) == f"{path}: no field 'text'; it has body, n: set data.text_field"
-    assert error_of(path, text_field="n") == f"{path}: row 0: field 'n' must be a string, is a int"
+    assert error_of(path, text_field="n") == f"{path}: row 0: field 'n' must be a string, is a number"
     (tmp_path / "b.parquet").write_bytes(b"not parquet at all")
     assert "not readable as Parquet" in error_of(tmp_path / "b.parquet")
 

@@ -9,8 +9,9 @@ import sentencepiece
 
 from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.readers import DataError
+from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.stdlib import arithmetic
-from moe.data.tokenizer import SentencePieceTokenizer, load_saved, open_tokenizer
+from moe.data.tokenizer import load_saved, open_tokenizer
 from moe.data.tokenizer_training import LONG_LINE, sample_blocks, train_sentencepiece
 
 HARD_TEXTS = [

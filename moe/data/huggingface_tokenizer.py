@@ -1,0 +1,102 @@
+"""Hugging Face's tokenizer.json, read by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from moe.data.long_text import SPACE, byte_level_parts
+from moe.data.readers import DataError
+from moe.data.tokenizer_base import BYTE_PIECE, PARTS, bos_and_eos, save_files, saved_files
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` read by the `tokenizers` library: byte-level BPE, or SentencePiece-style with byte pieces."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: bytes, bos: int | None, eos: int | None, where: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError as error:
+            raise DataError(f"{where}: needs the `tokenizers` package: pip install tokenizers") from error
+        try:
+            self._backend = Backend.from_str(model.decode("utf-8"))
+            self._json = json.loads(model)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
+        self._backend.encode_special_tokens = True  # "</s>" inside a document is text and must not become the EOS id
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._model = model
+        added = self._json.get("added_tokens", [])
+        self._added = {token["id"]: (token["content"], token["special"]) for token in added}
+        self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
+        decoder = json.dumps(self._json.get("decoder"))
+        self._byte_level = '"ByteLevel"' in decoder
+        if not self._byte_level and '"ByteFallback"' not in decoder:
+            raise DataError(f"{where}: must be byte-level or have byte fallback: without it text would be lost")
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+        parts = byte_level_parts(text, self._backend, self._json)
+        while batch := [*islice(parts, PARTS)]:
+            yield from self.encode_many(batch, threads)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def piece(self, token_id: int) -> str:
+        if token_id in self._added:
+            return self._added[token_id][0]
+        piece = self._backend.id_to_token(int(token_id)) or ""
+        if self._byte_level:
+            data = bytes(byte for character in piece if (byte := BYTE_OF.get(character)) is not None)
+        elif match := BYTE_PIECE.fullmatch(piece):
+            data = bytes([int(match[1], 16)])
+        else:
+            return piece.replace(SPACE, " ")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in data)
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+            if token_id in self._added:
+                content, special = self._added[token_id]
+                sizes[token_id] = 0 if special else len(content.encode())
+            elif self._byte_level:
+                sizes[token_id] = len(piece)  # one character of the byte-level alphabet per byte
+            else:
+                sizes[token_id] = 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
+        return sizes
+
+    def files(self) -> dict[str, bytes]:
+        return saved_files(self, self.file_name, self._model)
+
+    def save(self, folder: Path) -> None:
+        save_files(folder, self.files())
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's printable character for each byte: Latin-1's printable ones, then U+0100 onward for the rest."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()

@@ -1,0 +1,97 @@
+"""SentencePiece models with byte pieces."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from moe.data.long_text import SPACE, LongText
+from moe.data.readers import DataError
+from moe.data.tokenizer_base import PARTS, bos_and_eos, save_files, saved_files
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with byte fallback: Llama's, Mistral's, or one trained here."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes, where: str) -> None:
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(model)
+            processor.id_to_piece(list(range(processor.get_piece_size())))  # that each is UTF-8
+        except (RuntimeError, UnicodeDecodeError) as error:  # its messages may quote bytes of the model
+            raise DataError(f"{where}: not a SentencePiece model, or a damaged one: copy it again") from error
+        self._model, self._processor = model, processor
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id, self.eos_id = bos_and_eos(processor.bos_id(), processor.eos_id(), where)
+        self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if not all(processor.is_byte(token_id) for token_id in self._space_ids):
+            raise DataError(
+                f"{where}: has no byte pieces, so characters outside its vocabulary would be lost; use another model"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_many([text], threads=1)[0]
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+        return self._encode_many(texts, threads, self._processor)
+
+    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+        parts = self._long_text.parts(text)
+        yield from self._encode_many([*islice(parts, 1)], threads, self._processor)
+        while batch := [*islice(parts, PARTS)]:
+            yield from self._encode_many(batch, threads, self._long_text.inside)
+
+    @cached_property
+    def _long_text(self) -> LongText:
+        return LongText(self._model, self._processor)
+
+    def _encode_many(
+        self, texts: list[str], threads: int, first: sentencepiece.SentencePieceProcessor
+    ) -> list[list[int]]:
+        """`first` encodes each text up to its first '▁'."""
+        if any(SPACE in text for text in texts):
+            return [self._encode_with_space_sign(text, first) for text in texts]
+        return first.encode(texts, num_threads=threads)  # type: ignore[return-value]
+
+    def _encode_with_space_sign(self, text: str, first: sentencepiece.SentencePieceProcessor) -> list[int]:
+        """Encodes a literal '▁' as its three bytes; as a piece it would be decoded to a space."""
+        head, *rest = text.split(SPACE)
+        ids: list[int] = first.encode(head)  # type: ignore[assignment]
+        for part in rest:
+            ids += self._space_ids + self._processor.encode(part)  # type: ignore[operator]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode([int(token_id) for token_id in ids])  # type: ignore[return-value]
+
+    def piece(self, token_id: int) -> str:
+        piece = str(self._processor.id_to_piece(int(token_id)))
+        if self._processor.is_byte(int(token_id)):
+            byte = int(piece[3:5], 16)
+            return chr(byte) if byte < 0x80 else piece
+        return piece.replace(SPACE, " ")
+
+    def token_bytes(self) -> np.ndarray:
+        processor = self._processor
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token_id in range(self.vocab_size):
+            if processor.is_byte(token_id):
+                sizes[token_id] = 1
+            elif not (processor.is_control(token_id) or processor.is_unknown(token_id)):
+                sizes[token_id] = len(str(processor.id_to_piece(token_id)).replace(SPACE, " ").encode())
+        return sizes
+
+    def files(self) -> dict[str, bytes]:
+        return saved_files(self, self.file_name, self._model)
+
+    def save(self, folder: Path) -> None:
+        save_files(folder, self.files())

@@ -1,0 +1,73 @@
+"""What every tokenizer can do, and what is stored of one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from moe.data.readers import DataError
+
+INFO_FILE = "moe_tokenizer.json"
+PARTS = 8  # of a long text, encoded at once
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer(Protocol):
+    """Every stored document begins with `bos_id` and ends with `eos_id`; ids are 0 … vocab_size − 1."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone, without BOS and EOS; text that looks like a special token stays text."""
+        ...
+
+    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]: ...
+
+    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+        """The ids of `encode`, part by part, so that memory doesn't grow with them (where the tokenizer allows it)."""
+        ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def piece(self, token_id: int) -> str:
+        """One id as readable text; `<0xE4>` for a byte that is only part of a character."""
+        ...
+
+    def token_bytes(self) -> np.ndarray:
+        """[V] int64: the UTF-8 bytes of text that each id stands for; 0 for special tokens."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """{file name: content}: the files that `load_saved` reads."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes `files` into `folder`."""
+        ...
+
+
+def bos_and_eos(bos: int | None, eos: int | None, where: str) -> tuple[int, int]:
+    """(BOS, EOS); with a tokenizer that has no BOS, documents begin with EOS."""
+    if eos is None or eos < 0:
+        raise DataError(f"{where}: has no end-of-sequence token, which every document needs at its end")
+    return (eos if bos is None or bos < 0 else bos), eos
+
+
+def saved_files(tokenizer: Tokenizer, file_name: str, model: bytes) -> dict[str, bytes]:
+    info = {"file": file_name, "fingerprint": tokenizer.fingerprint}
+    info |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    return {file_name: model, INFO_FILE: (json.dumps(info, indent=1) + "\n").encode()}
+
+
+def save_files(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
