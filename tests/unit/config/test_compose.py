@@ -60,7 +60,7 @@ BAD = [
     (["tokenizer=model_file", "tokenizer.path="], "tokenizer.path='' is empty"),
     (["tracking.project="], "tracking.project='' is empty"),
     (["tracking.name="], "tracking.name='' is empty"),
-    (["~train"], "~train: only a source can be taken out (~data.sources.NAME)"),
+    (["~train"], "~train: only a source can be removed (~data.sources.NAME)"),
     (["~train.steps"], "~train.steps: only a source"),
     (["~tracking"], "~tracking: only a source"),
     (["~data"], "~data: only a source"),

@@ -168,7 +168,7 @@ def test_a_bad_preset_is_one_line_with_its_file(own: Path, text: str, message: s
 
 def test_a_folder_without_presets_is_an_error(own: Path):
     (own / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: has no folder named as a group"):
+    with pytest.raises(ValueError, match="empty: has no folder named after a group"):
         add_config_dir(own / "empty")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         add_config_dir(own / "nowhere")
