@@ -1,7 +1,7 @@
 """`moe report RUN`: one HTML page about a run that opens anywhere, without a network.
 
-Nothing outside the page is asked for, and its content policy forbids it: the only script that may run is the page's
-own, known by its hash, so not even text that slipped through the escaping could act.
+The page loads nothing from outside, and its content security policy forbids it. Only the page's own script may run,
+identified by its hash, so that text of a run could not run as a script even if it weren't escaped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_report(run_dir: Path) -> Path:
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
     beside = run_dir / f".report.{os.getpid()}.html"
-    # `replace`: JSON may hold half a surrogate pair, which no encoding can write
+    # `replace`: JSON may contain half a surrogate pair, which UTF-8 can't encode
     beside.write_bytes(page.encode("utf-8", errors="replace"))
     os.replace(beside, target)  # a browser that reloads never sees half a page
     return target
@@ -104,7 +104,7 @@ def _empty(text: str) -> str:
 
 
 def _provenance(run: RunHistory) -> str:
-    """Which lines of metrics.jsonl the page shows, and which it left out."""
+    """How many lines of metrics.jsonl the page shows and how many it leaves out."""
     parts = [f"moe {__version__}", f"{len(run.steps):,} steps of metrics.jsonl"]
     if run.repeated_steps:
         parts.append(f"{run.repeated_steps:,} lines replaced: their steps were trained again after a resume")
