@@ -1,4 +1,4 @@
-"""`moe bench NAME key=value …`: measurements, each beside something timed in the same run."""
+"""`moe bench NAME key=value …`: benchmarks. Each also times its reference in the same run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 from moe.errors import UserError
 
-# Name → what it measures. Each is the module of that name, which has `run(overrides)`.
+# Name → what it measures. The module of that name has `run(overrides)`.
 BENCHMARKS = {
     "peers": "our training step beside transformers' MixtralForCausalLM",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
@@ -18,10 +18,10 @@ BENCHMARKS = {
 
 
 def run_bench(overrides: list[str]) -> None:
-    """Runs the benchmark that the first override names with the others as its keys. Raises UserError for the user."""
+    """Runs the benchmark named by the first override, with the others as its keys. Raises UserError."""
     name, keys = (overrides[0], overrides[1:]) if overrides else ("", [])
     if name not in BENCHMARKS:
-        from moe.config.suggest import closest  # here, since moe.bench.gpu starts where packages may be missing
+        from moe.config.suggest import closest  # here, since moe.bench.gpu must start where packages may be missing
 
         near = closest(name, list(BENCHMARKS))
         meant = f"did you mean {near}?" if near else f"one of {', '.join(BENCHMARKS)}"

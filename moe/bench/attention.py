@@ -25,24 +25,24 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 32
 
 
 def _forward_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """q kᵀ and p v, from the shapes [B, N, S, D]: every key of the call counts, masked or not."""
+    """q kᵀ and p v, from the shapes [B, N, S, D]; counts every key of the call, masked or not."""
     batch, heads, queries, dim = q
     return 4 * batch * heads * queries * k[2] * dim
 
 
 def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """q kᵀ once more, then the gradients of p, v, q and k: five products where the forward pass has two."""
+    """q kᵀ again, then the gradients of p, v, q and k: five products; the forward pass has two."""
     return _forward_flops(q, k, v) * 5 // 2
 
 
-CPU_SDPA = {  # torch's counter knows the GPU's SDPA operators only
+CPU_SDPA = {  # torch's counter only knows the GPU's SDPA operators
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
 }
 
 
 def pass_over(length: int, window: int | None, device: torch.device) -> Callable[[], None]:
-    """One forward and backward pass of `block` attention over one sequence, ready to be called."""
+    """A function that runs one forward and backward pass of `block` attention over one sequence."""
     generator = torch.Generator().manual_seed(0)
     sizes = (HEADS, KV_HEADS, KV_HEADS)
     tensors: list[Tensor] = [
@@ -58,7 +58,7 @@ def pass_over(length: int, window: int | None, device: torch.device) -> Callable
 
 
 def multiply_adds_per_token(length: int, window: int | None) -> float:
-    """Counted while the passes run on the CPU, forward and backward, all heads of one layer."""
+    """Multiply-adds of all heads of one layer, forward and backward, counted while the passes run on the CPU."""
     run = pass_over(length, window, torch.device("cpu"))
     with FlopCounterMode(display=False, custom_mapping=CPU_SDPA) as counter:
         run()
@@ -66,7 +66,7 @@ def multiply_adds_per_token(length: int, window: int | None) -> float:
 
 
 def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> list[float]:
-    """Medians over `runs`; the lengths take turns, so that a busy machine disturbs all of them alike."""
+    """Medians over `runs` passes. The lengths alternate, so that other load on the machine affects them alike."""
     device = torch.device("cpu")
     passes = [pass_over(length, window, device) for length in lengths]
     times: list[list[float]] = [[] for _ in lengths]
@@ -80,7 +80,7 @@ def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> 
 
 
 def run(overrides: list[str]) -> None:
-    """Both metrics at the lengths of the project's claims, one line each. Raises UserError for the user."""
+    """Prints both ratios, one line each, at the lengths that docs/performance.md reports. Raises UserError."""
     window = _window(overrides)
     print(
         f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim {HEAD_DIM}"

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 -m moe bench expert_parallel
     torchrun --nproc-per-node 2 -m moe bench expert_parallel model=tiny rounds=5 steps=4
 
-Both train the same model on the same global batch in the same processes, in rounds that alternate which goes first; the
-ratio is computed within each round. The size is `parallel.expert_parallel_size`, by default the number of ranks.
+Both train the same model on the same global batch in the same processes. Rounds alternate which goes first, and the
+ratio is computed within each round. `parallel.expert_parallel_size` defaults to the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WARM_UP_STEPS = 2
 
 
 def run(overrides: list[str]) -> None:
-    """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises UserError for the user."""
+    """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises UserError."""
     _, world, _, node = rendezvous.world_from_environment()
     if world == 1:
         raise UserError("bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
@@ -50,7 +50,7 @@ def run(overrides: list[str]) -> None:
 
 
 def compare(keys: Rounds, config: Config, mesh: Mesh) -> list[str]:
-    """Lines to print. A collective."""
+    """Times both; returns the lines to print. A collective."""
     plain = replace(mesh, expert_parallel_size=1)
     whole = replace(config, parallel=replace(config.parallel, expert_parallel_size=1))
     sides = {"data parallel": Stepper(whole, plain), f"expert={mesh.expert_parallel_size}": Stepper(config, mesh)}

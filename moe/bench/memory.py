@@ -1,13 +1,13 @@
-"""`moe bench memory`: the plan's memory beside what real training steps take.
+"""`moe bench memory`: planned memory compared with that of real training steps.
 
     moe bench memory                                   # three sizes, a process each (on a CPU, or the GPU at hand)
     moe bench memory model=small train.micro_batch_size=16 train.global_batch_size=16     # your own
     torchrun --nproc-per-node 2 -m moe bench memory parallel.expert_parallel_size=2    # on several ranks
 
-Measured is the peak of three optimizer steps with the engine of `moe train`, random tokens: on a CPU the process's
-largest resident set (VmHWM) above that just before the model is built, on CUDA torch's peak of allocated bytes. A
-model of one tiny layer takes three steps first, so that what is loaded only once (code of DeepSpeed and torch) is in
-the base.
+Measures the peak during three optimizer steps with the engine of `moe train` on random tokens: on a CPU the process's
+largest resident set (VmHWM) less the one just before the model is built, on CUDA torch's peak of allocated bytes. A
+model of one tiny layer takes three steps first, so that memory used once (code of DeepSpeed and torch) is already
+there and not counted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.plan import MemoryPlan, plan_memory
 
-STEPS = 3  # Adam's moments come with the first; the second has everything
+STEPS = 3  # the first creates Adam's moments; from the second on everything is allocated
 TINY = [
     "model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=64", "model.num_hidden_layers=1",
     "model.num_attention_heads=2", "model.num_key_value_heads=1", "model.head_dim=null", "train.sequence_length=16",
 ]  # fmt: skip
-# Parameters dominate, then activations, then both with an MLP's activations computed again.
+# Dominated by parameters, by activations, and by both with MLP recomputation.
 SIZES = {
     "weights": [
         "model=small", "model.num_hidden_layers=6", "model.hidden_size=384", "train.sequence_length=128",
@@ -52,7 +52,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes of rank 0. `base` is the process before the model is built, part of neither other number."""
+    """Bytes of rank 0. `base` is the process's memory before the model is built; the other numbers don't include it."""
 
     base: int
     measured: int
@@ -65,7 +65,7 @@ class Measured:
 
 
 def run(overrides: list[str]) -> None:
-    """Prints a table, or under torchrun and for keys of your own one line. Raises UserError for the user."""
+    """Prints a table; with overrides or under torchrun a single line. Raises UserError."""
     if overrides or rendezvous.world_from_environment()[1] > 1:
         result = measure(overrides)
         if rendezvous.world_from_environment()[0] == 0:
@@ -77,7 +77,7 @@ def run(overrides: list[str]) -> None:
 
 
 def measure_apart(overrides: list[str]) -> Measured:
-    """`measure` in a process of its own: a resident set's peak can't be told apart in one that did other things."""
+    """`measure` in its own process: in one that did other things, they affect the resident set's peak."""
     command = [sys.executable, "-m", "moe.bench.memory", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -86,7 +86,7 @@ def measure_apart(overrides: list[str]) -> Measured:
 
 
 def measure(overrides: list[str]) -> Measured:
-    """The peak of three optimizer steps on this rank, and the plan's. Raises UserError for the user."""
+    """This rank's peak over `STEPS` optimizer steps, and the planned one. Raises UserError."""
     config, tiny = load_config(overrides), load_config([*overrides, *TINY, *_tiny_tokenizer(overrides)])
     _, world_size, _, node_size = rendezvous.world_from_environment()
     config.check_world(world_size, node_size)
@@ -104,7 +104,7 @@ def measure(overrides: list[str]) -> Measured:
 
 
 def _tiny_tokenizer(overrides: list[str]) -> list[str]:
-    """A tokenizer with pieces of its own is bound to the vocabulary's size."""
+    """A `tokenizer.vocab_size` among the overrides must not exceed the tiny model's."""
     return (
         ["tokenizer.vocab_size=512"]
         if any(override.startswith("tokenizer.vocab_size=") for override in overrides)
@@ -113,7 +113,7 @@ def _tiny_tokenizer(overrides: list[str]) -> list[str]:
 
 
 def _steps(config: Config, mesh: Mesh) -> float:
-    """Train on random tokens; the rows that the fullest rank's experts had, over the mean."""
+    """Trains on random tokens; returns the rows of the rank whose experts get most, divided by the mean."""
     step, fullest = Stepper(config, mesh), 1.0
     for _ in range(STEPS):
         shares_LE = torch.tensor(step().metrics["expert_shares"])
@@ -124,7 +124,7 @@ def _steps(config: Config, mesh: Mesh) -> float:
 
 
 def _reset(device: torch.device) -> int:
-    """Start measuring a peak; bytes now."""
+    """Starts measuring a peak; returns the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

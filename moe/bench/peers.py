@@ -1,13 +1,13 @@
 """`moe bench peers`: our training step, with its engine, beside transformers' MixtralForCausalLM, in one process.
 
-    moe bench peers                                        # the issue's shape: configs/model/small.yaml, 4 × 512 tokens
+    moe bench peers                                        # configs/model/small.yaml, 4 × 512 tokens
     moe bench peers rounds=9 steps=4
     moe bench peers model=tiny train.sequence_length=256   # any key of `moe train`
 
-What makes it fair: same weights (loaded by name), data, dtype, threads, optimizer (AdamW, fused), clipping and number
-of steps; the peer's own best experts implementation, found by timing them here; rounds that alternate which side goes
-first, and the ratio taken inside each round, since a shared machine's speed drifts. Both must give the same loss before
-anything is timed. Ours computes a z-loss too; transformers has none.
+Both sides have the same weights (loaded by name), data, dtype, threads, optimizer (AdamW, fused), clipping and number
+of steps. The peer uses its fastest experts implementation, found by timing them here. Rounds alternate which side goes
+first, and the ratio is computed within each round, since a shared machine's speed drifts. Before anything is timed,
+both must compute the same loss. Ours also computes a z-loss; transformers has none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from moe.train.metrics import measure_peak_flops
 from moe.train.objective import training_step
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
-# transformers registers two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
+# transformers has two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 SAME_LOSS = 1e-4  # nats, between the two sides' first losses
 WARM_UP_STEPS = 2
@@ -80,7 +80,7 @@ def parse(overrides: list[str]) -> tuple[Rounds, Config]:
 
 
 def run(overrides: list[str]) -> None:
-    """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises UserError for the user."""
+    """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises UserError."""
     keys, config = parse(overrides)
     if importlib.util.find_spec("transformers") is None:
         raise UserError("bench peers needs transformers: pip install 'moe-train[dev]'")
@@ -147,7 +147,7 @@ def table(config: Config, rounds: list[Round], implementation: str) -> list[str]
 
 
 def peer_model(config: Config, implementation: str = "eager") -> Any:
-    """transformers' Mixtral in our shape, with SDPA attention and its balance loss; weights are its own draw."""
+    """transformers' Mixtral in our shape, with SDPA attention and its balance loss; weights as it initialises them."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging
 
@@ -176,10 +176,11 @@ def _shared(model: ModelConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def loss_gap(ours: Transformer, peer: Any, ids_BS: Tensor, config: Config) -> float:
-    """Largest difference between the two sides' losses on one batch, in nats. Raises RuntimeError above `SAME_LOSS`.
+    """Largest difference between the two sides' losses on one batch, in nats. Raises RuntimeError above `SAME_LOSS`:
+    a speed ratio between different computations would mean nothing.
 
-    transformers pools router statistics over layers before multiplying, ours averages layers' losses: so its formula is
-    applied to our routers' outputs. A speed ratio between different computations would mean nothing.
+    transformers averages router statistics over layers before multiplying them, ours averages the layers' losses. So
+    its formula is applied to our routers' outputs.
     """
     output = ours(ids_BS, labels_BS=batch_of(ids_BS).labels_BS)
     theirs = peer(input_ids=ids_BS, labels=ids_BS)
@@ -207,7 +208,7 @@ def _pooled_balance(output: ModelOutput) -> Tensor:
 
 
 def _batches(config: Config, device: torch.device) -> Callable[[], Tensor]:
-    """Random token ids [B, S], the same sequence of batches in every run."""
+    """A function that returns random token ids [B, S], the same sequence of batches in every run."""
     train, generator = config.train, torch.Generator().manual_seed(config.train.seed)
     shape = (train.micro_batch_size, train.sequence_length)
     return lambda: torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
@@ -254,7 +255,7 @@ def _peer_step(peer: Any, config: Config) -> Step:
 
 
 def _best_implementation(peer: Any, step: Step, batches: Callable[[], Tensor], config: Config) -> str:
-    """Times each of the peer's experts implementations and leaves the fastest in place; prints what it saw."""
+    """Times each of the peer's experts implementations, prints the times, and sets and returns the fastest."""
     seconds: dict[str, float] = {}
     for name in IMPLEMENTATIONS:
         needed, free = _batched_bytes(config), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -271,14 +272,15 @@ def _best_implementation(peer: Any, step: Step, batches: Callable[[], Tensor], c
 
 
 def _batched_bytes(config: Config) -> int:
-    """batched_mm gathers a full set of expert weights for every choice, and keeps them for the backward pass."""
+    """Bytes that batched_mm needs: it copies an expert's weights for every choice and keeps the copies for the
+    backward pass."""
     model, train = config.model, config.train
     choices = train.micro_batch_size * train.sequence_length * config.router.experts_per_token
     return 4 * choices * 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers
 
 
 def _seconds(step: Step, data: list[Tensor]) -> float:
-    """Wall time of one step per batch; each ends with its loss read on the host, so a GPU's work is included."""
+    """Wall time of one step per batch. Each step reads its loss on the host, so a GPU's work is included."""
     start = time.perf_counter()
     for ids_BS in data:
         step(ids_BS)

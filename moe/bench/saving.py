@@ -1,11 +1,11 @@
-"""`moe bench saving`: what a checkpoint costs the training beside it.
+"""`moe bench saving`: how much a checkpoint slows training down.
 
     moe bench saving                                    intervals of 100 steps of model=tiny, with and without a save
     torchrun --nproc-per-node 2 -m moe bench saving     the same on two ranks
-    moe bench saving checkpoint.background=false        the whole save while training waits
+    moe bench saving checkpoint.background=false        training waits for the whole save
 
-Intervals alternate which goes first. A save begins an interval and ends inside it; its files go to a temporary folder
-in `run_dir`'s place (default: the system's), which is removed.
+Rounds alternate whether the interval with a save goes first. The save starts at the beginning of its interval, and the
+interval ends after the save. Files go to a temporary folder of the system, which is removed; `run_dir` isn't used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WARM_UP_STEPS = 3
 
 
 def run(overrides: list[str]) -> None:
-    """Prints on rank 0; the last line is `training waited N.NN % of an interval`. Raises UserError for the user."""
+    """Prints on rank 0; the last line is `training waited N.NN % of an interval`. Raises UserError."""
     keys, rest = split(overrides, Rounds(rounds=5, steps=100))
     config: Config = load_config(rest)
     _, world, _, node = rendezvous.world_from_environment()
@@ -37,7 +37,7 @@ def run(overrides: list[str]) -> None:
     mesh = rendezvous.start(config.parallel.expert_parallel_size)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            # Rank 0's: ranks on several nodes need one that they share.
+            # all ranks use rank 0's folder; on several nodes it must be on a shared file system
             lines = measure(keys, config, mesh, Path(mesh.from_main(folder)))
     finally:
         rendezvous.stop()
@@ -46,7 +46,7 @@ def run(overrides: list[str]) -> None:
 
 
 def measure(keys: Rounds, config: Config, mesh: Mesh, folder: Path) -> list[str]:
-    """Lines to print. A collective."""
+    """Times both; returns the lines to print. A collective."""
     step, told = Stepper(config, mesh), list[str]()
     saver = Saver(folder, mesh, config.checkpoint, told.append, told.append)
     for _ in range(WARM_UP_STEPS):

@@ -1,4 +1,4 @@
-"""Keys that the benchmarks share; every other override is one of `moe train`'s."""
+"""Keys of several benchmarks; all other overrides are those of `moe train`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rounds:
 
 
 def split(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, list[str]]:
-    """`rounds=` and `steps=`, and the overrides that are neither. Raises UserError."""
+    """Splits `rounds=` and `steps=` from the other overrides. Raises UserError."""
     own: dict[str, int] = {}
     rest: list[str] = []
     for override in overrides:

@@ -14,7 +14,7 @@ from moe.train.objective import TrainedStep, training_step
 
 
 def random_batch(config: Config, generator: torch.Generator, first_sample: int = 0) -> Batch:
-    """One micro-batch of random token ids, one document a sequence; each token's target is the next one."""
+    """One micro-batch of random token ids, one document per sequence; each token's target is the next one."""
     train = config.train
     shape = (train.micro_batch_size, train.sequence_length)
     ids_BS = torch.randint(config.model.vocab_size, shape, generator=generator)
@@ -22,7 +22,7 @@ def random_batch(config: Config, generator: torch.Generator, first_sample: int =
 
 
 def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
-    """Token ids as one document a sequence; the last position has no target."""
+    """A batch of token ids, one document per sequence; the last position has no target."""
     labels_BS = torch.full_like(ids_BS, -100)
     labels_BS[:, :-1] = ids_BS[:, 1:]
     samples_B = torch.arange(first_sample, first_sample + ids_BS.shape[0])
@@ -36,9 +36,9 @@ def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
 
 
 class Stepper:
-    """Each call is one optimizer step of `config`'s model and batch. A collective.
+    """Each call is one optimizer step of `config`'s model on random tokens. A collective.
 
-    `model` is a model of `config` on one rank; with None it is built here, with the initial weights of `moe train`.
+    `model` is a model of `config`; None builds one with the initial weights of `moe train`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, model: Transformer | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a key may name. Members are written in YAML and on the command line by their names."""
+"""Enums for keys with a fixed set of values. YAML and the command line use the members' names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Mlp(Enum):
-    """What follows attention in a block: one SwiGLU (Mistral) or a router over many (Mixtral)."""
+    """A block's feed-forward layer: one SwiGLU (Mistral) or several experts behind a router (Mixtral)."""
 
     dense = "dense"
     sparse = "sparse"
@@ -23,7 +23,7 @@ class AttentionBackend(Enum):
 
 
 class Recompute(Enum):
-    """Activations that the backward pass computes again instead of keeping: none, each MLP's, or each block's."""
+    """Which activations the backward pass recomputes instead of storing: none, each MLP's, or each block's."""
 
     none = "none"
     mlp = "mlp"
@@ -31,7 +31,7 @@ class Recompute(Enum):
 
 
 class ExpertBackend(Enum):
-    """`auto` takes the fastest that runs here and says which; an explicit one that can't run is an error."""
+    """`auto` picks the fastest back-end that runs here and logs which; naming one that can't run is an error."""
 
     auto = "auto"
     loop = "loop"
@@ -40,7 +40,7 @@ class ExpertBackend(Enum):
 
 
 class DropPolicy(Enum):
-    """Which choices an expert over its capacity loses: the latest in the sequence, or the least probable."""
+    """Which choices are dropped when an expert is over capacity: the last in the sequence, or the least probable."""
 
     position = "position"
     probability = "probability"
@@ -77,14 +77,16 @@ class Schedule(Enum):
 
 
 class EngineKind(Enum):
-    """What trains: `deepspeed` on any number of ranks; `plain` in one process, torch alone, which starts faster."""
+    """The training engine: `deepspeed` on any number of ranks; `plain` in one process, without DeepSpeed, which starts
+    faster."""
 
     deepspeed = "deepspeed"
     plain = "plain"
 
 
 class Precision(Enum):
-    """Arithmetic of the model; the optimizer's weights, accumulation, communication and the router stay float32."""
+    """Dtype of the model's arithmetic; the optimizer's weights, gradient accumulation, communication and the router
+    stay float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -96,7 +98,7 @@ class TrackingBackend(Enum):
 
 
 class DeviceKind(Enum):
-    """What the ranks of a planned run compute on."""
+    """The device type of a planned run's ranks."""
 
     cpu = "cpu"
     cuda = "cuda"

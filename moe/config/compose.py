@@ -32,7 +32,7 @@ class ConfigError(UserError):
 
 
 def _data_name(preset: str, *, _root_: Any) -> str:
-    """What `run_dir` calls the data: `data.path` where it is set, else the preset of `data`."""
+    """The data's name inside `run_dir`: from `data.path` if it is set, else the `data` preset's name."""
     path = OmegaConf.select(_root_, "data.path", throw_on_missing=False)
     return path_name(str(path or "")) or preset
 
@@ -43,15 +43,18 @@ OmegaConf.register_new_resolver("data_name", _data_name, replace=True)
 def compose_dict(
     overrides: list[str], name: str = "train", schema: type = Config, count_pieces: CountPieces | None = None
 ) -> DictConfig:
-    """The composed, typed, not yet checked configuration; `count_pieces` opens an existing tokenizer where the model
-    takes its vocabulary from it. Raises ConfigError, and what `count_pieces` raises."""
+    """Composes the typed configuration without running the dataclasses' rules.
+
+    `count_pieces` returns the vocabulary size of an existing tokenizer; it is called when `model.vocab_size` follows
+    from the tokenizer. Raises ConfigError, and whatever `count_pieces` raises.
+    """
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
         if override.startswith("~") and not re.fullmatch(r"~data\.sources\.[^.=]+", override):
             raise ConfigError(
-                f"{override}: only a source can be taken out (~data.sources.NAME); all else has a value, so state "
-                "another: GROUP=NAME or KEY=VALUE"
+                f"{override}: only a source can be removed (~data.sources.NAME); set any other key to another value: "
+                "GROUP=NAME or KEY=VALUE"
             )
     try:
         check_overrides(overrides)
@@ -85,7 +88,7 @@ def compose_dict(
 
 
 def _names_own_text(overrides: list[str]) -> bool:
-    """`data.path=…` is set and no `data=` preset: then it takes the place of the built-in text."""
+    """Whether `data.path` is given without a `data=` preset; it then replaces the built-in text."""
     plain = [override.lstrip("+") for override in overrides]
     return any(one.startswith("data.path=") and one != "data.path=null" for one in plain) and not any(
         one.startswith("data=") for one in plain
@@ -93,8 +96,8 @@ def _names_own_text(overrides: list[str]) -> bool:
 
 
 def _typed(schema: type, *, router: object) -> DictConfig:
-    """The schema's defaults, with the options of the router of that kind. With None, for composing, they are missing
-    (a preset brings them), and so is the vocabulary (`_fill_vocabulary`)."""
+    """The schema's defaults, with the options of router kind `router`. None, for composing, leaves the router's options
+    (a preset sets them) and `model.vocab_size` (`_fill_vocabulary` sets it) missing."""
     node = OmegaConf.structured(schema)
     if "router" in node:
         node.router = MISSING if router is None else OmegaConf.structured(registered_router(router).schema)
@@ -107,10 +110,10 @@ CountPieces = Callable[[TokenizerConfig], int]
 
 
 def _fill_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None:
-    """Sets `model.vocab_size`, unless a preset or an override states it, to the tokenizer's number of pieces, or to the
-    default where the tokenizer is trained with as many pieces as the model has rows for.
+    """Sets `model.vocab_size`, unless a preset or an override does, to the tokenizer's vocabulary size. If that size is
+    itself defined as `model.vocab_size` (a tokenizer to be trained), sets the default.
 
-    Without `count_pieces` it stays missing beside an existing tokenizer. Raises as `compose_dict` does.
+    For an existing tokenizer it stays missing without `count_pieces`. Raises as `compose_dict` does.
     """
     if "model" not in node or not OmegaConf.is_missing(node.model, "vocab_size"):
         return
@@ -118,7 +121,7 @@ def _fill_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None
     follows_model = OmegaConf.is_interpolation(tokenizer, "vocab_size")
     stated = None if follows_model else tokenizer.vocab_size
     if follows_model or stated is not None:
-        # A number that breaks the tokenizer's rules is not passed on: their message names its key.
+        # An invalid size is not copied, so that the error names tokenizer.vocab_size, not model.vocab_size.
         node.model.vocab_size = stated if stated is not None and stated > 0 else ModelConfig().vocab_size
         return
     try:
@@ -135,7 +138,7 @@ def _keys(node: DictConfig | ListConfig) -> list[str]:
 
 
 def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None) -> Any:
-    """Runs every dataclass's rules. Raises ConfigError."""
+    """The checked dataclass: runs every dataclass's rules. Raises ConfigError."""
     try:
         missing = sorted(OmegaConf.missing_keys(node))
     except OmegaConfBaseException as error:  # an interpolation that can't be resolved
@@ -176,12 +179,12 @@ def _check_can_be_saved(value: Any, key: str) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """A checked configuration as YAML that `read_config` takes back."""
+    """A checked configuration as YAML that `read_config` can read."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def read_config(path: Path, schema: type = Config) -> Any:
-    """A run's config.yaml, also that of an earlier version. Raises ConfigError naming the file."""
+    """Reads a run's config.yaml, also one that an earlier version wrote. Raises ConfigError naming the file."""
     defaults = OmegaConf.structured(schema)
     try:
         _, saved = read_saved(path)

@@ -1,4 +1,4 @@
-"""What is trained on, and into which tokens."""
+"""Training data and tokenizer."""
 
 from __future__ import annotations
 
@@ -77,8 +77,7 @@ class DataConfig:
 
 
 def path_name(path: str) -> str:
-    """A short name for what `data.path` names: its last two parts, without wildcards and the file's ending. Empty where
-    nothing is left of it.
+    """A short name for `data.path`: its last two parts, without wildcards and the file's suffix. May be empty.
 
     `books/*.txt` → `books`, `shakespeare/input.txt` → `shakespeare-input`, `owner/name` → `owner-name`.
     """

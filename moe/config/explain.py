@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's many-line messages as one line: key, value, rule, fix."""
+"""Turns Hydra's and OmegaConf's multi-line messages into one line: key, value, rule, fix."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _RULES = [  # OmegaConf's text → the rule
 
 
 def explain(error: BaseException, overrides: list[str], known: list[str]) -> str:
-    """One line about an error of composing `overrides`; `known` are the keys that exist."""
+    """A one-line message for an error raised while composing `overrides`; `known` are the keys that exist."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if text.startswith("Error merging override") and error.__cause__ is not None:
         override = _typed(text.removeprefix("Error merging override "), overrides)
         section, _, value = override.partition("=")
-        if str(error.__cause__).startswith("Invalid type assigned: str"):  # a group's name where no group is
+        if str(error.__cause__).startswith("Invalid type assigned: str"):  # no such group
             keys = ", ".join(key for key in known if key.startswith(f"{section}."))
             return f"{override}: there is no preset {value}; {section} is set by its keys, {keys}"
         reason = explain(error.__cause__, [], known).removeprefix(section).lstrip(": ")
@@ -75,13 +75,13 @@ def explain(error: BaseException, overrides: list[str], known: list[str]) -> str
 
 
 def _typed(key: str, overrides: list[str]) -> str:
-    """The override of this key as it was typed; the key where there is none."""
+    """The override of this key as the user typed it, or the key if there is none."""
     key = key.lstrip("+~").partition("=")[0]
     return next((given for given in overrides if given.lstrip("+~").partition("=")[0] == key), key)
 
 
 def _no_such_preset(group: str, name: str) -> str:
-    if group == "router" and name.endswith("_schema"):  # named by a YAML's defaults
+    if group == "router" and name.endswith("_schema"):  # named in a YAML's defaults list
         kind = name.removesuffix("_schema")
         return f"router.kind={kind} must be one of {', '.join(router_kinds())}: import the module that registers it"
     near = closest(name, choices(group))

@@ -31,7 +31,7 @@ class Sampling:
     def __post_init__(self) -> None:
         positive("", self, "max_new_tokens", "prefill_chunk", "top_k", "repetition_penalty")
         is_seed("", self, "seed")
-        # Below float32's range a temperature means what its limit means.
+        # No lower bound: a temperature below float32's range acts like 0.
         require(self.temperature >= 0, f"temperature={self.temperature} must be ≥ 0")
         require(self.temperature <= MAX_REAL, f"temperature={self.temperature} must be ≤ {MAX_REAL:g}")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
@@ -43,8 +43,8 @@ class GenerateConfig(Sampling):
     """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8).
 
     `device` is `cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one. `dtype` is that of weights, activations
-    and cache; the router and the choice of a token stay float32. `check_memory=false` loads a model that is larger than
-    the memory there is.
+    and cache; the router and the choice of a token stay float32. `check_memory=false` loads a model even if it is
+    larger than the available memory.
     """
 
     checkpoint: str = ""
@@ -56,7 +56,7 @@ class GenerateConfig(Sampling):
     check_memory: bool = True
 
     def __post_init__(self) -> None:
-        Sampling.__post_init__(self)  # super() doesn't work in a class that slots=True made anew
+        Sampling.__post_init__(self)  # slots=True creates a new class, in which a bare super() fails
         require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
         filled("", self, "prompts_file")
         given = (self.prompt is not None) + (self.prompts_file is not None)

@@ -1,8 +1,8 @@
-"""Names of earlier versions: rewritten in a run's config.yaml, an error on the command line.
+"""Keys of earlier versions: renamed in a run's config.yaml, rejected on the command line.
 
-A run directory outlives the code that wrote it. Its config.yaml has `config_version`, and `migrate` applies the
-renamings of every version since. Whoever renames a key raises `CONFIG_VERSION` and adds the old name to `RENAMED`. A
-new key needs nothing here as long as its default is what the code did before.
+A run directory may be older than the code. Its config.yaml has `config_version`, and `migrate` applies the renamings of
+every later version. To rename a key, increment `CONFIG_VERSION` and add the old name to `RENAMED`. A new key needs no
+entry if its default is the previous behaviour.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from moe.config.rules import require
 from moe.errors import UserError
 
-CONFIG_VERSION = 1  # version 0 had no such key
+CONFIG_VERSION = 1  # configurations without config_version are version 0
 
-# {version: {key until then: key since}}
+# {version that renamed the key: {old key: new key}}
 RENAMED: dict[int, dict[str, str]] = {
     1: {"parallel.expert": "parallel.expert_parallel_size"},
 }
 
-# Groups and presets that are gone: pattern of the override → overrides that say the same.
+# Removed groups and presets: pattern of the override → equivalent overrides ("": it is the default now).
 _REPLACED: list[tuple[str, Callable[[re.Match[str]], str]]] = [
     (r"experts=(\w+)", lambda found: f"experts.backend={found[1]}"),
     (r"optim=adamw|parallel=default", lambda found: ""),
@@ -37,7 +37,7 @@ def _nodes(count: int) -> str:
 
 
 def migrate(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config.yaml's keys under today's names. Raises UserError for a newer version than this code's."""
+    """A copy of a config.yaml with every key under its current name. Raises UserError if a newer version wrote it."""
     version = config.get("config_version", 0)
     require(type(version) is int and version >= 0, f"config_version={version} must be a whole number ≥ 0")
     require(
@@ -53,7 +53,7 @@ def migrate(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(config: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """A copy in which the value of the dotted key `old` is that of `new`."""
+    """A copy with the value of the dotted key `old` moved to `new`."""
     value, config = _without(config, old.split("."))
     return config if value is _ABSENT else _with(config, new.split("."), value, old)
 
@@ -81,7 +81,7 @@ def _with(config: dict[str, Any], path: list[str], value: Any, old: str) -> dict
 
 
 def renamed(key: str) -> str | None:
-    """Today's name of an earlier key, or of one in an earlier section; None for any other key."""
+    """The current name of a renamed key, or of a key in a renamed section; None for any other key."""
     name = key
     for keys in RENAMED.values():
         for old, new in keys.items():
@@ -91,7 +91,7 @@ def renamed(key: str) -> str | None:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Raises UserError where an override has an earlier key, preset or group, naming today's."""
+    """Raises UserError for an override with a renamed or removed key, preset or group; the text says what to write."""
     for override in overrides:
         plain = override.lstrip("+~")
         key = plain.partition("=")[0]

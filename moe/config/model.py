@@ -10,10 +10,11 @@ from moe.config.rules import positive, require, share
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The backbone. `head_dim=None` means hidden_size / num_attention_heads; `sliding_window=None` means full. Where no
-    preset or override states `vocab_size`, composing takes the tokenizer's number of pieces, if that is known.
+    """The backbone. `head_dim=None`: hidden_size / num_attention_heads; `sliding_window=None`: full attention.
 
-    `hidden_dropout` drops from what attention and MLP add to the residual stream, in training only.
+    Unless a preset or override sets `vocab_size`, composing sets it to the tokenizer's vocabulary size, if that is
+    known. `hidden_dropout` applies to the outputs of attention and MLP before they are added to the residual stream, in
+    training only.
     """
 
     vocab_size: int = 2048
@@ -59,8 +60,8 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """Dimensions of one head. NOTE: not stored into `head_dim`, or the default model's would become every model's:
-        the schema is an instance, and YAML that says nothing of head_dim would inherit its number."""
+        """Dimensions of one head. NOTE: not stored in `head_dim`: the schema is an instance of this class, so every
+        model whose YAML leaves head_dim out would inherit the default model's value."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
 

@@ -1,4 +1,4 @@
-"""Overrides as they are typed: values that Hydra's grammar would reject, trim or split are quoted for it."""
+"""Quotes override values that Hydra's grammar would otherwise reject, trim or split."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hydra.errors import HydraException
 
 
 def quote_texts(overrides: list[str]) -> list[str]:
-    """Overrides with `prompt=` and `stop=` quoted, so that they arrive as they were typed.
+    """Quotes the values of `prompt=` and `stop=`, so that they are used exactly as typed.
 
-    Unquoted, Hydra trims `prompt=def ` and splits `prompt=Once, twice`. What is already in quotes, and `null`, stays.
+    Unquoted, Hydra trims `prompt=def ` and splits `prompt=Once, twice`. Quoted values and `null` are left as they are.
     """
     return [
         f"{key}={_quoted(value, escape=True)}" if key in ("prompt", "stop") and not _is_quoted(value) else override
@@ -21,7 +21,7 @@ def quote_texts(overrides: list[str]) -> list[str]:
 
 
 def quote_where_needed(overrides: list[str]) -> list[str]:
-    """Quotes the values that Hydra can't parse, as in `data.path=my file(1).txt`, or takes for several, as in `a,b`."""
+    """Quotes values that Hydra can't parse, as in `data.path=my file(1).txt`, or reads as several, as in `a,b`."""
     parser = OverridesParser.create()
     return [override if _parses(parser, override) else _with_quotes(override) for override in overrides]
 
@@ -43,8 +43,8 @@ def _is_quoted(value: str) -> bool:
 
 
 def _quoted(value: str, *, escape: bool) -> str:
-    """`escape`: an interpolation (`${...}`) in the text is text."""
-    # In Hydra's quotes a backslash counts before a quote only, in OmegaConf's text before an interpolation only.
+    """With `escape`, `${...}` is kept as text instead of being read as an interpolation."""
+    # A backslash needs escaping only before a quote (for Hydra) and before an interpolation (for OmegaConf).
     value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
     if escape:
         value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)

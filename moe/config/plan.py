@@ -1,4 +1,4 @@
-"""`moe plan`: a training run, the hardware it is for, and how to show the answer."""
+"""`moe plan`: a training run, the hardware to plan it for, and the output format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_RANKS = 2**17
 
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
-    """`nodes` of `gpus_per_node` ranks (on a CPU: processes); every value but the host's memory is of one rank.
+    """`nodes` nodes of `gpus_per_node` ranks (on a CPU: processes). `host_memory_gb` is per node, the rest per rank.
 
-    GB is 10⁹ bytes. `memory_gb` is what the vendor states and `reserved_gb` what is taken before a tensor exists (CUDA
+    GB is 10⁹ bytes. `memory_gb` is the vendor's figure; `reserved_gb` of it is in use before the first tensor (CUDA
     context, NCCL's and cuBLAS's buffers; on a CPU Python and PyTorch). `peak_tflops` is the dense bfloat16 rate,
-    `peak_tflops_float32` that without tensor cores; links are in one direction, what one rank sends while all do.
+    `peak_tflops_float32` the float32 rate without tensor cores. Link rates are what one rank can send while all send.
     """
 
     name: str
@@ -57,7 +57,8 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanSettings:
-    """`imbalance` is the rows of the fullest expert rank over the mean; `json` prints one JSON object, no table."""
+    """`imbalance`: rows on the rank of an expert group that gets most, divided by the mean. `json`: print one JSON
+    object instead of the table."""
 
     imbalance: float = 1.5
     json: bool = False
@@ -72,13 +73,13 @@ class PlanSettings:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(Config):
-    """Every key of `moe train`, and what it would run on; `check_world` is called by the plan."""
+    """Every key of `moe train`, and the hardware. `check_world` is called by the plan, which knows the world size."""
 
-    hardware: HardwareConfig = MISSING  # a group of presets, which has no default here
+    hardware: HardwareConfig = MISSING  # a preset sets it: configs/plan.yaml names the default one
     plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
-        Config.__post_init__(self)  # slots=True makes a new class, which a bare super() does not know
+        Config.__post_init__(self)  # slots=True creates a new class, in which a bare super() fails
         require(
             self.hardware.device is DeviceKind.cuda or not self.parallel.offload_optimizer,
             "parallel.offload_optimizer=true must be false on hardware.device=cpu: the optimizer is in the host's "

@@ -1,4 +1,4 @@
-"""`moe prepare`: the data and tokenizer of a training run, and whether shards that are there are checked again."""
+"""`moe prepare`: the data and tokenizer of a training run, and whether to verify existing shards again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from moe.config.run import Config
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig(Config):
-    """Every key of `moe train`; with `verify` the content of all shards is checked, also if it was before."""
+    """Every key of `moe train`; `verify=true` checks the contents of all shards, also of those verified before."""
 
     verify: bool = False

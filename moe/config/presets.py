@@ -28,12 +28,12 @@ def config_dir() -> Path:
 
 
 def add_config_dir(folder: Path) -> None:
-    """From now on presets are also looked for in this folder. Raises UserError when it has no group's folder."""
+    """Adds a folder in which presets are looked up. Raises UserError unless it has a folder named after a group."""
     folder = folder.resolve()
     require(folder.is_dir(), f"--config-dir {folder}: no such folder")
     require(
         any((folder / group).is_dir() for group in groups()),
-        f"--config-dir {folder}: has no folder named as a group ({', '.join(groups())}); "
+        f"--config-dir {folder}: has no folder named after a group ({', '.join(groups())}); "
         "a preset lies in GROUP/NAME.yaml, as configs/model/small.yaml does",
     )
     if folder not in _added_dirs:
@@ -63,7 +63,10 @@ def _roots() -> list[Path]:
 
 @contextmanager
 def composed_folder(overrides: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """One folder with every preset, for Hydra, and the overrides with files replaced by names. Raises UserError."""
+    """Yields one folder with every preset, for Hydra, and `overrides` with preset files replaced by preset names.
+
+    Raises UserError.
+    """
     files: dict[str, Path] = {}
     named = [_named(override, files) for override in overrides]
     if len(_roots()) == 1 and not files:
@@ -87,7 +90,7 @@ def composed_folder(overrides: list[str]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _check_mapping(path: Path) -> None:
-    """Raises UserError where a preset isn't a file of keys; YAMLError where it isn't YAML."""
+    """Raises UserError if a preset isn't a mapping of keys, YAMLError if it isn't YAML."""
     try:
         with path.open(encoding="utf-8") as file:
             loaded = yaml.safe_load(file)
@@ -97,7 +100,7 @@ def _check_mapping(path: Path) -> None:
 
 
 def _named(override: str, files: dict[str, Path]) -> str:
-    """`model=mine.yaml` as `model=mine`; the file goes into `files` under model/mine."""
+    """Turns `model=mine.yaml` into `model=mine` and adds the file to `files` under the key model/mine."""
     match = re.fullmatch(rf"\+?(?P<group>{'|'.join(groups())})=(?P<path>.+\.ya?ml)", override)
     if match is None:
         return override

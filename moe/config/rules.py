@@ -1,4 +1,4 @@
-"""Checks whose failure is one line for the user."""
+"""Checks that raise a one-line UserError."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Callable
 
 from moe.errors import UserError
 
-# What no run needs more of: products of a few stay far from overflow, in memory plans and in int64 sample numbers.
+# More than any run needs; the product of two still fits in int64, as sample numbers must.
 MAX_COUNT = 10**9
-# Beyond these, float32 has infinity or zero instead of the number.
+# Outside this range float32 overflows to infinity or underflows to zero.
 MIN_REAL, MAX_REAL = 1e-37, 1e37
 MAX_SEED = 2**64 - 1  # torch's generators and the order of samples take 64 bits
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UserError with `message` (key, value, rule) unless `condition`."""
+    """Raises UserError with `message` (key, value, rule, fix) unless `condition`."""
     if not condition:
         raise UserError(message)
 
 
 def positive(prefix: str, owner: object, *names: str, at_most: int = MAX_COUNT) -> None:
-    """Fields that must be > 0 where they are set: whole numbers ≤ `at_most`, others within float32's range."""
+    """Requires fields that are not None to be > 0; integers also ≤ `at_most`, floats also within float32's range."""
     _numbers(prefix, owner, names, lambda value: value > 0, "> 0", at_most)
 
 
 def not_negative(prefix: str, owner: object, *names: str) -> None:
-    """Fields that must be ≥ 0 where they are set, and as large as `positive` allows."""
+    """Requires fields that are not None to be ≥ 0, with the upper limits of `positive`."""
     _numbers(prefix, owner, names, lambda value: value >= 0, "≥ 0", MAX_COUNT)
 
 
 def filled(prefix: str, owner: object, *names: str) -> None:
-    """Texts that must not be blank where they are set: `KEY=$UNSET` in a shell gives an empty one."""
+    """Requires strings that are not None to be non-blank: in a shell, `KEY=$UNSET` passes an empty one."""
     for name in names:
         value = getattr(owner, name)
         key = f"{prefix}.{name}" if prefix else name
@@ -38,14 +38,14 @@ def filled(prefix: str, owner: object, *names: str) -> None:
 
 
 def share(prefix: str, owner: object, *names: str) -> None:
-    """Fields that must be in [0, 1)."""
+    """Requires fields to be in [0, 1)."""
     for name in names:
         value = getattr(owner, name)
         require(0 <= value < 1, f"{_key(prefix, name)}={value} must be in [0, 1)")
 
 
 def is_seed(prefix: str, owner: object, *names: str) -> None:
-    """Fields that must be in [0, 2**64)."""
+    """Requires fields to be in [0, 2**64)."""
     _numbers(prefix, owner, names, lambda value: value >= 0, "≥ 0", MAX_SEED)
 
 

@@ -22,11 +22,11 @@ from moe.config.train import (
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """One training run. `run_dir` receives config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html.
+    """One training run. It writes config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html to `run_dir`.
 
-    `config_version` is raised whenever a key is renamed, so that saved configurations stay readable
-    (`moe.config.migrate`). `check_memory=false` starts a run that this machine has too little memory for, by its plan
-    (`moe.plan.fit`).
+    `config_version` is incremented whenever a key is renamed, so that saved configurations stay readable
+    (`moe.config.migrate`). `check_memory=false` starts the run even if, by its plan, it needs more memory than this
+    machine has (`moe.plan.fit`).
     """
 
     config_version: int = CONFIG_VERSION
@@ -92,11 +92,14 @@ class Config:
             require(value == only, f"{stated} needs engine=deepspeed: engine=plain is one process; or set {needed}")
 
     def check_world(self, world_size: int, node_size: int | None = None) -> None:
-        """Rules that need the number of ranks, and of those on one node (None: all). Raises UserError."""
+        """Rules that depend on the number of ranks, and on the number of ranks of a node (None: one node has them all).
+
+        Raises UserError.
+        """
         train, size = self.train, self.parallel.expert_parallel_size
         require(
             self.engine is EngineKind.deepspeed or world_size == 1,
-            f"engine=plain is one process, not {world_size} ranks: engine=deepspeed trains on them, or start one",
+            f"engine=plain runs on one rank, not on {world_size}: set engine=deepspeed, or start one rank",
         )
         micro = train.micro_batch_size * world_size
         require(

@@ -1,4 +1,4 @@
-"""The message for a key that doesn't exist: today's name of an old key, or the nearest existing one."""
+"""The message for a key that doesn't exist: the current name of a renamed key, or the closest existing key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe.config.migrate import renamed
 
 
 def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
-    """One line about the unknown dotted `key`, set by one of `overrides` or, if by none, by a file."""
+    """A one-line message for an unknown dotted `key`, which one of `overrides` sets, or else a file."""
     plain = [override.lstrip("+~") for override in overrides]
     given = next((override for override in plain if override.startswith((f"{key}=", f"{key}."))), key)
     if now := renamed(key):
@@ -22,7 +22,7 @@ def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
 
 
 def nearest_keys(key: str, known: list[str]) -> list[str]:
-    """Those of `known` that were probably meant: with the same last part, or a similar spelling."""
+    """The keys of `known` that were probably meant: those with the same last part, or else a similar spelling."""
     known = [name for name in known if not f"{key}.".startswith(f"{name}.") and not name.startswith(f"{key}.")]
     last = {name: name.rpartition(".")[2] for name in known}
     part = key.rpartition(".")[2]

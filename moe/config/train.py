@@ -1,4 +1,4 @@
-"""How it is trained: optimizer, ranks, tracking, checkpoints, steps."""
+"""Optimizer, parallelism, tracking, checkpoints, guard and training steps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from moe.config.choices import Precision, Schedule, TrackingBackend
 from moe.config.rules import filled, is_seed, not_negative, positive, require
 
 MAX_TAG = 64  # characters that W&B takes
-MAX_HANG_SECONDS = 850.0  # × 2 for the first step < moe.distributed.rendezvous.COLLECTIVE_TIMEOUT
+# The first step is given twice as long, which must stay below moe.distributed.rendezvous.COLLECTIVE_TIMEOUT.
+MAX_HANG_SECONDS = 850.0
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW. `warmup_steps` null is a twentieth of train.steps, WSD's `decay_steps` null a fifth; a decay ends at
-    `lr × min_lr_ratio`."""
+    """AdamW. `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
+    The learning rate decays to `lr × min_lr_ratio`."""
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -42,10 +43,10 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """`expert_parallel_size` ranks share one set of experts; every rank is data-parallel for the rest.
+    """`expert_parallel_size` ranks hold one set of experts between them; all other weights are on every rank.
 
-    `expert_across_nodes` allows a set to span nodes, whose exchange then crosses the network; `offload_optimizer` keeps
-    the optimizer's state (float32 weights, moments) in the host's memory (CUDA only).
+    `expert_across_nodes` allows such a group of ranks to span nodes, so that its exchanges cross the network.
+    `offload_optimizer` keeps the optimizer's state (float32 weights, moments) in host memory (CUDA only).
     """
 
     expert_parallel_size: int = 1
@@ -94,12 +95,13 @@ class TrackingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """Save `every` so many steps and at the end; keep the newest `keep`, and for good each `keep_every`-th step's.
+    """Saves at every multiple of `every` steps and at the end. Keeps the newest `keep` checkpoints, and those at
+    multiples of `keep_every` for good.
 
-    `background` writes a snapshot while training goes on; after `max_failures` failed saves in a row the run stops.
-    `allow_changes` lets a resume go on with another mathematics than the checkpoint's (see `moe.train.run_directory`).
-    `init_from` (a run directory, one of its checkpoints or a folder with a model) is where a new run takes its first
-    weights from; a run that has checkpoints of its own goes on from those.
+    `background` writes a snapshot while training continues; after `max_failures` failed saves in a row the run stops.
+    `allow_changes` allows a resume with keys that change the mathematics of the run (see `moe.train.run_directory`).
+    `init_from` (a run directory, one of its checkpoints or a folder with a model) gives a new run its initial weights;
+    a run that has checkpoints of its own resumes from those.
     """
 
     every: int = 200
@@ -126,14 +128,13 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GuardConfig:
-    """When a step is skipped, when a rank counts as hung.
+    """When a step is skipped, and when a rank counts as hung.
 
-    A step whose loss or gradient is not finite is always skipped on all ranks; so is, if `spike_sigmas` is set, one
-    whose gradient norm is more than so many standard deviations above the mean of the last `spike_window` accepted
-    steps (once there are half as many). After `max_skipped` skipped steps in a row the run stops. A rank that makes no
-    progress for `hang_seconds` ends the run, so that the launcher can start it again (null: never).
-    `name_stragglers` times every collective (it patches torch's process groups in this process) and warns of a rank
-    that the others wait for.
+    A step whose loss or gradient is not finite is always skipped on all ranks. With `spike_sigmas`, so is a step whose
+    gradient norm is more than that many standard deviations above the mean of the last `spike_window` accepted steps
+    (once half as many are known). After `max_skipped` skipped steps in a row the run stops. If a rank makes no progress
+    for `hang_seconds`, the run ends, so that the launcher can restart it (null: never). `name_stragglers` times every
+    collective (it patches torch's process groups in this process) and warns about a rank that the others wait for.
     """
 
     max_skipped: int = 5
@@ -160,10 +161,10 @@ class GuardConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Batch sizes are in sequences; `eval_sequences` bounds the held-out sequences scored at each evaluation.
+    """Batch sizes are in sequences; each evaluation scores at most `eval_sequences` held-out sequences.
 
-    `sample_prompt` null is the beginning of a held-out document (`Corpus.opening`).
-    `peak_tflops` is the hardware's stated peak for MFU, per rank (null: a matrix product is timed at start-up).
+    `sample_prompt=null` uses the beginning of a held-out document (`Corpus.opening`). `peak_tflops` is a rank's peak,
+    which MFU is relative to (null: a matrix product is timed at start-up).
     """
 
     steps: int = 300

@@ -1,4 +1,4 @@
-"""Training engines. `prepare` and `build_engine` make one; `moe.engine.base` is the interface that all of them have."""
+"""Training engines. `prepare` and `build_engine` create one; `moe.engine.base` is the interface of all of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from moe.config import Config, EngineKind
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine
 
-# Imported where they are chosen: DeepSpeed takes seconds.
+# Engines are imported when they are chosen: importing DeepSpeed takes seconds.
 
 
 def prepare(config: Config, mesh: Mesh) -> Mesh:
-    """The mesh with the process groups that the engine of `config` uses. A collective; before the model is built."""
+    """The mesh with the process groups that `config`'s engine needs. A collective; call before building the model."""
     if config.engine is EngineKind.plain:
         return mesh
     from moe.engine.deepspeed import engine

@@ -28,9 +28,9 @@ class SkipReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`grad_norm` is the norm before clipping over all parameters, NaN when it is not finite.
+    """`grad_norm` is the norm over all parameters before clipping, NaN when it is not finite.
 
-    `skipped`: why no rank's weights, moments or Adam steps moved; None when the update was applied.
+    `skipped`: why no rank changed its weights, moments or Adam steps; None when the update was applied.
     """
 
     grad_norm: float
@@ -38,9 +38,9 @@ class StepResult:
 
 
 class OptimizerState(Protocol):
-    """Float32 weights and Adam's moments of the parameters that train, whole and by name, for checkpoints.
+    """Float32 weights and Adam's moments of the trained parameters, unpartitioned and by name, for checkpoints.
 
-    Frozen parameters (`requires_grad=False`) are not in it: no step changes them.
+    Frozen parameters (`requires_grad=False`) are left out: no step changes them.
     """
 
     def sizes(self) -> dict[str, int]:
@@ -52,21 +52,21 @@ class OptimizerState(Protocol):
         ...
 
     def empty(self, max_bytes: int) -> Iterator[States]:
-        """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`, and only of
-        parameters that this rank needs."""
+        """Yields zeros for a reader to overwrite, only for the parameters that this rank needs. Each part has one
+        parameter, or several of at most `max_bytes` together."""
         ...
 
     def fill(self, parts: Iterable[States], adam_steps: int) -> None:
-        """Take `empty`'s parts, filled, before the first step; `adam_steps` counts applied updates. `Engine.resumed`
-        must follow."""
+        """Loads the parts of `empty` once a reader has filled them; call before the first step and follow it with
+        `Engine.resumed`. `adam_steps` is the number of updates applied so far."""
         ...
 
 
 class Engine(Protocol):
-    """Precision, accumulation, clipping, reduction over ranks and AdamW around one model.
+    """Precision, gradient accumulation, clipping, reduction over ranks and AdamW around one model.
 
-    Per optimizer step: for each of `accumulation` micro-batches `backward(loss)` then `step(lr)`; the last `step` of
-    the step returns a `StepResult`, the others None. The gradient is the mean over all micro-batches of all ranks.
+    For each of the `accumulation` micro-batches of an optimizer step call `backward(loss)`, then `step(lr)`. The last
+    `step` returns a `StepResult`, the others None. The gradient is the mean over all micro-batches of all ranks.
     """
 
     mesh: Mesh
@@ -87,17 +87,17 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's loss. A loss that isn't finite makes every rank skip the step."""
+        """Adds the gradient of one micro-batch's loss. A loss that isn't finite makes every rank skip the step."""
         ...
 
     def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
-        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`.
+        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`.
 
-        The update is skipped on all ranks if a loss or a gradient was not finite on any, or if the gradient norm is
-        over `norm_limit` (None, on all ranks, for no limit).
+        The update is skipped on all ranks if a loss or a gradient was not finite on any of them, or if the gradient
+        norm is over `norm_limit` (None, on all ranks, for no limit).
         """
         ...
 
     def resumed(self, steps: int, skipped_steps: int) -> None:
-        """After `optimizer_state.fill` on all ranks: the model gets the new weights. A collective."""
+        """Call after `optimizer_state.fill` on all ranks: copies the weights to the model. A collective."""
         ...

@@ -1,4 +1,4 @@
-"""Which of a model's parameters train, which decay, and which belong to experts: the same for every engine."""
+"""Which of a model's parameters are trained, which decay, and which belong to experts: the same for every engine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moe.sparse.experts import Experts
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} of those that train, in an order that all ranks share."""
+    """{name: parameter} of the trained ones, in an order that all ranks share."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only: norms (and any other vector) get none. Frozen parameters are in no group."""
+    """AdamW's parameter groups. Matrices decay; norms and other vectors don't. Frozen parameters are left out."""
     trained = trained_parameters(model).values()
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     vectors = [parameter for parameter in trained if parameter.ndim < 2]
@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def expert_names(model: nn.Module) -> set[str]:
-    """Names of the parameters of which each rank of an expert group holds its own slice."""
+    """Names of expert parameters: each rank of an expert group holds its own slice of them."""
     experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
 

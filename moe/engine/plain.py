@@ -1,9 +1,9 @@
-"""One process, torch alone: the reference that the exactness tests compare DeepSpeed with, and a fast start for small
-runs.
+"""One process, without DeepSpeed: the reference that the exactness tests compare DeepSpeed with, and a fast start for
+small runs.
 
-In float32 the optimizer's weights are the model's. In bfloat16 the model has bfloat16 weights; the optimizer has
-float32 ones, which start from the rounded weights, and sums gradients in float32: each micro-batch's gradient is added
-and freed as soon as autograd has it.
+In float32 the optimizer updates the model's weights directly. In bfloat16 the model has bfloat16 weights and the
+optimizer float32 master weights, initialised from the rounded ones. Gradients are then summed in float32: each
+micro-batch's gradient is added and freed as soon as autograd has computed it.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class PlainEngine:
         return self.model(*inputs, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's loss. A loss that isn't finite makes `step` skip the step."""
-        self._losses_finite = self._losses_finite & loss.detach().isfinite()  # read in `step`: no wait for a GPU here
+        """Adds the gradient of one micro-batch's loss. A loss that isn't finite makes `step` skip the update."""
+        self._losses_finite = self._losses_finite & loss.detach().isfinite()  # read in `step`, not to wait for a GPU
         (loss / self.accumulation).backward()
 
     def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
-        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`, unless a loss or a
+        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`, unless a loss or a
         gradient was not finite or the gradient norm is over `norm_limit`."""
         self._micro_batches += 1
         if self._micro_batches % self.accumulation:
@@ -89,8 +89,8 @@ class PlainEngine:
         return StepResult(grad_norm, skipped)
 
     def resumed(self, steps: int, skipped_steps: int) -> None:
-        """After `optimizer_state.fill`: the model gets the new weights, the counters go on."""
-        del steps  # Adam's own count is in the optimizer's state
+        """Call after `optimizer_state.fill`: copies the weights to the model and sets the counter of skipped steps."""
+        del steps  # the optimizer's state has Adam's own count
         self._copy_to_model()
         self.skipped_steps = skipped_steps
 
@@ -110,7 +110,7 @@ class PlainEngine:
 
 
 def _float32_master(parameter: nn.Parameter) -> Tensor:
-    """The parameter in float32; its `grad` is the sum of the parameter's gradients, which are freed at once."""
+    """A float32 copy of the parameter, whose `grad` sums the parameter's gradients; those are freed at once."""
     master = parameter.detach().float()
 
     def add_gradient(parameter: Tensor) -> None:
@@ -151,13 +151,13 @@ class PlainOptimizerState:
         return states
 
     def empty(self, max_bytes: int) -> Iterator[States]:
-        """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`."""
+        """Yields zeros for a reader to overwrite. Each part has one parameter, or several of at most `max_bytes`."""
         return zero_states(self._trained, max_bytes)
 
     @torch.no_grad()
     def fill(self, parts: Iterable[States], adam_steps: int) -> None:
-        """Take `empty`'s parts, filled, before the first step; `adam_steps` counts applied updates. `Engine.resumed`
-        must follow."""
+        """Loads the parts of `empty` once a reader has filled them; call before the first step and follow it with
+        `Engine.resumed`. `adam_steps` is the number of updates applied so far."""
         for part in parts:
             for name, value in part["weights"].items():
                 master = self._masters[name]

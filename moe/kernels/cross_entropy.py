@@ -1,7 +1,7 @@
-"""The language-model head and its cross-entropy in one, a slice of tokens at a time.
+"""The language-model head fused with its cross-entropy, one slice of tokens at a time.
 
-The logits of a whole batch are the largest tensor of a small model ([T, V] float32), and plain cross-entropy walks over
-them six times. Here each slice's logits are turned into their gradient in place, and freed.
+The logits of a whole batch are the largest tensor of a small model ([T, V] float32), and plain cross-entropy makes six
+passes over them. Here each slice's logits are overwritten by their gradient, used, and freed.
 Legend: T tokens, H hidden, V vocabulary.
 """
 
@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from moe.kernels.policy import wide_dtype, widen
 
 IGNORED = -100
-SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits at a time: they fit a core's cache, they fill a GPU
+SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per slice: fits a core's cache, or keeps a GPU busy
 
 
 def slice_rows(device: str, vocab: int) -> int:
-    """Tokens whose logits are in memory at a time."""
+    """Tokens per slice."""
     return max(64, SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["cpu"]) // vocab)
 
 

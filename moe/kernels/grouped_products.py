@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 
 class GroupedProducts(NamedTuple):
-    """The three matrix products of a grouped layer, on rows [N, ·] whose expert boundaries are already bound."""
+    """The three matrix products of a grouped layer, for fixed boundaries between the experts' rows."""
 
     times_weight: Callable[[Tensor, Tensor], Tensor]  # rows [N, I], weight [E, I, O] → [N, O]
     times_weight_t: Callable[[Tensor, Tensor], Tensor]  # rows [N, I], weight [E, O, I] → [N, O]
-    outer: Callable[[Tensor, Tensor], Tensor]  # rows [N, O], rows [N, I] → [E, O, I]; anything for an empty group
+    outer: Callable[[Tensor, Tensor], Tensor]  # rows [N, O], rows [N, I] → [E, O, I]; undefined where E has no row
 
 
 def torch_products(counts_E: Tensor) -> GroupedProducts:
-    """`F.grouped_mm`: needs 16-byte aligned rows and int32 offsets. No rows may lie past the last offset (there it
-    leaves memory uninitialised), which exact counts guarantee."""
+    """`F.grouped_mm`: needs 16-byte aligned rows. It leaves results past the last offset uninitialised, so the counts
+    must add up to N."""
     offsets_E = counts_E.cumsum(0).int()
     return GroupedProducts(
         times_weight=lambda rows, weight: F.grouped_mm(rows, weight, offs=offsets_E),

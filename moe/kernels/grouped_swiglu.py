@@ -1,11 +1,11 @@
 """The SwiGLU of many experts as one autograd function, with the backward pass written out.
 
-y = (silu(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ row by row, each row with its expert's weights. Only the input and gate/up are kept for
+y = (silu(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ row by row, each row with its expert's weights. Only the input and gate/up are saved for
 the backward pass; the activation is recomputed there (as in SonicMoE, arXiv 2512.14080), with a = silu(g) ⊙ u and σ the
 sigmoid:  dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
 The element-wise part is float32 for narrower dtypes.
 
-`resolve_backend` decides what runs where; `loop_ffn` is the plain reference.
+`resolve_backend` picks the back-end; `loop_ffn` is the plain reference.
 
 Shapes: N rows sorted by expert, H hidden, F feed-forward, G = 2F (gate, then up), E experts.
 """
@@ -30,10 +30,10 @@ from moe.kernels.policy import wide_dtype
 def resolve_backend(
     config: ExpertsConfig, device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]
 ) -> tuple[ExpertBackend, str]:
-    """The back-end that will run, and why, for a start-up log; `shapes` is (hidden_size, intermediate_size).
+    """The back-end that will run, and why, for the start-up log; `shapes` is (hidden_size, intermediate_size).
 
-    `auto` takes grouped_mm where it runs and else the loop. Raises UserError, saying what is missing, when
-    `experts.backend` names one that can't run here.
+    `auto` picks grouped_mm if it can run here, else the loop. Raises UserError with the reason when `experts.backend`
+    names one that can't run here.
     """
     asked = config.backend
     if asked is ExpertBackend.loop:
@@ -51,7 +51,7 @@ def resolve_backend(
 
 
 def _grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]) -> str | None:
-    """Why grouped_mm can't run, or None. On a CPU it always runs."""
+    """Why grouped_mm can't run, or None if it can. On a CPU it always can."""
     if device.type != "cuda":
         return None
     if dtype is not torch.bfloat16:
@@ -68,7 +68,8 @@ def grouped_ffn(
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
 
-    On CUDA grouped_mm never waits for the counts; the loop and megablocks read them on the host, one wait a call.
+    On CUDA the loop and megablocks read the counts on the host, which waits for the device once per call; the forward
+    pass of grouped_mm doesn't wait.
     """
     if backend is ExpertBackend.loop:
         return loop_ffn(x_NH, counts_E.tolist(), gate_up_proj, down_proj)
@@ -83,7 +84,7 @@ def grouped_ffn(
 
 
 def loop_ffn(x_NH: Tensor, counts: list[int], gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """The oracle: one plain SwiGLU per expert, any dtype, device and shape, with autograd's own backward."""
+    """The reference: one plain SwiGLU per expert, any dtype, device and shape, with autograd's own backward pass."""
     outputs = []
     for rows_H, gate_up, down in zip(x_NH.split(counts), gate_up_proj, down_proj, strict=True):
         gate_F, up_F = F.linear(rows_H, gate_up).chunk(2, dim=-1)
@@ -92,14 +93,13 @@ def loop_ffn(x_NH: Tensor, counts: list[int], gate_up_proj: Tensor, down_proj: T
 
 
 class LateCounts:
-    """CUDA counts on the host without a wait in the forward pass: the copy travels while the GPU computes.
+    """Copies counts from CUDA to the host without making the forward pass wait; calling it returns them.
 
-    Called in the backward pass, which waits for the copy alone: by then the GPU has passed the layer's router, and work
-    is queued behind it.
+    The backward pass calls it. It waits for the copy only, not for the work queued behind it, so the GPU stays busy.
     """
 
     def __init__(self, counts_E: Tensor) -> None:
-        self._counts_E = counts_E.to("cpu", non_blocking=True)  # torch takes pinned memory for it
+        self._counts_E = counts_E.to("cpu", non_blocking=True)  # torch copies into pinned memory
         self._arrived = torch.cuda.Event()
         self._arrived.record()
 
@@ -111,7 +111,7 @@ class LateCounts:
 class GroupedSwiGLU(torch.autograd.Function):
     """All experts at once, with any library's grouped products (on a GPU). Needs at least one row.
 
-    `counts()` gives the rows of each expert; only the backward pass calls it.
+    `counts()` returns the number of rows of each expert; only the backward pass calls it.
     """
 
     @staticmethod
@@ -146,8 +146,9 @@ class GroupedSwiGLU(torch.autograd.Function):
 
 
 class PerExpertSwiGLU(torch.autograd.Function):
-    """One matrix product per expert. On a CPU `F.grouped_mm` loops too; here each expert's activations are still in the
-    cache when the element-wise part and the next product read them, and the next expert reuses that memory."""
+    """One matrix product per expert. On a CPU `F.grouped_mm` loops over experts too; here each expert's activations are
+    still in the cache when the element-wise part and the next product read them, and the next expert reuses their
+    memory."""
 
     @staticmethod
     def forward(ctx: Any, x_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int]) -> Tensor:
@@ -187,7 +188,7 @@ class PerExpertSwiGLU(torch.autograd.Function):
 
 
 def _groups(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have any."""
+    """(expert, its rows) for every expert that has rows."""
     groups, start = [], 0
     for expert, count in enumerate(counts):
         if count:
@@ -208,8 +209,8 @@ def _activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """(silu(g) ⊙ u [N, F], gradient of gate/up [N, G]) from gate/up and the activation's gradient.
 
-    Five passes, in place where that saves cache: `dact_NF` is overwritten, and the results lie in `scratch` (at
-    least N rows each) where it is given and the dtype needs no widening.
+    Five element-wise passes, in place to use less cache: `dact_NF` is overwritten. If `scratch` (buffers of at least N
+    rows) is given and the dtype needs no widening, the results are views of it.
     """
     dtype, work = gate_up_NG.dtype, wide_dtype(gate_up_NG.dtype)
     gate_NF, up_NF = gate_up_NG.to(work).chunk(2, dim=1)

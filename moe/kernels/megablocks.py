@@ -22,7 +22,7 @@ from moe.kernels.permute import RowOrder
 
 @cache
 def _packages() -> tuple[Any, Any]:
-    """(megablocks.ops, grouped_gemm.backend). Raises UserError with what to install."""
+    """(megablocks.ops, grouped_gemm.backend). Raises UserError that says what to install."""
     try:
         return importlib.import_module("megablocks.ops"), importlib.import_module("grouped_gemm.backend")
     except ImportError as error:
@@ -34,7 +34,7 @@ def _packages() -> tuple[Any, Any]:
 
 
 def require(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise a one-line UserError unless this back-end can run on this device and dtype."""
+    """Raises UserError unless this back-end can run on this device and dtype."""
     _packages()
     if device.type != "cuda" or dtype is not torch.bfloat16:
         here = f"{str(dtype).removeprefix('torch.')} on {device.type}"
@@ -45,7 +45,7 @@ def require(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def products(counts: list[int]) -> GroupedProducts:
-    """grouped_gemm's products; it wants the group sizes as int64 on the host, and contiguous operands."""
+    """grouped_gemm's products; it takes group sizes as int64 on the host, and contiguous operands."""
     gmm, sizes_E = _packages()[1].gmm, torch.tensor(counts, dtype=torch.int64)
     return GroupedProducts(
         times_weight=lambda rows, weight: gmm(rows.contiguous(), weight.contiguous(), sizes_E),
@@ -55,14 +55,14 @@ def products(counts: list[int]) -> GroupedProducts:
 
 
 def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
-    """`permute.gather_rows` by MegaBlocks' kernel, which knows dropless routing only; [N, H]."""
+    """`permute.gather_rows` by MegaBlocks' kernel, which needs K choices for every token; [N, H]."""
     return _packages()[0].gather(x_TH, *_bins(order), order.rows_TK.shape[1])
 
 
 def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
     """`permute.combine_rows` by MegaBlocks' kernel; [T, H].
 
-    The weights are applied before it, in float32: its own weighting would return the router a bfloat16 gradient.
+    The weights are applied before it, in float32: the kernel's own weighting would give the router a bfloat16 gradient.
     """
     weights_N = weights_TK.flatten()[order.places_N]
     weighted_NH = (y_NH * weights_N.unsqueeze(1)).to(y_NH.dtype)
@@ -71,7 +71,7 @@ def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
 
 
 def _bins(order: RowOrder) -> tuple[Tensor, Tensor, Tensor]:
-    """What MegaBlocks' kernels take, int32: sorted choices [N], their experts [N], inclusive row bounds [E]."""
+    """Arguments of MegaBlocks' kernels, int32: sorted choices [N], their experts [N], cumulative rows [E]."""
     counts_E = order.counts_E
     experts_E = torch.arange(counts_E.numel(), dtype=torch.int32, device=counts_E.device)
     expert_ids_N = experts_E.repeat_interleave(counts_E, output_size=order.places_N.numel())

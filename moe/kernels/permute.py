@@ -1,9 +1,10 @@
-"""Token rows into expert order and back: copies by a permutation, whose backward passes are gathers too.
+"""Copies token rows into expert order and back, by gathers in the forward and the backward pass.
 
 Nothing is added atomically, so results are deterministic. Runs on every device; `gather_rows_reference` and
 `combine_rows_reference` are the same in plain PyTorch.
 
-Shapes: T tokens, K places a token has (at least as many as it has choices), N rows (choices), H hidden, E experts.
+Shapes: T tokens, K places for a token's choices (the largest number of choices of any token), N rows (choices),
+H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch.nn import functional as F
 
 @dataclass(slots=True)
 class RowOrder:
-    """Rows sorted by expert, stably: inside an expert they are in token order."""
+    """Where rows sorted by expert come from. The sort is stable: an expert's rows are in token order."""
 
     tokens_N: Tensor  # int64, the token of each row
     places_N: Tensor  # int64, token · K + place of each row
-    rows_TK: Tensor  # int64, the row at each place; some row (or 0) where a token has no choice at that place
+    rows_TK: Tensor  # int64, the row at each place; any valid row where the place has no choice
     counts_E: Tensor  # int64, rows per expert
-    filled_TK: Tensor | None  # bool, the places that have a choice; None when all have
+    filled_TK: Tensor | None  # bool, whether the place has a choice; None when all have
 
 
 def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
@@ -36,7 +37,7 @@ def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:
 def combine_rows(y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
     """Each token's weighted sum of its rows, [T, H] in y's dtype, summed in the weights' dtype.
 
-    The weight of a place that isn't filled must be 0; ignore its gradient.
+    The weight of a place without a choice must be 0; its gradient has no meaning.
     """
     return _CombineRows.apply(y_NH, weights_TK, order)  # type: ignore[no-any-return]
 
@@ -59,7 +60,7 @@ def inverse(permutation: Tensor) -> Tensor:
 
 
 def permute_rows(rows: Tensor, permutation: Tensor, its_inverse: Tensor) -> Tensor:
-    """rows[permutation]; the inverse brings the gradient back (index_select's own backward adds atomically)."""
+    """rows[permutation]; the backward pass gathers by the inverse (index_select's own one adds atomically)."""
     return _Permute.apply(rows, permutation, its_inverse)  # type: ignore[no-any-return]
 
 
@@ -97,12 +98,12 @@ class _CombineRows(torch.autograd.Function):
 
 
 def _sum_rows(rows_NH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """Σₖ weights[t, k] · rows[index[t, k]], [T, H]; an embedding bag does it in one pass without the [T, K, H] copy."""
+    """Σₖ weights[t, k] · rows[index[t, k]], [T, H]. An embedding bag needs one pass and no [T, K, H] copy."""
     if index_TK.numel() == 0:  # no tokens, or no choice at all
         return rows_NH.new_zeros(index_TK.shape[0], rows_NH.shape[1])
     if rows_NH.dtype in (torch.float32, torch.float64):
         return F.embedding_bag(index_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
-    # Narrower dtypes: float32 weights and sums, one rounding at the end.
+    # Narrower dtypes: multiply and add in float32, round once at the end.
     rows_TKH = rows_NH[index_TK].float()
     return (rows_TKH if weights_TK is None else rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(rows_NH.dtype)
 

@@ -1,11 +1,11 @@
 """Decisions that hold for all modules and kernels: dtypes, float32 products, compilation, recomputation.
 
-- Activations have the dtype of the weights they meet (`train.precision`). Statistics, softmaxes, losses, router
+- Activations have the dtype of the weights (`train.precision`). Statistics, softmaxes, losses, router
   arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
 - float32 matrix products on CUDA are IEEE float32, never TF32: `exact_float32`.
-- `torch.compile` is used where eager mode has no kernel at all (flex attention), through `compiled` alone.
+- `torch.compile` is used only where eager mode has no kernel (flex attention), and only through `compiled`.
 - What `device` and `dtype` of a command name: `choose_device`, `torch_dtype`.
-- What `model.recompute` names runs through `recomputed`.
+- The parts named by `model.recompute` run through `recomputed`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def widen(x: Tensor) -> Tensor:
 
 
 def exact_float32(device: torch.device) -> str | None:
-    """Make float32 matrix products on CUDA IEEE float32; a line that says so, None on other devices.
+    """Makes float32 matrix products on CUDA IEEE float32. Returns a line for the log; None on other devices.
 
-    A float32 run promises the numbers of a CPU run to rounding, and the router computes in float32 under bfloat16
-    weights too: TF32's 10-bit mantissa there would send tokens to other experts.
+    A float32 run must equal a CPU run to rounding. With bfloat16 weights the router still computes in float32: TF32's
+    10-bit mantissa would send some tokens to other experts.
     """
     if device.type != "cuda":
         return None
@@ -69,9 +69,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function(*inputs)`, whose backward pass runs it again, with the same numbers from `Randomness`.
+    """`function(*inputs)` without storing its activations: the backward pass runs it again.
 
-    With expert parallelism the exchange runs again too: every rank's backward pass meets the blocks in the same order.
+    Dropout and jitter repeat the same numbers, since `Randomness` computes them from the sample. With expert
+    parallelism the exchanges run again too; every rank's backward pass reaches the blocks in the same order, so none
+    hangs.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)

@@ -1,6 +1,6 @@
-"""RMSNorm (arXiv 1910.07467) whose statistics are float32 whatever the activations' dtype is.
+"""RMSNorm (arXiv 1910.07467) with statistics in float32, also for narrower activations.
 
-CUDA runs torch's fused kernel, other devices a backward pass by hand.
+CUDA runs torch's fused kernel, other devices a hand-written backward pass.
 Legend: T tokens (any leading dimensions), H the normalised dimension.
 """
 
@@ -18,7 +18,7 @@ from moe.kernels.policy import widen
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x²) + eps) · weight` over the last dimension, in x's dtype."""
-    if x_TH.is_cuda:  # one fused kernel there, float32 inside too
+    if x_TH.is_cuda:  # one fused kernel, which computes in float32 too
         return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
     return HandWrittenRMSNorm.apply(x_TH, weight_H, eps)  # type: ignore[return-value]
 
@@ -32,7 +32,7 @@ def rms_norm_reference(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 class HandWrittenRMSNorm(torch.autograd.Function):
     """y = x·r·w with r = (mean(x²) + eps)^−½, so dx = r·(g·w) − x·r³/H·Σ(g·w·x) and dw = Σ_T g·x·r.
 
-    Written by hand: autograd's element-wise steps are a pass over memory each and take twice as long on a CPU.
+    Hand-written because autograd makes one pass over memory per element-wise step and takes twice as long on a CPU.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), Hugging Face's `rotate_half` pairing: dimension i turns with i + D/2.
+"""Rotary position embedding (arXiv 2104.09864) with Hugging Face's `rotate_half` pairs: dimensions i and i + D/2.
 
 `project_rotated` is the fast path for bias-free projections on every device; `rotated` rotates any module's output.
 
@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(slots=True)
 class RotaryTable:
-    """cos and sin of each position's angles, [S, 1, D]: both halves hold the same angles, the first sin is negated."""
+    """cos and sin of each position's angles, [S, 1, D]. Both halves of D have the same angles; sin is negated in the
+    first half."""
 
     cos_S1D: Tensor
     sin_S1D: Tensor
@@ -40,7 +41,7 @@ def rotary_table(
 
 
 class RotaryTables:
-    """The table of one forward pass's positions, cut from a longer one, kept until the device or dtype changes."""
+    """The table of a forward pass's positions, a slice of one that is kept until the device or dtype changes."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim, self.theta = head_dim, theta
@@ -51,14 +52,15 @@ class RotaryTables:
         whole, end = self._whole, start + length
         if whole is None or whole.cos_S1D.device != device or whole.cos_S1D.dtype != dtype:
             whole = rotary_table(0, end, self.head_dim, self.theta, device, dtype)
-        elif len(whole.cos_S1D) < end:  # twice as long: a text that grows token by token then needs few tables
+        elif len(whole.cos_S1D) < end:  # doubled, so that generation token by token rarely recomputes it
             whole = rotary_table(0, 2 * end, self.head_dim, self.theta, device, dtype)
         self._whole = whole
         return RotaryTable(whole.cos_S1D[start:end], whole.sin_S1D[start:end])
 
 
 def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tensor | None = None) -> Tensor:
-    """Every head turned by its position's angle, or back by it; no autograd. Writes into `out` where given."""
+    """Rotates every head by its position's angle, with `back` by the negative angle; no autograd. Writes to `out` if
+    given."""
     half, sign = x_BSND.shape[-1] // 2, -1.0 if back else 1.0
     if out is None:
         out = torch.empty_like(x_BSND)
@@ -85,7 +87,7 @@ def project_rotated_reference(
 
 
 def rotated(x_BSND: Tensor, table: RotaryTable) -> Tensor:
-    """Every head turned by its position's angle."""
+    """Every head rotated by its position's angle."""
     return HandWrittenRotation.apply(x_BSND, table)  # type: ignore[return-value]
 
 
@@ -96,7 +98,7 @@ def rotated_reference(x_BSND: Tensor, table: RotaryTable) -> Tensor:
 
 
 class HandWrittenRotation(torch.autograd.Function):
-    """The backward pass turns back; nothing is kept but the table."""
+    """The backward pass rotates the gradient back; only the table is saved."""
 
     @staticmethod
     def forward(ctx: Any, x_BSND: Tensor, table: RotaryTable) -> Tensor:
@@ -110,10 +112,10 @@ class HandWrittenRotation(torch.autograd.Function):
 
 
 class HandWrittenProjectRotated(torch.autograd.Function):
-    """One matrix product for q, k and v, then one rotation of q and k together; the backward mirrors it.
+    """One matrix product for q, k and v, then one rotation of q and k together; likewise in the backward pass.
 
-    The three weights stay three parameters (their names are Hugging Face's); joining them per call is a small copy
-    next to the activations and saves two products and two gradient sums.
+    The weights are three parameters, as in Hugging Face's models. Concatenating them in each call copies little
+    compared with the activations and saves two matrix products and two gradient additions.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The dense SwiGLU activation (arXiv 2002.05202), silu(gate) · up, on every device. `grouped_swiglu` has the experts'.
+"""The dense SwiGLU activation (arXiv 2002.05202), silu(gate) · up, on every device. For experts: `grouped_swiglu`.
 
 Legend: T tokens (any leading dimensions), F feed-forward.
 """
@@ -24,7 +24,7 @@ def swiglu_reference(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 
 class HandWrittenSwiGLU(torch.autograd.Function):
-    """Keeps only its two inputs: the product and silu are cheaper to redo than to store."""
+    """Saves only its two inputs: silu and the product are cheaper to recompute than to store."""
 
     @staticmethod
     def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from moe.model.linear import plain_weight
 
 
 class Attention(nn.Module):
-    """`window` counts the keys that a query sees, its own included; None for all before it."""
+    """`window` is the number of keys that a query sees, its own included; None: its own and all before it."""
 
     def __init__(self, config: ModelConfig, layer: int, window: int | None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         return self.o_proj(context.attend(self.layer, self.window, q_BSND, k_BSGD, v_BSGD))
 
     def _project(self, x_BSH: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values; in one joined product where all three modules are plain linear ones."""
+        """Rotated queries and keys, and values; by one matrix product if all three modules are plain linear layers."""
         q, k, v = (plain_weight(module) for module in (self.q_proj, self.k_proj, self.v_proj))
         if q is not None and k is not None and v is not None:
             return project_rotated(x_BSH, q, k, v, table)

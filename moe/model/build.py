@@ -1,4 +1,4 @@
-"""Builds a model directly on its device: weights are allocated there, and drawn or read once."""
+"""Builds a model directly on its device: weights are allocated there once, then drawn or read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe.model.transformer import Transformer
 
 
 def build_model(config: Config, device: torch.device, expert_group: ProcessGroup | None = None) -> Transformer:
-    """The model of `config` with the initial weights of `train.seed`, float32 on `device`."""
+    """The model of `config` with the initial weights that `train.seed` gives, in float32 on `device`."""
     model = empty_model(config, device, expert_group)
     model.init_weights(config.train.seed)
     return model
@@ -23,7 +23,9 @@ def empty_model(
     expert_group: ProcessGroup | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
-    """The same with uninitialised weights, of `dtype`, for a checkpoint to fill. Buffers have their initial values.
+    """The same model with uninitialised weights of `dtype`, to be read from a checkpoint.
+
+    Buffers have their initial values.
 
     A module with buffers must set them in `reset_buffers()`, which its constructor calls too.
     """

@@ -1,4 +1,4 @@
-"""The rolling key/value cache: as many slots as the window has keys, whatever the length of the text.
+"""The rolling key/value cache: one slot per key of the window, however long the text is.
 
 Legend: B batch, C new tokens, L slots, K keys, G key/value heads, D head dimension.
 """
@@ -14,7 +14,7 @@ from moe.kernels.attention.pattern import visible
 
 
 class KVCache:
-    """Keys and values of the last `slots` positions of every layer; position p lies in slot p mod slots.
+    """Keys and values of the last `slots` positions of every layer; position p is in slot p mod slots.
 
     One forward pass is `begin`, then `attend` or `write` once per layer, then `commit`. All rows are at the same
     position: prompts of different lengths are padded on the left, with the padding as a document of its own.
@@ -38,7 +38,7 @@ class KVCache:
         return self._keys.nbytes + self._values.nbytes
 
     def begin(self, count: int, document_ids_BC: Tensor | None) -> None:
-        """Make room for `count` tokens. Raises ValueError past max_length."""
+        """Starts a forward pass over `count` new tokens. Raises ValueError past max_length."""
         end = self.length + count
         if end > self.max_length:
             raise ValueError(f"cache holds max_length={self.max_length} positions, position {end - 1} doesn't fit")
@@ -47,8 +47,9 @@ class KVCache:
         documents_BC = torch.zeros(batch, count, dtype=torch.int64, device=device)
         if document_ids_BC is not None:
             documents_BC = document_ids_BC.long()
-        # Until the cache is full nothing is overwritten, and a single token overwrites only what it can't see. Several
-        # tokens would overwrite keys that the first of them still sees: they look at old and new side by side.
+        # Until the cache is full nothing is overwritten, and a single token overwrites only a key outside its window.
+        # Several tokens could overwrite keys that the first of them still sees: they attend to the old slots and the
+        # new keys, concatenated.
         self._in_place = end <= self.slots or count == 1
         old_positions, old_documents = self._positions_L.clone(), self._documents_BL.clone()
         self._kept = min(count, self.slots)
@@ -71,7 +72,7 @@ class KVCache:
         self._values[layer][:, self._where] = v_BCGD[:, -self._kept :]
 
     def attend(self, layer: int, window: int | None, q_BCND: Tensor, k_BCGD: Tensor, v_BCGD: Tensor) -> Tensor:
-        """The new tokens' attention over what is cached and themselves, [B, C, N·D]; stores their keys and values."""
+        """The new tokens' attention to the cached tokens and themselves, [B, C, N·D]; caches their keys and values."""
         if window not in self._masks:
             self._masks[window] = (visible(self._new_C, self._keys_K, window) & self._open_BCK)[:, None]
         if self._in_place:

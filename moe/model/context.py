@@ -20,7 +20,7 @@ from moe.sparse import Randomness
 @dataclass(slots=True)
 class Context:
     table: RotaryTable
-    backend: AttentionBackend | None  # over the tokens of this pass; None when earlier ones are cached
+    backend: AttentionBackend | None  # for the tokens of this pass; None when the cache has earlier ones
     shape: tuple[int, int]
     device: torch.device
     document_ids_BS: Tensor | None
@@ -29,7 +29,7 @@ class Context:
     _attends: dict[int | None, Attend] = field(default_factory=dict)
 
     def attend(self, layer: int, window: int | None, q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
-        """Attention of one layer, [B, S, N·D]. The pattern of each distinct window is worked out once."""
+        """Attention of one layer, [B, S, N·D]. Layers with the same window share one mask."""
         if self.backend is None:
             assert self.cache is not None
             return self.cache.attend(layer, window, q_BSND, k_BSGD, v_BSGD)

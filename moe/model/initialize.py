@@ -1,7 +1,7 @@
 """Initial weights: a function of (seed, parameter name, global expert index) alone.
 
-The same model therefore starts at any number of ranks, any expert-parallel size, on any device. Every parameter has its
-own generator on the CPU, where its values are drawn in float32; several parameters are drawn at a time.
+They are therefore the same for any number of ranks, any expert-parallel size and any device. Every parameter has its
+own generator on the CPU, where its values are drawn in float32; several threads draw parameters in parallel.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from moe.model.norm import RMSNorm
 from moe.sparse import Experts
 
-MAX_THREADS = 16  # each holds one parameter, or one expert's, in float32 until it is on its device
+MAX_THREADS = 16  # each holds one parameter, or one expert's share of it, in float32 until it is copied
 
 
 def fill_weights(model: nn.Module, std: float, seed: int) -> None:
-    """N(0, std²) for all parameters but the norms', which are 1; a shared parameter is drawn under its first name."""
+    """Draws all parameters from N(0, std²), except norms, which are 1. A tied one is drawn once, by its first name."""
     with torch.no_grad(), ThreadPoolExecutor(_threads()) as pool:
         for _ in pool.map(partial(_draw, std), *zip(*_draws(model, seed), strict=True)):
             pass
 
 
 def _draws(model: nn.Module, seed: int) -> Iterator[tuple[Tensor, int]]:
-    """(tensor to fill, its seed); fills the norms on the way."""
+    """Yields (tensor to fill, its seed); sets the norms itself."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, Experts):

@@ -1,4 +1,4 @@
-"""Decides whether a module's product may be joined with others instead of calling the module."""
+"""Decides whether a linear layer's weight may be used in a joined or fused product instead of calling the module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     """The weight [out, in] of a module whose forward pass is `x @ weight.T` and nothing else; None for any other.
 
     None for: a bias, a subclass or a wrapper (an adapter), a parametrization (it makes a subclass), hooks, a `forward`
-    set on the instance, and weights that are no ordinary tensors (quantised, sharded). Callers then call the module.
+    set on the instance, and weights that aren't ordinary tensors (quantised, sharded). Callers then call the module.
     """
     if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:
         return None

@@ -1,4 +1,4 @@
-"""The language model's loss from the head's input, without the logits of a whole batch. T tokens, H hidden."""
+"""The language-model loss from the head's input, without storing the whole batch's logits. T tokens, H hidden."""
 
 from __future__ import annotations
 

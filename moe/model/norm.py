@@ -1,4 +1,4 @@
-"""The norms of the decoder. `build_norm` is the only place that makes one."""
+"""The norms of the decoder, all created by `build_norm`."""
 
 from __future__ import annotations
 

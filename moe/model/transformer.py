@@ -141,9 +141,9 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The language model. With an `expert_group` of N ranks each holds 1/N of every layer's experts.
 
-    Weights are torch's defaults until `init_weights` or a checkpoint sets them; `moe.model.build` makes one that has
-    them on any device. Raises UserError, at the first forward pass, when `model.attention` names a back-end that can't
-    run on the model's device and dtype.
+    Weights have torch's default values until `init_weights` or a checkpoint sets them; `moe.model.build` builds an
+    initialised model on any device. The first forward pass raises UserError when `model.attention` names a back-end
+    that can't run on the model's device and dtype.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head's weight the embedding's where the config says so; call it again after `to_empty`."""
+        """With `tie_word_embeddings`, makes the head's weight the embedding's; call it again after `to_empty`."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -186,11 +186,11 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         randomness: Randomness | None = None,
     ) -> ModelOutput:
-        """Logits, or the loss where labels (already shifted, −100 for no target) are given.
+        """Logits, or the summed loss if labels (already shifted, −100 for no target) are given.
 
-        `document_ids_BS` never falls along S; tokens see their own document only (None: one document). With a `cache`
-        the tokens follow those of earlier calls; it is filled and advanced. Dropout and jitter, where configured, take
-        their numbers from `randomness` in training.
+        `document_ids_BS` must not decrease along S; tokens see only their own document (None: a row is one document).
+        With a `cache` the tokens continue those of earlier calls and are added to it. In training, dropout and jitter
+        take their random numbers from `randomness`.
         """
         x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness)
         if labels_BS is None:

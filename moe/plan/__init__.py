@@ -1,4 +1,4 @@
-"""What a run needs and what it moves, from its configuration alone: before anything is launched."""
+"""A run's memory, FLOPs, traffic and time, computed from its configuration before anything is launched."""
 
 from moe.plan.counts import ParameterParts, count_parameters, flops_per_token, parameter_parts, visible_keys
 from moe.plan.memory import MemoryPlan, estimate_memory, plan_memory

@@ -1,7 +1,7 @@
-"""What one micro-batch keeps for its backward pass, and what a layer's backward pass needs on top, in bytes.
+"""Bytes that one micro-batch saves for its backward pass, and that a layer's backward pass needs in addition.
 
-Counted are the tensors that the code of moe/model, moe/sparse and moe/kernels keeps, so a change there changes the
-numbers here; tests/unit/plan/test_memory.py compares them with what autograd really keeps.
+The formulas count the tensors that the code of moe/model, moe/sparse and moe/kernels saves. Change them together;
+tests/unit/plan/test_memory.py compares them with what autograd really saves.
 
 Legend: T tokens of the micro-batch, S sequence, H hidden, F feed-forward, N query heads, G key/value heads, D head
 dimension, E experts, k choices per token, R = T·k rows of this rank's tokens, M rows that its experts receive,
@@ -19,7 +19,7 @@ from moe.plan.gradients import MemoryBlock, element_size
 
 
 class Shapes:
-    """The sizes that all formulas share. `imbalance` is rows of the fullest rank (or expert) / the mean."""
+    """The sizes that all formulas use. `imbalance`: rows of the rank (or expert) with most, divided by the mean."""
 
     def __init__(self, config: Config, device: str, imbalance: float) -> None:
         model, router, train = config.model, config.router, config.train
@@ -37,7 +37,7 @@ class Shapes:
         share = router.num_experts // expert if self.sparse else 1
         self.fullest = min(self.received, math.ceil(self.received / share * imbalance))
         backend = config.experts.backend
-        # `auto` on CUDA takes grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
+        # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
 
     @property
@@ -47,16 +47,16 @@ class Shapes:
 
 
 def _attention(shapes: Shapes) -> int:
-    """q, k, v and the output as the attention back-end keeps them, without what enters the block."""
+    """q, k, v and the output as the attention back-end saves them, without the block's input."""
     model, train, s = shapes.config.model, shapes.config.train, shapes.s
     queries, keys, length, window = shapes.queries, shapes.keys, train.sequence_length, model.sliding_window
     log_sum_exp = 4 * model.num_attention_heads
-    if model.attention is AttentionBackend.naive:  # every score, float32: softmax's output twice (and the mask)
+    if model.attention is AttentionBackend.naive:  # all scores in float32: softmax's output twice (and the mask)
         scores = model.num_attention_heads * length * 4
         return shapes.tokens * (2 * scores + (3 * queries + 3 * keys) * s + 8 * queries)
     if shapes.cuda and s == 2:  # varlen: q, k, v made contiguous
         return shapes.tokens * ((2 * queries + 2 * keys) * s + log_sum_exp)
-    if window is not None and window < length and not shapes.cuda:  # banded: each block's keys are copied together
+    if window is not None and window < length and not shapes.cuda:  # banded: each block copies its keys
         block = min(max(-(-window // BAND_BLOCKS // 8) * 8, MIN_BAND_BLOCK), MAX_BAND_BLOCK)
         back = -(-(window - 1) // block)
         blocks = -(-length // block)
@@ -65,7 +65,7 @@ def _attention(shapes: Shapes) -> int:
         copies = (first * (first + 1) / 2 + whole * (back + 1)) / blocks  # times each key is copied
         width = (3 + whole / blocks) * queries + 2 * (copies + 1) * keys
         return round(shapes.tokens * (blocks * block / length * width * s + log_sum_exp))
-    joined = queries + 2 * keys  # v is a view of the joined product, which keeps all of it; q and k are rotated copies
+    joined = queries + 2 * keys  # v is a view that keeps the whole joined product alive; q and k are rotated copies
     width = joined + (queries + keys) + queries
     if not shapes.cuda and CAUSAL_BLOCK < length <= CAUSAL_SPAN:
         width += queries  # the blocks' outputs, and their concatenation
@@ -73,14 +73,14 @@ def _attention(shapes: Shapes) -> int:
 
 
 def kept_by_layers(shapes: Shapes, layers: int) -> list[MemoryBlock]:
-    """From the forward to the backward pass, under `model.recompute`."""
+    """What `layers` layers keep from the forward to the backward pass, under `model.recompute`."""
     dense, rows = _layer(shapes, shapes.config.model.recompute)
     return _layer_blocks(shapes, layers * dense, layers * rows, ("activations", "moe_buffers"))
 
 
 def layer_backward(shapes: Shapes) -> list[MemoryBlock]:
-    """What a layer's backward pass holds beside what is kept and its weights' gradients; with recomputation that
-    includes what comes back first."""
+    """What a layer's backward pass holds besides the kept activations and its weights' gradients. With recomputation
+    that includes the recomputed activations."""
     dense, rows = _layer(shapes, Recompute.none)
     kept_dense, kept_rows = _layer(shapes, shapes.config.model.recompute)
     returned = _layer_blocks(shapes, dense - kept_dense, rows - kept_rows, ("recomputed", "recomputed"))
@@ -88,7 +88,8 @@ def layer_backward(shapes: Shapes) -> list[MemoryBlock]:
 
 
 def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str]) -> list[MemoryBlock]:
-    """Gate and up are one tensor of rows; those that enter and leave are others."""
+    """Blocks of `dense` bytes and of `rows` bytes, the latter split into the gate/up tensor and the experts' inputs and
+    outputs, whose largest tensors differ in size."""
     gate_up = shapes.received * 2 * shapes.feed * shapes.s
     middle = rows * 2 * shapes.feed // (2 * shapes.feed + 2 * shapes.hidden)
     return [
@@ -101,7 +102,7 @@ def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str])
 def _layer(shapes: Shapes, recompute: Recompute) -> tuple[int, int]:
     """(bytes of everything but rows, bytes of the experts' rows) that one layer keeps."""
     tokens, hidden, feed, s = shapes.tokens, shapes.hidden, shapes.feed, shapes.s
-    attention = 2 * shapes.stream + 4 * tokens + _attention(shapes)  # the block's input, and normed
+    attention = 2 * shapes.stream + 4 * tokens + _attention(shapes)  # the block's input, before and after the norm
     if shapes.sparse:
         experts, top_k = shapes.config.router.num_experts, shapes.config.router.experts_per_token
         routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
@@ -120,15 +121,15 @@ def _layer(shapes: Shapes, recompute: Recompute) -> tuple[int, int]:
 
 
 def _backward(shapes: Shapes) -> int:
-    """The most that one layer's backward pass holds at once: the MLP's part or the attention's."""
+    """The most that one layer's backward pass holds at once: in the MLP or in attention."""
     tokens, s = shapes.tokens, shapes.s
     attention = 2 * tokens * (shapes.queries + 2 * shapes.keys) * s + shapes.stream
     if not shapes.sparse:
         return shapes.stream + max(attention, 4 * tokens * shapes.feed * s)
     row = shapes.hidden * s
-    # combine: the gradient's row of each choice and its product with what the expert gave, float32
+    # combine: each choice's gradient row and its product with the expert's output, float32
     combine = shapes.rows * shapes.hidden * (8 if s == 4 else 10)
-    # experts: gradients of their output and input, less the output, which is gone by then
+    # experts: gradients of their output and input, less the output, which is freed by then
     experts = (2 * shapes.received - shapes.rows) * row
     if shapes.cuda and not shapes.loop:  # all rows at once: bfloat16 gate/up and both gradients widened, and back
         experts += 30 * shapes.received * shapes.feed
@@ -140,7 +141,7 @@ def _backward(shapes: Shapes) -> int:
 
 
 def head_memory(shapes: Shapes) -> tuple[int, int]:
-    """(kept, working) bytes of the last norm and the loss, which already computes its gradients going forward."""
+    """(kept, working) bytes of the last norm and the loss, which computes its gradients in the forward pass."""
     weight = 4 * shapes.vocab * shapes.hidden
     kept = 2 * shapes.stream + weight  # the last norm's input, and both gradients
     rows = min(shapes.tokens, slice_rows("cuda" if shapes.cuda else "cpu", shapes.vocab))
@@ -150,6 +151,6 @@ def head_memory(shapes: Shapes) -> tuple[int, int]:
 
 
 def evaluation_memory(shapes: Shapes) -> int:
-    """Logits of a whole micro-batch, and of one sequence in float32 with its log-softmax."""
+    """Bytes of a whole micro-batch's logits, and of one sequence's in float32 with its log-softmax."""
     length = shapes.config.train.sequence_length
     return shapes.vocab * (shapes.tokens * shapes.s + length * (4 + (4 if shapes.s == 2 else 0)))

@@ -12,9 +12,9 @@ from moe.config import Config, Mlp
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
-    """(total, active) weights of the whole model, whatever the number of ranks.
+    """(total, active) parameters of the whole model, for any number of ranks.
 
-    Active is what one token's forward pass uses: k of the E experts, and everything else.
+    Active are those that one token's forward pass uses: k of the E experts, and everything else.
     """
     parts = parameter_parts(config)
     return parts.shared + parts.experts, parts.shared + parts.active_experts
@@ -24,9 +24,9 @@ def count_parameters(config: Config) -> tuple[int, int]:
 class ParameterParts:
     shared: int  # all but the experts: embedding, head, attention, norms, routers, and a dense model's MLPs
     experts: int  # all experts of all layers; 0 for a dense model
-    active_experts: int  # those a token uses
-    embedding: int  # of the shared: the input embedding
-    norms: int  # of the shared
+    active_experts: int  # those that one token uses
+    embedding: int  # the input embedding; part of `shared`
+    norms: int  # part of `shared`
 
 
 def parameter_parts(config: Config) -> ParameterParts:
@@ -50,7 +50,7 @@ def parameter_parts(config: Config) -> ParameterParts:
 
 
 def visible_keys(sequence_length: int, window: int | None) -> float:
-    """Mean keys a query sees, itself included: (S + 1) / 2, or with a window W < S: W − W(W − 1) / 2S."""
+    """Mean number of keys that a query sees, its own included: (S + 1) / 2; with a window W < S, W − W(W − 1) / 2S."""
     width = sequence_length if window is None else min(window, sequence_length)
     return width - width * (width - 1) / (2 * sequence_length)
 
@@ -58,8 +58,8 @@ def visible_keys(sequence_length: int, window: int | None) -> float:
 def flops_per_token(config: Config) -> float:
     """Training FLOPs of one token: 6 · (active weights that are multiplied) + 12 · L · N · D · (mean visible keys).
 
-    A multiply-add is 2 FLOPs; the backward pass is twice the forward pass. Counted is what the mathematics needs:
-    one document per sequence, no dropped choices, nothing masked or recomputed; norms and softmax not.
+    A multiply-add is 2 FLOPs; the backward pass is twice the forward pass. Counts only what the mathematics needs: one
+    document per sequence, no dropped choices, no masked scores, no recomputation, and no norms or softmax.
     """
     model, parts = config.model, parameter_parts(config)
     looked_up = 0 if model.tie_word_embeddings else parts.embedding  # a tied embedding is multiplied as the head

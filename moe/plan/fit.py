@@ -1,7 +1,7 @@
-"""Whether a run or a model fits into the memory that this machine has now, asked before anything is built.
+"""Checks, before anything is built, whether a run or a model fits into the memory that this machine has left.
 
-A plan is an estimate (docs/plan.md says how good), so that a run is refused only when it needs `MARGIN` times what is
-there: none that would fit is. A model's weights are known to the byte.
+A plan is an estimate (docs/plan.md says how good). A run is refused only when its plan needs more than `MARGIN` times
+the memory left, so that no run that would fit is refused. A model's weights are known to the byte.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from moe.plan.memory import plan_memory, size
 from moe.plan.run import GB, make_plan
 
 MARGIN = 4 / 3  # plans of whole runs were up to 19 % too high
-BATCH_BYTES = 20  # of a token: its id and target, int64, and document, int32; a step's batches are made at once
+BATCH_BYTES = 20  # per token: id and label (int64), document (int32); a step's batches are all made before it
 NODES = "hardware.nodes="
 
 
 @dataclass(frozen=True, slots=True)
 class _Here:
-    """What a rank has on its machine, which `local_ranks` of `world_size` share: bytes left on its device (a CPU's is
-    the host) and its part of the host's."""
+    """The memory left for a rank on a machine that `local_ranks` of the `world_size` ranks share: bytes of its device
+    (for a CPU, of the host) and its part of the host's bytes."""
 
     device: DeviceKind
     world_size: int
@@ -35,7 +35,7 @@ class _Here:
 
 
 def check_run(config: Config, world_size: int, local_ranks: int, device: torch.device) -> None:
-    """Raises UserError when this rank's plan is `MARGIN` times the memory that its machine has left, unless
+    """Raises UserError when this rank's plan needs more than `MARGIN` times the memory left for it, unless
     `check_memory=false`. Takes milliseconds."""
     if not config.check_memory:
         return
@@ -54,7 +54,7 @@ def check_run(config: Config, world_size: int, local_ranks: int, device: torch.d
 
 
 def check_model(config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError when the model's weights alone are more than the memory that is left on `device`."""
+    """Raises UserError when the model's weights alone need more than the memory that is left on `device`."""
     needed = dtype.itemsize * count_parameters(config)[0]
     there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
     if needed > there:
@@ -66,7 +66,7 @@ def check_model(config: Config, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def _check(config: Config, here: _Here, where: str, kinds: dict[str, int], there: int) -> None:
-    """`kinds`: bytes by what they are for; `there`: the bytes left for them."""
+    """Raises UserError when `kinds`, {purpose: bytes}, need more than `MARGIN` times `there`, the bytes left."""
     needed = sum(kinds.values())
     if needed <= MARGIN * there:
         return
@@ -79,7 +79,7 @@ def _check(config: Config, here: _Here, where: str, kinds: dict[str, int], there
 
 
 def _advice(config: Config, here: _Here) -> str:
-    """What would fit, as overrides of `moe train`."""
+    """Overrides of `moe train` with which the run would fit, as the end of a sentence."""
     hardware = HardwareConfig(
         name="here",
         device=here.device,

@@ -1,8 +1,8 @@
 """Weights, gradients and optimizer state as DeepSpeed's ZeRO-1 and 2 hold them on a rank (moe/engine/deepspeed), or as
 the plain engine does (moe/engine/plain.py).
 
-In bytes per parameter of this rank; c is the rank's share of ZeRO's partition: 1 / ranks of what all ranks hold,
-expert / ranks of the experts.
+In bytes per parameter on this rank. c is the rank's share of ZeRO's partition: 1 / ranks for shared weights,
+expert_parallel_size / ranks for experts. The second column is precision, device, ZeRO stage.
 
 | way      | when                                 | weights | master  | Adam | flat gradient | gradients           |
 | in place | float32 on a CPU, 1, no expert ranks | 4       | shared  | 8c   | 4c            | 4, reduced in place |
@@ -17,9 +17,9 @@ expert / ranks of the experts.
 On a CPU a float32 run's master weights are the model's own, and the buffer of its flat gradient is kept
 (moe/engine/deepspeed/shortcuts.py); elsewhere the flat gradient exists during the update only.
 
-With `parallel.offload_optimizer` master weights, Adam and the reduced gradients are in the host's memory, and stage 1
-takes the bucket. A bucket is 500 million elements and its reduction works on a copy; on CUDA it is allocated whole, on
-a CPU only what is written counts.
+With `parallel.offload_optimizer` master weights, Adam's moments and the reduced gradients are in the host's memory, and
+stage 1 uses a bucket. A bucket has 500 million elements and is copied to be reduced; on CUDA it takes its whole size,
+on a CPU only the pages that are written.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from moe.config import Config, EngineKind, Precision
 from moe.plan.counts import parameter_parts
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
-EXPERT_GROUP = 178_956_971  # elements: how DeepSpeed cuts experts into parameter groups
+EXPERT_GROUP = 178_956_971  # elements: the size of the parameter groups into which DeepSpeed splits experts
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBlock:
-    """Bytes of one kind of memory; `piece` is the largest single tensor in them."""
+    """Bytes of one kind of memory; `piece` is the size of the largest single tensor among them."""
 
     kind: str
     size: int
@@ -43,7 +43,7 @@ class MemoryBlock:
 
 
 def flat(kind: str, size: float) -> list[MemoryBlock]:
-    """One tensor."""
+    """A block that is one tensor."""
     return [MemoryBlock(kind, round(size), round(size))]
 
 
@@ -54,7 +54,7 @@ def element_size(config: Config) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The rank's parameters, in elements: what all ranks hold, its experts, and its part of ZeRO's partition."""
+    """The rank's parameters, in elements: those on all ranks, its experts, and its share of ZeRO's partition."""
 
     shared: int
     experts: int
@@ -88,7 +88,7 @@ def local_tensors(config: Config, world_size: int) -> Tensors:
 
 
 class Sharded:
-    """Blocks of weights, gradients and optimizer state in each phase of a step."""
+    """Weights, gradients and optimizer state in each phase of a step."""
 
     def __init__(self, config: Config, world_size: int, device: str) -> None:
         self.tensors, self.cuda = local_tensors(config, world_size), device == "cuda"
@@ -108,7 +108,7 @@ class Sharded:
             self.way = "bucket" if self.cuda or self.expert > 1 else "in place"
         whole = (
             0 if self.half or world_size == 1 else self.tensors.largest
-        )  # float32 keeps tensors whole that overlap it
+        )  # float32 keeps whole tensors that overlap the partition
         self.partition = 0 if self.offload else round(4 * min(self.tensors.local, self.tensors.share + whole))
 
     def always(self) -> list[MemoryBlock]:
@@ -118,12 +118,12 @@ class Sharded:
             blocks.append(MemoryBlock("optimizer", each * self.tensors.local, 4 * self.tensors.largest))
         elif not self.offload:  # moments, and master weights or, on a CPU in float32, the buffer of the flat gradient
             blocks.append(MemoryBlock("optimizer", round(12 * self.tensors.share), round(4 * self.tensors.share)))
-        if self.way == "sums":  # the sums are kept between steps
+        if self.way == "sums":  # the float32 sums are kept between steps
             blocks += flat("gradients", 4 * self.tensors.local)
         return blocks
 
     def host(self) -> int:
-        """Bytes in the host's memory beside a CUDA device: pinned master weights, moments, gradients, new weights."""
+        """Bytes of host memory with offloading: pinned master weights, moments, gradients and updated weights."""
         return round((16 + self.size) * self.tensors.share) if self.offload else 0
 
     def held(self) -> list[MemoryBlock]:
@@ -151,14 +151,14 @@ class Sharded:
             return self._each(4)
         if self.way == "sums":
             return flat("communication", self._copy_of_sums())
-        # shared weights and experts have different groups, so each reduction holds one of the two
+        # shared weights and experts are reduced in different groups, one after the other
         group = self.tensors.local if self.expert == 1 else max(self.tensors.shared, self.tensors.experts)
         copy = min(BUCKET, group) * (6 if self.half and self.way == "stage 2" else 4)  # bfloat16, and widened
         bucket_and_copy = [*self._bucket(), *flat("communication", copy)]
         rest = max(0, self.tensors.local - BUCKET)
         if self.way == "bucket":  # gradients that wait for the next bucket are still separate tensors
             return [*bucket_and_copy, *flat("gradients", 4 * rest)]
-        # bfloat16 adds to one float32 partition; float32 fills a new one when the reduction's copy is gone
+        # bfloat16 adds to one float32 partition; float32 fills a new one after freeing the reduction's copy
         partitions = 1 if self.half else (1 if self.several else 0) + (1 if rest else 0)
         return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
 
@@ -179,7 +179,7 @@ class Sharded:
         return flat("communication", size * (BUCKET if self.cuda else min(BUCKET, self.tensors.local)))
 
     def _copy_of_sums(self) -> int:
-        """A flat sum alone in its bucket is reduced in place; several in one bucket are copied together first."""
+        """A flat gradient sum alone in its bucket is reduced in place; several are first copied into one buffer."""
         shared = self.tensors.local if self.expert == 1 else self.tensors.shared
         experts = 0 if self.expert == 1 else self.tensors.experts
         joined = min(experts, BUCKET + EXPERT_GROUP) if experts > EXPERT_GROUP else 0

@@ -1,7 +1,7 @@
-"""The memory that this machine has left for a process: what /proc says, less what its cgroups and `ulimit -v` forbid.
+"""The memory that this machine has left for a process: what /proc reports, limited by cgroups and `ulimit -v`.
 
-Counted as left: free memory, what the kernel gives up for a process that needs it (clean file pages), and swap, since a
-process that swaps isn't killed.
+That is free memory, memory that the kernel can reclaim (clean file pages), and swap, since a process that swaps isn't
+killed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class _Controller:
-    """Names of a cgroup version's memory files, and the entries of memory.stat that the kernel can give up."""
+    """Names of a cgroup version's memory files, and the entries of memory.stat that the kernel can reclaim."""
 
     folder: str
     limit: str
@@ -43,13 +43,13 @@ def host_memory(ranks: int = 1, root: Path = ROOT) -> int:
 
 
 def _cgroups(root: Path) -> Iterator[int]:
-    """What each cgroup with a limit that this process is in, directly or not, has left."""
+    """Bytes left in each cgroup with a limit that contains this process, parent cgroups included."""
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         names = _V1 if controllers else _V2
-        # In a container the path may be the host's: then only the controller's own folder is there.
+        # In a container the path may be the host's; then only the controller's top folder exists.
         top = root / names.folder
         folder = top / path.lstrip("/")
         for one in (folder, *folder.parents):
@@ -62,7 +62,7 @@ def _cgroups(root: Path) -> Iterator[int]:
 
 
 def _address_space(root: Path) -> int | None:
-    """What `ulimit -v` leaves to this process; None without such a limit."""
+    """Bytes that `ulimit -v` leaves to this process; None without such a limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return None
@@ -71,7 +71,7 @@ def _address_space(root: Path) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where there is no such file, or where it says `max`."""
+    """The number in a file; None if there is no such file, or if it says `max`."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Memory of a rank through one optimizer step, phase by phase. The fullest phase is the peak, and is what must fit."""
+"""A rank's memory in each phase of an optimizer step. The phase that needs most is the peak, which must fit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KINDS: tuple[str, ...] = (
     "allocator",
 )
 STEP = ("loss", "backward", "reduce", "update")  # the phases of a step, which repeat
-# On a CPU, glibc gives freed blocks from GIVEN_BACK on back to the system; smaller ones stay with the process.
-# Gradients don't fit the holes that activations leave (router outputs live on between them), so both pools count, and
-# blocks that come and go between kept ones need room of their own. HOLES are fitted to runs with glibc
-# (docs/plan.md says to which, and how far they hold).
+# On a CPU, glibc returns freed blocks of at least GIVEN_BACK bytes to the system; smaller ones stay with the process.
+# Gradients can't reuse the gaps that freed activations leave, because router outputs between them stay allocated: both
+# pools count in full. Short-lived blocks between long-lived ones need additional room: HOLES, as a share of their size,
+# is fitted to runs with glibc (docs/plan.md says to which, and how well it holds).
 GIVEN_BACK = 32 * 2**20
 CHECKPOINT_FILE = 2 << 30  # `moe.checkpoint.ownership` cuts files up to this size
 HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
@@ -32,8 +32,8 @@ HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed":
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of one rank: {phase: {kind: bytes}} in the order of a step, on the device. `host` is what the run
-    always takes of the host's memory, `checkpoint_host` what a save adds (on a CPU both are part of the phases)."""
+    """Bytes of one rank: {phase: {kind: bytes}} on the device, in the order of a step. Of host memory the run always
+    uses `host`, and a save `checkpoint_host` more (on a CPU `phases` has both)."""
 
     phases: dict[str, dict[str, int]]
     host: int
@@ -51,7 +51,7 @@ class MemoryPlan:
         return self.total(self.peak_phase)
 
     def fullest_step(self) -> dict[str, int]:
-        """{kind: bytes} of the fullest phase of training steps alone, without evaluation and checkpoint."""
+        """{kind: bytes} of the phase that needs most, evaluation and checkpoint left out."""
         return self.phases[max(STEP, key=self.total)]
 
     @property
@@ -60,9 +60,9 @@ class MemoryPlan:
 
 
 def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalance: float = 1.0) -> MemoryPlan:
-    """`device` is cpu or cuda; `imbalance` is the rows of the fullest expert rank over the mean, ≥ 1.
+    """`device` is cpu or cuda; `imbalance` ≥ 1 is `plan.imbalance`.
 
-    NOTE: one document per sequence and no dropped choice are assumed; dropout's masks are not counted.
+    NOTE: assumes one document per sequence and no dropped choices; dropout's masks are not counted.
     """
     shapes, sharded = Shapes(config, device, imbalance), Sharded(config, world_size, device)
     always, held = sharded.always(), sharded.held()
@@ -73,7 +73,7 @@ def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalan
         "update": [*always, *sharded.updating()],
         "evaluate": [*always, *flat("working", evaluation_memory(shapes))],
     }
-    # float32 weights and both moments, a share on each rank; a file is put together in memory before it is written.
+    # each rank's share of float32 weights and both moments; a file is assembled in memory before it is written
     saved = round(12 * sharded.tensors.share)
     file = min(saved, CHECKPOINT_FILE)
     if device == "cpu":
@@ -89,13 +89,13 @@ def _size(blocks: list[MemoryBlock]) -> int:
 
 
 def estimate_memory(config: Config, world_size: int, device: str = "cpu") -> dict[str, int]:
-    """Bytes per rank by kind in the fullest phase of a training step, with balanced experts; their sum is the peak."""
+    """{kind: bytes} per rank in the phase of a training step that needs most, with balanced experts."""
     plan = plan_memory(config, world_size, device=device)
     return {kind: size for kind, size in plan.fullest_step().items() if size}
 
 
 def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
-    """The larger of two: the loss's own backward pass, and the last layer's after the loss's gradients are freed."""
+    """The larger of the loss's own backward pass and that of the last layer, when the loss's gradients are freed."""
     kept, working = head_memory(shapes)
     head, layers = shapes.vocab * shapes.hidden, shapes.config.model.num_hidden_layers
     piece = max(4 * head, shapes.stream)
@@ -110,7 +110,7 @@ def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
 
 
 def _by_kind(phases: dict[str, list[MemoryBlock]], device: str, sparse: bool) -> Iterator[tuple[str, dict[str, int]]]:
-    """Sums by kind; on a CPU `allocator` is what the process holds on top: blocks freed earlier, and holes."""
+    """Sums by kind; on a CPU `allocator` is what the process holds in addition: freed blocks and gaps."""
     pools = {phase: _pools(blocks, sparse) for phase, blocks in phases.items()}
     gradients = max(pools[phase][0] for phase in STEP)
     others = max(pools[phase][1] for phase in STEP)
@@ -126,8 +126,8 @@ def _by_kind(phases: dict[str, list[MemoryBlock]], device: str, sparse: bool) ->
 
 
 def _pools(blocks: list[MemoryBlock], sparse: bool) -> tuple[float, float]:
-    """Bytes of small blocks: (of gradients, of all others with their holes). In a dense model nothing lives on between
-    the activations, so that gradients take their place and all are one pool."""
+    """(bytes of small blocks of gradients, bytes of all other small blocks and the gaps between them). In a dense model
+    no long-lived blocks lie between the activations: gradients reuse their memory, and all count as one pool."""
     small = [block for block in blocks if block.piece < GIVEN_BACK]
     gradients = sum(block.size for block in small if block.kind == "gradients" and sparse)
     holes = HOLES if sparse else {kind: HOLES[kind] for kind in ("working", "recomputed")}
@@ -136,7 +136,7 @@ def _pools(blocks: list[MemoryBlock], sparse: bool) -> tuple[float, float]:
 
 
 def size(count: float) -> str:
-    """Bytes for a reader, 3 digits."""
+    """Bytes as text with three significant digits and a unit."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while abs(count) >= 999.5 and len(units) > 1:
         count, units = count / 1000, units[1:]

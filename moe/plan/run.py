@@ -1,4 +1,4 @@
-"""One plan: what a configuration needs on the stated hardware, whether it fits, and what would make it fit."""
+"""The plan: what a configuration needs on the given hardware, whether it fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KEPT = ("activations", "moe_buffers", "recomputed")
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one step if arithmetic and links ran at their stated peaks. A real step takes longer than
-    `overlapped`; without any overlap it takes longer than `in_turn` too."""
+    """Seconds of one step if arithmetic and links ran at the hardware's stated peaks: lower bounds, `overlapped` for
+    any run and `in_turn` for one without any overlap."""
 
     compute: float
     update: float
@@ -29,12 +29,12 @@ class Times:
 
     @property
     def overlapped(self) -> float:
-        """Arithmetic and both links at once."""
+        """Arithmetic and both links at the same time, then the update."""
         return max(self.compute, self.intra, self.inter) + self.update
 
     @property
     def in_turn(self) -> float:
-        """One after the other."""
+        """Everything one after the other."""
         return self.compute + self.intra + self.inter + self.update
 
 
@@ -42,12 +42,12 @@ class Times:
 class Plan:
     config: PlanConfig
     memory: MemoryPlan
-    recomputing: dict[Recompute, int]  # activations' bytes (all layers) under each `model.recompute`
+    recomputing: dict[Recompute, int]  # bytes of all layers' activations for each value of `model.recompute`
     traffic: dict[str, Flow]
     times: Times
-    advice: list[str]  # overrides that make it fit; [] when it fits or nothing does
-    advised_gb: float  # what the run needs with `advice`; without any that fits, the least that was found
-    note: str = ""  # what was changed so that there could be a plan
+    advice: list[str]  # overrides with which it fits; [] when it fits already or when none were found
+    advised_gb: float  # what the run needs with `advice`; if nothing fits, the least that was found
+    note: str = ""  # what the plan changed in the configuration
 
     @property
     def needed_gb(self) -> float:
@@ -107,18 +107,18 @@ class Plan:
 
 
 def needed_gb(config: PlanConfig, memory: MemoryPlan) -> float:
-    """Device memory of a rank, reserved part included."""
+    """Device memory of a rank, the reserved part included."""
     return memory.peak / GB + config.hardware.reserved_gb
 
 
 def _host_gb(config: PlanConfig, memory: MemoryPlan) -> float:
-    """Host memory of a node while a checkpoint is written, the most that a run takes."""
+    """Host memory of a node while a checkpoint is written, which is when a run uses most."""
     return (memory.host + memory.checkpoint_host) * config.hardware.gpus_per_node / GB
 
 
 def make_plan(asked: PlanConfig) -> Plan:
-    """Raises UserError where `moe train` would on these ranks; only a global batch that they can't share is rounded
-    up, and the plan says so."""
+    """Plans `asked`. A global batch that the ranks can't share is rounded up, and the plan's note says so. Raises
+    UserError in all other cases in which `moe train` would on this many ranks."""
     config, note = _rounded(asked), ""
     _check(config)
     if config is not asked:
@@ -140,7 +140,7 @@ def make_plan(asked: PlanConfig) -> Plan:
 
 
 def _rounded(config: PlanConfig) -> PlanConfig:
-    """With the global batch rounded up to whole micro-batches on every rank; `config` itself if it already is."""
+    """`config` with the global batch rounded up to whole micro-batches on every rank; itself if it already is."""
     train = config.train
     together = train.micro_batch_size * config.hardware.world_size
     size = -(-train.global_batch_size // together) * together
@@ -162,7 +162,7 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
     tokens = train.global_batch_size * train.sequence_length / world
     half = train.precision is Precision.bfloat16
     peak = (hardware.peak_tflops if half else hardware.peak_tflops_float32) * 1e12
-    # Adam reads gradient, master and both moments and writes three of them; the weights are written too.
+    # Adam reads gradients, master weights and both moments, writes the last three, and writes the model's weights.
     moved = (7 * 4 + element_size(config)) * local_tensors(config, world).share
     return Times(
         compute=tokens * _flops(config) / peak,
@@ -173,7 +173,7 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
 
 
 def _flops(config: PlanConfig) -> float:
-    """Of one token on the fullest rank: recomputation repeats a forward pass, a third of the training's products."""
+    """FLOPs of one token on the rank with most rows. Recomputation repeats a forward pass, a third of all FLOPs."""
     model, parts, flops = config.model, parameter_parts(config), flops_per_token(config)
     head = 6 * model.vocab_size * model.hidden_size
     mlp = 6 * (parts.active_experts or model.num_hidden_layers * 3 * model.hidden_size * model.intermediate_size)
@@ -195,9 +195,8 @@ def _with(config: PlanConfig, changes: dict[str, Any]) -> PlanConfig:
 
 
 def _advise(config: PlanConfig, *, round_up: bool) -> tuple[list[str], float]:
-    """The fewest changes that fit, by trying all combinations; among equals the first in the order of `_choices`.
-
-    When none fits, also with more nodes: ([], what the combination with the smallest need takes).
+    """The smallest set of changes that fits and what it needs (GB), found by trying all combinations; among sets of the
+    same size the cheapest by the order of `_choices`. If none fits, not even on more nodes: ([], the smallest need).
     """
     least = float("inf")
     for nodes in (1, 2, 4, 8, 16):
@@ -232,7 +231,7 @@ def _combinations(config: PlanConfig) -> list[dict[str, Any]]:
 
 
 def _choices(config: PlanConfig) -> dict[str, list[Any]]:
-    """{key: the values to try}, the cheapest change first."""
+    """{key: values to try}, the cheapest change first."""
     model, train, parallel, hardware = config.model, config.train, config.parallel, config.hardware
     sizes: list[int] = []
     if model.mlp is Mlp.sparse:

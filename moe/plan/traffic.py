@@ -1,15 +1,16 @@
-"""Bytes that a rank sends in one optimizer step, by what they are for and which link they take.
+"""Bytes that a rank sends in one optimizer step, by purpose and link.
 
-- exchange: rows of hidden states to the ranks that hold their experts and back, in the forward and the backward pass:
-  4 exchanges a layer and micro-batch, 6 when the MLP is recomputed (its forward exchanges run again); beside them the
-  counts, int64, in the forward pass only. The share that leaves the rank, (N − 1) / N for N expert ranks, holds when
-  choices are uniform; the bytes handed to the exchange are exact.
+- exchange: rows of hidden states sent to their experts' ranks and back, in the forward and the backward pass: 4
+  exchanges per layer and micro-batch, 6 when the MLP is recomputed (its forward exchanges run again), and the counts,
+  int64, in the forward pass only. The bytes passed to all-to-all are exact; that (N − 1) / N of them leave the rank, in
+  a group of N, holds when choices are uniform.
 - gradients: DeepSpeed all-reduces buckets in float32 in both stages (its `reduce_scatter` keeps only the rank's part of
-  the result): a ring sends 2 (n − 1) / n of them. Stage 2 does so after every micro-batch, stage 1 once a step.
-- weights: every rank gathers what the others updated, (n − 1) / n.
+  the result); a ring of n ranks sends 2 (n − 1) / n of their bytes. Stage 2 does so after every micro-batch, stage 1
+  once per step.
+- weights: every rank gathers what the others updated; a ring sends (n − 1) / n of the bytes.
 
-Groups are those of moe/engine/deepspeed: expert ranks are consecutive, the ranks that hold the same experts strided.
-A rank's part of a ring between nodes is the mean over its members: a node's adapters share it.
+Groups are those of moe/engine/deepspeed: the ranks of an expert group are consecutive, those that hold the same experts
+strided. A ring's traffic between nodes is counted as the mean over its ranks, since a node's adapters share it.
 
 Legend: T tokens of a micro-batch, k choices per token, H hidden, L layers, E experts.
 """
@@ -25,13 +26,16 @@ from moe.plan.gradients import element_size, local_tensors
 
 @dataclass(frozen=True, slots=True)
 class ExchangeBytes:
-    """What one rank hands to all-to-all in one optimizer step, its part for itself included: `rows` as their sender in
-    the exchanges to the experts and as the origin of what comes back, so that the sum over ranks is exact; `counts` in
-    int64. Zero without expert parallelism, at most this with `router.capacity_factor`."""
+    """Bytes that one rank passes to all-to-all in one optimizer step, those for itself included.
+
+    `rows` counts the rank's own tokens, on the way to their experts and back: the experts' ranks pass the latter, so
+    only the sum over ranks is exact. `counts` are int64. Zero without expert parallelism; with `router.capacity_factor`
+    an upper bound.
+    """
 
     rows: int
     counts: int
-    leaving: float  # the share that goes to other ranks when choices are uniform
+    leaving: float  # the share sent to other ranks when choices are uniform
 
     @property
     def total(self) -> int:
@@ -66,7 +70,7 @@ class Flow:
 
 
 def plan_traffic(config: Config, nodes: int, ranks_per_node: int) -> dict[str, Flow]:
-    """{what for: Flow} for `nodes` of `ranks_per_node`, the mean over ranks."""
+    """{purpose: Flow}, the mean over ranks, for `nodes` nodes of `ranks_per_node` ranks."""
     world, expert = nodes * ranks_per_node, config.parallel.expert_parallel_size
     tensors, size = local_tensors(config, world), element_size(config)
     exchange = exchange_bytes(config, world)
@@ -87,7 +91,7 @@ def plan_traffic(config: Config, nodes: int, ranks_per_node: int) -> dict[str, F
 
 
 def _same_node(world: int, expert: int, ranks_per_node: int) -> float:
-    """Of a rank's expert-parallel peers, the share in its own node; the mean over ranks."""
+    """The share of a rank's expert-parallel peers that are on its node; the mean over ranks."""
     if expert == 1:
         return 1.0
     near = 0
@@ -98,6 +102,6 @@ def _same_node(world: int, expert: int, ranks_per_node: int) -> float:
 
 
 def _crossings(ring: list[int], ranks_per_node: int) -> float:
-    """The share of a ring's hops that lead to another node."""
+    """The share of a ring's links that connect two nodes."""
     hops = zip(ring, [*ring[1:], ring[0]], strict=True)
     return sum(a // ranks_per_node != b // ranks_per_node for a, b in hops) / len(ring)

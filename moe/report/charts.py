@@ -1,4 +1,4 @@
-"""What the page shows: the tiles at its head and the charts of each section."""
+"""The report's content: the tiles at the top and the charts of each section."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _series(run: RunHistory, key: str, name: str, style: str = "s0", *, evaluati
 
 
 def _gaps(run: RunHistory, key: str) -> str:
-    """A sentence about the steps that a curve has no finite value for; empty when there are none."""
+    """A sentence that counts the steps for which a curve has no finite value; empty when there are none."""
     missing = int((~np.isfinite(run.series[key])).sum())
     return f"{missing:,} of {len(run.steps):,} steps have no finite value here." if 0 < missing < len(run.steps) else ""
 
@@ -115,7 +115,7 @@ def loss_charts(run: RunHistory) -> str:
 
 
 def _condensed(run: RunHistory) -> str:
-    """What a point of a curve stands for, where it isn't one step."""
+    """A note that each point is the mean of several steps; empty when each is one step."""
     stride = downsample(run.steps, run.steps.astype(float)).stride
     text = f"In every curve of this page a point is the mean of about {stride:,} steps, and the band is their range."
     return f'<p class="note condensed">{text}</p>' if stride > 1 else ""
@@ -140,7 +140,7 @@ def training_charts(run: RunHistory) -> str:
 
 
 def balance_charts(run: RunHistory) -> str:
-    """What follows from the counts, and a chart of each thing that the routers measured."""
+    """Charts derived from the experts' counts, and one for each loss and diagnostic of the routers."""
     counted = [
         Chart(
             "MaxVio",
@@ -174,7 +174,7 @@ def balance_charts(run: RunHistory) -> str:
 
 
 def _measured(run: RunHistory, name: str) -> Chart:
-    """The chart of a loss or diagnostic that has no text of its own."""
+    """The chart of a loss or diagnostic that isn't in `_KNOWN`."""
     title = name.replace("_", " ").capitalize()
     return Chart(
         title,
@@ -219,7 +219,7 @@ def _router_z_loss(run: RunHistory, name: str) -> Chart:
     )
 
 
-# Texts for well-known metrics; a router's metric is shown without an entry too.
+# Charts with their own titles and notes; any other metric of a router gets a generic chart.
 _KNOWN = {
     "load_balancing_loss": _load_balancing_loss,
     "router_entropy": _router_entropy,

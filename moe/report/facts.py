@@ -19,7 +19,7 @@ class Parameters:
 
 
 def parameters(run: RunHistory) -> Parameters | None:
-    """Exact counts, embeddings included. None where config.yaml doesn't hold the shapes (an older or foreign run)."""
+    """Exact counts, embeddings included. None if config.yaml lacks the shapes (an older run, or not one of moe's)."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     values = [run.setting(f"model.{name}") for name in (*names, "num_key_value_heads")]
     if not all(type(value) is int for value in values):
@@ -40,7 +40,7 @@ def parameters(run: RunHistory) -> Parameters | None:
 
 
 def _router(run: RunHistory) -> RouterConfig | None:
-    """The run's router; None where config.yaml has none, or one that this code doesn't know."""
+    """The run's router; None if config.yaml has none, or a kind that this code doesn't know."""
     try:
         values = run.setting("router")
         return saved_router(values) if isinstance(values, dict) else None

@@ -1,7 +1,7 @@
-"""Expert shares, layer × expert, as a table: a screen reader can walk it and a phone can show it.
+"""Expert shares, layer × expert, as an HTML table, which works with screen readers and on phones.
 
-A cell's colour is its load relative to an even share 1/E: neutral when even, blue towards nothing, orange towards twice
-the even share and more. Load − 1 of the fullest expert is its layer's MaxVio (arXiv 2408.15664).
+A cell's colour shows its load relative to an even share 1/E: neutral when even, blue below, orange above (strongest at
+twice the even share or more). The fullest expert's load − 1 is its layer's MaxVio (arXiv 2408.15664).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from moe.report.plots import embed
 
-WIDE = 16  # experts a phone or a column can still show with numbers in the cells
-SHARE_UNIT = 10_000  # shares travel to page.js as integers of 1/100 %
+WIDE = 16  # up to this many experts, cells show numbers on a phone too
+SHARE_UNIT = 10_000  # page.js gets shares as integers in units of 1/100 %
 
 
 def _tint(share: float, experts: int) -> tuple[str, int]:

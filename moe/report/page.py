@@ -1,7 +1,7 @@
 """`moe report RUN`: one HTML page about a run that opens anywhere, without a network.
 
-Nothing outside the page is asked for, and its content policy forbids it: the only script that may run is the page's
-own, known by its hash, so not even text that slipped through the escaping could act.
+The page loads nothing from outside, and its content security policy forbids it. Only the page's own script may run,
+identified by its hash, so that text of a run could not run as a script even if it weren't escaped.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _empty(text: str) -> str:
 
 
 def _provenance(run: RunHistory) -> str:
-    """Which lines of metrics.jsonl the page shows, and which it left out."""
+    """How many lines of metrics.jsonl the page shows and how many it leaves out."""
     parts = [f"moe {__version__}", f"{len(run.steps):,} steps of metrics.jsonl"]
     if run.repeated_steps:
         parts.append(f"{run.repeated_steps:,} lines replaced: their steps were trained again after a resume")

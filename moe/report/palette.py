@@ -1,7 +1,8 @@
-"""Colours. The page's own are in page.css; the experts' are here, because a test measures them.
+"""The experts' colours; here and not in page.css because a test measures them.
 
-Eight fills per mode, the same hue for the same expert in both. Found by search: under normal sight, protanopia,
-deuteranopia and tritanopia (Machado et al. 2009) every pair stays apart, and the page's text stays readable on each.
+Eight fills for light and eight for dark mode; an expert has the same hue in both. They were found by search: with
+normal vision, protanopia, deuteranopia and tritanopia (Machado et al. 2009) every pair can be told apart, and the
+page's text is readable on each.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ UNDERLINES = ("none", "solid", "dotted", "double")  # tell expert 0 from 8, 16 a
 
 
 def expert_class(expert: int) -> str:
-    """CSS classes of an expert: its fill, and an underline where fills repeat."""
+    """CSS classes of an expert: its fill, and its underline, which tells experts with the same fill apart."""
     fills, lines = len(EXPERT_FILLS_LIGHT), len(UNDERLINES)
     return f"c{expert % fills} u{expert // fills % lines}"
 
 
 def css() -> str:
-    """The variables and classes that `expert_class` names."""
+    """CSS for the classes that `expert_class` returns."""
     pairs = zip(EXPERT_FILLS_LIGHT, EXPERT_FILLS_DARK, strict=True)
     variables = [f"--ink:light-dark({INK_LIGHT},{INK_DARK})"]
     fills = [

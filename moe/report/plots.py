@@ -1,7 +1,7 @@
-"""Charts as HTML, drawn here and without a plotting library.
+"""Charts as HTML, drawn without a plotting library.
 
 A curve is an SVG that stretches with the page (strokes keep their width); the text around it is HTML, so that it stays
-readable on a phone. page.js adds the read-out under the pointer and the arrow keys from the numbers beside each chart.
+readable on a phone. page.js reads the numbers stored beside each chart and shows them at the pointer and by arrow keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from moe.report.scales import Points, linear_ticks, log_ticks, nice_step, short, tick_label
 
 SIZE = 1000  # the SVG's own units, along both axes
-EDGE = 0.97  # a label this far right would leave its card if it were centred
+EDGE = 0.97  # a centred label this far right would stick out of its card
 SPIKY = 30  # a curve whose maximum is this many times its median is drawn on a logarithmic axis
 
 
@@ -26,12 +26,12 @@ class Series:
     name: str
     points: Points
     style: str = "s0"  # a class of page.css: colour and dash
-    dots: bool = False  # mark each point: for values that come now and then
+    dots: bool = False  # mark each point: for values that not every step has
 
 
 @dataclass(slots=True)
 class Reference:
-    """A horizontal line that says what to compare with."""
+    """A horizontal line at a value to compare with."""
 
     name: str
     value: float
@@ -39,7 +39,7 @@ class Reference:
 
 @dataclass(slots=True)
 class Chart:
-    """`note` is a sentence under the title; `floor` includes that value in the axis (0 for a count or a share)."""
+    """`note` is a sentence under the title; the value axis includes `floor` (0 for a count or a share)."""
 
     title: str
     unit: str
@@ -107,7 +107,7 @@ def step_axis(chart: Chart) -> Axis:
 
 
 def _path(points: Points, x: Axis, y: Axis) -> str:
-    """The curve; a value that isn't finite interrupts it."""
+    """The curve, with gaps at values that aren't finite."""
     parts, pen = [], "M"
     for step, value in zip(points.steps, points.values, strict=True):
         if not math.isfinite(value):
@@ -119,7 +119,7 @@ def _path(points: Points, x: Axis, y: Axis) -> str:
 
 
 def _band(points: Points, x: Axis, y: Axis) -> str:
-    """The area between the lowest and highest value that each point stands for."""
+    """The area between the lowest and highest values of each point's steps."""
     keep = np.isfinite(points.values)
     steps = points.steps[keep]
     there = [f"{_at(x, step)} {_at(y, value, flip=True)}" for step, value in zip(steps, points.high[keep], strict=True)]
@@ -133,7 +133,7 @@ def _at(axis: Axis, value: float, *, flip: bool = False) -> str:
 
 
 def _dot_path(points: Points, x: Axis, y: Axis) -> str:
-    """Zero-length strokes: round at any stretch of the SVG, where a circle would become an ellipse."""
+    """Zero-length strokes, which stay round when the SVG stretches; a circle would become an ellipse."""
     pairs = zip(points.steps, points.values, strict=True)
     return "".join(f"M{_at(x, s)} {_at(y, v, flip=True)}h0" for s, v in pairs if math.isfinite(v))
 
@@ -153,7 +153,7 @@ def _summary(chart: Chart, scale: float) -> str:
 
 
 def line_chart(chart: Chart, key: str) -> str:
-    """A figure. `key` is unique on the page. A chart whose series hold no finite value gives ''."""
+    """A figure with HTML id `key`, which must be unique on the page; '' if no series has a finite value."""
     chart.series = [one for one in chart.series if not one.points.empty]
     if not chart.series:
         return ""
@@ -200,7 +200,7 @@ def line_chart(chart: Chart, key: str) -> str:
 
 
 def _readout(chart: Chart, x: Axis, y: Axis, scale: float) -> dict[str, Any]:
-    """The numbers page.js shows under the pointer: for each series its steps, its values, and their heights (0–1)."""
+    """The numbers that page.js shows at the pointer: each series' steps, values, and heights in the chart (0–1)."""
     series = []
     for one in chart.series:
         keep = np.isfinite(one.points.values)
@@ -218,6 +218,6 @@ def _readout(chart: Chart, x: Axis, y: Axis, scale: float) -> dict[str, Any]:
 
 
 def embed(value: Any) -> str:
-    """JSON that can stand inside <script>: no text of a run can close the element."""
+    """JSON that is safe inside <script>: no text of a run can close the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""Numbers for an axis: round ticks, their labels, and long series made short without hiding a spike."""
+"""Numbers for axes: round ticks and their labels; and downsampling of long series that keeps spikes visible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POINTS = 480  # per series: about one for every two pixels of the widest chart
 
 @dataclass(slots=True)
 class Points:
-    """A series ready to draw. `low` and `high` bound the steps that one point stands for (equal to it if only one)."""
+    """A series ready to draw. `values` are means over a point's steps, `low` and `high` their minimum and maximum."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -27,9 +27,9 @@ class Points:
 
 
 def downsample(steps: np.ndarray, values: np.ndarray, *, sparse: bool = False, limit: int = POINTS) -> Points:
-    """At most `limit` points: each the mean, minimum and maximum of a run of neighbours.
+    """At most `limit` points, each with the mean, minimum and maximum of consecutive steps.
 
-    `sparse`: the series has a value now and then (an evaluation), so steps without one are no gap.
+    `sparse`: not every step has a value (as with evaluations); steps without one are left out instead of leaving gaps.
     """
     if sparse:
         keep = np.isfinite(values)
@@ -49,7 +49,7 @@ def downsample(steps: np.ndarray, values: np.ndarray, *, sparse: bool = False, l
 
 
 def nice_step(span: float, count: int) -> float:
-    """The step of {1, 2, 2.5, 5} × 10^n that cuts `span` into about `count` pieces."""
+    """The step of {1, 2, 2.5, 5} × 10^n that divides `span` into about `count` parts."""
     raw = span / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     return power * min((1, 2, 2.5, 5, 10), key=lambda factor: abs(math.log(factor * power / raw)))
@@ -79,7 +79,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float, ticks: list[float]) -> str:
-    """As short as tells this tick from its neighbours: 0.25, 12k, 1.5M, 5e-4."""
+    """The shortest text that differs from the neighbouring ticks': 0.25, 12k, 1.5M, 5e-4."""
     top = max(abs(tick) for tick in ticks)
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
     step = min(gaps) if gaps else abs(value) or 1.0
@@ -92,18 +92,18 @@ def tick_label(value: float, ticks: list[float]) -> str:
 
 
 def _decimals(step: float) -> int:
-    """Digits after the point that write multiples of `step` exactly (up to 6)."""
+    """How many decimals (up to 6) multiples of `step` need."""
     return next((digits for digits in range(6) if abs(step * 10**digits - round(step * 10**digits)) < 1e-6), 6)
 
 
 def scientific(value: float, digits: int = 2) -> str:
-    """5e-4, 2.5e-4: without the zeros of Python's own format."""
+    """5e-4, 2.5e-4: without the trailing and leading zeros of Python's own format."""
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
 def short(value: float) -> str:
-    """One number for reading: four significant digits, thousands separated; – where there is none."""
+    """A number with four significant digits and thousands separators; – if it isn't finite."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)

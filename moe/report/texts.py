@@ -1,4 +1,4 @@
-"""Text that the run itself wrote: tokens coloured by expert, samples, configuration. All of it is escaped."""
+"""Text from the run's files: tokens coloured by expert, samples, configuration. All of it is escaped."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from moe.report.plots import embed
 from moe.report.reader import Routing, RunHistory, TextSample
 
 TOKENS_SHOWN = 1500
-CHIPS = 64  # experts with a button of their own
+CHIPS = 64  # at most this many experts get a button
 SAMPLES_SHOWN = 12
 SAMPLE_CHARACTERS = 3000
 CONFIG_CHARACTERS = 100_000
 
 
 def coloured_text(routing: Routing) -> str:
-    """One held-out text; each token on the colour of its first expert in the chosen layer (the first at the start),
-    or on none where no expert took it."""
+    """One held-out text. Each token's background is the colour of its first expert in the selected layer (initially the
+    first layer); a token without an expert has none."""
     shown = min(len(routing.tokens), TOKENS_SHOWN)
     experts = [ids[:shown] for ids in routing.experts]
     counts = Counter(experts[0])
@@ -57,13 +57,13 @@ def _token_class(expert: int | None) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token as HTML: line ends are seen and kept, control characters are named."""
+    """A token as HTML: line ends and tabs are kept and marked, control characters are written as \\xNN."""
     kept = "".join(one if one.isprintable() or one in "\n\t " else f"\\x{ord(one):02x}" for one in token)
     return escape(kept).replace("\n", "<i>⏎</i>\n").replace("\t", "<i>⇥</i>\t")
 
 
 def samples(found: list[TextSample]) -> str:
-    """Evenly chosen over the run, newest first."""
+    """At most SAMPLES_SHOWN samples, evenly spread over the run, newest first."""
     if len(found) > SAMPLES_SHOWN:
         picked = np.linspace(0, len(found) - 1, SAMPLES_SHOWN).round().astype(int)
         shown, note = (
@@ -93,7 +93,7 @@ def configuration(run: RunHistory) -> str:
 
 
 def _yaml_line(line: str) -> str:
-    """`key:` in another tone than its value; anything else as it is."""
+    """The `key` of `key: value` in bold; any other line unchanged."""
     key, colon, value = line.partition(":")
     plain = colon and key.strip().replace("_", "").replace("-", "").isalnum()
     return f"<b>{escape(key)}</b>:{escape(value)}" if plain else escape(line)

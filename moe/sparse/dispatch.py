@@ -1,16 +1,18 @@
-"""Dispatch: bring each token to its experts and the results back, on one rank or on several.
+"""Dispatch: send each token to its experts and return the results, on one rank or on several.
 
 One rank: choices are sorted by expert (stably), token rows are copied into that order, and after the experts each
 token sums its rows by weight. With expert parallelism two exchanges surround the experts:
 
 1. every rank tells every other how many rows each of its experts will get (one small all-to-all, read on the host);
-2. the rows themselves (one all-to-all with exact counts: nothing is padded or dropped);
-3. received rows lie rank after rank; a second stable sort puts them expert after expert, so that inside an expert
-   they are in the order (source rank, token), the order of the whole batch;
-4. after the experts, results travel back the same way; in the backward pass gradients take the opposite exchanges.
+2. the rows themselves are exchanged (one all-to-all with exact counts: nothing is padded or dropped);
+3. received rows are ordered by source rank; a second stable sort orders them by expert, so that within an expert they
+   are in the order (source rank, token), the order of the whole batch;
+4. after the experts, the inverse sort and exchange return the results. The backward pass runs the same exchanges in the
+   opposite direction.
 
-Every rank takes part in every exchange, also with no row to send or receive; otherwise the other ranks would hang. Both
-directions of every copy are gathers by a permutation or its inverse: no atomic additions, so results are deterministic.
+Every rank takes part in every exchange, even with no rows to send or receive; otherwise the other ranks would hang.
+Rows are copied, forward and backward, by gathers with a permutation or its inverse: without atomic additions the
+results are deterministic.
 
 Shapes: T tokens, K choices per token, N = kept choices (T·K when dropless), M rows received, H hidden, E experts,
 R ranks of the expert group.
@@ -31,9 +33,10 @@ from moe.sparse.routers.base import Choices
 
 
 def sort_by_expert(choices: Choices, counts_E: Tensor) -> tuple[RowOrder, Tensor]:
-    """Rows in expert order, and the choices' weights by token and place [T, K], 0 where a place has no choice.
+    """The order of rows by expert, and the weight of each token's k-th choice [T, K], 0 where it has fewer than K.
 
-    `counts_E` are the router's counts; where it dropped choices, the rows are counted anew.
+    `counts_E` are the router's counts. If tokens may differ in their number of choices, as when capacity drops some,
+    each expert's rows are counted again, since the router's counts include dropped choices.
     """
     sorted_N = choices.experts_N.argsort(stable=True)
     rows_N = inverse(sorted_N)
@@ -55,7 +58,7 @@ def sort_by_expert(choices: Choices, counts_E: Tensor) -> tuple[RowOrder, Tensor
 
 @dataclass(slots=True)
 class Exchange:
-    """Who sends how many rows to whom, known on the host, and the order of the received rows by expert."""
+    """How many rows to send to and receive from each rank, and the permutation of received rows into expert order."""
 
     group: dist.ProcessGroup
     sent_R: list[int]  # rows to each rank
@@ -85,7 +88,7 @@ def send_counts(counts_E: Tensor, group: dist.ProcessGroup) -> Counts:
 
 
 def plan_exchange(counts: Counts) -> Exchange:
-    """Wait for the counts and work out who gets which rows."""
+    """Wait for the counts; compute how many rows go to each rank and the order of those received."""
     counts.work.wait()
     sent_RE, received_RE = counts.sent_RE, counts.received_RE
     ranks, experts = sent_RE.shape
@@ -97,19 +100,19 @@ def plan_exchange(counts: Counts) -> Exchange:
 
 
 def to_experts(x_NH: Tensor, exchange: Exchange) -> Tensor:
-    """Send rows in order of all experts to the ranks that hold them; returns the received [M, H] in expert order."""
+    """Send rows [N, H], sorted by global expert, to the experts' ranks; returns the received [M, H] in expert order."""
     arrived_MH = _AllToAll.apply(x_NH, exchange.received_R, exchange.sent_R, exchange.group)
     return permute_rows(arrived_MH, exchange.by_expert_M, exchange.by_rank_M)
 
 
 def from_experts(y_MH: Tensor, exchange: Exchange) -> Tensor:
-    """The way back: results [M, H] in expert order return to the ranks and rows they came from; [N, H]."""
+    """The inverse of `to_experts`: returns results [M, H] to the ranks, and to the order, of the rows [N, H]."""
     y_MH = permute_rows(y_MH, exchange.by_rank_M, exchange.by_expert_M)
     return _AllToAll.apply(y_MH, exchange.sent_R, exchange.received_R, exchange.group)  # type: ignore[no-any-return]
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to and from every rank of the group in rank order; the gradient takes the opposite way."""
+    """Exchanges rows, in rank order, with every rank of the group; the backward pass sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, into_R: list[int], out_of_R: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -18,7 +18,7 @@ class Experts(nn.Module):
     """`num_experts` SwiGLU experts, of which this rank holds `num_local` starting at global index `first_expert`.
 
     gate_up_proj [E, 2F, H] holds w1 over w3 (gate, then up), down_proj [E, H, F] w2: transformers 5's names and layout.
-    Stacked, so that every parameter gets a gradient even when an expert saw no token.
+    Stacked, so that every parameter gets a gradient even when an expert received no token.
     """
 
     def __init__(

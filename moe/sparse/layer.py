@@ -19,13 +19,14 @@ from moe.sparse.routers import Router, RouterOutput, build_router
 
 
 class SparseMLP(nn.Module):
-    """Mixtral's sparse feed-forward (arXiv 2401.04088, §2.1). With an expert group of N ranks, rank r holds experts
-    [r·E/N, (r+1)·E/N). The router is handed in."""
+    """Mixtral's sparse feed-forward (arXiv 2401.04088, §2.1). With an expert group of R ranks, rank r holds experts
+    [r·E/R, (r+1)·E/R)."""
 
     def __init__(
         self, gate: Router, experts: Experts, *, expert_group: dist.ProcessGroup | None = None, megablocks: bool = False
     ) -> None:
-        """`experts` holds this rank's share. With `megablocks` its kernels move the rows when no choice is dropped."""
+        """`experts` holds this rank's share. With `megablocks=True`, MegaBlocks' kernels gather and combine rows
+        whenever every token has the same number of choices."""
         super().__init__()
         self.gate, self.experts, self.expert_group = gate, experts, expert_group
         self.moves_by_megablocks = megablocks
@@ -35,7 +36,7 @@ class SparseMLP(nn.Module):
         routed = self.gate(x_BSH, randomness)
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
         rows = megablocks if self.moves_by_megablocks and order.filled_TK is None else permute
-        # The counts travel while the rows are gathered.
+        # The exchange of counts overlaps with gathering the rows.
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_BSH.flatten(0, 1), order)
         if counts is None:
@@ -55,7 +56,7 @@ def build_sparse_mlp(
     *,
     expert_group: dist.ProcessGroup | None = None,
 ) -> SparseMLP:
-    """The configured router and this rank's experts in a layer. Raises UserError when they can't be split evenly."""
+    """The layer with the configured router and this rank's experts. Raises UserError if the ranks don't divide E."""
     ranks = 1 if expert_group is None else dist.get_world_size(expert_group)
     rank = 0 if expert_group is None else dist.get_rank(expert_group)
     if router.num_experts % ranks:

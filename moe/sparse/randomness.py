@@ -1,7 +1,7 @@
-"""Random numbers as a function of (seed, step, layer, place, sample), never of a rank's generator.
+"""Random numbers as a function of (seed, step, layer, place in the layer, sample), never of a rank's generator.
 
-They are the same at any number of ranks, after any resume, when activations are recomputed, and on any device, because
-they come from integer arithmetic alone (splitmix64's finalizer, doi 10.1145/2714064.2660195, on a counter).
+They are the same for any number of ranks, after a resume, when activations are recomputed, and on any device, because
+they are computed by integer arithmetic alone (splitmix64's finalizer, doi 10.1145/2714064.2660195, on a counter).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _mix(value: int) -> int:
 
 
 def _mix_tensor(values: Tensor) -> Tensor:
-    """`_mix` of every int64, which wraps around as unsigned arithmetic does; `>>` copies the sign, so it is masked."""
+    """`_mix` of every int64. Products wrap around as unsigned ones do; `>>` copies the sign bit, so it is masked."""
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         values = (values ^ ((values >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return values ^ ((values >> 31) & ((1 << 33) - 1))
@@ -37,7 +37,8 @@ def _mix_tensor(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Randomness:
-    """A source for the samples of one micro-batch. `fork` gives an independent one to each layer and each place."""
+    """A source of random numbers for the samples of one micro-batch. `fork(number)` returns an independent one: one per
+    layer, and in it one per place that needs numbers (dropout after attention, jitter, …)."""
 
     key: int
     sample_ids_B: Tensor  # int64, positions in the global order of samples

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md), held against the imports that the code has and against what they load."""
+"""Which room may import which (docs/architecture.md), compared with the code's imports and with what they load."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Each room (a folder of moe/, or a file beside them) and the rooms that it imports: exactly these, so that the table
-# says what is. Nothing imports upwards: a room names only rooms above its own line.
+# Each room (a folder of moe/, or a file beside them) and exactly the rooms that it imports. Nothing imports upwards: a
+# room imports only rooms listed above it.
 ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},
 }  # fmt: skip
-# A package that only these files may name.
+# Packages that only these files may import.
 ONLY_IN = {
     "deepspeed": "engine/deepspeed/",
     "wandb": "train/wandb_run.py",
@@ -57,7 +57,7 @@ ONLY_IN = {
     "datasets": "data/",
     "megablocks": "kernels/megablocks.py",
 }
-# What importing a room must not load, however far down the chain.
+# Packages that importing a room must not load, not even indirectly.
 NEVER_LOADED = {
     "kernels": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
     "sparse": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
@@ -135,7 +135,7 @@ for room, modules in json.loads(sys.argv[1]).items():
 
 
 def test_what_a_room_loads_stays_small() -> None:
-    """Real imports in fresh processes: a chain of them is as good as one."""
+    """Imports each room in a fresh process, so that indirect imports count too."""
     modules: dict[str, list[str]] = {}
     for path in FILES:
         if _room(path) in NEVER_LOADED:

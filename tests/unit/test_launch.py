@@ -1,4 +1,4 @@
-"""The launch scripts: rendered under stub executables, parsed, run for real where a CPU suffices, and misused."""
+"""The launch scripts: run with stub executables, parsed, run for real where a CPU suffices, and run with mistakes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _write(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> dict[str, str]:
-    """An environment whose VENV has a torchrun that only says its overrides, and a machine with 8 GPUs."""
+    """An environment whose VENV has a torchrun that only prints its arguments, on a machine with 8 GPUs."""
     _write(tmp_path / "venv/bin/torchrun", TORCHRUN)
     _write(tmp_path / "venv/bin/python", "#!/bin/bash\necho 8\n")
     _write(tmp_path / "bin/srun", SRUN)

@@ -2,12 +2,13 @@
 
     moe bench gpu                                   every stage, on the GPU at hand
     moe bench gpu stages=machine,layer out=report   two of them; results go to the folder report
-    moe bench gpu dry_run=true                      every stage on the CPU with tiny sizes: for errors, not for numbers
+    moe bench gpu dry_run=true                      every stage on the CPU with tiny sizes, to find errors
 
-Each stage is a module of this folder with `run(settings, record)`, and runs in a process of its own within its time
-limit. What it records is written at once, so that a stage that fails or hangs keeps what it had measured.
+Each stage is a module of this folder with `run(settings, record)`, and runs in its own process with its own time limit.
+Results are written as they are recorded, so that a stage that fails or hangs keeps those that it had.
 
-This module and `runner`, `record`, `render` import the standard library alone: a missing package is one stage's error.
+This module and `runner`, `record`, `render` import only the standard library, so that a missing package fails only the
+stages that need it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KEYS = {"stages": ",".join(stage.name for stage in STAGES), "out": "gpu_report",
 
 
 def run(overrides: list[str]) -> None:
-    """Raises UserError for the user, and SystemExit(1) when a stage failed or ran out of time."""
+    """Raises UserError, and SystemExit(1) when a stage failed or timed out."""
     values = dict(KEYS) | {"dry_run": "false"}
     for override in overrides:
         key, separator, value = override.partition("=")

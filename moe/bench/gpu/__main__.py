@@ -1,4 +1,4 @@
-"""`python -m moe.bench.gpu key=value …`: the report without the command line's imports (see the package)."""
+"""`python -m moe.bench.gpu key=value …`: the report without the imports of `moe` (see `moe.bench.gpu`)."""
 
 import sys
 

@@ -18,19 +18,19 @@ from moe.kernels.policy import exact_float32
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Mixtral 8x7B's
 LENGTHS, TINY_LENGTHS = (4096, 8192), (48, 64)
 CHECKED, TINY_CHECKED = 1024, 32  # the reference is quadratic in memory
-ERROR = 2e-2  # bfloat16: 2⁻⁹ a rounding, with several behind a result
+ERROR = 2e-2  # bfloat16: each rounding adds up to 2⁻⁹, and several lead to a result
 
 
 def run(settings: Settings, record: Record) -> None:
-    """The back-ends of this device that start at once."""
+    """Measures the device's back-ends that need no compilation."""
     cuda = device_of(settings).type == "cuda"
-    exact_float32(device_of(settings))  # of the reference
+    exact_float32(device_of(settings))  # for the reference
     for backend in [AttentionBackend.varlen, AttentionBackend.block] if cuda else [AttentionBackend.block]:
         measure(settings, record, backend)
 
 
 def measure(settings: Settings, record: Record, backend: AttentionBackend, *, backward: bool = True) -> None:
-    """Error, then time at each length, with and without a window; a row and a check each."""
+    """Records the error as checks, then time, rate and memory at each length as rows; with and without a window."""
     device = device_of(settings)
     checked = TINY_CHECKED if settings.dry_run else CHECKED
     for window in (None, checked // 2):
@@ -54,7 +54,7 @@ def measure(settings: Settings, record: Record, backend: AttentionBackend, *, ba
 
 
 def _flops(length: int, window: int | None, *, backward: bool) -> float:
-    """Two products of [S, D] with the visible keys forward, five backward."""
+    """Two products of [S, D] with the visible keys in the forward pass, five in the backward pass."""
     keys = length if window is None else min(length, window)
     visible = keys - keys * (keys - 1) / (2 * length)
     return (7 if backward else 2) * 2 * length * visible * HEADS * HEAD_DIM

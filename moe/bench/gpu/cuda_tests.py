@@ -1,4 +1,4 @@
-"""The test files that have CUDA tests, by pytest."""
+"""Runs the test files that have CUDA tests, with pytest."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
-# Conditions of tests that are skipped without a GPU, or without torch's CUDA build.
+# Skip conditions of tests that need a GPU, or torch's CUDA build.
 CONDITIONS = ("not torch.cuda.is_available()", "torch.version.cuda")
-SECONDS = 100  # within the stage's limit, so that a hanging test still leaves a count
+SECONDS = 100  # less than the stage's limit, so that pytest is ended first
 
 
 def run(settings: Settings, record: Record) -> None:
-    """Raises RuntimeError where pytest wrote no result."""
+    """Raises RuntimeError if pytest wrote no result."""
     files = find()
     result = Path(settings.work) / "pytest.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout=60"]
@@ -28,7 +28,7 @@ def run(settings: Settings, record: Record) -> None:
     with (settings.out / "pytest.log").open("wb") as log:
         done = subprocess.run(
             [*command, *map(str, files)],
-            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # whatever else the machine has installed
+            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # ignores other pytest plugins on the machine
             cwd=ROOT,
             stdout=log,
             stderr=log,
@@ -51,7 +51,7 @@ def run(settings: Settings, record: Record) -> None:
 
 
 def find() -> list[Path]:
-    """The unit test files of which some tests need CUDA."""
+    """The unit test files in which some tests need CUDA."""
     texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/unit").rglob("test_*.py"))}
     return [path for path, text in texts.items() if any(condition in text for condition in CONDITIONS)]
 

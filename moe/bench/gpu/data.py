@@ -1,9 +1,9 @@
-"""The corpus of the training stage: text, its tokenizer and its shards in one folder, so that it can travel.
+"""The corpus of the training stage: text, tokenizer and shards in one folder that can be copied to another machine.
 
     python -m moe.bench.gpu.data FOLDER        writes FOLDER/data
 
-Shards are found by the content of the text and the tokenizer, so they are found on another machine too, at another
-path: nothing is tokenized there.
+The shard cache is keyed by the contents of the text and the tokenizer, so that it is found at any path and nothing is
+tokenized again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from moe.data import stdlib
 from moe.data.prepare import prepare
 
 TEXT, TOKENIZER, CACHE = "corpus.jsonl", "tokenizer.model", "cache"
-PIECES, BYTES = 4096, 1_000_000  # of the tokenizer (as many as model=small has rows for), and of text
+PIECES, BYTES = 4096, 1_000_000  # the tokenizer's vocabulary (model=small's vocab_size), and the text's size
 TINY_PIECES, TINY_BYTES = 320, 60_000
 
 
 def overrides(folder: Path) -> list[str]:
-    """Of `moe train`, for the data that `write` left in `folder`."""
+    """Overrides of `moe train` that use the data which `write` put into `folder`."""
     return [
         *("data=files", f"data.path={folder / TEXT}", f"data.cache_dir={folder / CACHE}"),
         *("tokenizer=model_file", f"tokenizer.path={folder / TOKENIZER}"),
@@ -33,7 +33,7 @@ def overrides(folder: Path) -> list[str]:
 
 
 def find_or_write(settings: Settings) -> Path:
-    """The data that came with the wheels, copied to where it may be written; else the same kind of data made here."""
+    """A writable copy of the data that came with the wheels; if there is none, data prepared here."""
     folder = Path(settings.work) / "data"
     came = Path(settings.folder) / "data"
     if settings.folder and came.is_dir():
@@ -46,7 +46,7 @@ def find_or_write(settings: Settings) -> Path:
 
 
 def write(folder: Path, *, pieces: int = PIECES, max_bytes: int = BYTES) -> None:
-    """English reference prose that every Python carries, a tokenizer trained on it, and the shards."""
+    """Writes English prose from Python's standard library, a tokenizer trained on it, and the shards."""
     folder.mkdir(parents=True, exist_ok=True)
     size = 0
     with (folder / TEXT).open("w", encoding="utf-8") as file:

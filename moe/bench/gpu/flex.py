@@ -1,4 +1,4 @@
-"""Flex attention: how long it compiles, then what the attention stage measures. Last, since a compiler may hang."""
+"""Flex attention: compile time, then the attention stage's measurements. The last stage, since compiling may hang."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moe.kernels.policy import exact_float32
 
 
 def run(settings: Settings, record: Record) -> None:
-    """On a CPU, where it has no backward pass and isn't compiled, the forward pass alone."""
+    """On a CPU only the forward pass, not compiled: flex attention has no backward pass there."""
     device = device_of(settings)
     backward = device.type == "cuda"
-    exact_float32(device_of(settings))  # of the reference
+    exact_float32(device_of(settings))  # for the reference
     for call in ("first", "second"):  # the first one compiles
         start = time.perf_counter()
         attention.results(AttentionBackend.flex, 256, None, torch.bfloat16, device, backward=backward)

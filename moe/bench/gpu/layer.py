@@ -18,12 +18,12 @@ from moe.config import Config
 from moe.train.metrics import measure_peak_flops
 
 TOKENS, TINY_TOKENS = 8192, 64
-# bfloat16 keeps 8 bits: 2⁻⁹ a rounding, and a result has several behind it. References are float32 of the same weights.
+# bfloat16: each rounding adds up to 2⁻⁹, and several lead to a result. The reference is float32 with the same weights.
 ERROR = 3e-2
 
 
 def run(settings: Settings, record: Record) -> None:
-    """Every back-end that runs here, beside float32 with one plain product per expert."""
+    """Measures every back-end that runs here and compares it with the float32 loop over experts."""
     device, dry_run = device_of(settings), settings.dry_run
     tokens = TINY_TOKENS if dry_run else TOKENS
     config = one_layer(["experts.backend=loop"], dry_run=dry_run)
@@ -51,11 +51,11 @@ def run(settings: Settings, record: Record) -> None:
         record.check(f"{backend}: relative error of output and gradients", error, ERROR)
         best = min(times, key=lambda name: times[name])
         record.headline(f"{best} {times[best]:.4g} ms, {flops / times[best] / 1e9:,.0f} TFLOP/s")
-        del mlp, passes  # gigabytes, before the next one's
+        del mlp, passes  # frees gigabytes before the next back-end
 
 
 def _mlp(config: Config, device: torch.device) -> nn.Module:
-    """The same weights for every back-end, rounded to bfloat16; float32 until it is cast."""
+    """A float32 layer, the same in every call, with weights rounded to bfloat16, so that casting changes none."""
     mlp = on_device(config, device).get_submodule("model.layers.0.mlp")
     with torch.no_grad():
         for parameter in mlp.parameters():

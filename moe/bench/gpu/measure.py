@@ -1,4 +1,4 @@
-"""Timing and comparing on a device: CUDA events, medians, peak memory, relative errors."""
+"""Time, peak memory and relative errors on a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def milliseconds(action: Callable[[], object], device: torch.device, *, warm_up: int = 3, runs: int = 10) -> float:
-    """Median of `runs` calls after `warm_up` others; on CUDA by events around each call, all queued at once."""
+    """Median over `runs` calls after `warm_up` calls; on CUDA timed by events, with all calls queued at once."""
     for _ in range(warm_up):
         action()
     if device.type == "cpu":
@@ -39,7 +39,7 @@ def milliseconds(action: Callable[[], object], device: torch.device, *, warm_up:
 
 
 def peak_gib(action: Callable[[], object], device: torch.device) -> float | None:
-    """GiB that torch allocated at most during one call, over what it held before; None on a CPU."""
+    """Peak GiB that torch allocated during one call, less those allocated before; None on a CPU."""
     if device.type == "cpu":
         action()
         return None
@@ -59,7 +59,7 @@ def relative_error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 
 def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """N(0, 1) from a generator on the device. Never zeros: some products run faster on them."""
+    """N(0, 1) from a generator on the device. Not zeros, with which products run faster on a GPU."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
 
@@ -67,7 +67,7 @@ def random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, see
 def forward_backward(
     forward: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor, weights: list[Tensor]
 ) -> Callable[[], None]:
-    """One forward and one backward pass, ready to be called; gradients are dropped."""
+    """A function that runs one forward and one backward pass and discards the gradients."""
 
     def passes() -> None:
         torch.autograd.grad(forward(*inputs), [*inputs, *weights], gradient)

@@ -1,4 +1,4 @@
-"""Models and configurations that several stages share, at full size and at a dry run's."""
+"""Models and configurations that several stages use, in full size and in a dry run's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step_overrides(*, dry_run: bool, micro_batches: int = 1) -> list[str]:
 def on_device(config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Transformer:
     """The model with weights drawn on the device: N(0, initializer_range²), norms 1.
 
-    NOTE: not `init_weights`, which draws on the CPU so that weights are the same on every device, in minutes for
+    NOTE: not by `init_weights`, which draws on the CPU, for the same weights on every device, and takes minutes for
     billions of them.
     """
     model = empty_model(config, device)

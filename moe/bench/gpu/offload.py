@@ -1,4 +1,4 @@
-"""The optimizer in the host's memory: a few steps with it and without, which must give the same losses."""
+"""`parallel.offload_optimizer`: a few steps with and without it, which must give the same losses."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 
 STEPS = 4
-LAYERS = ["model.num_hidden_layers=4"]  # 1 B parameters: 12 GB of the host's memory, quickly pinned
-SAME_LOSS = 1e-3  # both reduce and update in float32; the sums' order differs
+LAYERS = ["model.num_hidden_layers=4"]  # 1 B parameters: 12 GB of host memory, which are pinned quickly
+SAME_LOSS = 1e-3  # both reduce and update in float32, but sum in different orders
 
 
 def run(settings: Settings, record: Record) -> None:
-    """On a CPU, where the engine refuses it, both sides are the same."""
+    """On a CPU neither side offloads, since the engine refuses to."""
     cuda = device_of(settings).type == "cuda"
     mesh = rendezvous.start(1)
     try:
@@ -39,7 +39,7 @@ def run(settings: Settings, record: Record) -> None:
 
 
 def _steps(settings: Settings, mesh: Mesh, record: Record, *, offload: bool) -> list[float]:
-    """Losses of `STEPS` steps; a row of their time and memory."""
+    """The losses of `STEPS` steps; records a row with their time and memory."""
     overrides = [*step_overrides(dry_run=settings.dry_run), *([] if settings.dry_run else LAYERS)]
     config = load_config([*overrides, f"parallel.offload_optimizer={str(offload).lower()}"])
     cuda = mesh.device.type == "cuda"

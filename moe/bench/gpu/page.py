@@ -1,8 +1,8 @@
-"""Writes the section "On a GPU" of a page from a report.
+"""Writes a report into the section "On a GPU" of a page.
 
     python -m moe.bench.gpu.page REPORT.json docs/performance.md
 
-Only what stands between the two markers is replaced.
+Replaces only the text between the two markers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def section(report: dict[str, Any], source: str) -> list[str]:
 
 
 def write_section(page: Path, report: Path) -> None:
-    """Raises UserError where `page` hasn't both markers, each once."""
+    """Raises UserError unless `page` has each of the two markers once."""
     text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{page} must have the lines {BEGIN} and {END}, each once: the section goes between them")

@@ -1,4 +1,4 @@
-"""Where the time of the 3 B model's step goes: operators by their time on the device, and the device's idle time."""
+"""Profiles the 3 B model's step: operators and kernels by their time on the device, and the device's idle time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_TRACE_BYTES = 12 << 20  # a larger trace is left out
 
 
 def run(settings: Settings, record: Record) -> None:
-    """One micro-batch, one step, recomputing the MLPs so that it fits beside the profiler."""
+    """Profiles one step of one micro-batch, with MLP recomputation to leave memory for the profiler."""
     cuda = device_of(settings).type == "cuda"
     mesh = rendezvous.start(1)
     try:
@@ -44,7 +44,8 @@ def run(settings: Settings, record: Record) -> None:
 
 
 def _tables(averages: Any, settings: Settings, record: Record, kind: str) -> None:
-    """Operators with the device time of what they launched themselves, and kernels; named ranges count nowhere."""
+    """Records operators, with the device time of the kernels that they launch themselves, and kernels; leaves out named
+    ranges."""
     order = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
     text = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=90)
     (settings.out / "profile.txt").write_text(text + "\n", encoding="utf-8")
@@ -62,7 +63,7 @@ def _tables(averages: Any, settings: Settings, record: Record, kind: str) -> Non
 
 
 def _gaps(events: Any, record: Record, kind: str) -> None:
-    """Time of the step in which nothing ran on the device, and the longest such times."""
+    """Records the device's idle time during the step, and its longest idle intervals."""
     there = [each for each in events if each.device_type.name == kind and not each.is_user_annotation]
     spans = sorted((each.time_range.start, each.time_range.end, each.name) for each in there)
     first, end, before = spans[0]
@@ -81,7 +82,7 @@ def _gaps(events: Any, record: Record, kind: str) -> None:
 
 
 def _keep_trace(profiled: Any, settings: Settings, record: Record) -> None:
-    """trace.json.gz, for a trace viewer."""
+    """Writes trace.json.gz, for a trace viewer, unless it is too large."""
     plain, packed = Path(settings.work) / "trace.json", settings.out / "trace.json.gz"
     profiled.export_chrome_trace(str(plain))
     with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:

@@ -1,4 +1,4 @@
-"""What a stage measures, written to a JSON file whenever something is added."""
+"""A stage's results, written to a JSON file whenever one is added."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Record:
         self._save()
 
     def check(self, name: str, value: float, limit: float) -> None:
-        """`value` must be ≤ `limit`, or the stage counts as failed; NaN fails."""
+        """The stage fails unless `value` ≤ `limit`; NaN fails."""
         self.values["checks"].append({"name": name, "value": _plain(value), "limit": limit, "passed": value <= limit})
         self._save()
 
@@ -48,12 +48,12 @@ class Record:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader, or a kill at any moment, finds the old text or the new one."""
+    """Writes a file so that readers find either the old text or the new one, even if this process is killed."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def _plain(value: Cell) -> Cell:
-    """JSON has no NaN and no infinity: they become text."""
+    """NaN and infinity, which JSON lacks, as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""A report as Markdown: the summary beside it, and the section of docs/performance.md."""
+"""A report as Markdown, for its summary.md and for the section of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def summary(report: dict[str, Any]) -> str:
-    """One table of all stages, then what each of them recorded."""
+    """A table of all stages, then each stage's results."""
     stages = report["stages"]
     lines = ["# GPU report", "", f"{report['started']} UTC, {report['seconds']:.0f} s in all."]
     if report["dry_run"]:
@@ -18,7 +18,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def overview(stages: dict[str, Any]) -> list[str]:
-    """A Markdown table, one row a stage."""
+    """A Markdown table with one row per stage."""
     rows = [[name, each["state"], f"{each['seconds']:.0f} s", each["headline"]] for name, each in stages.items()]
     return table(["stage", "state", "time", "result"], rows)
 
@@ -51,7 +51,7 @@ def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
 
 
 def cell(value: Any) -> str:
-    """Text as it is, whole numbers with separators, others with four digits; "–" for what was not measured."""
+    """Text unchanged, integers with separators, other numbers with four digits, "–" for None."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):

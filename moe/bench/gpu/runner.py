@@ -1,4 +1,4 @@
-"""Runs the stages one after another, each in a process of its own, and writes report.json and summary.md after each."""
+"""Runs the stages one after another, each in its own process, and writes report.json and summary.md after each."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from moe.bench.gpu.record import write_atomically
 from moe.bench.gpu.render import summary
 from moe.bench.gpu.settings import Settings
 
-LOG_CHARACTERS = 1_000_000  # of a stage's output that are kept
-ERROR_LINES = 15  # of a failed stage's output
-KILL_SECONDS = 5.0  # between a stage's end by SIGABRT, which shows its stacks, and by SIGKILL
+LOG_CHARACTERS = 1_000_000  # the end of a stage's output that log.txt keeps
+ERROR_LINES = 15  # the end of a failed stage's output that the report shows
+KILL_SECONDS = 5.0  # from SIGABRT, which prints the stage's stacks, to SIGKILL
 PROBE_SECONDS = 120.0  # the first import of torch on a machine reads gigabytes
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`module` has `run(settings, record)`; `seconds` is its limit on a GPU."""
+    """`module` (default: the one in moe/bench/gpu named `name`) has `run(settings, record)`; `seconds` is its limit."""
 
     name: str
     seconds: float
@@ -37,8 +37,8 @@ class Stage:
         return self.module or f"moe.bench.gpu.{self.name}"
 
 
-# In the order of what is wanted most. The limits are bounds, about twice what is expected, and may add up to more than
-# the whole report's time: a stage whose limit is over the rest is skipped.
+# The most wanted results first. A limit is about twice the time expected. The limits may add up to more than the whole
+# report's time: a stage is skipped if its limit is more than the time left.
 STAGES = [
     Stage("machine", 60, "versions and peaks"),
     Stage("cuda_tests", 120, "tests that need a GPU"),
@@ -53,9 +53,9 @@ STAGES = [
 
 
 def run_report(stages: list[Stage], settings: Settings, seconds: float) -> bool:
-    """Whether every stage passed. `seconds` is the time for all of them.
+    """Runs the stages within `seconds`; returns whether all of them passed.
 
-    Without a GPU, and not `dry_run`, it says so, runs nothing and returns True.
+    Without a GPU, unless `dry_run`, it prints that, runs nothing and returns True.
     """
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the stage too
@@ -90,7 +90,7 @@ def run_report(stages: list[Stage], settings: Settings, seconds: float) -> bool:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """One machine without a network; in a dry run without its GPU too."""
+    """The stages' environment: one machine without a network, and in a dry run without a GPU."""
     environment = dict(os.environ)
     environment |= {
         "GLOO_SOCKET_IFNAME": "lo",
@@ -110,7 +110,8 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _has_gpu(environment: dict[str, str]) -> bool:
-    """Asked in a process of its own: a CUDA context here would take memory from the stages. Raises RuntimeError."""
+    """Asks in a process of its own, since a CUDA context in this one would take memory from the stages. Raises
+    RuntimeError if torch can't be imported."""
     command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     if done.returncode:
@@ -119,7 +120,7 @@ def _has_gpu(environment: dict[str, str]) -> bool:
 
 
 def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) -> dict[str, Any]:
-    """What the stage recorded, and how it ended: passed, failed or timed out."""
+    """The stage's results and its state: passed, failed or timed out."""
     work = Path(settings.work)
     recorded, log = work / f"{stage.name}.json", work / f"{stage.name}.log"
     command = [sys.executable, "-m", "moe.bench.gpu.stage", stage.source, str(recorded)]
@@ -154,20 +155,20 @@ def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the stage and everything it started: they are one session."""
+    """Ends the stage and every process that it started, all in one process group."""
     if process.poll() is None:
         process.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=KILL_SECONDS)
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # nothing of it is left
+    except ProcessLookupError:  # no process is left
         return
     process.wait()
 
 
 def _stacks(lines: list[str]) -> list[str]:
-    """The innermost lines of the stacks that faulthandler wrote last, or else the end of the output."""
+    """The first lines of the last stacks that faulthandler wrote, innermost frames first; else the output's end."""
     fatal = [index for index, line in enumerate(lines) if line.startswith("Fatal Python error")]
     return lines[fatal[-1] : fatal[-1] + ERROR_LINES] if fatal else lines[-ERROR_LINES:]
 

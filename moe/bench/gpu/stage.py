@@ -1,4 +1,4 @@
-"""One stage in this process: `python -m moe.bench.gpu.stage MODULE RESULT.json DRY_RUN OUT FOLDER WORK`."""
+"""Runs one stage in this process: `python -m moe.bench.gpu.stage MODULE RESULT.json DRY_RUN OUT FOLDER WORK`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe.bench.gpu.settings import Settings
 
 
 def main(arguments: list[str]) -> None:
-    faulthandler.enable()  # the runner ends a hanging stage with SIGABRT: its stacks are the error's last lines
+    faulthandler.enable()  # prints the stacks when the runner ends a hanging stage with SIGABRT
     module, result, dry_run, out, folder, work = arguments
     record = Record(Path(result))
     importlib.import_module(module).run(Settings(dry_run == "true", Path(out), folder, work), record)

@@ -1,4 +1,4 @@
-"""A training step of a model with 3.1 B parameters, 0.98 B of them active: speed and memory, and what the plan said."""
+"""A training step of a model with 3.1 B parameters, 0.98 B of them active: speed and memory, measured and planned."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from moe.train.metrics import measure_peak_flops
 
 WARM_UP, STEPS = 2, 5
 MICRO_BATCHES = 4
-RECOMPUTE = ("none", "mlp", "block")  # the first that fits is measured
+RECOMPUTE = ("none", "mlp", "block")  # values of model.recompute; the first that fits is measured
 
 
 def run(settings: Settings, record: Record) -> None:
-    """Raises torch.OutOfMemoryError when not even the last way fits."""
+    """Raises torch.OutOfMemoryError if not even the last of `RECOMPUTE` fits."""
     device = device_of(settings)
     mesh = rendezvous.start(1)
     try:
@@ -97,12 +97,12 @@ def _measure(overrides: list[str], mesh: Mesh, plan: Plan, peak: float, record: 
 
 
 def build(config: Config, mesh: Mesh) -> Stepper:
-    """A step with weights drawn on the device."""
+    """A Stepper whose model's weights are drawn on the device."""
     return Stepper(config, mesh, on_device(config, mesh.device))
 
 
 def _plan(overrides: list[str], device: torch.device, peak: float) -> Plan:
-    """For one rank of this machine, at the rate that a product reached; bandwidth is the vendor's for an H100."""
+    """The plan for one rank on this machine, with `peak`, a measured FLOP/s, and an H100's stated bandwidth."""
     cuda = device.type == "cuda"
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else host

@@ -1,7 +1,7 @@
-"""`moe train` in bfloat16, as a user runs it: undisturbed, and resumed from its first checkpoint.
+"""`moe train` in bfloat16, as a user runs it: one whole run, and one resumed from the first checkpoint.
 
-The resumed run must write the losses that the undisturbed one wrote. The trained model's logits and loss are compared
-with the same weights in float32 on the CPU.
+The resumed run must write the same losses as the whole one. The trained model's logits and loss are compared with those
+of the same weights in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TINY = [
     "model.num_hidden_layers=2", "train.sequence_length=32", "train.micro_batch_size=2", "train.global_batch_size=4",
     "train.peak_tflops=0.1",
 ]  # fmt: skip
-# On a GPU some sums (the embedding's gradient) are added in an order that changes; two runs drift apart slowly.
+# On a GPU the order of some sums (the embedding's gradient) varies, so that two runs slowly diverge.
 SAME_LOSS = 1e-2
-LOGITS = {torch.float32: 5e-3, torch.bfloat16: 1e-1}  # bfloat16 may also choose another expert where two are level
+LOGITS = {torch.float32: 5e-3, torch.bfloat16: 1e-1}  # bfloat16 may choose another expert when two are nearly equal
 
 
 def run(settings: Settings, record: Record) -> None:
@@ -69,7 +69,7 @@ def run(settings: Settings, record: Record) -> None:
 
 
 def _train(overrides: list[str], run_dir: Path) -> str:
-    """What one run of `moe train` printed."""
+    """Runs `moe train`; returns what it printed."""
     command = [sys.executable, "-m", "moe", "train", *overrides, f"run_dir={run_dir}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(done.stdout, flush=True)
@@ -92,7 +92,7 @@ def _record_speed(record: Record, metrics: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def _compare_with_float32(record: Record, run_dir: Path, settings: Settings) -> None:
-    """The checkpoint's model on the device, in two precisions, beside float32 on the CPU."""
+    """Compares the checkpoint's model on the device, in two precisions, with float32 on the CPU."""
     device, folder = device_of(settings), resolve(run_dir)
     reference = load_model(folder).float().cpu().eval()
     ids_BS = torch.randint(320, (2, 32 if settings.dry_run else 256), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
-"""The requirements that a GPU machine lacks, in the versions of this environment: `… -m moe.bench.gpu.wheels 3.12`.
+"""Lists the packages that a GPU machine lacks, in the versions installed here: `python -m moe.bench.gpu.wheels 3.12`.
 
-What `moe` needs directly, less what the report doesn't use, and everything that those need in turn.
+These are the requirements of `moe`, without those that the report doesn't use, and in turn their requirements.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import sys
 
 from packaging.requirements import Requirement
 
-# What a machine for PyTorch and transformers has, and with it their own requirements.
+# Installed on any machine for PyTorch and transformers, with their own requirements.
 THERE = {
     "torch", "triton", "transformers", "numpy", "packaging", "pyyaml", "regex", "safetensors", "setuptools",
     "tokenizers", "tqdm",
 }  # fmt: skip
-UNUSED = {"datasets", "wandb", "mistral-common"}  # with local text, tracking=none and a tokenizer of our own
+UNUSED = {"datasets", "wandb", "mistral-common"}  # the report has local text, tracking=none and its own tokenizer
 TOOLS = ["pytest", "pytest-timeout"]  # for the stage that runs tests
 PROJECT = "moe-train"
 

@@ -1,7 +1,7 @@
-"""What is used of DeepSpeed's insides is checked when it is borrowed: that it exists, and takes what it took.
+"""Checks every DeepSpeed internal when it is looked up: that it exists and has the expected parameters.
 
-Each of these could be renamed or called differently in another version without any error here: clipping, or a step's
-norm, would silently be gone. What each is relied on to mean is checked at every step (`DeepSpeedEngine.step`).
+Another version could rename one, or no longer call it, without an error: clipping, or a step's norm, would silently be
+missing. That DeepSpeed still uses them as expected is checked at every step (`DeepSpeedEngine.step`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WRITTEN_FOR = "0.19.8"  # as pinned in pyproject.toml
 
 
 def check_version() -> None:
-    """Raises UserError where another DeepSpeed is installed."""
+    """Raises UserError if another version of DeepSpeed is installed."""
     installed = version("deepspeed")
     if installed != WRITTEN_FOR:
         raise UserError(
@@ -26,9 +26,9 @@ def check_version() -> None:
 
 
 def borrow(owner: Any, name: str, *parameters: str, lost: str) -> Any:
-    """`owner.name`, a function that takes `parameters`; `lost`: what would silently be missing without it.
+    """`owner.name`, a function with exactly these `parameters`; `lost`: what would silently go wrong without it.
 
-    Raises RuntimeError where it isn't there or takes something else.
+    Raises RuntimeError if it is missing or has other parameters.
     """
     function = borrow_value(owner, name, lost=lost)
     if not callable(function):
@@ -40,7 +40,7 @@ def borrow(owner: Any, name: str, *parameters: str, lost: str) -> Any:
 
 
 def borrow_value(owner: Any, name: str, *, lost: str) -> Any:
-    """`owner.name`, of any kind. Raises RuntimeError where it isn't there."""
+    """`owner.name`, of any type. Raises RuntimeError if it is missing."""
     if not hasattr(owner, name):
         raise _moved(owner, name, "is gone", lost)
     return getattr(owner, name)

@@ -1,15 +1,15 @@
-"""DeepSpeed behind one adapter. The version is pinned and the seam is tested (tests/distributed/test_engine.py):
+"""The adapter to DeepSpeed. Its version is pinned; tests/distributed/test_engine.py tests what follows.
 
-- DeepSpeed treats a parameter as an expert's if `param.allreduce is False` and it has a `group_name`, but switches its
-  expert paths on only when it finds an instance of its own `MoE` module. `_ExpertMarker` is that instance: it has no
-  parameters and no forward pass; our sparse layer knows nothing of DeepSpeed.
+- DeepSpeed treats a parameter as an expert's if `param.allreduce is False` and it has a `group_name`, but enables its
+  expert code only if the model contains an instance of its own `MoE` module. `_ExpertMarker` is that instance: it has
+  no parameters and no forward pass, so that our sparse layer doesn't depend on DeepSpeed.
 - Expert gradients are summed over the ranks that hold copies of the same experts and divided by the *full*
   data-parallel size, so the loss needs no scaling for expert parallelism.
 - `engine.backward` divides by the accumulation steps and the reduction averages over ranks: the caller passes losses
   whose mean over all micro-batches of the step is the step's loss.
 - A step whose loss or gradient is not finite on any rank is skipped on all of them: `backward` makes the gradients of
-  such a loss NaN, and DeepSpeed's optimizers skip an update that isn't finite. A limit on the norm is added to that
-  (moe/engine/deepspeed/skip.py).
+  such a loss NaN, and DeepSpeed's optimizers skip an update that isn't finite. moe/engine/deepspeed/skip.py also makes
+  them skip an update over a norm limit.
 - Without `communication_data_type: fp32`, bf16 gradients are reduced in bf16; without an explicit
   `gradient_clipping`, DeepSpeed clips at 1.0.
 """
@@ -42,10 +42,10 @@ from moe.engine.deepspeed.skip import NormLimit
 from moe.engine.parameters import expert_names, parameter_groups
 from moe.errors import UserError
 
-# Renamed collectives that the pinned DeepSpeed still calls by their old names; nothing that a user could change.
+# The pinned DeepSpeed calls collectives by deprecated names; users can't change that.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
-SMALL_GRADIENT = 1 << 20  # elements: up to here gradients are gathered in a bucket and reduced together
+SMALL_GRADIENT = 1 << 20  # elements; gradients up to this size are reduced together, in a bucket
 
 
 class _ExpertMarker(MoE):
@@ -58,7 +58,7 @@ class _ExpertMarker(MoE):
         self.expert_group_name = _group_name(expert)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        del use_data_before_expert_parallel_  # the groups exist: `start` made them
+        del use_data_before_expert_parallel_  # `prepare` has created the groups
 
 
 def _group_name(expert: int) -> str:
@@ -66,12 +66,13 @@ def _group_name(expert: int) -> str:
 
 
 def prepare(mesh: Mesh) -> Mesh:
-    """The mesh with its expert group: consecutive ranks, whose exchange stays inside a node."""
+    """The mesh with its expert group of consecutive ranks, so that exchanges stay within a node if they can."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_not_about_overflow)
     check_version()
-    # NOTE: this op would be compiled for 45 s at first use, needs a compiler and sums in another order than gloo. The
-    # whole table is replaced: setting one entry of it makes DeepSpeed probe every op with compiler subprocesses.
+    # NOTE: disables DeepSpeed's shared-memory collectives: they are compiled at first use (45 s, needs a compiler) and
+    # sum in another order than gloo. The whole table is replaced because setting one entry makes DeepSpeed probe every
+    # op with compiler subprocesses.
     borrow_value(deepspeed.ops, "__compatible_ops__", lost="an op would be compiled at start-up, and sum otherwise")
     setattr(deepspeed.ops, "__compatible_ops__", {"deepspeed_shm_comm": False})  # noqa: B010  # unknown to its stubs
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
@@ -90,7 +91,7 @@ def prepare(mesh: Mesh) -> Mesh:
 
 
 def _not_about_overflow(record: logging.LogRecord) -> bool:
-    """DeepSpeed calls every skipped step an overflow; moe.train.guard says what it was."""
+    """Drops DeepSpeed's message that calls every skipped step an overflow; moe.train.guard logs the real reason."""
     return "OVERFLOW!" not in record.getMessage()
 
 
@@ -111,22 +112,22 @@ def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     if _takes_shortcuts(config, mesh) and _reduces_in_place(config):
-        # Saves two copies of every gradient: one larger than a bucket is reduced where it lies.
+        # Saves two copies of every gradient: gradients larger than a bucket are reduced in place.
         settings["zero_optimization"] |= {"contiguous_gradients": False, "reduce_bucket_size": SMALL_GRADIENT}
     if config.parallel.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the host instead of a compiled one
     if config.train.precision is Precision.bfloat16:
-        # NOTE: without it BF16_Optimizer clears the model's gradients in a hook on the model's outputs, which DeepSpeed
-        # doesn't find in a dataclass: the first of M micro-batches would count M times, the last once. With it each
-        # gradient is added to the float32 sums, and freed, as soon as it is there.
+        # NOTE: without immediate_grad_update BF16_Optimizer clears gradients in a hook on the model's outputs, which
+        # DeepSpeed doesn't find inside a dataclass: the first of M micro-batches would count M times, the last once.
+        # With it each gradient is added to its float32 sum and freed as soon as autograd has computed it.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
 def _takes_shortcuts(config: Config, mesh: Mesh) -> bool:
-    """Float32 on a CPU: where they were measured, and where the optimizer's weights can be the model's own."""
+    """Float32 on a CPU, where they were measured and where the optimizer can share the model's weights."""
     return config.train.precision is Precision.float32 and mesh.device.type == "cpu"
 
 
@@ -135,8 +136,7 @@ def _reduces_in_place(config: Config) -> bool:
 
 
 class DeepSpeedEngine:
-    """`moe.engine.base.Engine` by ZeRO-1 or 2. Raises UserError for `parallel.offload_optimizer` on a CPU, where the
-    optimizer is in the host's memory anyway."""
+    """`moe.engine.base.Engine` with ZeRO-1 or 2. Raises UserError for `parallel.offload_optimizer` on a CPU."""
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
         if config.parallel.offload_optimizer and mesh.device.type == "cpu":
@@ -169,7 +169,7 @@ class DeepSpeedEngine:
             config=_deepspeed_config(config, mesh),
             dist_init_required=False,
         )
-        # Any: DeepSpeed annotates every kind of engine and optimizer that it could have returned.
+        # Any: DeepSpeed's annotation is a union of all its engines and optimizers.
         self._engine: Any = engine
         self._zero: Any = zero
         assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1 and experts_train)
@@ -201,10 +201,10 @@ class DeepSpeedEngine:
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
     def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
-        """Ends a micro-batch; on the step's last one updates the weights with learning rate `lr`.
+        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`.
 
-        The update is skipped on all ranks if a loss or a gradient was not finite on any, or if the gradient norm is
-        over `norm_limit` (None, on all ranks, for no limit).
+        The update is skipped on all ranks if a loss or a gradient was not finite on any of them, or if the gradient
+        norm is over `norm_limit` (None, on all ranks, for no limit).
         """
         self._norm.begin_step(norm_limit)
         if self._shortcuts is not None:
@@ -217,7 +217,7 @@ class DeepSpeedEngine:
             return None
         norm, skipped, applied = self._norm.norm, None, self._engine.was_step_applied()
         require_meaning(self._norm.asked or not applied, "ask for the gradient norm before an update")
-        require_meaning(not (applied and self._norm.skips), "skip a step whose norm is −1 or whose clipping is left")
+        require_meaning(not (applied and self._norm.skips), "skip a step whose norm is −1 or whose clipping raised")
         if self._shortcuts is not None and applied:
             require_meaning(self._shortcuts.clipped_once(), "flatten, then clip, each parameter group once an update")
         if not applied:
@@ -225,7 +225,7 @@ class DeepSpeedEngine:
         return StepResult(norm, skipped)
 
     def resumed(self, steps: int, skipped_steps: int) -> None:
-        """After `optimizer_state.fill` on all ranks: the model gets the new weights. A collective."""
-        self._zero.update_lp_params()  # NOTE: without it the model would compute with old weights, silently
+        """Call after `optimizer_state.fill` on all ranks: copies the weights to the model. A collective."""
+        self._zero.update_lp_params()  # NOTE: without it the model would silently compute with its old weights
         self._engine.global_steps = steps
         self._engine.skipped_steps = skipped_steps

@@ -1,6 +1,6 @@
-"""Master weights and Adam's moments of a DeepSpeed optimizer, whole and by name, for checkpoints.
+"""Master weights and Adam's moments of a DeepSpeed optimizer, unpartitioned and by name, for checkpoints.
 
-Uses DeepSpeed's accessors. Three steps that it doesn't check if they are left out: moments must exist before they are
+Uses DeepSpeed's accessors. They need three things that DeepSpeed doesn't check: moments must exist before they are
 linked, must be linked again for every group after the first, and need their step set in every group.
 """
 
@@ -24,7 +24,7 @@ from moe.engine.parameters import trained_parameters, zero_states
 
 
 class ZeroOptimizerState:
-    """Of one ZeRO-1/2 optimizer or BF16_Optimizer, `zero`, and its model."""
+    """The state of `zero`, a ZeRO-1/2 optimizer or BF16_Optimizer, for its model's parameters."""
 
     def __init__(self, model: nn.Module, zero: Any) -> None:
         self._model, self._zero = model, zero
@@ -50,15 +50,15 @@ class ZeroOptimizerState:
         return states
 
     def empty(self, max_bytes: int) -> Iterator[States]:
-        """Zeros for a reader to fill: part by part, each of one parameter or of at most `max_bytes`, and only of
-        parameters that this rank's partition has a piece of."""
+        """Yields zeros for a reader to overwrite, only for parameters of which this rank's partition has a piece. Each
+        part has one parameter, or several of at most `max_bytes` together."""
         # `_hp_mapping` is DeepSpeed's own attribute.
         mine = {name: p for name, p in trained_parameters(self._model).items() if getattr(p, "_hp_mapping") is not None}  # noqa: B009
         return zero_states(mine, max_bytes)
 
     def fill(self, parts: Iterable[States], adam_steps: int) -> None:
-        """Put `empty`'s parts, filled, into this rank's partition, before the first step; `adam_steps` counts applied
-        updates. `Engine.resumed` must follow."""
+        """Loads the parts of `empty`, which a reader has filled, into this rank's partition; call before the first step
+        and follow it with `Engine.resumed`. `adam_steps` is the number of updates applied so far."""
         self._link_moments(adam_steps)
         parameters = trained_parameters(self._model)
         for part in parts:
@@ -69,8 +69,8 @@ class ZeroOptimizerState:
                     safe_set_full_optimizer_state(parameters[name], part[moment][name].to(device), moment)
 
     def _link_moments(self, adam_steps: int | None = None) -> None:
-        """Make the moments accessible: as they are, or zero after `adam_steps` updates (and where there are none yet:
-        DeepSpeed's accessors would hang)."""
+        """Makes the moments accessible. Missing ones are created as zeros, since DeepSpeed's accessors would hang
+        without them. If `adam_steps` is given, all are reset to zero and their step count is set to it."""
         optimizer = self._zero.optimizer
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -1,16 +1,18 @@
-"""Work that DeepSpeed's ZeRO-1/2 does at every step and a float32 run doesn't need: on a CPU, where each pass over the
-gradients is time, a tenth of a small model's step. Results are the same (tests/distributed/test_shortcuts.py).
+"""Removes work that DeepSpeed's ZeRO-1/2 does at every step and a float32 run doesn't need: a tenth of a small model's
+step on a CPU, where every pass over the gradients takes time. Results are the same
+(tests/distributed/test_shortcuts.py).
 
-- The float32 master weights are a second copy of float32 model weights, and copied over them after every update. Here
-  the master partition *is* that stretch of the model's weights: one pass less, and 4 bytes per parameter and rank.
-- The gradient norm is taken of a float64 copy of each gradient. Here, of large gradients, rows are summed in float32
-  and the rows in float64: no copy, and a relative error about 1e-8, as hundreds of rows' roundings average out.
-- Gradients are flattened into a new buffer, then scaled for clipping in another pass. Here one pass does both, into a
-  buffer that stays: memory taken afresh from the system at every step costs more than the copy.
-- On one rank, gradients are divided by 1.
+- DeepSpeed keeps float32 master weights beside float32 model weights and copies them after every update. Here the
+  master partition is a view of the model's weights: saves a pass, and 4 bytes per parameter of the partition.
+- DeepSpeed computes the gradient norm from a float64 copy of each gradient. Here a large gradient's rows are summed in
+  float32 and the row sums in float64: no copy, and a relative error of about 1e-8, since the rows' rounding errors
+  average out.
+- DeepSpeed flattens gradients into a new buffer, then scales it for clipping in another pass. Here one pass does both,
+  into a buffer that is reused: allocating it at every step costs more than the copy.
+- On one rank, DeepSpeed divides gradients by 1. Here it doesn't.
 
-Only for float32 on a CPU, where it was measured. With bfloat16 the master weights are needed, and DeepSpeed's classes
-and buffers are others.
+Only for float32 on a CPU, where it was measured. With bfloat16 the master weights are needed, and DeepSpeed uses other
+classes and buffers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from moe.engine.deepspeed.borrowed import borrow, borrow_value
 
 ROW = 1024  # elements summed in float32
-LARGE = 1 << 20  # elements; up to here a float64 copy costs next to nothing
+LARGE = 1 << 20  # elements; below this a float64 copy costs next to nothing
 
 
 class Shortcuts:
@@ -51,7 +53,7 @@ class Shortcuts:
             return _flatten_and_clip(zero, group_idx, buffers)
 
         def already_clipped(grad_groups_flat: list[Tensor], total_norm: Tensor) -> None:
-            """In place of DeepSpeed's pass over the flat gradients."""
+            """Replaces DeepSpeed's pass over the flat gradients."""
             self._passes += 1
 
         zero._get_preflattened_grad_partition = flatten
@@ -93,8 +95,8 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 def _norm_function(zero: Any) -> Callable[..., Tensor]:
     def norm(gradients: Iterable[Tensor], params: Iterable[Tensor], norm_type: float = 2) -> Tensor:
-        """Of one parameter group over all ranks, float32; −1, which makes `step` skip, when it is not finite."""
-        del params  # one gradient each, and padding, which is zero
+        """The norm of one parameter group over all ranks, float32; −1 if not finite, which makes `step` skip."""
+        del params  # `gradients` has one per parameter, and padding, which is zero
         assert norm_type == 2
         total = torch.stack([squared_norm(gradient) for gradient in gradients]).sum().float()
         dist.all_reduce(total, group=zero.dp_process_group)

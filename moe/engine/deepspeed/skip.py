@@ -1,12 +1,11 @@
 """Makes DeepSpeed's optimizers skip a step: no weight, moment or Adam step changes on any rank.
 
-DeepSpeed skips an update whose gradient norm is not finite, on all ranks together. Here a norm above a limit is skipped
-too. The decision is reduced over the ranks, because their norms may differ in the last bit.
+DeepSpeed skips an update whose gradient norm is not finite, on all ranks together. Here an update whose norm is over a
+limit is skipped too. The decision is reduced over the ranks, because their norms may differ in the last bit.
 
-- ZeRO-1/2 asks `scaled_global_norm` and skips when it is −1. A norm above the limit also returns −1.
-- `BF16_Optimizer` computes its norm in the middle of `step`. Clipping comes next: it asks
-  `get_grads_for_norm(for_clipping=True)`, before anything has changed. An exception leaves the step there; the engine
-  clears the gradients, as after every step.
+- ZeRO-1/2 calls `scaled_global_norm` and skips the step when it returns −1. A norm over the limit also returns −1.
+- `BF16_Optimizer` computes its norm inside `step`, then calls `get_grads_for_norm(for_clipping=True)` before it changes
+  anything. An exception raised there ends the step; the engine clears the gradients, as after every step.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ LOST = "steps over the norm limit would be applied, and the norm unknown"
 class NormLimit:
     """Call `begin_step` before each of the optimizer's steps; read `norm` after it.
 
-    `norm` is the gradient norm before clipping over all parameters, NaN when it is not finite. `asked`: DeepSpeed has
-    called for it; `skips`: it was over the limit on some rank.
+    `norm` is the gradient norm over all parameters before clipping, NaN when it is not finite. `asked`: DeepSpeed has
+    called the patched function; `skips`: the norm was over the limit on some rank.
     """
 
     def __init__(self, zero: Any, mesh: Mesh) -> None:
@@ -57,7 +56,7 @@ class NormLimit:
     def _watch_bf16(self, zero: Any) -> None:
         gradients = borrow(zero, "get_grads_for_norm", "for_clipping", lost=LOST)
         step = borrow(zero, "step", "closure", lost=LOST)
-        assert borrow_value(zero, "clip_grad", lost=LOST) > 0, "without clipping its step can't be left"
+        assert borrow_value(zero, "clip_grad", lost=LOST) > 0, "without clipping its step can't be interrupted"
 
         def get_grads_for_norm(for_clipping: bool = False) -> Any:
             if for_clipping and self._skips(borrow_value(zero, "_global_grad_norm", lost=LOST)):
@@ -73,9 +72,9 @@ class NormLimit:
         zero.get_grads_for_norm, zero.step = get_grads_for_norm, guarded_step
 
     def _skips(self, norm: Tensor | float) -> bool:
-        """A collective if there is a limit."""
+        """Whether the norm is over the limit on any rank; stores the norm. A collective if there is a limit."""
         value, self.asked = float(norm), True
-        self.norm = value if math.isfinite(value) and value >= 0 else math.nan  # DeepSpeed answers −1 for a NaN
+        self.norm = value if math.isfinite(value) and value >= 0 else math.nan  # DeepSpeed returns −1 for NaN
         if self.limit is None:
             return False
         over = torch.tensor(float(value > self.limit), device=self._mesh.device)
@@ -84,4 +83,4 @@ class NormLimit:
 
 
 class _Skipped(Exception):
-    """Leaves BF16_Optimizer's step."""
+    """Raised to leave BF16_Optimizer's step before it changes anything."""

@@ -48,8 +48,8 @@ def make_attend(
     document_ids_BS: Tensor | None,
     device: torch.device,
 ) -> Attend:
-    """What the layers with this window call in one forward pass over [B, S] tokens: the pattern of documents and window
-    is worked out once, here."""
+    """The attention function of all layers with this window for one forward pass over [B, S] tokens. The pattern of
+    documents and window is computed here, once."""
     if window is not None and window >= shape[1]:
         window = None
     match backend:

@@ -1,6 +1,6 @@
-"""`block`: documents one by one, each in blocks of queries that see the keys they need and no others. Any device.
+"""`block`: one document at a time, in blocks of queries, each with only the keys that it can see. Any device.
 
-With a window its cost is linear in the sequence length; on CUDA it is the last resort.
+With a window the cost is linear in the sequence length; on CUDA it is the last resort.
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window, C queries of a block,
 K keys.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 from moe.kernels.attention.naive import sdpa
 from moe.kernels.attention.pattern import Attend, document_bounds, visible
 
-# Queries per block on a CPU. Its SDPA skips only whole spans of 512 keys: up to there, cutting the queries saves work.
+# Queries per block on a CPU. Its SDPA skips masked keys only in spans of 512: up to that length, blocks save work.
 CAUSAL_BLOCK, CAUSAL_SPAN = 128, 512
-BAND_BLOCKS = 4  # a window's queries are cut in so many blocks: each then sees W + C keys for the W it needs
+BAND_BLOCKS = 4  # a window is C = W / 4 queries a block; a query computes W + C scores, of which it needs W
 MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
 
@@ -27,7 +27,7 @@ def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
 
 
 def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
-    """Lengths of all documents of the batch in order, rows one after another; None when every row is one document."""
+    """Lengths of all documents of the batch, row by row; None when every row is one document."""
     if document_ids_BS is None or bool((document_ids_BS[:, 0] == document_ids_BS[:, -1]).all()):
         return None
     batch, length = document_ids_BS.shape
@@ -37,7 +37,7 @@ def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
 def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int] | None, window: int | None) -> Tensor:
     if lengths is None:
         return _one_document(q_BSND, k_BSGD, v_BSGD, window).flatten(2)
-    # split, not slices: the gradient of n slices is n full-size sums, that of a split is one concatenation.
+    # split, not slices: the backward pass of a split is one concatenation, that of n slices n full-size additions.
     pieces = zip(*(tensor.flatten(0, 1)[None].split(lengths, 1) for tensor in (q_BSND, k_BSGD, v_BSGD)), strict=True)
     outs = [_one_document(q, k, v, window) for q, k, v in pieces]
     return torch.cat(outs, 1).view(*q_BSND.shape[:2], -1)
@@ -68,15 +68,15 @@ def _band(queries: int, keys: int, first_query: int, window: int | None, like: T
 
 
 def _banded(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int) -> Tensor:
-    """Blocks of C queries; block b sees its own keys and those of the `back` blocks before it, which hold its window.
+    """Blocks of C queries; block b sees its own keys and those of the `back` blocks before it, which cover its window.
 
-    All blocks that have `back` blocks before them are one SDPA call over a batch of blocks with one [C, K] mask; the
-    few at the start, which have fewer, are a call each.
+    All blocks that have `back` blocks before them form the batch of one SDPA call with one [C, K] mask; the first few,
+    which have fewer, take one call each.
     """
     batch, length, _, head_dim = q_BSND.shape
     block = min(max(-(-window // BAND_BLOCKS // 8) * 8, MIN_BAND_BLOCK), MAX_BAND_BLOCK)
     back = -(-(window - 1) // block)
-    padding = -length % block  # the padding's queries are computed and cut off
+    padding = -length % block  # outputs of the padding are computed, then cut off
     blocks = (length + padding) // block
     q, k, v = (
         F.pad(tensor, (0, 0, 0, 0, 0, padding)).unflatten(1, (blocks, block)) for tensor in (q_BSND, k_BSGD, v_BSGD)

@@ -1,7 +1,7 @@
 """`flex`: torch's flex_attention, compiled. CUDA (no backward pass elsewhere), any dtype.
 
-Documents and window change from pass to pass; they are tensors that the mask captures, so they cause no recompilation.
-The first other batch shape compiles once more, for all shapes.
+Documents and window change between passes; the mask captures them as tensors, so they cause no recompilation. The
+second batch shape compiles once more, for all shapes.
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
 """
 
@@ -37,14 +37,14 @@ def flex_attend(
     if documents is None:
         documents = torch.zeros(shape, dtype=torch.int32, device=device)
     reach = torch.full((), length if window is None else window, dtype=torch.int64, device=device)
-    # Compiled, the mask is made block by block; eager it would be [B, S, S] booleans first.
+    # Compiled, it builds the mask block by block; in eager mode it would first allocate [B, S, S] booleans.
     create = compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     block_mask = create(_mask(documents, reach), batch, None, length, length, device=device)
     return partial(_flex, block_mask=block_mask)
 
 
 def _mask(documents_BS: Tensor, reach: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """flex's mask_mod. It captures tensors only: an int would be compiled in."""
+    """flex_attention's mask_mod. It captures only tensors: an int would become a constant of the compiled code."""
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         del h

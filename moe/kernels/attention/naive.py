@@ -1,4 +1,4 @@
-"""The plain reference of all attention back-ends: every score written out. And torch's SDPA on this project's layout.
+"""The plain reference for all attention back-ends, with all scores in memory; and torch's SDPA in this layout.
 
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, C queries of a block, K keys.
 """
@@ -30,7 +30,7 @@ def _naive(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, mask: Tensor) -> T
 
 
 def sdpa(q_BCND: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, C, N, D]; without a mask plain causal attention of as many keys as queries."""
+    """Attention's output [B, C, N, D]. Without a mask it is causal, with as many keys as queries."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q_BCND, k_BKGD, v_BKGD))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)

@@ -31,7 +31,7 @@ def pattern_mask(length: int, window: int | None, document_ids_BS: Tensor | None
 
 
 def document_bounds(document_ids_BS: Tensor | None, batch: int, length: int, device: Any) -> Tensor:
-    """int32 [documents + 1]: where each document of the flattened batch begins, and the end; rows never join."""
+    """int32 [documents + 1]: where each document of the flattened batch begins, and the end. Every row begins one."""
     if document_ids_BS is None:
         return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
     starts_BS = torch.ones(batch, length, dtype=torch.bool, device=device)

@@ -17,7 +17,7 @@ from moe.kernels.attention.pattern import Attend, document_bounds
 
 @cache
 def _arguments() -> frozenset[str]:
-    """The arguments of this torch's `varlen_attn`; none if there is no such function."""
+    """The parameter names of torch's `varlen_attn`; empty if this torch has no such function."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -43,7 +43,7 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 def varlen_attend(
     shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device
 ) -> Attend:
-    """With documents, finding where they begin is one wait for the device a forward pass."""
+    """With documents, the host waits for the device once per forward pass, to find their bounds."""
     bounds = document_bounds(document_ids_BS, *shape, device)
     return partial(_varlen, bounds=bounds, longest=shape[1], window=window)
 
@@ -55,7 +55,7 @@ def _varlen(
 
     sizes = (-1 if window is None else window - 1, 0)  # keys left of the query's own, keys right of it
     q, k, v = (tensor.flatten(0, 1).contiguous() for tensor in (q_BSND, k_BSGD, v_BSGD))
-    # torch 2.11 has no such argument and no check in its place: its kernel takes any N divisible by G.
+    # torch 2.11 has no `enable_gqa` and doesn't compare N with G: its kernel takes any N divisible by G.
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _arguments() else {}
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=sizes, **grouped)
     assert isinstance(out, Tensor)

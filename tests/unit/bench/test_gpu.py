@@ -1,4 +1,4 @@
-"""`moe bench gpu`: stages that fail or hang are recorded and the others go on; the summary and the page; the wheels."""
+"""`moe bench gpu`: a stage that fails or hangs is recorded and the others run; the summary, the page and the wheels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FAKES = {
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`report(seconds, (fake, limit), …)`: whether all passed, and what report.json then holds."""
+    """`report(seconds, (fake stage, limit), …)` returns whether all stages passed, and report.json's content."""
     for name, body in FAKES.items():
         text = f"import os, subprocess, time\n\n\ndef run(settings, record):{body}"
         (tmp_path / f"fake_{name}.py").write_text(text)
@@ -75,7 +75,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return start
 
 
-def test_what_fails_is_recorded_and_the_others_go_on(report: Any, tmp_path: Path) -> None:
+def test_a_failed_stage_is_recorded_and_the_others_run(report: Any, tmp_path: Path) -> None:
     passed, values = report(100, ("raises", 30), ("dies", 30), ("wrong", 30), ("good", 30))
     assert not passed
     stages = values["stages"]
@@ -93,7 +93,7 @@ def test_what_fails_is_recorded_and_the_others_go_on(report: Any, tmp_path: Path
     assert "no such kernel" in (tmp_path / "out/log.txt").read_text()
 
 
-def test_a_stage_that_hangs_is_ended_with_all_that_it_started(report: Any, tmp_path: Path) -> None:
+def test_a_stage_that_hangs_is_killed_with_its_child_processes(report: Any, tmp_path: Path) -> None:
     started = time.monotonic()
     passed, values = report(100, ("hangs", 8), ("good", 30))
     assert time.monotonic() - started < 60
@@ -102,7 +102,7 @@ def test_a_stage_that_hangs_is_ended_with_all_that_it_started(report: Any, tmp_p
     assert hung["state"] == "timed out"
     assert hung["facts"] == {"before": 1}
     assert hung["error"][0] == "no end within 8 s"
-    assert any("in run" in line for line in hung["error"]), hung["error"]  # the stack of where it stood
+    assert any("in run" in line for line in hung["error"]), hung["error"]  # the stack at which it hung
     assert values["stages"]["good"]["state"] == "passed"
     child = Path(f"/proc/{(tmp_path / 'out/child').read_text()}/stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
@@ -132,7 +132,7 @@ def test_a_report_that_is_ended_ends_its_stage(tmp_path: Path, report: Any) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_nothing_runs_and_nothing_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nothing_runs_and_the_report_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([f"out={tmp_path / 'out'}"])
     assert "no GPU here: nothing was measured" in capsys.readouterr().out
     assert list((tmp_path / "out").iterdir()) == []
@@ -152,7 +152,7 @@ def test_bad_overrides_are_one_line(tmp_path: Path, overrides: list[str], text: 
         run([f"out={tmp_path}", *overrides])
 
 
-def test_what_is_not_a_number_fails_its_check(tmp_path: Path) -> None:
+def test_nan_fails_its_check(tmp_path: Path) -> None:
     record = Record(tmp_path / "result.json")
     record.check("loss", math.nan, 1.0)
     record.row("times", ms=math.inf)
@@ -219,7 +219,7 @@ def test_page_refuses_a_dry_run_and_a_page_without_markers(tmp_path: Path) -> No
         page.write_section(target, source)
 
 
-def test_wheels_are_what_a_machine_with_torch_lacks() -> None:
+def test_wheels_are_those_that_a_machine_with_torch_lacks() -> None:
     wanted = dict(line.split("==") for line in wheels.lacking("3.12"))
     assert {
         "deepspeed",
@@ -233,10 +233,10 @@ def test_wheels_are_what_a_machine_with_torch_lacks() -> None:
     assert wanted == {name: importlib.metadata.version(name) for name in wanted}
 
 
-def test_data_is_found_at_another_place_without_tokenizing(tmp_path: Path) -> None:
+def test_copied_data_is_found_without_tokenizing(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     data.write(here, pieces=data.TINY_PIECES, max_bytes=data.TINY_BYTES)
-    shutil.copytree(here, there, copy_function=shutil.copyfile)  # other times of modification too
+    shutil.copytree(here, there, copy_function=shutil.copyfile)  # changes modification times too
     config, said = load_config([*data.overrides(there), "model=small"]), list[str]()
     corpus = prepare(config.data, config.tokenizer, log=said.append)
     assert said == []
@@ -271,7 +271,7 @@ def test_scripts_refuse_in_one_line(script: str, arguments: list[str], text: str
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_every_stage_passes_its_dry_run(tmp_path: Path) -> None:
-    """A minute on an idle machine; its time on the processor is limited, which load hardly changes."""
+    """Takes a minute on an idle machine. The limit is on CPU time, which other load hardly changes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         ["bash", str(ROOT / "launch/gpu_report.sh"), "--dry-run"],

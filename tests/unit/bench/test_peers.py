@@ -1,4 +1,4 @@
-"""`moe bench`: both sides compute the same, run for real at a small shape, and bad overrides are one line."""
+"""`moe bench`: both sides compute the same, real runs with a small shape, and bad overrides give one-line errors."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
         (["attention", "rounds=2"], "its only key is window=N"),
     ],
 )
-def test_bad_words_are_one_line(overrides: list[str], text: str) -> None:
+def test_bad_overrides_are_one_line(overrides: list[str], text: str) -> None:
     with pytest.raises(ValueError, match=text.replace(".", r"\.")) as caught:
         run_bench(overrides)
     assert "\n" not in str(caught.value)

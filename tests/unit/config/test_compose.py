@@ -1,4 +1,4 @@
-"""Every rule names key, value and rule; every composed preset passes; nothing unknown slips through."""
+"""Every rule's error names key, value and rule; every preset composes and passes the rules; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BAD = [
     (["tokenizer.vocab_size=100"], "tokenizer.vocab_size=100 must be ≥ 300"),
     (["tokenizer.path=x"], "tokenizer.path=x must be null for tokenizer.kind=sentencepiece"),
     (["tokenizer=model_file"], "tokenizer.path"),
-    (["tokenizer=mistral"], "model.vocab_size must be stated"),  # by nobody who could count the tokenizer's pieces
+    (["tokenizer=mistral"], "model.vocab_size must be stated"),  # without `count_pieces`
     (["tokenizer.vocab_size=-5"], "tokenizer.vocab_size=-5 must be > 0"),
     (
         ["parallel.zero_stage=0"],
@@ -60,7 +60,7 @@ BAD = [
     (["tokenizer=model_file", "tokenizer.path="], "tokenizer.path='' is empty"),
     (["tracking.project="], "tracking.project='' is empty"),
     (["tracking.name="], "tracking.name='' is empty"),
-    (["~train"], "~train: only a source can be taken out (~data.sources.NAME)"),
+    (["~train"], "~train: only a source can be removed (~data.sources.NAME)"),
     (["~train.steps"], "~train.steps: only a source"),
     (["~tracking"], "~tracking: only a source"),
     (["~data"], "~data: only a source"),
@@ -208,7 +208,7 @@ def test_a_source_added_on_the_command_line_is_typed() -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["model=small"], ["data=files"], ["++data.path=other.txt"]])
-def test_data_path_alone_takes_the_place_of_the_built_in_text(more: list[str]) -> None:
+def test_data_path_alone_replaces_the_built_in_text(more: list[str]) -> None:
     config = load_config(["data.path=my.txt", *more])
     assert list(config.data.all_sources()) == ["text"]
     assert config.run_dir.endswith(("-my", "-other"))
@@ -216,7 +216,7 @@ def test_data_path_alone_takes_the_place_of_the_built_in_text(more: list[str]) -
 
 
 def test_data_path_keeps_the_preset_that_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`data.path` only replaces the built-in text, not what a preset or an experiment says about one's own."""
+    """`data.path` replaces the built-in text, but not the other keys of a chosen `data` preset or experiment."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("path: rows.jsonl\ntext_field: body\n")
     (tmp_path / "experiment").mkdir()
@@ -228,7 +228,7 @@ def test_data_path_keeps_the_preset_that_was_chosen(tmp_path: Path, monkeypatch:
         assert (data.path, data.text_field) == ("other.jsonl", "body")
 
 
-def test_a_source_can_be_taken_out() -> None:
+def test_a_source_can_be_removed() -> None:
     assert load_config(["~data.sources.prose"]).data.all_sources().keys() == {"python", "arithmetic"}
 
 

@@ -1,4 +1,5 @@
-"""Mistakes on the command line: what the user typed, the rule and the fix, in one line without Hydra's terms."""
+"""Errors for mistakes on the command line: the override as typed, the rule and the fix, in one line without Hydra's
+terms."""
 
 import pytest
 

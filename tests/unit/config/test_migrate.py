@@ -1,4 +1,4 @@
-"""Configurations of earlier versions: rewritten in a run directory, an error with today's name on the command line."""
+"""Configurations of earlier versions: migrated in run directories, rejected with the current name as overrides."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ train:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run directory of version 0, as far as reading its configuration goes."""
+    """A run directory of version 0, with the files that reading its configuration needs."""
     (tmp_path / "config.yaml").write_text(VERSION_0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 7.0, "tokens": 4096}\n')
     return tmp_path
@@ -175,7 +175,7 @@ def test_migration_keeps_its_argument_and_todays_keys() -> None:
         "parallel": {"expert_parallel_size": 4, "zero_stage": 2}, "config_version": CONFIG_VERSION,
     }  # fmt: skip
     assert before == {"parallel": {"expert": 4, "zero_stage": 2}}
-    # Between the renaming and the first version, runs wrote today's key without a version.
+    # Runs between the renaming and version 1 have the current key but no version.
     between = {"parallel": {"expert_parallel_size": 4}}
     assert migrate(between) == between | {"config_version": CONFIG_VERSION}
     with pytest.raises(ValueError, match=r"parallel\.expert is now called expert_parallel_size, and both are set"):

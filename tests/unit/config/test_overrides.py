@@ -1,4 +1,4 @@
-"""Values that Hydra's grammar would reject, trim or split arrive as they were typed."""
+"""Values that Hydra's grammar would reject, trim or split are used exactly as typed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The shipped presets: parameter counts on the meta device against the published integers, and no repeated default."""
+"""The shipped presets: parameter counts on the meta device equal the published ones, and no YAML repeats a default."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def test_small_presets_build(overrides):
 
 
 def test_presets_share_no_head_dim():
-    """The schema's default model has a head dimension of its own, which no preset may inherit."""
+    """No preset inherits the head dimension of the schema's default model."""
     assert compose("model=mixtral_8x7b").model.head_size == 128
     assert compose("model=mixtral_8x7b", "model.head_dim=64").model.head_size == 64
 
@@ -61,7 +61,7 @@ def test_windows_are_the_published_ones():
 
 
 def repeated(stated: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys of `stated` that say what `defaults` say."""
+    """Keys of `stated` whose values equal those of `defaults`."""
     found = []
     for key, value in stated.items():
         default = defaults.get(key)
@@ -100,7 +100,7 @@ def test_a_repeated_default_is_found():
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder, as working directory."""
+    """A user's folder with presets; it is the working directory."""
     monkeypatch.setattr("moe.config.presets._added_dirs", [])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -112,7 +112,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_local_and_added_folders_go_over_the_shipped_presets(own: Path):
+def test_local_and_added_folders_override_the_shipped_presets(own: Path):
     write(own / "configs" / "model" / "mine.yaml", "hidden_size: 64\n")
     write(own / "configs" / "model" / "tiny.yaml", "hidden_size: 96\n")
     write(own / "configs" / "train.yaml", "run_dir: not read\n")
@@ -168,7 +168,7 @@ def test_a_bad_preset_is_one_line_with_its_file(own: Path, text: str, message: s
 
 def test_a_folder_without_presets_is_an_error(own: Path):
     (own / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: has no folder named as a group"):
+    with pytest.raises(ValueError, match="empty: has no folder named after a group"):
         add_config_dir(own / "empty")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         add_config_dir(own / "nowhere")

@@ -1,5 +1,5 @@
-"""Every number that a key may have, at values that make no sense: a configuration that works, or one line naming the
-key. Keys are found in the schemas, so a new one is tested too."""
+"""Sets every numeric key to extreme values: each gives a configuration that works, or a one-line error that names the
+key. Keys are found in the schemas, so new ones are tested too."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REAL = [0.0, -1.0, 1e-320, 1e-37, 1e37, 1e300, 1e308, -1e308, float("nan"), floa
 
 
 def numeric_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """(dotted key, int or float) of every number in a composed configuration, lists' first elements too."""
+    """(dotted key, int or float) of every number in a composed configuration, including the first element of lists."""
     for name in node:
         child: Any = node._get_node(name)
         if isinstance(child, DictConfig):
@@ -50,7 +50,7 @@ KEYS = [(verb, key, kind) for verb in VERBS for key, kind in numeric_keys(compos
 
 
 def use(config: Any) -> None:
-    """What a verb computes from its numbers before it touches the machine."""
+    """Runs what a verb computes from its numbers before it reads files or starts anything."""
     if isinstance(config, PlanConfig):
         plan = make_plan(config)
         verdict(plan)
@@ -62,7 +62,7 @@ def use(config: Any) -> None:
 
 
 def outcome(key: str, value: object, make: Any) -> str:
-    """'' or the one line, which must name the key."""
+    """'' if the value works, else the one-line error, which must name the key."""
     try:
         use(make())
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Every attention back-end against a masked float64 reference written here, forward and gradients."""
+"""Every attention back-end against a masked float64 reference in this file: outputs and gradients."""
 
 import math
 
@@ -18,7 +18,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def reference(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int | None, documents: list[list[int]]) -> Tensor:
-    """Query by query, key by key: no mask arithmetic shared with the code under test."""
+    """One query and key at a time, to share no mask arithmetic with the code under test."""
     batch, length, heads, dim = q_BSND.shape
     group = heads // k_BSGD.shape[2]
     rows = []
@@ -67,7 +67,7 @@ def test_equals_the_float64_reference(kv_heads, window, documents):
     ("length", "window"), [(129, None), (300, None), (513, None), (700, 64), (300, 33), (512, 512)]
 )
 def test_block_equals_naive_over_many_blocks(length, window):
-    """Lengths that no block divides, at the sizes where the blocks differ; documents across block edges."""
+    """Lengths that aren't multiples of the block size, windows that change it, documents across block boundaries."""
     tensors = inputs((2, length, 4, 2, 8), torch.float64)
     ids = torch.zeros(2, length, dtype=torch.int32)
     ids[0, 131:] = 1
@@ -81,7 +81,7 @@ def test_block_equals_naive_over_many_blocks(length, window):
 
 
 def test_documents_that_all_rows_share_are_still_kept_apart():
-    """Every row starts and ends with the same ids in the same places; only the middle tells."""
+    """All rows start and end with the same document ids, which differ only in the middle."""
     ids = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, 1, 2]])
     tensors = inputs((2, 5, 2, 2, 4), torch.float64)
     actual = make_attend(AttentionBackend.block, (2, 5), None, ids, CPU)(*tensors)
@@ -90,7 +90,7 @@ def test_documents_that_all_rows_share_are_still_kept_apart():
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_flex_pattern_equals_the_reference(window):
-    """The block mask that CUDA compiles, run by flex_attention's eager form, which has no backward on CPU."""
+    """The block mask that CUDA compiles, in eager flex_attention, which has no backward pass on a CPU."""
     q, k, v = (tensor.detach().float() for tensor in inputs((2, 45, 4, 2, 16), torch.float64))
     attend = make_attend(AttentionBackend.flex, (2, 45), window, torch.tensor(PACKED), CPU)
     torch.testing.assert_close(attend(q, k, v), reference(q, k, v, window, PACKED), rtol=0, atol=2e-6)
@@ -98,8 +98,8 @@ def test_flex_pattern_equals_the_reference(window):
 
 @pytest.mark.slow  # dynamo and vmap take half a minute to trace
 def test_flex_compiles_once_for_all_windows_and_documents():
-    """Traced by the compiler's front end alone, which decides what is compiled again. A second length makes sizes
-    symbols, and covers a third."""
+    """Runs only the compiler's front end, which decides when to recompile. A second length makes the sizes symbolic, so
+    that a third needs no recompilation."""
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -177,7 +177,7 @@ def test_shapes_that_attention_cannot_have(settings, message):
 
 
 def test_attention_with_a_window_is_linear():
-    """Multiply-adds a token at 16,384 tokens are at most 1.15 × those at 2,048 (the mathematics needs 1.125)."""
+    """Multiply-adds per token at 16,384 tokens are at most 1.15 × those at 2,048 (1.125 × is needed)."""
     short, long = multiply_adds_per_token(2048, 512), multiply_adds_per_token(16384, 512)
     assert long / short <= 1.15
     visible = 512 - 512 * 511 / (2 * 16384)
@@ -186,5 +186,5 @@ def test_attention_with_a_window_is_linear():
 
 
 def test_the_count_sees_quadratic_attention():
-    """Without a window the same counter must grow with the length, or the test above shows nothing."""
+    """Without a window the counter must grow with the length; otherwise the test above would prove nothing."""
     assert multiply_adds_per_token(4096, None) == pytest.approx(2 * multiply_adds_per_token(2048, None))

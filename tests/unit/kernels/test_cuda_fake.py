@@ -1,8 +1,8 @@
-"""What a GPU would run, on tensors of device cuda without data: wrong devices, dtypes, shapes, and waits for the GPU.
+"""Runs the CUDA code on fake tensors (no data) to find wrong devices, dtypes and shapes, and waits for the GPU.
 
 Needs a CUDA build of torch and no GPU:  python -m pytest tests/unit/kernels/test_cuda_fake.py -rs
-Autograd's own backward pass can't run there, so hand-written ones are called as functions. No value is computed:
-whether results are right is for tests on a device.
+Autograd can't run a backward pass on fake tensors, so hand-written ones are called as functions. No values are
+computed: tests on a device must show that results are right.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T, H, F, E, V = 48, 32, 64, 4, 80
 
 
 class _Event:
-    """Without a device there is none to record."""
+    """Replaces torch.cuda.Event, which needs a device."""
 
     def record(self) -> None: ...
 
@@ -51,20 +51,20 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake() -> Iterator[None]:
-    """Tensors have no data; a value read on the host becomes a symbol."""
+    """Fake tensors; reading a value on the host gives a symbol."""
     with FakeTensorMode(shape_env=ShapeEnv()):
         yield
 
 
 @pytest.fixture
 def fake_without_waits() -> Iterator[None]:
-    """Reading a value on the host raises."""
+    """Fake tensors; reading a value on the host raises."""
     with FakeTensorMode():
         yield
 
 
 class Context:
-    """What a torch.autograd.Function keeps between its two passes."""
+    """Replaces the context that a torch.autograd.Function gets for its two passes."""
 
     def __init__(self, inputs: int) -> None:
         self.needs_input_grad = (True,) * inputs
@@ -161,7 +161,7 @@ def test_varlen_over_documents(window: int | None) -> None:
 @pytest.mark.usefixtures("fake_without_waits")
 @pytest.mark.parametrize("window", [None, 9])
 def test_the_pattern_of_flex(window: int | None) -> None:
-    """The mask alone, eager: flex itself runs compiled only, which needs a device."""
+    """Only the mask, in eager mode: flex attention on CUDA must be compiled, which needs a device."""
     documents = torch.empty(2, T, dtype=torch.int32, device=CUDA)
     reach = torch.full((), T if window is None else window, device=CUDA)
     positions = torch.arange(T, device=CUDA)
@@ -204,7 +204,7 @@ def test_a_forward_pass_never_waits_for_the_gpu(mlp: Mlp, model: dict[str, Any],
 
 
 @pytest.mark.usefixtures("fake_without_waits")
-def test_a_wait_would_be_seen() -> None:
+def test_a_wait_is_detected() -> None:
     model = transformer(Mlp.sparse, torch.bfloat16, ExpertBackend.loop)  # reads the counts on the host
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         run(model, None)

@@ -1,5 +1,5 @@
-"""Every kernel on every device of this machine: against its plain reference in float64, forward and gradients, and the
-whole model on CUDA against the CPU. The CPU's runs show that the tests themselves are sound."""
+"""Compares every kernel, on every device of this machine, with its plain reference in float64: outputs and gradients;
+and the whole model on CUDA with the CPU. Running on the CPU too shows that the tests themselves work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def randoms(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def outcome(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output and the inputs' gradients, of an upstream gradient that all devices share."""
+    """The output and the inputs' gradients; the output's gradient is the same on all devices."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     y = function(*leaves)
     (grad,) = randoms(tuple(y.shape))
@@ -49,7 +49,7 @@ def compare(
     fast: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], device: torch.device,
     dtype: torch.dtype, tolerance: float,
 ) -> None:  # fmt: skip
-    """`plain` runs in float64 on the CPU, on the values that `dtype` has."""
+    """Compares with `plain`, run in float64 on the CPU with the inputs rounded to `dtype`."""
     rounded = [tensor.to(dtype) for tensor in inputs]
     actual = outcome(fast, [tensor.to(device) for tensor in rounded])
     expected = outcome(plain, [tensor.double() for tensor in rounded])
@@ -150,7 +150,7 @@ def test_the_model_equals_the_float64_one(
 
 @pytest.fixture
 def no_waits() -> Iterator[None]:
-    """The CUDA runtime raises when the host would wait for the device."""
+    """Makes the CUDA runtime raise when the host would wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
@@ -163,7 +163,7 @@ def test_a_training_pass_waits_only_for_the_late_counts(mlp: Mlp, request: pytes
     ids_BS = torch.zeros(2, 40, dtype=torch.int64, device="cuda")
     model(ids_BS, labels_BS=ids_BS).lm_loss_sum.backward()  # libraries start up
     request.getfixturevalue("no_waits")
-    model(ids_BS, labels_BS=ids_BS).lm_loss_sum.backward()  # an event's wait is none that the debug mode reports
+    model(ids_BS, labels_BS=ids_BS).lm_loss_sum.backward()  # the debug mode doesn't report waits for events
 
 
 @needs_cuda

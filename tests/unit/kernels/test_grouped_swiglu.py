@@ -1,4 +1,4 @@
-"""Grouped SwiGLU: every back-end against the float64 oracle, forward and gradients; choice of back-end."""
+"""Grouped SwiGLU: every back-end against the loop in float64, outputs and gradients; the choice of back-end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _inputs(counts: list[int], dtype: torch.dtype = torch.float64, hidden: int =
 
 
 def _by_hand(x: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    """Row by row from the definition, with no code of the project."""
+    """The definition, row by row, without code of the project."""
     experts = [expert for expert, count in enumerate(counts) for _ in range(count)]
     rows = []
     for row, expert in zip(x, experts, strict=True):
@@ -54,7 +54,7 @@ def _run(function: object, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _oracle(tensors: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The loop in float64 on the same values."""
+    """The loop's results in float64 for the same values."""
     doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
     return _run(lambda x, gate_up, down: loop_ffn(x, counts, gate_up, down), doubles)
 
@@ -99,7 +99,7 @@ def test_back_ends_equal_the_float64_oracle(
 @pytest.mark.parametrize("counts", [c for c in COUNTS.values() if sum(c)], ids=[k for k, c in COUNTS.items() if sum(c)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.bfloat16, 2e-2)])
 def test_the_gpu_function_over_torchs_grouped_mm(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    """The function a GPU runs, on the CPU's grouped_mm, which has the same interface and the same traps."""
+    """The function that a GPU runs, with the CPU's grouped_mm, which has the same interface and requirements."""
     tensors = _inputs(counts, dtype)
     exact = _oracle(tensors, counts)
     ours = _run(
@@ -109,7 +109,7 @@ def test_the_gpu_function_over_torchs_grouped_mm(counts: list[int], dtype: torch
         assert _relative(mine, reference) <= tolerance, name
 
 
-def test_idle_experts_get_zero_gradients_whatever_the_kernel_leaves_there() -> None:
+def test_idle_experts_get_zero_gradients_even_if_the_kernel_writes_none() -> None:
     counts = [4, 0, 3]
     x, gate_up, down, grad = _inputs(counts, torch.float32)
     products = torch_products(torch.tensor(counts))

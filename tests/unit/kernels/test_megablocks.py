@@ -1,7 +1,7 @@
-"""The MegaBlocks adapter against stand-ins that hold to the packages' published interface, strictly, on a CPU.
+"""The MegaBlocks adapter on a CPU, with stand-ins for the packages that enforce their published interface.
 
-They check what the CUDA kernels demand (dtypes, host or device, contiguity) and leave unwritten what those leave
-unwritten. Whether the real kernels compute right is for a machine with a GPU.
+The stand-ins check what the CUDA kernels require (dtypes, host or device, contiguity) and leave the same memory
+unwritten. Whether the real kernels compute correctly must be tested on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_a: bool = False, trans
     if trans_a:
         result = torch.full((len(groups), a.shape[1], b.shape[1]), torch.nan, dtype=a.dtype)
         for expert, (left, right) in enumerate(zip(groups, b.split(batch_sizes.tolist()), strict=True)):
-            if len(left):  # the real one leaves an empty group's result unwritten
+            if len(left):  # the real kernel leaves the result of an empty group unwritten
                 result[expert] = left.t() @ right
         return result
     return torch.cat([rows @ (weight.t() if trans_b else weight) for rows, weight in zip(groups, b, strict=True)])
@@ -112,7 +112,7 @@ def test_needs_bfloat16_on_cuda() -> None:
 
 
 def test_without_the_packages_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "megablocks", None)  # import of it now fails, installed or not
+    monkeypatch.setitem(sys.modules, "megablocks", None)  # makes importing it fail even if it is installed
     monkeypatch.setitem(sys.modules, "megablocks.ops", None)
     megablocks._packages.cache_clear()
     with pytest.raises(ValueError, match=r"experts.backend=megablocks must have its packages .*pip install") as error:

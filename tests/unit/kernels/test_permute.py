@@ -1,4 +1,4 @@
-"""Rows into expert order and back: the kernels against plain indexing, with any number of choices a token."""
+"""Rows into expert order and back: the kernels against plain indexing, with any number of choices per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _regular(top_k: int) -> Choices:
 
 
 def _ragged(density: float) -> Choices:
-    """A token has 0 … E choices, as when experts choose their tokens."""
+    """Choices of tokens that have 0 … E each, as with a router in which experts choose tokens."""
     tokens_N, experts_N = (torch.rand(TOKENS, EXPERTS) < density).nonzero().unbind(1)
     return Choices(tokens_N, experts_N, torch.rand(len(tokens_N), dtype=torch.float64), TOKENS)
 

@@ -57,7 +57,7 @@ def test_gradients(norm):
 
 
 def test_bfloat16_statistics_are_float32():
-    """The mean of squares of 4,096 values is off by percents when summed in bfloat16."""
+    """Summed in bfloat16, the mean square of 4,096 values would be wrong by several percent."""
     x = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     layer = RMSNorm(4096, 1e-5).bfloat16()
     y = layer(x)

@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def test_equals_complex_multiplication_in_float64():
-    """Dimension i and i + D/2 are the real and imaginary part that position p turns by p · theta^(−2i/D)."""
+    """Dimensions i and i + D/2 are the real and imaginary parts that position p rotates by p · theta^(−2i/D)."""
     x = torch.randn(2, 40, 3, 8, dtype=torch.float64)
     numbers = torch.complex(x[..., :4], x[..., 4:])
     angles = torch.arange(100, 140, dtype=torch.float64)[:, None] * 500.0 ** (-torch.arange(0, 8, 2).double() / 8)
     turned = numbers * torch.polar(torch.ones_like(angles), angles)[:, None]
     actual = rotate(x, rotary_table(100, 40, 8, 500.0, CPU, torch.float64))
-    # The angles are float32 products: up to 140 · 2⁻²⁴ off.
+    # The angles are float32 products, with an error of up to 140 · 2⁻²⁴.
     torch.testing.assert_close(actual, torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_rotation_equals_the_reference():
 
 
 def test_tables_are_slices_of_a_longer_one():
-    """Bit for bit what these positions alone give; made anew only for another dtype or more positions."""
+    """Slices equal, bit for bit, a table of those positions; only another dtype or more positions recompute it."""
     tables = RotaryTables(16, 1e4)
     for dtype in (torch.float32, torch.bfloat16):
         for start, length in ((0, 7), (0, 333), (17, 100), (500, 1), (501, 1), (502, 90)):

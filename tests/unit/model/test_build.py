@@ -1,4 +1,4 @@
-"""Models built without memory, put on their device and filled once: the values, tied weights, buffers."""
+"""Models built on the meta device, allocated on their device and filled once: values, tied weights, buffers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_weights_are_those_of_a_model_made_at_once(overrides: list[str], thr
     config = config_of(*overrides, "train.seed=7")
     model = build_model(config, CPU)
     at_once = Transformer(config.model, config.router, config.experts)
-    for name, parameter in at_once.named_parameters():  # from the definition, one after the other
+    for name, parameter in at_once.named_parameters():  # drawn by the definition, one parameter after another
         values = model.get_parameter(name)
         if name.endswith("norm.weight"):
             assert torch.equal(values, torch.ones_like(values))

@@ -1,5 +1,5 @@
-"""No module reads another's weight past its forward pass: a wrapped, hooked or replaced module takes effect, and its
-gradients are those of a model with merged weights."""
+"""No module bypasses another's forward pass to read its weight: a wrapped, hooked or replaced module takes effect, with
+the gradients of a model with merged weights."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LINEARS = {
 )
 def test_an_adapter_equals_merged_weights(name: str, mlp: Mlp, settings: dict[str, object], monkeypatch) -> None:
 
-    monkeypatch.setitem(cross_entropy.SLICE_ELEMENTS, "cpu", 1)  # the head in slices of the fewest tokens
+    monkeypatch.setitem(cross_entropy.SLICE_ELEMENTS, "cpu", 1)  # the head runs on the smallest slices
     wrapped = build(mlp, **settings)
     merged = copy.deepcopy(wrapped)
     adapter = LowRank(wrapped.get_submodule(name))
@@ -144,7 +144,7 @@ def test_a_parametrization_equals_merged_weights(name: str, weight: str) -> None
 
 
 class Counted(nn.Module):
-    """Stands for any module that takes the experts' place: only its forward pass is used."""
+    """A module that replaces the experts; only its forward pass is used."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recomputing activations changes memory, not a bit of the mathematics."""
+"""Recomputing activations uses less memory, and results are bitwise the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe.sparse.balance import balance_loss
 
 
 def _run(overrides: list[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-    """(loss, gradients, bytes that autograd keeps for the backward pass, weights left out)."""
+    """(loss, gradients, bytes that autograd saves for the backward pass, without weights)."""
     small = ["model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "tokenizer.vocab_size=300"]
     config = load_config([*small, "model.sliding_window=8", *overrides])
     model = Transformer(config.model, config.router, config.experts)

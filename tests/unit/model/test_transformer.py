@@ -1,4 +1,4 @@
-"""The whole model: equal to transformers' with the same weights, documents apart, initial weights, the meta device."""
+"""The whole model: equal to transformers' with the same weights; documents, initial weights, meta device, cache."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def peer(model: Transformer):
-    """transformers' model of the same shape, with our state dict as it is."""
+    """transformers' model of the same shape, loaded with our unchanged state dict."""
     transformers = pytest.importorskip("transformers")
     config, dense = model.config, model.config.mlp is Mlp.dense
     settings = {
@@ -101,7 +101,7 @@ def test_block_equals_naive_through_the_model(mlp, window):
 @pytest.mark.parametrize("mlp", list(Mlp))
 @pytest.mark.parametrize("window", [None, 8])
 def test_a_document_does_not_see_another(mlp, window):
-    """Other tokens in document 0 leave document 1's logits, and its loss's gradient at its inputs, as they were."""
+    """Changing tokens of document 0 changes neither document 1's logits nor its loss's gradient at its inputs."""
     model = build(mlp, sliding_window=window).double()
     ids = tokens(1, 48)
     changed = ids.clone()
@@ -131,12 +131,12 @@ def test_packed_documents_equal_documents_alone():
     ids = tokens(1, 30)
     packed = model(ids, document_ids_BS=torch.tensor([[0] * 12 + [1] * 18])).logits_BSV
     alone = torch.cat([model(ids[:, :12]).logits_BSV, model(ids[:, 12:]).logits_BSV], 1)
-    # the second document turns by other angles, whose float32 products differ in the last bits
+    # the packed document has other positions, whose float32 rotations differ in the last bits
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-6)
 
 
 def test_the_window_reaches_exactly_its_width():
-    """One layer: the last of 20 tokens sees the W − 1 before it and no further."""
+    """In one layer, the last of 20 tokens sees exactly itself and the W − 1 tokens before it."""
     config = ModelConfig(mlp=Mlp.dense, vocab_size=VOCAB, hidden_size=64, num_hidden_layers=1, sliding_window=6)
     model = Transformer(config, TopKRouterConfig(), ExpertsConfig()).double()
     model.init_weights(0)
@@ -160,7 +160,7 @@ def test_outputs(mlp):
 
 
 def test_initial_weights_depend_on_seed_and_name_only():
-    """Two layers more and wider experts elsewhere change no other parameter; another seed changes all but the norms."""
+    """More layers and wider experts don't change other parameters; another seed changes all except norms."""
     model, same, other = build(), build(), build(seed=1)
     larger = Transformer(
         ModelConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=5),
@@ -184,7 +184,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
 
 
 def test_experts_start_alike_whichever_rank_holds_them():
-    """Expert 5 of 8 is expert 1 of the rank that holds 4 … 7."""
+    """Expert 5 of 8 equals local expert 1 of the rank that holds experts 4 … 7."""
     model = build()
     part = Transformer(model.config, TopKRouterConfig(num_experts=4), ExpertsConfig())
     for block in part.model.layers:
@@ -196,7 +196,7 @@ def test_experts_start_alike_whichever_rank_holds_them():
 
 
 def test_meta_construction_then_weights():
-    """Built without memory, materialised, initialised: the same model as one built at once."""
+    """A model built on the meta device, allocated and initialised equals one built directly."""
     config = build().config
     with torch.device("meta"):
         model = Transformer(config, TopKRouterConfig(), ExpertsConfig())
@@ -232,7 +232,7 @@ def test_an_impossible_backend_is_refused():
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("chunks", [[23], [1] * 23, [9, 9, 5], [3, 1, 12, 1, 6]], ids=["one", "ones", "nines", "mixed"])
 def test_cached_logits_equal_uncached(mlp, window, chunks):
-    """Chunks larger and smaller than the window, single tokens after chunks, documents within."""
+    """With chunks larger and smaller than the window, single tokens after chunks, and several documents."""
     model, ids = build(mlp, sliding_window=window).double().eval(), tokens(2, 23)
     documents = torch.tensor([[0] * 23, [0] * 4 + [1] * 19])
     cache = KVCache(model.config, 2, 23, torch.device("cpu"), torch.float64)

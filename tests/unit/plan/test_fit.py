@@ -1,4 +1,4 @@
-"""What is too large for this machine is refused with the numbers; what fits isn't."""
+"""A run too large for this machine is refused, with the numbers; one that fits isn't."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_mixtral_on_this_machine_is_refused_in_milliseconds() -> None:
 
 
 @pytest.mark.parametrize("overrides", [SMALL, [*SMALL, "engine=plain"], [*SMALL, "train.precision=bfloat16"]])
-def test_the_line_between_refused_and_not_is_the_margin(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_above_the_margin_only(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(overrides)
     needed = plan_memory(config, 1).peak + fit.BATCH_BYTES * 64 * 1024
     for there, fits in ((needed, True), (needed / MARGIN + 1, True), (needed / MARGIN - 1, False)):
@@ -55,7 +55,7 @@ def test_advice_is_what_the_plan_tries_and_fits_when_typed(monkeypatch: pytest.M
     check_run(load_config([*SMALL, *advice]), 1, 1, CPU)
 
 
-def test_each_of_several_ranks_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_gets_its_share_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[int] = []
     monkeypatch.setattr(fit, "host_memory", lambda ranks=1: parts.append(ranks) or 16 * 10**9 // ranks)
     config = load_config([*SMALL, "train.global_batch_size=512"])

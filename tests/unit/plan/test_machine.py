@@ -1,4 +1,4 @@
-"""The memory that is left, from /proc and cgroup files as kernels and containers write them."""
+"""The memory that is left, read from /proc and cgroup files like those of real kernels and containers."""
 
 from __future__ import annotations
 

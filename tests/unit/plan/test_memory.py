@@ -1,4 +1,4 @@
-"""Counts, FLOPs and memory against what torch counts on real models."""
+"""Parameters, FLOPs and memory, compared with what torch counts on real models."""
 
 import pytest
 import torch
@@ -43,14 +43,14 @@ def test_visible_keys_are_counted(length, window):
 
 
 def addmm_flops(total, left, right, *args, **kwargs):
-    """The in-place form, which torch's counter leaves out."""
+    """FLOPs of the in-place operator, which torch's counter doesn't know."""
     return 2 * left[0] * left[1] * right[1]
 
 
 @pytest.mark.parametrize("mlp", ["dense", "sparse"])
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_flops_equal_torchs_count(mlp, tied):
-    """torch counts the products that ran. The naive attention computes all S keys where (S + 1) / 2 are visible."""
+    """torch counts the products that ran; naive attention uses all S keys, of which (S + 1) / 2 are visible."""
     length = 64
     config = compose(
         f"model.mlp={mlp}",
@@ -66,7 +66,7 @@ def test_flops_equal_torchs_count(mlp, tied):
     shapes = config.model
     width = shapes.num_attention_heads * shapes.head_size
     unseen = 12 * shapes.num_hidden_layers * width * (length - visible_keys(length, None))
-    # the norms' backward passes hold small products that the formula leaves out
+    # the norms' backward passes have small products that the formula doesn't count
     assert counter.get_total_flops() / (2 * length) == pytest.approx(flops_per_token(config) + unseen, rel=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_float32_on_a_cpu_shares_the_optimizers_weights_with_the_model(expert, w
 
 @pytest.mark.parametrize(("expert", "world"), [(1, 1), (1, 8), (8, 8)])
 def test_float32_on_cuda_has_weights_of_the_optimizers_own(expert, world):
-    """As DeepSpeed comes: beside master weights and moments, the update holds a partition of gradients and its copy."""
+    """Unpatched DeepSpeed: the update needs master weights, moments, a partition of gradients and a copy of it."""
     config = compose(*LOCAL, f"parallel.expert_parallel_size={expert}")
     local, share = sizes(config, expert, world)
     update = kinds(config, world, "update", device="cuda")

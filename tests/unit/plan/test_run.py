@@ -1,4 +1,4 @@
-"""`moe plan`: bytes on the links against enumeration, advice that holds when typed, presets, output, bad input."""
+"""`moe plan`: bytes per link compared with enumeration, advice that fits when used, presets, output, bad input."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def compose(*overrides: str) -> PlanConfig:
 
 
 def test_plan_takes_every_key_of_train():
-    """Its defaults are train.yaml's, and the hardware."""
+    """Its defaults are train.yaml's, plus the hardware."""
     train, plan = (
         yaml.safe_load((config_dir() / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("train", "plan")
     )
@@ -36,7 +36,7 @@ def test_plan_takes_every_key_of_train():
 
 
 @pytest.mark.parametrize("name", [name for name in choices("hardware") if name != "custom"])
-def test_hardware_presets_are_whole(name):
+def test_hardware_presets_set_every_key(name):
     config = compose(f"hardware={name}", "train.micro_batch_size=1", "train.global_batch_size=64")
     hardware = config.hardware
     assert (hardware.name, hardware.nodes) == (name, 1)
@@ -54,7 +54,7 @@ def test_hardware_presets_are_whole(name):
         ("cpu_2x1", "hardware=cpu hardware.gpus_per_node=2"),
     ],
 )
-def test_a_preset_of_before_is_told_what_to_write(before, now):
+def test_a_removed_preset_is_an_error_that_says_what_to_write(before, now):
     with pytest.raises(ConfigError, match=f"^hardware={before}: write {now}$"):
         compose(f"hardware={before}")
     hardware = compose(*now.split(), "train.micro_batch_size=1", "train.global_batch_size=64").hardware
@@ -90,7 +90,8 @@ def test_bad_input_is_one_line(overrides, text):
 
 
 def test_exchange_is_the_sum_over_layers_and_passes():
-    """Two ways and their gradients of every choice's row, for every layer and micro-batch; counts go forward only."""
+    """For every layer and micro-batch, each choice's row and its gradient go to the expert and back; counts only go in
+    the forward pass."""
     config = compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8")
     rows = 0
     for _ in range(256 // 16):  # micro-batches of a rank
@@ -108,7 +109,7 @@ def test_exchange_is_the_sum_over_layers_and_passes():
 
 @pytest.mark.parametrize(("nodes", "ranks", "expert"), [(1, 4, 2), (2, 8, 8), (2, 8, 4), (4, 4, 2), (2, 4, 8)])
 def test_links_are_those_of_the_groups(nodes, ranks, expert):
-    """Against walking every rank's peers and rings one by one."""
+    """Compared with enumerating every rank's peers and rings."""
     world = nodes * ranks
     config = compose(
         "hardware=h100", f"hardware.nodes={nodes}", f"hardware.gpus_per_node={ranks}",
@@ -200,7 +201,7 @@ def test_advice_fits_when_it_is_typed(overrides):
         assert not fewer.fits, f"{left_out} is not needed"
 
 
-def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_and_said():
+def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_with_a_note():
     overrides = ["model=mixtral_8x7b", *TWO_H100_NODES, "parallel.expert_parallel_size=8"]
     plan = make_plan(compose(*overrides))
     assert plan.config.train.global_batch_size == 128
@@ -210,7 +211,7 @@ def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_and_said():
     assert make_plan(compose(*overrides, "train.global_batch_size=128")).note == ""
 
 
-def test_nothing_fits_is_said():
+def test_the_plan_says_when_nothing_fits():
     plan = make_plan(
         compose(*MIXTRAL, "model.num_hidden_layers=3000", "hardware=h100", "parallel.expert_parallel_size=8")
     )
@@ -249,8 +250,8 @@ def test_table_names_everything(capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("fits: needs ")
 
 
-def test_page_shows_the_command_as_it_answers(capsys):
-    """docs/plan.md's output is what the command prints."""
+def test_the_page_shows_the_commands_output(capsys):
+    """The command prints the output shown in docs/plan.md."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
     with pytest.raises(UserError) as caught:
         run_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"))

@@ -37,7 +37,7 @@ def shares_at(rng: np.random.Generator, layers: int, experts: int, skew: float) 
 
 
 def metrics_line(step: int, steps: int, rng: np.random.Generator, *, layers: int = 4, experts: int = 8) -> dict:
-    """One step of a run that learns: falling loss, a router that evens out."""
+    """The metrics of one step of a run with falling loss and a router that becomes balanced."""
     done = step / steps
     loss = 3.3 + 4.3 * math.exp(-7 * done) + 0.06 * float(rng.standard_normal())
     skew = 0.12 + 0.7 * math.exp(-9 * done)
@@ -77,7 +77,7 @@ def metrics_line(step: int, steps: int, rng: np.random.Generator, *, layers: int
 def fake_run(
     folder: Path, *, steps: int = 300, layers: int = 4, experts: int = 8, seed: int = 0, dense: bool = False
 ) -> Path:
-    """A run directory as `moe train` leaves it, with invented metrics."""
+    """A run directory like one of `moe train`, with invented metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     overrides = [
@@ -120,7 +120,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.open: list[str] = []
-        self.overrides = ""
+        self.text = ""
         self.feed(text)
         self.close()
         assert self.open == [], "every element is closed"
@@ -144,7 +144,7 @@ class Page(HTMLParser):
             attributes, text = self.scripts[-1]
             self.scripts[-1] = (attributes, text + data)
         elif self.open and self.open[-1] != "style":
-            self.overrides += data
+            self.text += data
 
 
 def report(folder: Path) -> tuple[str, Page]:
@@ -152,24 +152,24 @@ def report(folder: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_page_shows_the_runs_figures(tmp_path: Path) -> None:
+def test_page_shows_the_runs_metrics(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "tiny-stdlib")
     text, page = report(folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
     assert write_report(folder) == folder / "report.html"
-    assert "tiny-stdlib" in page.overrides
+    assert "tiny-stdlib" in page.text
     for value in (last["val_loss"], last["val_bits_per_byte"], 6.02 - last["val_loss"], last["max_violation"]):
-        assert short(value) in page.overrides
-    assert "of 300" in page.overrides
+        assert short(value) in page.text
+    assert "of 300" in page.text
     for title in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "MaxVio", "Load-balancing loss"):
         assert f"<h3>{title}</h3>" in text
     for title in ("Router entropy", "Dead experts", "Dropped choices", "Validation loss by source", "Expert share"):
         assert f"<h3>{title}</h3>" in text
-    assert "unigram entropy 6.020" in page.overrides
-    assert "minimum 1" in page.overrides
-    assert "def read_300(path)" in page.overrides
-    assert "num_key_value_heads" in page.overrides
+    assert "unigram entropy 6.020" in page.text
+    assert "minimum 1" in page.text
+    assert "def read_300(path)" in page.text
+    assert "num_key_value_heads" in page.text
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [], "nothing left beside"
 
 
@@ -181,7 +181,7 @@ def _with_metrics(folder: Path, change: Callable[[dict], dict]) -> Path:
 
 
 def test_whatever_a_router_measured_is_charted_by_its_name(tmp_path: Path) -> None:
-    """No list of names: a number that also comes per layer is the routers'."""
+    """The report has no list of names: it charts every metric that is also given per layer."""
     folder = _with_metrics(
         fake_run(tmp_path / "run", steps=30),
         lambda line: line | {"bias_range": 0.25, "bias_range_layers": [0.125, 0.375]} if line["step"] > 10 else line,
@@ -203,7 +203,7 @@ def test_a_router_without_a_balance_loss_has_no_chart_of_one(tmp_path: Path) -> 
     text, page = report(folder)
     assert "<h3>MaxVio</h3>" in text
     assert "<h3>Load-balancing loss</h3>" not in text
-    assert "dense model" not in page.overrides
+    assert "dense model" not in page.text
 
 
 def test_a_token_that_no_expert_took_has_no_colour(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_text_of_the_run_is_never_markup(tmp_path: Path) -> None:
         file.write(json.dumps(json.loads(last) | {"step": 301, "val_loss_by_source": {PAYLOAD: 1.0, "b": 2.0}}) + "\n")
     text, page = report(folder)
     _, expected = report(clean)
-    assert page.overrides.count("<script>alert(1)</script>") >= 6, "shown as text, wherever the run wrote it"
+    assert page.text.count("<script>alert(1)</script>") >= 6, "shown as text, wherever the run wrote it"
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in expected.elements}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     acting = [body for attributes, body in page.scripts if "type" not in attributes]
@@ -275,7 +275,7 @@ def test_text_of_the_run_is_never_markup(tmp_path: Path) -> None:
     assert "\\x07" in text
 
 
-def test_page_asks_for_nothing_outside(tmp_path: Path) -> None:
+def test_page_loads_nothing_from_outside(tmp_path: Path) -> None:
     text, page = report(fake_run(tmp_path / "run"))
     for tag, attributes in page.elements:
         assert tag not in {"iframe", "object", "embed", "img", "base", "form"}
@@ -296,17 +296,17 @@ def test_charts_tell_a_screen_reader_what_they_show(tmp_path: Path) -> None:
     assert len(images) == 12
     for image in images:
         assert set((image["aria-labelledby"] or "").split()) <= set(ids)
-    assert "training: from" in page.overrides
+    assert "training: from" in page.text
     canvases = [a for _, a in page.elements if a.get("class") == "canvas"]
     assert all(a["tabindex"] == "0" and a["aria-label"] for a in canvases)
 
 
 def test_dense_model_has_no_router_sections(tmp_path: Path) -> None:
     text, page = report(fake_run(tmp_path / "run", dense=True))
-    assert page.overrides.count("dense model: no router") == 4  # balance, shares, text, and the MaxVio tile
+    assert page.text.count("dense model: no router") == 4  # balance, shares, text, and the MaxVio tile
     assert 'id="heat"' not in text
-    assert "NaN" not in page.overrides
-    assert "nan" not in page.overrides
+    assert "NaN" not in page.text
+    assert "nan" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_the_report_does_not_follow_a_link(tmp_path: Path) -> None:
     assert other.read_text() == "mine"
 
 
-def test_torn_lines_are_skipped_and_told(tmp_path: Path) -> None:
+def test_torn_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", steps=30)
     whole = read_run(folder)
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -425,7 +425,7 @@ def test_torn_lines_are_skipped_and_told(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.steps, whole.steps)
     np.testing.assert_array_equal(again.series["lm_loss"], whole.series["lm_loss"])
     assert again.frames == whole.frames
-    assert "2 unreadable lines skipped" in report(folder)[1].overrides
+    assert "2 unreadable lines skipped" in report(folder)[1].text
 
 
 def test_steps_trained_again_count_once_with_their_last_line(tmp_path: Path) -> None:
@@ -438,27 +438,27 @@ def test_steps_trained_again_count_once_with_their_last_line(tmp_path: Path) -> 
     assert run.steps.tolist() == list(range(1, 31))
     assert run.series["lm_loss"][20:].tolist() == [line["lm_loss"] for line in again]
     assert run.frames[-1] == again[-1]["expert_shares"]
-    assert "10 lines replaced" in report(folder)[1].overrides
+    assert "10 lines replaced" in report(folder)[1].text
 
 
-def test_values_that_are_not_finite_leave_a_gap_and_a_word(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_leave_a_gap_and_a_note(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", steps=40)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines[9]["lm_loss"], lines[10]["lm_loss"], lines[20]["grad_norm"] = math.nan, None, math.inf
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, page = report(folder)
-    assert "2 of 40 steps have no finite value here." in page.overrides
+    assert "2 of 40 steps have no finite value here." in page.text
     loss = re.search(r'id="loss".*?class="line s0" d="([^"]+)"', text, re.DOTALL)
     assert loss is not None
     assert loss[1].count("M") == 2, "the curve is interrupted"
 
 
 def test_only_metrics_and_one_step(tmp_path: Path) -> None:
-    """The least a run can hold: a page all the same."""
+    """The minimal run directory gives a page too."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 7.5}')
     text, page = report(tmp_path)
-    assert "no config.yaml" in page.overrides.lower()
-    assert "dense model: no router" in page.overrides
+    assert "no config.yaml" in page.text.lower()
+    assert "dense model: no router" in page.text
     assert 'class="dots s0"' in text
 
 
@@ -475,9 +475,9 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
             file.write(json.dumps(line) + "\n")
     text, page = report(folder)
     assert len(text.encode()) < 2_000_000
-    assert "100,000" in page.overrides
-    assert "mean of about 209 steps" in page.overrides
-    assert "highest 31.25" in page.overrides, "one spike among 100,000 steps is still told and drawn"
+    assert "100,000" in page.text
+    assert "mean of about 209 steps" in page.text
+    assert "highest 31.25" in page.text, "one spike among 100,000 steps is still told and drawn"
 
 
 def test_downsampling_keeps_mean_and_range() -> None:
@@ -602,7 +602,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("sight", SIGHT)
 @pytest.mark.parametrize("fills", [palette.EXPERT_FILLS_LIGHT, palette.EXPERT_FILLS_DARK], ids=["light", "dark"])
-def test_expert_colours_are_told_apart_by_every_eye(fills: tuple[str, ...], sight: str) -> None:
+def test_expert_colours_differ_with_every_colour_vision(fills: tuple[str, ...], sight: str) -> None:
     seen = [oklab(np.array(SIGHT[sight]) @ linear_rgb(fill)) for fill in fills]
     assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2)) > 0.06
 

@@ -1,4 +1,4 @@
-"""The experts' module: names of its initial values, the meta device, and a wrapped one."""
+"""The `Experts` module: the seeds of its initial values, and the meta device."""
 
 from __future__ import annotations
 

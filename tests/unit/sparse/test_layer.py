@@ -22,7 +22,7 @@ def _layer(backend: ExpertBackend = ExpertBackend.auto, **router: object) -> Spa
 
 
 def _oracle(layer: SparseMLP, x_BSH: Tensor, routed: RouterOutput) -> Tensor:
-    """Every expert on every token, in one dense sum; Σₑ weight · expert(x), a dropped or unchosen expert weighing 0."""
+    """Every expert on every token, as a dense sum Σₑ weight · expert(x); a dropped or unchosen expert has weight 0."""
     x_TH = x_BSH.flatten(0, 1)
     logits_TE = x_TH @ layer.gate.weight.t()
     ids_TK = routed.logits_TE.topk(layer.gate.config.top_k, dim=1).indices

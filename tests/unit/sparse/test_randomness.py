@@ -1,4 +1,4 @@
-"""Random numbers depend on seed, step, layer, place and sample, on nothing else, and look random."""
+"""Random numbers depend only on seed, step, layer, place and sample, and pass statistical tests."""
 
 from __future__ import annotations
 
