@@ -1,0 +1,83 @@
+"""`moe analyze`: reads a checkpoint and a text, measures, and writes RUN/analysis/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from moe.analysis.assignment import assignments
+from moe.analysis.favourites import contexts, favourites
+from moe.analysis.files import write_files
+from moe.analysis.information import information
+from moe.analysis.leave_out import affordable, leave_out
+from moe.analysis.observe import observe, sparse_layers
+from moe.analysis.repetition import repetitions
+from moe.analysis.result import Analysis
+from moe.analysis.similarity import similarities
+from moe.analysis.text import choose_sequences
+from moe.checkpoint.layout import CHECKPOINTS, CONFIG
+from moe.checkpoint.reader import load_model, resolve, tokenizer_folder, warn_of_strays
+from moe.checkpoint.state import read_state
+from moe.config import AnalyzeConfig, Config, TokenizerConfig, TokenizerKind
+from moe.config.compose import read_config
+from moe.data.corpus import check_vocab
+from moe.data.prepare import prepare
+from moe.errors import UserError
+
+FOLDER = "analysis"
+
+
+def run_analysis(config: AnalyzeConfig) -> Path:
+    """Writes the analysis and returns the page's path. Raises UserError, also for a dense model."""
+    folder = resolve(Path(config.checkpoint))
+    analysis = analyze(config, folder)
+    run = folder.resolve().parent.parent if folder.resolve().parent.name == CHECKPOINTS else folder
+    return write_files(analysis, run / FOLDER)
+
+
+def analyze(config: AnalyzeConfig, folder: Path, log: Callable[[str], None] | None = None) -> Analysis:
+    """Measures one checkpoint; `log` (None: stderr) gets a line when something that takes long begins."""
+    say = log or (lambda line: print(line, file=sys.stderr, flush=True))
+    model = load_model(folder, check_memory=config.check_memory)
+    warn_of_strays(folder, lambda line: say(f"moe: {line}"))
+    layers = sparse_layers(model)
+    if not layers:
+        raise UserError(f"checkpoint={config.checkpoint}: a dense model has no router to analyse; give a sparse one's")
+    run: Config = read_config(folder / CONFIG)
+    # The checkpoint's own tokenizer, whatever the text.
+    tokenizer = TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tokenizer_folder(folder)))
+    corpus = prepare(config.text_of(run.data), tokenizer, log=say)
+    check_vocab(corpus, run.model.vocab_size)
+    settings = config.analyze
+    sequences = choose_sequences(corpus, settings, run.train.sequence_length)
+    tokens = sum(len(sequence.input_ids_L) for sequence in sequences)
+    say(f"routing {len(sequences)} sequences, {tokens:,} tokens, through {len(layers)} sparse layers")
+    observed = observe(model, sequences, corpus.source_names)
+    num_experts = sum(layer.num_experts for layer in observed.layers)
+    count = affordable(sequences, num_experts, settings.leave_out_tokens)
+    left_out, why_not = None, ""
+    if count < 2:
+        least = 2 * num_experts * run.train.sequence_length
+        why_not = (
+            f"analyze.leave_out_tokens={settings.leave_out_tokens} is less than two sequences for each of "
+            f"{num_experts} experts take ({least})"
+        )
+    else:
+        say(f"leaving out each of {num_experts} experts on {count} sequences")
+        left_out = leave_out(model, sequences[:count], observed)
+    return Analysis(
+        checkpoint=folder,
+        step=read_state(folder).step,
+        corpus=corpus,
+        settings=config,
+        observed=observed,
+        assignment=assignments(observed),
+        repetition=repetitions(observed),
+        information=information(observed, settings.permutations, settings.seed),
+        favourites=favourites(observed, corpus.tokenizer.piece),
+        contexts=contexts(observed, corpus.tokenizer.piece),
+        similarity=similarities(model, sequences),
+        leave_out=left_out,
+        why_not_left_out=why_not,
+    )
