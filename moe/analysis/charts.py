@@ -42,7 +42,9 @@ def layer_figures(analysis: Analysis) -> dict[str, dict[int, Figure]]:
             row.layer: _cosines(row.weights_EE if which == "weights" else row.outputs_EE) for row in analysis.similarity
         }
     if analysis.leave_out is not None:
-        found["worth-of-layer"] = {layer.layer: _worth_of_layer(analysis, layer.layer) for layer in analysis.observed.layers}
+        found["worth-of-layer"] = {
+            layer.layer: _worth_of_layer(analysis, layer.layer) for layer in analysis.observed.layers
+        }
     return found
 
 
@@ -130,7 +132,9 @@ def worth(analysis: Analysis) -> Figure:
                 "x": [str(expert) for expert in range(most)],
                 "y": [str(layer) for layer in layers],
                 "z": [[None if row is None else row.rise for row in line] for line in rows],
-                "customdata": [[None if row is None else [row.error, 100 * row.share] for row in line] for line in rows],
+                "customdata": [
+                    [None if row is None else [row.error, 100 * row.share] for row in line] for line in rows
+                ],
                 "zmid": 0,
                 "hoverongaps": False,
                 "hovertemplate": "layer %{y}, expert %{x}: %{z:.4f} ± %{customdata[0]:.4f} nats, "

@@ -38,8 +38,8 @@ class Favourite:
 
 
 @dataclass(slots=True)
-class Context:
-    """A place to which the router gave the expert a large weight: text before, the token, text after."""
+class TokenContext:
+    """A place to which the router gave the expert a large weight: the document's text before, the token, text after."""
 
     layer: int
     expert: int
@@ -97,10 +97,9 @@ def most_taken(counts_VE: np.ndarray, limit: int) -> list[tuple[int, int, float]
     ]
 
 
-def contexts(observed: Observed, piece: Callable[[int], str]) -> list[Context]:
-    """Of every layer and expert up to `CONTEXTS` places of different tokens in different sequences, most weight first."""
-    sequences = np.arange(len(observed.sources_B) + 1)
-    starts_B = np.searchsorted(observed.sequences_T, sequences)
+def contexts(observed: Observed, piece: Callable[[int], str]) -> list[TokenContext]:
+    """Of every layer and expert up to `CONTEXTS` places of different tokens and sequences, most weight first."""
+    bounds = np.searchsorted(observed.pieces_T, np.arange(int(observed.pieces_T[-1]) + 2))
 
     def text(start: int, end: int) -> str:
         return "".join(piece(int(token)) for token in observed.ids_T[start:end])
@@ -110,9 +109,9 @@ def contexts(observed: Observed, piece: Callable[[int], str]) -> list[Context]:
         for expert in range(layer.num_experts):
             for choice in _heaviest(observed, layer, expert):
                 at = int(layer.tokens_N[choice])
-                first, last = starts_B[observed.sequences_T[at] : observed.sequences_T[at] + 2]
+                first, last = bounds[observed.pieces_T[at] : observed.pieces_T[at] + 2]
                 found.append(
-                    Context(
+                    TokenContext(
                         layer=layer.layer,
                         expert=expert,
                         source=observed.source_names[observed.sources_T[at]],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moe.analysis.observe import Observed, SparseLayer, passes, sparse_layers
-from moe.analysis.statistics import ratio
+from moe.analysis.statistics import Estimate, ratio
 from moe.analysis.text import TextSequence
 from moe.model.transformer import Transformer
 from moe.sparse.routers.base import Choices, RouterOutput
@@ -41,7 +41,7 @@ class Worth:
     rise: float
     error: float
     z: float
-    by_source: dict[str, tuple[float, float]]
+    by_source: dict[str, Estimate]
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def leave_out(model: Transformer, sequences: list[TextSequence], observed: Obser
                     error=rise.error,
                     z=rise.z,
                     by_source={
-                        name: tuple(ratio(rise_B[sources_B == source], targets_B[sources_B == source]))
+                        name: ratio(rise_B[sources_B == source], targets_B[sources_B == source])
                         for source, name in enumerate(observed.source_names)
                     },
                 )
@@ -112,7 +112,9 @@ def without(choices: Choices, expert: int) -> Choices:
     kept_N = (choices.experts_N != expert).nonzero().squeeze(1)
     tokens_N = choices.tokens_N[kept_N]
     scale_T = torch.where(after_T > 0, before_T / after_T.clamp_min(torch.finfo(after_T.dtype).tiny), 1.0)
-    return Choices(tokens_N, choices.experts_N[kept_N], choices.weights_N[kept_N] * scale_T[tokens_N], choices.num_tokens)
+    return Choices(
+        tokens_N, choices.experts_N[kept_N], choices.weights_N[kept_N] * scale_T[tokens_N], choices.num_tokens
+    )
 
 
 def _sums(choices: Choices, mask_N: Tensor | None = None) -> Tensor:

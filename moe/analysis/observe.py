@@ -135,7 +135,8 @@ def passes(
     for members in batches(sequences):
         ids_BS, labels_BS, documents_BS = stacked([sequences[index] for index in members])
         x_BSH, routers = model.model(ids_BS, documents_BS, None, None)
-        yield members, np.array([_nats(model, x_SH, labels) for x_SH, labels in zip(x_BSH, labels_BS)]), routers
+        rows = zip(x_BSH, labels_BS, strict=True)
+        yield members, np.array([_nats(model, x_SH, labels_S) for x_SH, labels_S in rows]), routers
 
 
 def _nats(model: Transformer, x_SH: Tensor, labels_S: Tensor) -> float:

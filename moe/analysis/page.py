@@ -99,7 +99,12 @@ def _sections(analysis: Analysis) -> list[tuple[str, str, str, str]]:
             "and its source, less its mean over permutations that break the relation.",
             _row("information", "Mutual information, less chance") + _information_table(analysis),
         ),
-        ("text", "Text by expert", "Held-out text, each token on the colour of its expert in the chosen layer.", texts.TEXT),
+        (
+            "text",
+            "Text by expert",
+            "Held-out text, each token on the colour of its expert in the chosen layer.",
+            texts.TEXT,
+        ),
         (
             "favourites",
             "What each expert takes",
@@ -158,7 +163,7 @@ def _brief(analysis: Analysis) -> list[str]:
         f"{len(observed.layers)} sparse layers of {' or '.join(map(str, experts))} experts",
         f"{len(observed.ids_T):,} held-out tokens in {len(observed.sources_B)} sequences",
         f"sources: {', '.join(observed.source_names)}",
-        f"loss {short(loss)} nats per token, every source alike",
+        f"loss {short(loss)} nats per token of these",
     ]
 
 
@@ -177,20 +182,21 @@ def _repetition_charts(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _repetition_table(analysis: Analysis) -> str:
-    rows = [
-        [str(row.layer), row.source or "all", row.measure, _percent(row.rate), _percent(row.uniform),
-         _percent(row.shuffled), f"{100 * row.excess:+.1f} ± {100 * row.excess_error:.1f}", f"{row.excess_z:.1f}", _p(row.excess_p)]
-        for row in analysis.repetition
-    ]  # fmt: skip
+    rows = []
+    for row in analysis.repetition:
+        shares = [_percent(share) for share in (row.rate, row.uniform, row.shuffled)]
+        excess = f"{100 * row.excess:+.1f} ± {100 * row.excess_error:.1f}"
+        first = [str(row.layer), row.source or "all", row.measure]
+        rows.append([*first, *shares, excess, f"{row.excess_z:.1f}", _p(row.excess_p)])
     head = ["layer", "source", "choice", "repeated", "random", "shuffled", "over shuffled", "z", "p"]
     return _table("Repetitions, % of pairs; ± standard error", head, rows)
 
 
 def _information_table(analysis: Analysis) -> str:
-    rows = [
-        [str(row.layer), row.about, f"{row.entropy:.3f}", f"{row.measured:.4f}", f"{row.by_chance:.4f}", f"{row.corrected:.4f}", _p(row.p)]
-        for row in analysis.information
-    ]  # fmt: skip
+    rows = []
+    for row in analysis.information:
+        bits = [f"{value:.4f}" for value in (row.entropy, row.measured, row.by_chance, row.corrected)]
+        rows.append([str(row.layer), row.about, *bits, _p(row.p)])
     head = ["layer", "about", "entropy", "measured", "by chance", "corrected", "p"]
     return _table("Mutual information, bits", head, rows)
 

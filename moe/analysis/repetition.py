@@ -15,6 +15,7 @@ Shapes: T tokens, B sequences, E experts, P tokens of one piece.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -104,7 +105,7 @@ def _by_sequence(observed: Observed, layer: LayerChoices, places: int | None) ->
     uniform_B = np.bincount(of_pair, weights=chance[sizes_T[pair_T], sizes_T[pair_T + 1]], minlength=sequences)
     shuffled_B = np.zeros(sequences)
     bounds = np.flatnonzero(np.diff(observed.pieces_T, prepend=-1, append=observed.pieces_T[-1] + 1))
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if end - start > 1:
             shuffled_B[observed.sequences_T[start]] += (end - start - 1) * meeting_share(taken_TE[start:end])
     return pairs_B, repeated_B, shuffled_B, uniform_B

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe.analysis.assignment import Assignment
-from moe.analysis.favourites import Context, Favourite
+from moe.analysis.favourites import Favourite, TokenContext
 from moe.analysis.information import Information
 from moe.analysis.leave_out import LeaveOut
 from moe.analysis.observe import Observed
@@ -29,7 +29,7 @@ class Analysis:
     repetition: list[Repetition]
     information: list[Information]
     favourites: list[Favourite]
-    contexts: list[Context]
+    contexts: list[TokenContext]
     similarity: list[Similarity]
     leave_out: LeaveOut | None
     why_not_left_out: str

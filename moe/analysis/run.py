@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from moe.analysis.assignment import assignments
@@ -21,9 +20,10 @@ from moe.checkpoint.reader import load_model, resolve, tokenizer_folder, warn_of
 from moe.checkpoint.state import read_state
 from moe.config import AnalyzeConfig, Config, TokenizerConfig, TokenizerKind
 from moe.config.compose import read_config
-from moe.data.corpus import check_vocab
+from moe.data.corpus import Corpus, check_vocab
 from moe.data.prepare import prepare
 from moe.errors import UserError
+from moe.model.transformer import Transformer
 
 FOLDER = "analysis"
 
@@ -36,39 +36,43 @@ def run_analysis(config: AnalyzeConfig) -> Path:
     return write_files(analysis, run / FOLDER)
 
 
-def analyze(config: AnalyzeConfig, folder: Path, log: Callable[[str], None] | None = None) -> Analysis:
-    """Measures one checkpoint; `log` (None: stderr) gets a line when something that takes long begins."""
-    say = log or (lambda line: print(line, file=sys.stderr, flush=True))
+def analyze(config: AnalyzeConfig, folder: Path) -> Analysis:
+    """Measures one checkpoint; stderr gets a line when something that takes long begins. Raises UserError."""
     model = load_model(folder, check_memory=config.check_memory)
-    warn_of_strays(folder, lambda line: say(f"moe: {line}"))
-    layers = sparse_layers(model)
-    if not layers:
+    warn_of_strays(folder, lambda line: _say(f"moe: {line}"))
+    if not sparse_layers(model):
         raise UserError(f"checkpoint={config.checkpoint}: a dense model has no router to analyse; give a sparse one's")
     run: Config = read_config(folder / CONFIG)
     # The checkpoint's own tokenizer, whatever the text.
     tokenizer = TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tokenizer_folder(folder)))
-    corpus = prepare(config.text_of(run.data), tokenizer, log=say)
+    corpus = prepare(config.text_of(run.data), tokenizer, log=_say)
     check_vocab(corpus, run.model.vocab_size)
+    return measure(config, folder, read_state(folder).step, model, corpus, run.train.sequence_length)
+
+
+def measure(
+    config: AnalyzeConfig, checkpoint: Path, step: int, model: Transformer, corpus: Corpus, sequence_length: int
+) -> Analysis:
+    """Measures a sparse model, which must be in eval mode, on held-out sequences of a corpus. Raises UserError."""
     settings = config.analyze
-    sequences = choose_sequences(corpus, settings, run.train.sequence_length)
+    sequences = choose_sequences(corpus, settings, sequence_length)
     tokens = sum(len(sequence.input_ids_L) for sequence in sequences)
-    say(f"routing {len(sequences)} sequences, {tokens:,} tokens, through {len(layers)} sparse layers")
+    _say(f"routing {len(sequences)} sequences, {tokens:,} tokens")
     observed = observe(model, sequences, corpus.source_names)
     num_experts = sum(layer.num_experts for layer in observed.layers)
     count = affordable(sequences, num_experts, settings.leave_out_tokens)
     left_out, why_not = None, ""
     if count < 2:
-        least = 2 * num_experts * run.train.sequence_length
         why_not = (
             f"analyze.leave_out_tokens={settings.leave_out_tokens} is less than two sequences for each of "
-            f"{num_experts} experts take ({least})"
+            f"{num_experts} experts take, {2 * num_experts * sequence_length}"
         )
     else:
-        say(f"leaving out each of {num_experts} experts on {count} sequences")
+        _say(f"leaving out each of {num_experts} experts on {count} sequences")
         left_out = leave_out(model, sequences[:count], observed)
     return Analysis(
-        checkpoint=folder,
-        step=read_state(folder).step,
+        checkpoint=checkpoint,
+        step=step,
         corpus=corpus,
         settings=config,
         observed=observed,
@@ -81,3 +85,7 @@ def analyze(config: AnalyzeConfig, folder: Path, log: Callable[[str], None] | No
         leave_out=left_out,
         why_not_left_out=why_not,
     )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

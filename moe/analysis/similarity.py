@@ -13,10 +13,11 @@ Shapes: E experts, n tokens, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.analysis.observe import SparseLayer, passes, sparse_layers
@@ -86,14 +87,18 @@ def _inputs(model: Transformer, layers: list[SparseLayer], sequences: list[TextS
     """Each layer's inputs [n, H] at about `TOKENS` tokens, the same number in each sequence, evenly spaced."""
     each = max(1, TOKENS // len(sequences))
     kept: list[list[Tensor]] = [[] for _ in layers]
-    handles = []
 
-    def keep(index: int, x_BSH: Tensor) -> None:
-        places = torch.linspace(0, x_BSH.shape[1] - 1, min(each, x_BSH.shape[1])).long()
-        kept[index].append(x_BSH[:, places].flatten(0, 1))
+    def keep_into(parts: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_gate: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x_BSH = args[0]
+            places = torch.linspace(0, x_BSH.shape[1] - 1, min(each, x_BSH.shape[1])).long()
+            parts.append(x_BSH[:, places].flatten(0, 1))
 
-    for index, layer in enumerate(layers):
-        handles.append(layer.gate.register_forward_pre_hook(lambda _, args, index=index: keep(index, args[0])))
+        return keep
+
+    handles = [
+        layer.gate.register_forward_pre_hook(keep_into(parts)) for layer, parts in zip(layers, kept, strict=True)
+    ]
     try:
         for _ in passes(model, sequences):
             pass
@@ -106,4 +111,6 @@ def _inputs(model: Transformer, layers: list[SparseLayer], sequences: list[TextS
 def _mean_between(cosines_EE: Tensor) -> float:
     """The mean over pairs of different experts."""
     count = len(cosines_EE)
-    return float((cosines_EE.sum() - cosines_EE.diagonal().sum()) / (count * (count - 1))) if count > 1 else float("nan")
+    return (
+        float((cosines_EE.sum() - cosines_EE.diagonal().sum()) / (count * (count - 1))) if count > 1 else float("nan")
+    )

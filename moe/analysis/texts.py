@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.analysis.observe import LayerChoices
 from moe.analysis.result import Analysis
 
 PLACES = 2  # choices of a token that the page can colour by
@@ -34,15 +35,13 @@ def design_effects(analysis: Analysis) -> str:
     values = [row.design_effect for row in analysis.assignment if row.which == "all" and np.isfinite(row.design_effect)]
     if not values:
         return ""
-    return (
-        f"Their variance is {np.median(values):.1f} times that of independent tokens (median of layers and sources)."
-    )
+    return f"Their variance is {np.median(values):.1f} times that of independent tokens (median of layers and sources)."
 
 
 def _texts(analysis: Analysis) -> list[dict[str, Any]]:
-    """Of each source the beginning of one sequence: its tokens, and for each place and layer their experts (−1: none)."""
+    """Of each source the beginning of one sequence: its tokens, and their experts by place and layer; −1: none."""
     observed, piece = analysis.observed, analysis.corpus.tokenizer.piece
-    placed = [_placed(layer.tokens_N, layer.experts_N, layer.places_N, layer.num_tokens) for layer in observed.layers]
+    placed = {layer.layer: _placed(layer) for layer in observed.layers}
     found = []
     for source, name in enumerate(observed.source_names[:SOURCES]):
         members = np.flatnonzero(observed.sources_T == source)
@@ -56,7 +55,7 @@ def _texts(analysis: Analysis) -> list[dict[str, Any]]:
                 "source": name,
                 "tokens": [piece(int(token)) for token in observed.ids_T[part]],
                 "experts": [
-                    {layer.layer: experts[place][part].tolist() for layer, experts in zip(observed.layers, placed)}
+                    {number: experts[place][part].tolist() for number, experts in placed.items()}
                     for place in range(PLACES)
                 ],
             }
@@ -64,12 +63,12 @@ def _texts(analysis: Analysis) -> list[dict[str, Any]]:
     return found
 
 
-def _placed(tokens_N: np.ndarray, experts_N: np.ndarray, places_N: np.ndarray, num_tokens: int) -> list[np.ndarray]:
+def _placed(layer: LayerChoices) -> list[np.ndarray]:
     """For each place the expert [T] there, −1 where there is none."""
-    found = []
+    found, places_N = [], layer.places_N
     for place in range(PLACES):
-        experts_T = np.full(num_tokens, -1, np.int64)
-        experts_T[tokens_N[places_N == place]] = experts_N[places_N == place]
+        experts_T, here_N = np.full(layer.num_tokens, -1, np.int64), places_N == place
+        experts_T[layer.tokens_N[here_N]] = layer.experts_N[here_N]
         found.append(experts_T)
     return found
 

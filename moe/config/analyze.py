@@ -20,7 +20,7 @@ class AnalyzeSettings:
 
     sequences: int = 96
     tokens: int = 65_536
-    leave_out_tokens: int = 500_000
+    leave_out_tokens: int = 300_000
     permutations: int = 100
     text_tokens: int = 400
     seed: int = 0
