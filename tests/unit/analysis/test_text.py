@@ -30,10 +30,10 @@ def test_tokens_bound_the_sequences(tmp_path: Path) -> None:
 
 def test_too_little_is_one_line(tmp_path: Path) -> None:
     made = corpus(tmp_path)
-    with pytest.raises(UserError, match="analyze.tokens=63 must be ≥ 64: 2 sequences of 32 tokens"):
+    with pytest.raises(UserError, match=r"analyze\.tokens=63 must be ≥ 64: 2 sequences of 32 tokens"):
         choose_sequences(made, AnalyzeSettings(tokens=63), 32)
     three = replace(made, source_names=["a", "b", "c"])
-    with pytest.raises(UserError, match="analyze.sequences=2 must be ≥ 3: one of each of the 3 sources"):
+    with pytest.raises(UserError, match=r"analyze\.sequences=2 must be ≥ 3: one of each of the 3 sources"):
         choose_sequences(three, AnalyzeSettings(sequences=2), 32)
     one = replace(made, source_names=["a"], held_out=made.held_out[:1])
     with pytest.raises(UserError, match="1 held-out sequences of 20000 tokens: must be ≥ 2; give more text"):
