@@ -33,18 +33,20 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
 def layer_figures(analysis: Analysis) -> dict[str, dict[int, Figure]]:
     """Name → layer → figure."""
     found: dict[str, dict[int, Figure]] = {"assignment-all": {}, "assignment-first": {}}
+    layers = analysis.shown_layers()
     for (layer, which), group in groupby(
         sorted(analysis.assignment, key=lambda row: (row.layer, row.which)), key=lambda row: (row.layer, row.which)
     ):
-        found[f"assignment-{which}"][layer] = assignment(list(group))
+        if layer in layers:
+            found[f"assignment-{which}"][layer] = assignment(list(group))
     for which in ("weights", "outputs"):
         found[f"similarity-{which}"] = {
-            row.layer: _cosines(row.weights_EE if which == "weights" else row.outputs_EE) for row in analysis.similarity
+            row.layer: _cosines(row.weights_EE if which == "weights" else row.outputs_EE)
+            for row in analysis.similarity
+            if row.layer in layers
         }
     if analysis.leave_out is not None:
-        found["worth-of-layer"] = {
-            layer.layer: _worth_of_layer(analysis, layer.layer) for layer in analysis.observed.layers
-        }
+        found["worth-of-layer"] = {layer: _worth_of_layer(analysis, layer) for layer in layers}
     return found
 
 

@@ -74,7 +74,7 @@ def leave_out(model: Transformer, sequences: list[TextSequence], observed: Obser
                 for members, nats, _ in passes(model, sequences):
                     without_B[members] = nats
             rise_B = without_B - nats_B
-            rise = ratio(rise_B, targets_B)
+            rise = ratio(rise_B, targets_B, sources_B)
             found.append(
                 Worth(
                     layer=layer.number,

@@ -157,10 +157,13 @@ def _name(analysis: Analysis) -> str:
 def _brief(analysis: Analysis) -> list[str]:
     observed = analysis.observed
     experts = sorted({layer.num_experts for layer in observed.layers})
+    shown = len(analysis.shown_layers())
+    cut = [f"{shown} of them here one by one, all in the files"] if shown < len(observed.layers) else []
     loss = float(observed.nats_B.sum() / max(1, observed.targets_B.sum()))
     return [
         f"step {analysis.step:,}",
         f"{len(observed.layers)} sparse layers of {' or '.join(map(str, experts))} experts",
+        *cut,
         f"{len(observed.ids_T):,} held-out tokens in {len(observed.sources_B)} sequences",
         f"sources: {', '.join(observed.source_names)}",
         f"loss {short(loss)} nats per token of these",
@@ -169,9 +172,9 @@ def _brief(analysis: Analysis) -> list[str]:
 
 def _layers(analysis: Analysis) -> str:
     radios = "".join(
-        f'<label><input type="radio" name="layer" value="{layer.layer}"{" checked" if index == 0 else ""}>'
-        f"<span>{layer.layer}</span></label>"
-        for index, layer in enumerate(analysis.observed.layers)
+        f'<label><input type="radio" name="layer" value="{layer}"{" checked" if index == 0 else ""}>'
+        f"<span>{layer}</span></label>"
+        for index, layer in enumerate(analysis.shown_layers())
     )
     return f'<fieldset class="layers" id="layers"><legend>Layer</legend>{radios}</fieldset>'
 

@@ -57,7 +57,9 @@ def repetitions(observed: Observed) -> list[Repetition]:
             if places is None and layer.most_choices <= 2:
                 continue
             counts = _by_sequence(observed, layer, places)
-            found += [_repetition(layer.layer, name, measure, *(row[of_B] for row in counts)) for name, of_B in groups]
+            for name, of_B in groups:
+                sources_B = observed.sources_B[of_B]
+                found.append(_repetition(layer.layer, name, measure, sources_B, *(row[of_B] for row in counts)))
     return found
 
 
@@ -65,13 +67,15 @@ def _repetition(
     layer: int,
     source: str | None,
     measure: str,
+    sources_B: np.ndarray,
     pairs_B: np.ndarray,
     repeated_B: np.ndarray,
     shuffled_B: np.ndarray,
     uniform_B: np.ndarray,
 ) -> Repetition:
-    rate = ratio(repeated_B, pairs_B)
-    over_uniform, excess = ratio(repeated_B - uniform_B, pairs_B), ratio(repeated_B - shuffled_B, pairs_B)
+    rate = ratio(repeated_B, pairs_B, sources_B)
+    over_uniform = ratio(repeated_B - uniform_B, pairs_B, sources_B)
+    excess = ratio(repeated_B - shuffled_B, pairs_B, sources_B)
     return Repetition(
         layer=layer,
         source=source,

@@ -15,6 +15,8 @@ from moe.analysis.similarity import Similarity
 from moe.config import AnalyzeConfig
 from moe.data.corpus import Corpus
 
+PAGE_EXPERTS = 600  # of all layers that the page shows
+
 
 @dataclass(slots=True)
 class Analysis:
@@ -33,6 +35,17 @@ class Analysis:
     similarity: list[Similarity]
     leave_out: LeaveOut | None
     why_not_left_out: str
+
+    def shown_layers(self) -> list[int]:
+        """The layers that the page shows one at a time: all, or so many evenly spaced ones, the last included, that
+        their tables and matrices of experts leave it small."""
+        layers = self.observed.layers
+        costs = [max(layer.num_experts, layer.num_experts**2 // 64) for layer in layers]
+        for stride in range(1, len(layers) + 1):
+            kept = range((len(layers) - 1) % stride, len(layers), stride)
+            if sum(costs[index] for index in kept) <= PAGE_EXPERTS or stride == len(layers):
+                return [layers[index].layer for index in kept]
+        return []
 
     def loss_of(self, source: int) -> float:
         """Nats per token of one source's sequences; NaN where it has none."""

@@ -30,19 +30,31 @@ class Estimate(NamedTuple):
         return math.nan if math.isnan(self.error) else math.erfc(abs(self.z) / math.sqrt(2))
 
 
-def ratio(numerators_B: np.ndarray, denominators_B: np.ndarray) -> Estimate:
+def ratio(numerators_B: np.ndarray, denominators_B: np.ndarray, sources_B: np.ndarray | None = None) -> Estimate:
     """Σ numerators / Σ denominators, with the standard error of a ratio estimator over sequences as clusters:
 
-    se² = n/(n−1) · Σ (yᵢ − r·xᵢ)² / (Σ xᵢ)² (Cochran, "Sampling Techniques", 3rd ed., eq. 6.12, large population).
+    se² = Σ n/(n−1) · Σ (eᵢ − ē)² / (Σ xᵢ)², eᵢ = yᵢ − r·xᵢ (Cochran, "Sampling Techniques", 3rd ed., §6.3 and §6.11,
+    large population), the outer sum over sources: each gives a fixed number of sequences, so that sources differ is no
+    error. Without `sources_B`, or where a source has one sequence, all are one source. Sequences whose x is 0 don't
+    count.
     """
-    total = float(denominators_B.sum())
+    there_B = denominators_B > 0
+    y_B, x_B = numerators_B[there_B], denominators_B[there_B]
+    total = float(x_B.sum())
     if total == 0:
         return Estimate(math.nan, math.nan)
-    value, n = float(numerators_B.sum()) / total, int((denominators_B > 0).sum())
-    if n < 2:
+    value = float(y_B.sum()) / total
+    strata_B = np.zeros(len(x_B), np.int64) if sources_B is None else sources_B[there_B]
+    if (np.unique(strata_B, return_counts=True)[1] < 2).any():
+        strata_B = np.zeros(len(x_B), np.int64)
+    if len(x_B) < 2:
         return Estimate(value, math.nan)
-    residuals_B = numerators_B - value * denominators_B
-    return Estimate(value, math.sqrt(n / (n - 1) * float((residuals_B**2).sum())) / total)
+    residuals_B = y_B - value * x_B
+    variances = [
+        len(own) / (len(own) - 1) * float(((own - own.mean()) ** 2).sum())
+        for own in (residuals_B[strata_B == source] for source in np.unique(strata_B))
+    ]
+    return Estimate(value, math.sqrt(sum(variances)) / total)
 
 
 def overlap_by_chance(num_experts: int, chosen: int, chosen_next: int | None = None) -> float:

@@ -11,7 +11,7 @@ from moe.analysis.result import Analysis
 
 PLACES = 2  # choices of a token that the page can colour by
 SOURCES = 8  # whose text is shown
-CONTEXTS_OF = 600  # experts of all layers: with more, contexts are in contexts.csv only
+CONTEXTS_OF = 300  # experts of the shown layers: with more, contexts are in contexts.csv only
 
 TEXT = """<figure class="routed" id="routed">
 <fieldset class="layers js-only" id="sources"><legend>Source</legend></fieldset>
@@ -41,7 +41,8 @@ def design_effects(analysis: Analysis) -> str:
 def _texts(analysis: Analysis) -> list[dict[str, Any]]:
     """Of each source the beginning of one sequence: its tokens, and their experts by place and layer; −1: none."""
     observed, piece = analysis.observed, analysis.corpus.tokenizer.piece
-    placed = {layer.layer: _placed(layer) for layer in observed.layers}
+    shown = analysis.shown_layers()
+    placed = {layer.layer: _placed(layer) for layer in observed.layers if layer.layer in shown}
     found = []
     for source, name in enumerate(observed.source_names[:SOURCES]):
         members = np.flatnonzero(observed.sources_T == source)
@@ -75,15 +76,17 @@ def _placed(layer: LayerChoices) -> list[np.ndarray]:
 
 def _favourites(analysis: Analysis) -> dict[int, list[dict[str, Any]]]:
     """Layer → for each expert its tokens and previous tokens as (text, lift), and its contexts."""
-    layers = analysis.observed.layers
+    shown = analysis.shown_layers()
+    layers = [layer for layer in analysis.observed.layers if layer.layer in shown]
     with_contexts = sum(layer.num_experts for layer in layers) <= CONTEXTS_OF
     found = {
         layer.layer: [{"token": [], "previous": [], "contexts": []} for _ in range(layer.num_experts)]
         for layer in layers
     }
-    for row in analysis.favourites:
+    for row in (row for row in analysis.favourites if row.layer in found):
         found[row.layer][row.expert][row.where].append([row.token, row.lift])
     for context in analysis.contexts if with_contexts else ():
-        shown = [context.source, context.weight, context.before, context.token, context.after]
-        found[context.layer][context.expert]["contexts"].append(shown)
+        if context.layer in found:
+            parts = [context.source, context.weight, context.before, context.token, context.after]
+            found[context.layer][context.expert]["contexts"].append(parts)
     return found

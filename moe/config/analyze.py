@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe.config.data import DataConfig
-from moe.config.rules import filled, is_seed, not_negative, positive, require
+from moe.config.rules import is_seed, not_negative, positive, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,12 +49,14 @@ class AnalyzeConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.checkpoint.strip()), "checkpoint='' must name a run directory or one of its checkpoints")
-        filled("", self, "checkpoint")
         default = DataConfig()
-        require(
-            bool(self.data.all_sources()) or replace(self.data, cache_dir=default.cache_dir) == default,
-            "data.* without a source: add data=NAME or data.path=…, or leave them out for the run's own held-out text",
-        )
+        for name in ("held_out", "format", "text_field"):
+            value = getattr(self.data, name)
+            require(
+                bool(self.data.all_sources()) or value == getattr(default, name),
+                f"data.{name}={getattr(value, 'name', value)} needs a source: add data=NAME or data.path=…, or leave "
+                "it out for the run's own held-out text",
+            )
 
     def text_of(self, run: DataConfig) -> DataConfig:
         """The text to route: the stated one, or that of the checkpoint's run."""

@@ -74,7 +74,7 @@ def test_a_dense_model_has_nothing_to_analyse(moe: Run, corpus: list[str], tmp_p
 
 def test_what_is_refused(moe: Run, run: Path, tmp_path: Path) -> None:
     _one_line(moe("analyze", "checkpoint=nowhere"), "checkpoint=nowhere: no checkpoint there")
-    _one_line(moe("analyze", f"checkpoint={run}", "data.held_out=0.5"), "data.* without a source")
+    _one_line(moe("analyze", f"checkpoint={run}", "data.held_out=0.5"), "data.held_out=0.5 needs a source")
     _one_line(moe("analyze", f"checkpoint={run}", "data.path=nothing.txt"), "data.path=nothing.txt: no such file")
     broken = shutil.copytree(run, tmp_path / "broken")
     for weights in broken.glob("checkpoints/*/model/*.safetensors"):

@@ -36,7 +36,8 @@ def test_the_loss_is_that_of_a_layer_computed_by_hand() -> None:
     difference = by_hand.nats_B - seen.nats_B
     assert np.abs(difference).max() > 1e-3
     assert worth.rise == pytest.approx(difference.sum() / seen.targets_B.sum(), rel=1e-4)
-    assert worth.error == pytest.approx((difference / 11).std(ddof=1) / 2, rel=1e-4), "paired, 4 equal sequences"
+    spread = sum((difference[source::2] / 11).var(ddof=1) for source in range(2)) * 2
+    assert worth.error == pytest.approx(spread**0.5 / 4, rel=1e-4), "paired, 2 equal sequences of each source"
     assert worth.by_source["a"].value == pytest.approx(difference[::2].sum() / 22, rel=1e-4)
     assert worth.share == pytest.approx(float((seen.layers[0].experts_N == 2).mean()))
 

@@ -15,7 +15,7 @@ from moe.analysis.files import write_files
 from moe.analysis.result import Analysis
 from moe.analysis.run import measure
 from moe.config import AnalyzeConfig, AnalyzeSettings
-from tests.unit.analysis.made import corpus, uneven_model
+from tests.unit.analysis.made import corpus, model, uneven_model
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,12 @@ def test_without_a_budget_the_worth_is_left_out_with_the_reason(tmp_path: Path) 
     assert (
         "Not measured: analyze.leave_out_tokens=0 is less than two sequences for each of 12 experts take, 768." in page
     )
+
+
+def test_the_page_of_many_experts_stays_small(tmp_path: Path) -> None:
+    config = AnalyzeConfig(checkpoint="run", analyze=AnalyzeSettings(sequences=12, permutations=1, leave_out_tokens=0))
+    made = model(layers=12, experts=64, top_k=8)
+    found = measure(config, tmp_path / "checkpoints" / "step_00000001", 1, made, corpus(tmp_path), 128)
+    page = write_files(found, tmp_path / "out")
+    assert page.stat().st_size < 6e6
+    assert "6 of them here one by one, all in the files" in page.read_text(encoding="utf-8")

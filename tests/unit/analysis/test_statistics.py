@@ -23,6 +23,15 @@ def test_a_ratio_of_equal_sequences_has_the_error_of_their_mean() -> None:
     assert ratio(10 * values, np.full(4, 10)).error == pytest.approx(values.std(ddof=1) / math.sqrt(4))
 
 
+def test_that_sources_differ_is_no_error() -> None:
+    values, sources = np.array([1.0, 3.0, 11.0, 13.0]), np.array([0, 0, 1, 1])
+    # r = 7; inside each source the residuals differ from their mean by −1 and 1: se = √(2 · 2/1 · 2) / 4
+    assert ratio(values, np.ones(4), sources) == pytest.approx((7.0, math.sqrt(8) / 4))
+    assert ratio(values, np.ones(4)).error > 2
+    alone = ratio(values, np.ones(4), np.array([0, 0, 0, 1]))
+    assert alone == ratio(values, np.ones(4)), "one sequence has no spread of its own"
+
+
 def test_a_ratio_of_nothing_is_no_number() -> None:
     assert math.isnan(ratio(np.zeros(2), np.zeros(2)).value)
     assert math.isnan(ratio(np.array([1.0]), np.array([2])).error), "one sequence says nothing about errors"
