@@ -48,7 +48,10 @@ def completion_script() -> str:
 def _overrides(name: str, kind: type) -> list[str]:
     composed = compose_dict([], name, kind)
     chosen = [
-        f"{group}={preset}" for group in groups() if group in (*composed, "experiment") for preset in presets(group)
+        f"{group}={preset}"
+        for group in groups()
+        if group in (*composed, *["experiment"] * ("model" in composed))
+        for preset in presets(group)
     ]
     return ["--help", "--config-dir", "--cfg", *chosen, *_keys(composed)]
 

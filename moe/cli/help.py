@@ -23,8 +23,8 @@ def help_text(verb: str) -> str:
         "--cfg job prints the composed config."
     )
     composed: Any = OmegaConf.to_container(compose_dict([], name, kind), resolve=False, enum_to_str=True)
-    if name != "generate":
-        named = [group for group in groups() if group in (*composed, "experiment")]
+    named = [group for group in groups() if group in (*composed, *["experiment"] * ("model" in composed))]
+    if named:
         text.append("\nGroups:")
         text += [f"  {group}={'|'.join(choices(group)) or '(yours)'}" for group in named]
     text.append("\nKeys and their values in this command:")

@@ -9,6 +9,7 @@
     moe prepare data.path=corpus.jsonl                    only the token shards
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe report RUN_DIR                                    one HTML page about a run
+    moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'
     moe doctor                                            whether this machine can train, and what would run how
     moe ls                                                verbs, configuration groups and their presets
@@ -63,7 +64,9 @@ def _run(arguments: list[str]) -> None:
         at = overrides.index("--cfg")
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
-            raise ConfigError("--cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config")
+            raise ConfigError(
+                "--cfg: only `moe train|plan|prepare|generate|analyze --cfg job` prints a composed config"
+            )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
     flags = [override for override in overrides if override.startswith("-") and override not in OPTIONS.get(verb, ())]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import Config, PlanConfig, PrepareConfig, TokenizerConfig
+from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
 
 
@@ -88,6 +88,14 @@ def _report(overrides: list[str]) -> None:
     print(write_report(Path(overrides[0])))
 
 
+def _analyze(overrides: list[str]) -> None:
+    """Write RUN/analysis/: what a checkpoint's routers learnt, from its held-out text or another (`data=…`)."""
+    config: AnalyzeConfig = load_config(overrides, "analyze", AnalyzeConfig)
+    from moe.analysis.run import run_analysis
+
+    print(run_analysis(config))
+
+
 def _bench(overrides: list[str]) -> None:
     """Measure: `peers` (a training step beside transformers'), `attention` (time per token against length)."""
     from moe.bench import run_bench
@@ -139,6 +147,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "prepare": _prepare,
     "generate": _generate,
     "report": _report,
+    "analyze": _analyze,
     "bench": _bench,
     "doctor": _doctor,
     "ls": _ls,
@@ -156,6 +165,8 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "prepare", PrepareConfig
     if verb == "plan":
         return "plan", PlanConfig
+    if verb == "analyze":
+        return "analyze", AnalyzeConfig
     if verb == "generate":
         from moe.config.generate import GenerateConfig
 

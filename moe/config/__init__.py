@@ -5,6 +5,7 @@ names the key, its value, the rule and the fix; the command prints it as one lin
 Field names are Hugging Face's wherever Hugging Face has one.
 """
 
+from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
     AttentionBackend,
     DeviceKind,
@@ -28,6 +29,8 @@ from moe.config.run import Config
 from moe.config.train import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
 
 __all__ = [
+    "AnalyzeConfig",
+    "AnalyzeSettings",
     "AttentionBackend",
     "CheckpointConfig",
     "Config",

@@ -108,6 +108,8 @@ def _open_huggingface(folder: Path) -> Tokenizer:
     where = f"tokenizer.path={folder}"
     if not folder.is_dir():
         raise DataError(f"{where}: must be a local folder with a tokenizer.json (nothing is downloaded)")
+    if (folder / INFO_FILE).is_file():  # a checkpoint's
+        return load_saved(folder)
     if not (folder / "tokenizer.json").is_file():
         if (folder / "tokenizer.model").is_file():
             return SentencePieceTokenizer(_read(folder / "tokenizer.model"), where)

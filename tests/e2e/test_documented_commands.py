@@ -67,6 +67,8 @@ class Desk:
                 rest += [f"data.cache_dir={self._folder / 'cache'}", *(SHORT if verb == "train" else [])]
                 if rest and verb == "train" and not _value(rest, "run_dir") and command.arguments != ("train",):
                     rest.append(f"run_dir=runs/{len(self._done)}")
+            if verb == "analyze":
+                rest += [f"data.cache_dir={self._folder / 'cache'}", "analyze.sequences=6", "analyze.permutations=5"]
             self._done[command] = moe_ranks(verb, *rest, ranks=command.ranks or 1, timeout=200)
         return self._done[command]
 

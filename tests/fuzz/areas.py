@@ -30,7 +30,7 @@ KEYS = [
     "tokenizer.vocab_size", "checkpoint.every", "checkpoint.keep", "checkpoint.init_from", "parallel.zero_stage",
     "parallel.expert_parallel_size", "guard.spike_sigmas", "guard.hang_seconds", "tracking.name", "engine",
 ]  # fmt: skip
-VERBS = ["train", "plan", "prepare", "generate", "report", "bench", "ls", "cp", "doctor", "completion"]
+VERBS = ["train", "plan", "prepare", "generate", "report", "analyze", "bench", "ls", "cp", "doctor", "completion"]
 VARIABLES = [
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MOE_START_TIMEOUT",
     "OMP_NUM_THREADS", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_INIT_TIMEOUT", "NETRC", "TMPDIR", "HOME", "COLUMNS",
@@ -59,7 +59,7 @@ def command_line(random_: random.Random, folder: Path, done: Path) -> Case:
         words.append(random_.choice(forms))
     if random_.random() < 0.1:
         verb = _misspelt(random_, verb)
-    if verb in ("train", "prepare", "plan", "generate"):
+    if verb in ("train", "prepare", "plan", "generate", "analyze"):
         words += ["--cfg", "job"]  # composes and checks; what runs is the other areas'
     if verb in ("bench", "doctor"):
         words.insert(0, odd(random_))

@@ -41,10 +41,13 @@ ROOMS: dict[str, set[str]] = {
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
+    "analysis": {
+        "report", "model", "sparse", "data", "checkpoint", "config", "errors", "durable", "__init__",
+    },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "kernels",
-        "config", "errors",
+        "doctor", "bench", "train", "analysis", "report", "inference", "plan", "data", "checkpoint", "distributed",
+        "kernels", "config", "errors",
     },
     "__main__": {"cli"},
     "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from moe.config import Config, PlanConfig
+from moe.config import AnalyzeConfig, Config, PlanConfig
 from moe.config.compose import compose_dict, load_config, to_config
 from moe.config.generate import GenerateConfig
 from moe.errors import UserError
@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, type, list[str]]] = {
     "train": ("train", Config, []),  # and prepare
     "plan": ("plan", PlanConfig, []),
     "generate": ("generate", GenerateConfig, GIVEN),
+    "analyze": ("analyze", AnalyzeConfig, GIVEN[:1]),
 }
 WHOLE = [0, -1, 1, 10**9, 10**9 + 1, 2**31, 2**63, 2**64, 10**15, 10**30]
 REAL = [0.0, -1.0, 1e-320, 1e-37, 1e37, 1e300, 1e308, -1e308, float("nan"), float("inf"), float("-inf")]

@@ -1,0 +1,1 @@
+"""What routers learnt, from a checkpoint and a text: `moe analyze`."""
