@@ -37,7 +37,10 @@ def run_analysis(config: AnalyzeConfig) -> Path:
 
 
 def analyze(config: AnalyzeConfig, folder: Path) -> Analysis:
-    """Measures one checkpoint that `resolve` has verified; stderr gets a line when something that takes long begins. Raises UserError."""
+    """Measures one checkpoint that `resolve` has verified. Raises UserError.
+
+    stderr gets a line when something that takes long begins.
+    """
     model = read_model(folder, check_memory=config.check_memory)
     if not sparse_layers(model):
         raise UserError(f"checkpoint={config.checkpoint}: a dense model has no router to analyse; give a sparse one's")
