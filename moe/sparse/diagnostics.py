@@ -25,9 +25,9 @@ from moe.sparse.routers.base import Choices, Router, RouterOutput
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """`measure(routed)` is a tensor of any shape; `finish(reduced, tokens)` takes it reduced over the step, float64 on
-    the CPU, with the step's number of tokens, and returns a layer's one number. `largest` reduces by the maximum, else by
-    the sum. `over_layers` makes one number of the layers'; None: `finish` of the sum over the layers."""
+    """`measure(routed)` is a tensor of any shape. `finish(reduced, tokens)` takes it reduced over the step, float64 on
+    the CPU, with the step's number of tokens, and returns a layer's one number. `largest` reduces by the maximum, else
+    by the sum. `over_layers` makes one number of the layers'; None: `finish` of the sum over the layers."""
 
     measure: Callable[[RouterOutput], Tensor]
     finish: Callable[[Tensor, float], Tensor]

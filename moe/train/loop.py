@@ -18,16 +18,19 @@ from moe.config import Config
 from moe.config.compose import to_yaml
 from moe.distributed import rendezvous
 from moe.durable import append_line, write_durably
+from moe.engine.base import SkipReason
 from moe.errors import UserError
 from moe.inference.generate import sample_text
 from moe.model.transformer import Transformer
 from moe.plan.fit import check_run
 from moe.report.page import write_report
 from moe.train import run_directory
+from moe.train.held_out import experts_not_finite
 from moe.train.objective import training_step
 from moe.train.optim import learning_rate
 from moe.train.progress import Display
 from moe.train.setup import TrainingRun, set_up
+from moe.train.tracking import finite
 
 
 def train(config: Config) -> None:
@@ -59,7 +62,7 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
     began = time.monotonic() - state.elapsed  # as if the run had never been interrupted
     try:
         while state.step < train.steps and run.stop.agreed is None:
-            metrics = _step(run)
+            metrics, not_finite = _step(run)
             if held is not None:
                 held.check(state.step)
             state.elapsed = time.monotonic() - began
@@ -67,10 +70,11 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
             last = state.step == train.steps
             if state.step % train.eval_every == 0 or last:
                 metrics |= _evaluate(run)
+            metrics |= run.alarm.judge(metrics, not_finite)
             if run.tracker is not None:
                 run.tracker.log(metrics)
             run.display.step(metrics)
-            if run.guard.exhausted:
+            if run.guard.exhausted or run.alarm.stops:
                 break
             if state.step % train.sample_every == 0 or last:
                 _sample(run)
@@ -85,19 +89,20 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
         run.watchdog.beat(state.step, "the tracker's end", long=True)
         if run.tracker is not None:
             run.tracker.close()
-    if run.stop.agreed is not None and state.step < train.steps and not run.guard.exhausted:
+    if run.stop.agreed is not None and state.step < train.steps and not (run.guard.exhausted or run.alarm.stops):
         run.mesh.barrier()  # whatever started the ranks may end them all once one has left
         raise run.stop.stopped(run.folder, state.step, saved=saved)
     if run.mesh.is_main:
         _written(run, lambda: run.display.line(f"report: {write_report(run.folder)}"))
     run.mesh.barrier()  # as above
     run.guard.check()
+    run.alarm.check()
     if not saved:
         raise UserError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
 
 
-def _step(run: TrainingRun) -> dict[str, Any]:
-    """One optimizer step over the next global batch; its metrics."""
+def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """One optimizer step over the next global batch; its metrics, and where weights made it not finite."""
     run.collective_timing.begin()
     config, mesh, state = run.config, run.mesh, run.state
     number = state.step + 1
@@ -123,8 +128,9 @@ def _step(run: TrainingRun) -> dict[str, Any]:
     state.tokens += tokens
     state.skipped_steps = run.engine.skipped_steps
     run.stop.agree(done.flags)
+    not_finite = done.result.skipped is SkipReason.not_finite
     seconds = run.collective_timing.end()
-    return {
+    metrics = {
         "step": state.step,
         "tokens": state.tokens,
         **done.metrics,
@@ -136,14 +142,24 @@ def _step(run: TrainingRun) -> dict[str, Any]:
         "step_seconds": seconds,
         "mfu": tokens / seconds * run.flops_per_token / (run.peak_flops * mesh.world_size),
     }
+    return metrics, experts_not_finite(run.engine.model, mesh) if not_finite else []
 
 
 def _evaluate(run: TrainingRun) -> dict[str, Any]:
-    metrics, routing = run.evaluation(_transformer(run), lambda part: run.watchdog.beat(run.state.step, part))
-    if run.mesh.is_main and routing is not None:
-        text = json.dumps({"step": run.state.step, **routing}) + "\n"
+    state = run.state
+    done = run.evaluation(
+        _transformer(run),
+        lambda part: run.watchdog.beat(state.step, part),
+        state.step // run.config.train.eval_every,
+        state.choices,
+    )
+    state.choices = done.choices
+    if run.mesh.is_main and done.routing is not None:
+        text = json.dumps({"step": state.step, **done.routing}) + "\n"
         _written(run, lambda: write_durably(run.folder / "routing.json", text))
-    return metrics
+        pairs = json.dumps(finite({"step": state.step, "layers": done.coactivation})) + "\n"
+        _written(run, lambda: write_durably(run.folder / "coactivation.json", pairs))
+    return done.metrics
 
 
 def _sample(run: TrainingRun) -> None:
