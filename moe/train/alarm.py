@@ -29,7 +29,7 @@ from moe.config.train import AlarmConfig
 from moe.errors import UserError
 
 LIMITS = {
-    "load_concentration": 0.6,
+    "load_concentration": 0.8,
     "router_entropy_of_mean": 0.8,
     "expert_share": 0.01,
     "router_bias_range": 1.0,
