@@ -29,14 +29,14 @@ from moe.config.train import AlarmConfig
 from moe.errors import UserError
 
 LIMITS = {
-    "load_concentration": 0.8,
+    "load_concentration": 0.9,
     "router_entropy_of_mean": 0.8,
     "expert_share": 0.01,
     "router_bias_range": 1.0,
-    "expert_output_norm": 4.0,
+    "expert_output_norm": 8.0,
 }
-WINDOW, LOW, STARVED = 10, 5, 20  # steps
-SETTLED = 50  # steps
+WINDOW, LOW, STARVED = 10, 5, 40  # steps
+SETTLED = 100  # steps
 QUIET = 20  # steps without its cause after which an alarm ends
 
 
@@ -67,6 +67,7 @@ class Alarm:
     ) -> None:
         self._config, self._state, self._layers, self._warn = config, state, layers, warn
         self._first = ""
+        self.texts: list[str] = []  # of the alarms that began in the last step
 
     def judge(self, metrics: dict[str, Any], not_finite: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
         """What is added to the step's metrics: `alarms`, how many stand, and where new ones began `new_alarms`, each
@@ -87,12 +88,12 @@ class Alarm:
         new = [cause for cause in causes if cause.key not in standing]
         standing |= dict.fromkeys((cause.key for cause in causes), step)
         memory["standing"] = [[*key, last] for key, last in standing.items() if step - last < QUIET]
+        self.texts = [f"step {step}: {self._text(cause)}" for cause in new]
         if not new:
             return {"alarms": len(memory["standing"])}
-        for cause in new:
-            text = self._text(cause)
-            self._first = self._first or f"step {step}: {text}"
-            self._warn(f"step {step}: alarm: {text}")
+        for text in self.texts:
+            self._warn(f"alarm: {text}")
+        self._first = self._first or self.texts[0]
         return {"alarms": len(memory["standing"]), "new_alarms": [self._entry(cause) for cause in new]}
 
     @property
@@ -104,8 +105,8 @@ class Alarm:
         """At the end of the run. Raises UserError when it was stopped."""
         if self.stops:
             raise UserError(
-                f"{self._first}; stopped by alarm.stop=true. The same command resumes from the newest checkpoint: "
-                "change what broke (with checkpoint.allow_changes=true), or set alarm.stop=false to train on"
+                f"alarm: {self._first}; stopped by alarm.stop=true. The same command resumes from the newest "
+                "checkpoint: change what broke (with checkpoint.allow_changes=true), or set alarm.stop=false to train on"
             )
 
     def _memory(self, shares: list[list[float]]) -> dict[str, Any]:
@@ -117,6 +118,7 @@ class Alarm:
                 "calm": 0,
                 "armed": 0,
                 "loads": [[] for _ in experts],
+                "crowded": [0 for _ in experts],
                 "low": [0 for _ in experts],
                 "starved": [[0] * count for count in experts],
                 "norms": [[None] * count for count in experts],
@@ -143,9 +145,12 @@ class Alarm:
         loads.append(metrics["load_concentration_layers"][layer])
         del loads[:-WINDOW]
         mean = math.fsum(loads) / len(loads)
-        if len(loads) == WINDOW and mean > limit:
-            below = next((back for back, load in enumerate(reversed(loads)) if load <= limit), WINDOW)
-            yield Cause("load_concentration", layer, fullest, mean, step - max(0, below - 1))
+        if len(loads) < WINDOW or mean <= limit:
+            memory["crowded"][layer] = 0
+            return
+        begun = next(place for place, load in enumerate(loads) if load > limit)
+        memory["crowded"][layer] = memory["crowded"][layer] or step - WINDOW + 1 + begun
+        yield Cause("load_concentration", layer, fullest, mean, memory["crowded"][layer])
 
     def _unmixed(
         self, metrics: dict[str, Any], memory: dict[str, Any], step: int, layer: int, fullest: int
@@ -180,11 +185,11 @@ class Alarm:
                 if math.isnan(norm):  # it served no token
                     continue
                 now, before = norm / median if median else math.inf, memory["norms"][layer][expert]
-                change = now / before if before else 1.0
-                if not math.isfinite(now) or not 1 / limit <= change <= limit:
+                change = now / before if before else now if now in (0, math.inf) else 1.0
+                if memory["armed"] and not 1 / limit <= change <= limit:
                     broken = broken or not math.isfinite(now)
                     yield Cause("expert_output_norm", layer, expert, change, memory["norms_at"] + 1)
-                else:  # one that broke stays compared with what it was
+                elif math.isfinite(now):  # one that broke stays compared with what it was
                     memory["norms"][layer][expert] = now
             if broken:  # what it put out has reached every later layer
                 return

@@ -73,6 +73,7 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
             metrics |= run.alarm.judge(metrics, not_finite)
             if run.tracker is not None:
                 run.tracker.log(metrics)
+                _alert(run)
             run.display.step(metrics)
             if run.guard.exhausted or run.alarm.stops:
                 break
@@ -160,6 +161,13 @@ def _evaluate(run: TrainingRun) -> dict[str, Any]:
         pairs = json.dumps(finite({"step": state.step, "layers": done.coactivation})) + "\n"
         _written(run, lambda: write_durably(run.folder / "coactivation.json", pairs))
     return done.metrics
+
+
+def _alert(run: TrainingRun) -> None:
+    """The step's new alarms to a tracker that has alerts."""
+    alert = getattr(run.tracker, "alert", None)
+    for text in run.alarm.texts if alert is not None else []:
+        alert("collapse alarm", text)
 
 
 def _sample(run: TrainingRun) -> None:
