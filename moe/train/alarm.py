@@ -106,7 +106,7 @@ class Alarm:
         if self.stops:
             raise UserError(
                 f"alarm: {self._first}; stopped by alarm.stop=true. The same command resumes from the newest "
-                "checkpoint: change what broke (with checkpoint.allow_changes=true), or set alarm.stop=false to train on"
+                "checkpoint: change what broke (with checkpoint.allow_changes=true), or train on with alarm.stop=false"
             )
 
     def _memory(self, shares: list[list[float]]) -> dict[str, Any]:

@@ -37,12 +37,12 @@ def _row(step: int) -> dict[str, Any]:
 
 def _crowd(row: dict[str, Any], step: int) -> None:
     row["expert_shares"][1] = [0.02, 0.03, 0.9, 0.05]
-    row["load_concentration_layers"][1] = 0.95
+    row["load_concentration_layers"][1] = 1.0
 
 
 def _oscillate(row: dict[str, Any], step: int) -> None:
     row["expert_shares"][0] = [0.97, 0.01, 0.01, 0.01] if step % 2 else [0.01, 0.97, 0.01, 0.01]
-    row["load_concentration_layers"][0] = 0.96
+    row["load_concentration_layers"][0] = 1.0
 
 
 def _unmix(row: dict[str, Any], step: int) -> None:
@@ -111,7 +111,7 @@ def test_the_text_says_it_in_one_line() -> None:
     said: list[str] = []
     _judged(_crowd, alarm=Alarm(AlarmConfig(), TrainState(), LAYERS, said.append))
     (text,) = said
-    assert text.startswith("alarm: step 308: layer 3, expert 2: load_concentration is 0.8")
+    assert text.startswith("alarm: step 308: layer 3, expert 2: load_concentration is 0.92 ")
     assert text.endswith("of the largest possible overload, since step 300")
 
 
