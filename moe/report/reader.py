@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from moe.config.migrate import migrate
 from moe.errors import UserError
+from moe.report.details import Details, read_coactivation
 
 SCALARS = (
     "tokens",
@@ -78,6 +79,7 @@ class RunHistory:
     samples: list[TextSample]
     config: dict[str, Any]
     config_text: str
+    details: Details
     torn_lines: int
     repeated_steps: int
 
@@ -103,7 +105,8 @@ def read_run(run_dir: Path) -> RunHistory:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory; give the run_dir of a `moe train`")
     metrics = run_dir / "metrics.jsonl"
-    rows, columns, torn, repeated = _read_metrics(metrics, run_dir)
+    details = Details(coactivation=read_coactivation(run_dir / "coactivation.json"))
+    rows, columns, torn, repeated = _read_metrics(metrics, run_dir, details)
     steps = sorted(rows)
     values = np.full((len(columns), len(steps)), math.nan)
     for index, step in enumerate(steps):
@@ -123,6 +126,7 @@ def read_run(run_dir: Path) -> RunHistory:
         samples=_read_samples(run_dir / "samples.jsonl"),
         config=config,
         config_text=text,
+        details=details,
         torn_lines=torn,
         repeated_steps=repeated,
     )
@@ -156,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             offset += len(raw)
 
 
-def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], list[str], int, int]:
+def _read_metrics(path: Path, run_dir: Path, details: Details) -> tuple[dict[int, _Row], list[str], int, int]:
     """(rows by step, names of their scalars, torn lines, repeated steps)."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; train first: `moe train run_dir={run_dir}`")
@@ -170,6 +174,7 @@ def _read_metrics(path: Path, run_dir: Path) -> tuple[dict[int, _Row], list[str]
             torn += 1
             continue
         repeated += step in rows
+        details.take(step, line)
         measured = _router_metrics(line)
         columns |= dict.fromkeys(measured)
         by_source = line.get("val_loss_by_source")
