@@ -75,7 +75,7 @@ def alarms(details: Details) -> str:
 def _alarm(step: int, one: dict[str, Any]) -> str:
     value = one.get("value")
     shown = short(float(value)) if isinstance(value, int | float) else "not finite"
-    where = f"layer {one.get('layer')}, expert {one.get('expert')}"
+    where = f"layer {one.get('layer')}" + ("" if one.get("expert") is None else f", expert {one['expert']}")
     what = f"{one.get('metric')} {shown}, since step {one.get('since')}"
     return f"Step {step:,}: <b>{escape(where)}</b>, {escape(what)}"
 

@@ -13,6 +13,7 @@ a limit for SETTLED steps in a row, and in any case after `alarm.after` steps.
 | expert_share | under the limit, in even shares 1/E, for STARVED steps in a row | that expert |
 | router_bias_range | over the limit: scores are in [0, 1], so the bias alone chooses | the most biased expert |
 | expert_output_norm | over the layer's median, it changed by the limit's factor between evaluations | that expert |
+| router_update_norm | over the limit times its running mean, for FAST steps in a row | no expert |
 | expert_weights | a step was skipped and they are not finite | that expert |
 """
 
@@ -33,9 +34,11 @@ LIMITS = {
     "router_entropy_of_mean": 0.8,
     "expert_share": 0.01,
     "router_bias_range": 1.0,
-    "expert_output_norm": 8.0,
+    "expert_output_norm": 5.0,
+    "router_update_norm": 4.0,
 }
-WINDOW, LOW, STARVED = 10, 5, 40  # steps
+WINDOW, LOW, STARVED, FAST = 10, 5, 40, 3  # steps
+USUAL = 0.1  # weight of the newest step in the running mean of update norms
 SETTLED = 100  # steps
 QUIET = 20  # steps without its cause after which an alarm ends
 
@@ -46,14 +49,14 @@ class Cause:
 
     metric: str
     layer: int
-    expert: int
+    expert: int | None  # None: the layer's router as a whole
     value: float
     since: int
 
     @property
     def key(self) -> tuple[str, int, int]:
         """What makes it the same alarm in the next step. The fullest expert may change."""
-        return self.metric, self.layer, self.expert if self.metric in OF_AN_EXPERT else -1
+        return self.metric, self.layer, self.expert if self.metric in OF_AN_EXPERT and self.expert is not None else -1
 
 
 OF_AN_EXPERT = ("expert_share", "expert_output_norm", "expert_weights")
@@ -120,6 +123,8 @@ class Alarm:
                 "loads": [[] for _ in experts],
                 "crowded": [0 for _ in experts],
                 "low": [0 for _ in experts],
+                "fast": [0 for _ in experts],
+                "moved": [0.0 for _ in experts],
                 "starved": [[0] * count for count in experts],
                 "norms": [[None] * count for count in experts],
                 "norms_at": 0,
@@ -134,6 +139,7 @@ class Alarm:
             yield from self._unmixed(metrics, memory, step, layer, fullest)
             yield from self._starved(memory, step, layer, shares_E)
             yield from self._biased(metrics, step, layer)
+            yield from self._hasty(metrics, memory, step, layer)
         if "expert_output_norm" in metrics:
             yield from self._changed(metrics["expert_output_norm"], memory, step)
             memory["norms_at"] = step
@@ -175,6 +181,18 @@ class Alarm:
             expert = max(range(len(bias_E)), key=lambda one: abs(bias_E[one] - middle))
             yield Cause("router_bias_range", layer, expert, max(bias_E) - min(bias_E), step)
 
+    def _hasty(self, metrics: dict[str, Any], memory: dict[str, Any], step: int, layer: int) -> Iterator[Cause]:
+        norm, usual = metrics["router_update_norm_layers"][layer], memory["moved"][layer]
+        if not norm > 0:  # frozen, or a skipped step
+            return
+        fast = usual > 0 and norm > LIMITS["router_update_norm"] * usual
+        memory["fast"][layer] = memory["fast"][layer] + 1 if fast else 0
+        if not (fast and memory["armed"]):  # what is usual doesn't follow what isn't
+            memory["moved"][layer] = (1 - USUAL) * usual + USUAL * norm if usual > 0 else norm
+        if memory["fast"][layer] >= FAST:
+            since = step - memory["fast"][layer] + 1
+            yield Cause("router_update_norm", layer, None, norm / usual, since)
+
     def _changed(self, norms: list[list[float]], memory: dict[str, Any], step: int) -> Iterator[Cause]:
         limit = LIMITS["expert_output_norm"]
         for layer, norms_E in enumerate(norms):
@@ -210,7 +228,8 @@ class Alarm:
             "expert_share": "{0:.4f} of an even share",
             "router_bias_range": "{0:.2f}, more than scores can differ by",
             "expert_output_norm": "{0:.3g} × that of the last good evaluation, relative to its layer's median",
+            "router_update_norm": "{0:.3g} × what was usual",
             "expert_weights": "not finite",
         }[cause.metric]
-        where = f"layer {self._layers[cause.layer]}, expert {cause.expert}"
+        where = f"layer {self._layers[cause.layer]}" + ("" if cause.expert is None else f", expert {cause.expert}")
         return f"{where}: {cause.metric} is {what.format(cause.value)}, since step {cause.since}"

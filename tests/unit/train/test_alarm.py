@@ -14,7 +14,7 @@ import pytest
 from moe.checkpoint.state import TrainState, read_state
 from moe.config.train import AlarmConfig
 from moe.errors import UserError
-from moe.train.alarm import LIMITS, LOW, QUIET, SETTLED, STARVED, WINDOW, Alarm
+from moe.train.alarm import FAST, LIMITS, LOW, QUIET, SETTLED, STARVED, WINDOW, Alarm
 
 LAYERS = [1, 3]  # the blocks that are sparse
 EXPERTS = 4
@@ -30,6 +30,7 @@ def _row(step: int) -> dict[str, Any]:
         "expert_shares": [shares, shares[::-1]],
         "load_concentration_layers": [0.3 + waver, 0.2],
         "router_entropy_of_mean_layers": [0.98, 0.97],
+        "router_update_norm_layers": [0.01 + 0.1 * abs(waver) * 0.1, 0.0 if step < 50 else 1.0 / step],
         "router_bias": [[0.1, -0.1, 0.0, 0.0]] * 2,
     }
     return row | ({"expert_output_norm": [[1.0, 1.1, 2.0, 0.9], [0.1, 0.2, 0.1, 0.2]]} if step % 10 == 0 else {})
@@ -55,6 +56,10 @@ def _starve(row: dict[str, Any], step: int) -> None:
 
 def _bias(row: dict[str, Any], step: int) -> None:
     row["router_bias"] = [[0.1, -0.1, 0.0, 0.0], [0.0, 2.0, 0.1, 0.0]]
+
+
+def _haste(row: dict[str, Any], step: int) -> None:
+    row["router_update_norm_layers"][1] *= 10
 
 
 def _norm(factor: float) -> Change:
@@ -90,6 +95,7 @@ BROKEN = {
     "unmixed": (_unmix, 1, None, "router_entropy_of_mean", LOW),
     "starved": (_starve, 1, 3, "expert_share", STARVED),
     "biased": (_bias, 3, 1, "router_bias_range", 1),
+    "hasty": (_haste, 3, None, "router_update_norm", FAST),
     "zeroed": (_norm(0.0), 3, 3, "expert_output_norm", 1),
     "loud": (_norm(30.0), 3, 3, "expert_output_norm", 1),
     "not finite": (_norm(math.inf), 3, 3, "expert_output_norm", 1),
@@ -131,6 +137,13 @@ def test_what_never_settles_is_found_when_the_alarm_is_armed_late() -> None:
 def test_once_settled_it_is_armed_before_that() -> None:
     (found,) = _judged(_crowd, start=SETTLED + 1, steps=200)
     assert found["step"] <= SETTLED + WINDOW
+
+
+def test_a_router_that_wakes_up_is_no_alarm() -> None:
+    def frozen_until_300(row: dict[str, Any], step: int) -> None:
+        row["router_update_norm_layers"][0] = 0.0 if step < 300 else 0.01
+
+    assert _judged(frozen_until_300, start=1) == []
 
 
 def test_noise_is_no_alarm() -> None:
