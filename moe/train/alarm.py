@@ -113,23 +113,25 @@ class Alarm:
             )
 
     def _memory(self, shares: list[list[float]]) -> dict[str, Any]:
-        """What is known of earlier steps. Where the model has other layers or experts than before, nothing is."""
+        """What is known of earlier steps: nothing where the model, or what the alarm remembers, was another then."""
         experts = [len(shares_E) for shares_E in shares]
-        if self._state.alarm.get("experts") != experts:
-            self._state.alarm = {
-                "experts": experts,
-                "calm": 0,
-                "armed": 0,
-                "loads": [[] for _ in experts],
-                "crowded": [0 for _ in experts],
-                "low": [0 for _ in experts],
-                "fast": [0 for _ in experts],
-                "moved": [0.0 for _ in experts],
-                "starved": [[0] * count for count in experts],
-                "norms": [[None] * count for count in experts],
-                "norms_at": 0,
-                "standing": [],
-            }
+        fresh = {
+            "experts": experts,
+            "calm": 0,
+            "armed": 0,
+            "loads": [[] for _ in experts],
+            "crowded": [0 for _ in experts],
+            "low": [0 for _ in experts],
+            "fast": [0 for _ in experts],
+            "moved": [0.0 for _ in experts],
+            "starved": [[0] * count for count in experts],
+            "norms": [[None] * count for count in experts],
+            "norms_at": 0,
+            "standing": [],
+        }
+        known = self._state.alarm
+        if known.keys() != fresh.keys() or known["experts"] != experts:
+            self._state.alarm = fresh
         return self._state.alarm
 
     def _causes(self, metrics: dict[str, Any], memory: dict[str, Any], step: int) -> Iterator[Cause]:

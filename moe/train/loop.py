@@ -166,8 +166,9 @@ def _evaluate(run: TrainingRun) -> dict[str, Any]:
 def _alert(run: TrainingRun) -> None:
     """The step's new alarms to a tracker that has alerts."""
     alert = getattr(run.tracker, "alert", None)
-    for text in run.alarm.texts if alert is not None else []:
-        alert("collapse alarm", text)
+    if alert is not None:
+        for text in run.alarm.texts:
+            alert("collapse alarm", text)
 
 
 def _sample(run: TrainingRun) -> None:
