@@ -129,7 +129,9 @@ def _trial(folder: Path, name: str, seed: int) -> None:
         return
     healthy = _folder(folder, broken.healthy, seed)
     shutil.rmtree(run_dir, ignore_errors=True)
-    shutil.copytree(healthy, run_dir, ignore=lambda _, names: [n for n in names if n.endswith(f"{STEPS:08d}")])
+    shutil.copytree(
+        healthy, run_dir, ignore=lambda _, names: [n for n in names if n == "done" or n.endswith(f"{STEPS:08d}")]
+    )
     (run_dir / "checkpoints" / "latest").write_text(f"step_{SAVED_AT:08d}\n")
     step = loop._step
     routers: list[nn.Parameter] = []

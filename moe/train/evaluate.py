@@ -101,11 +101,12 @@ class Evaluation:
         that weren't left out. Each evaluation leaves out LEFT_OUT experts: the one whose output norm differs most from
         its layer's median, then all in turn. A negative number: the expert harms."""
         batch = self._batches[0].to(self._mesh.device)
+        first_B = batch.sample_ids_B < len(batch.sample_ids_B)  # rank 0's, so that the number of ranks changes nothing
 
         def batch_loss() -> Tensor:
             output = model(batch.input_ids_BS, document_ids_BS=batch.document_ids_BS)
-            targets = (batch.labels_BS != -100).sum().double()
-            return torch.stack((_loss_by_sequence(output.logits_BSV, batch.labels_BS).sum(), targets))
+            nats_B, targets_B = _loss_by_sequence(output.logits_BSV, batch.labels_BS), (batch.labels_BS != -100).sum(-1)
+            return torch.stack(((nats_B * first_B).sum(), (targets_B * first_B).sum().double()))
 
         places = [(layer, expert) for layer, row in enumerate(norms) for expert in range(len(row))]
         oddest = max(places, key=lambda place: oddity(norms[place[0]], place[1]))
