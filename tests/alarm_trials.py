@@ -5,8 +5,8 @@
     python -m tests.alarm_trials run FOLDER --only topk --seeds 7      # some of them, another seed
 
 Healthy runs train to the end. A broken run goes on from the checkpoint of a healthy one, breaks before step BROKEN_AT
-and trains TAIL steps more; only "no balance" is broken from its first step. docs/diagnostics.md says which limits were chosen
-on seed 0 alone.
+and trains TAIL steps more; only "no balance" is broken from its first step. docs/diagnostics.md says which
+limits were chosen on seed 0 alone.
 """
 
 from __future__ import annotations
