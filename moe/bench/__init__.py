@@ -12,6 +12,7 @@ BENCHMARKS = {
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
+    "diagnostics": "what the routers' diagnostics cost a training step",
     "memory": "the plan's memory beside that of real steps",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }

@@ -49,7 +49,16 @@ class Stepper:
         self._generator = torch.Generator().manual_seed(mesh.data_parallel_rank)
         self._step = 0
 
-    def __call__(self) -> TrainedStep:
+    def __call__(self, *, diagnose: bool = True) -> TrainedStep:
+        """`diagnose` is `training_step`'s."""
         batches = [random_batch(self.config, self._generator) for _ in range(self.engine.accumulation)]
         self._step += 1
-        return training_step(self.config, self.mesh, self.engine, batches, step=self._step - 1, lr=self.config.optim.lr)
+        return training_step(
+            self.config,
+            self.mesh,
+            self.engine,
+            batches,
+            step=self._step - 1,
+            lr=self.config.optim.lr,
+            diagnose=diagnose,
+        )

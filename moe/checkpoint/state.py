@@ -28,7 +28,8 @@ RENAMED = {"refused_in_a_row": "skipped_in_a_row"}  # name in older checkpoints 
 class TrainState:
     """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks);
     `elapsed` is in seconds of training, without the time between a stop and the resume; `recent_norms` and
-    `skipped_in_a_row` are the guard's (`moe.train.guard`)."""
+    `skipped_in_a_row` are the guard's (`moe.train.guard`), `alarm` is what the alarm remembers (`moe.train.alarm`),
+    `choices` are the last evaluation's (`moe.train.held_out`)."""
 
     step: int = 0
     consumed: int = 0
@@ -37,6 +38,8 @@ class TrainState:
     skipped_steps: int = 0
     recent_norms: list[float] = field(default_factory=list)
     skipped_in_a_row: int = 0
+    alarm: dict[str, Any] = field(default_factory=dict)
+    choices: str = ""
     tokenizer: str = ""
     data: str = ""
     versions: dict[str, str] = field(default_factory=_versions)
@@ -80,6 +83,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and all(map(_is_amount, value)),
         "a list of finite numbers ≥ 0",
     ),
+    "alarm": (lambda value: isinstance(value, dict), "a mapping"),
+    "choices": (lambda value: isinstance(value, str), "text"),
     "versions": (
         lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
         "a mapping of names to versions",

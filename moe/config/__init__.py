@@ -26,9 +26,18 @@ from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
 from moe.config.router import RouterConfig, TopKRouterConfig
 from moe.config.run import Config
-from moe.config.train import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, TrackingConfig, TrainConfig
+from moe.config.train import (
+    AlarmConfig,
+    CheckpointConfig,
+    GuardConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
 __all__ = [
+    "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",
     "AttentionBackend",

@@ -11,6 +11,7 @@ from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.router import RouterConfig, TopKRouterConfig
 from moe.config.rules import filled, require
 from moe.config.train import (
+    AlarmConfig,
     CheckpointConfig,
     GuardConfig,
     OptimConfig,
@@ -43,6 +44,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

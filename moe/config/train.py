@@ -160,6 +160,19 @@ class GuardConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AlarmConfig:
+    """The collapse alarm (`moe.train.alarm`). It is armed once the routers have settled, at the latest `after` so many
+    steps (null: no alarm). With `stop` the run ends at its first alarm."""
+
+    after: int | None = 220
+    stop: bool = False
+
+    def __post_init__(self) -> None:
+        positive("alarm", self, "after")
+        require(not self.stop or self.after is not None, "alarm.stop=true needs an alarm: alarm.after must not be null")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Batch sizes are in sequences; each evaluation scores at most `eval_sequences` held-out sequences.
 

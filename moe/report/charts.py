@@ -13,6 +13,7 @@ from moe.report.rows import HIGHEST_LAYER
 from moe.report.scales import count, downsample, short
 
 RECENT = 20  # steps to average over: single steps are noisy
+COUNTED = ("max_violation", "dead_experts", "dropped_fraction")  # charted whether or not they come per layer
 STYLES = 6  # line styles of page.css: colours and dashes
 
 
@@ -144,8 +145,8 @@ def balance_charts(run: RunHistory) -> str:
     counted = [
         Chart(
             "MaxVio",
-            "mean over layers",
-            [_series(run, "max_violation", "MaxVio")],
+            "fullest expert",
+            _mean_and_highest(run, "max_violation", "mean"),
             note="The fullest expert's load over an even one, minus 1.",
             floor=0.0,
             least_span=0.1,
@@ -169,18 +170,28 @@ def balance_charts(run: RunHistory) -> str:
             percent=True,
         ),
     ]
-    measured = [_KNOWN.get(name, _measured)(run, name) for name in run.router_metrics]
-    return _grid([_draw(run, chart, f"balance-{index}") for index, chart in enumerate(counted + measured)])
+    names = [name for name in run.router_metrics if name not in COUNTED]
+    first = [*counted, *(_KNOWN[name](run, name) for name in names if name in _KNOWN)]
+    others = [_measured(run, name) for name in names if name not in _KNOWN]
+    drawn = [_draw(run, chart, f"balance-{index}") for index, chart in enumerate([*first, *others])]
+    more = _grid(drawn[len(first) :])
+    folded = f"<details><summary>{len(others)} more, each by its name</summary>{more}</details>"
+    return _grid(drawn[: len(first)]) + (folded if more else "")
 
 
 def _measured(run: RunHistory, name: str) -> Chart:
     """The chart of a loss or diagnostic that isn't in `_KNOWN`."""
     title = name.replace("_", " ").capitalize()
-    return Chart(
-        title,
-        "mean over layers",
-        [_series(run, name, "mean"), _series(run, name + HIGHEST_LAYER, "highest layer", "s1")],
-    )
+    return Chart(title, "over the layers", _mean_and_highest(run, name, "mean"))
+
+
+def _mean_and_highest(run: RunHistory, name: str, label: str) -> list[Series]:
+    """One curve for all layers and, where the run has it, one for the highest; dots for what only evaluations have."""
+    rare = bool(np.isfinite(run.series[name]).mean() < 0.5)
+    series = [_series(run, name, label, evaluations=rare)]
+    if name + HIGHEST_LAYER in run.series:
+        series.append(_series(run, name + HIGHEST_LAYER, "highest layer", "s1", evaluations=rare))
+    return series
 
 
 def _load_balancing_loss(run: RunHistory, name: str) -> Chart:

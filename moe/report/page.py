@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe import __version__
-from moe.report import charts, facts, palette, texts
+from moe.report import charts, details, facts, palette, texts
 from moe.report.heatmap import heatmap
 from moe.report.reader import Routing, RunHistory, read_run
 
@@ -88,10 +88,11 @@ def routing_page(routing: dict[str, Any]) -> str:
 
 def _sections(run: RunHistory) -> list[tuple[str, str, str]]:
     """(id, heading, content) in the page's order."""
-    balance = charts.balance_charts(run) if run.sparse else DENSE
+    balance = details.alarms(run.details) + charts.balance_charts(run) if run.sparse else DENSE
     shares, routed = DENSE, DENSE
     if run.sparse:
         shares = heatmap(run.frame_steps, run.frames) if run.frames else _empty("No expert shares in metrics.jsonl.")
+        shares += details.tables(run.details)
         routed = (
             texts.coloured_text(run.routing) if run.routing else _empty("No routing.json yet: evaluations write it.")
         )

@@ -13,6 +13,7 @@ from moe.config.migrate import migrate
 from moe.config.rules import MAX_COUNT
 from moe.config.saved import read_saved
 from moe.errors import UserError
+from moe.report.details import Details, read_coactivation
 from moe.report.rows import HIGHEST_LAYER, read_frames, read_rows
 from moe.untrusted import Values, is_count, is_real, json_lines, read_object, shown
 
@@ -61,6 +62,7 @@ class RunHistory:
     samples: list[TextSample]
     config: dict[str, Any]
     config_text: str
+    details: Details
     torn_lines: int
     repeated_steps: int
 
@@ -83,7 +85,8 @@ def read_run(run_dir: Path) -> RunHistory:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory; give the run_dir of a `moe train`")
     metrics = run_dir / "metrics.jsonl"
-    rows, columns, torn, repeated = read_rows(metrics, run_dir)
+    details = Details(coactivation=read_coactivation(run_dir / "coactivation.json"))
+    rows, columns, torn, repeated = read_rows(metrics, run_dir, details.take)
     steps = sorted(rows)
     values = np.full((len(columns), len(steps)), math.nan)
     for index, step in enumerate(steps):
@@ -103,6 +106,7 @@ def read_run(run_dir: Path) -> RunHistory:
         samples=_read_samples(run_dir / "samples.jsonl"),
         config=config,
         config_text=text,
+        details=details,
         torn_lines=torn,
         repeated_steps=repeated,
     )

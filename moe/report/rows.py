@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,13 @@ class Row:
     offset: int
 
 
-def read_rows(path: Path, run_dir: Path) -> tuple[dict[int, Row], list[str], int, int]:
-    """(rows by step, names of their scalars, torn lines, repeated steps). Raises UserError."""
+def read_rows(
+    path: Path, run_dir: Path, take: Callable[[int, dict[str, Any]], None]
+) -> tuple[dict[int, Row], list[str], int, int]:
+    """(rows by step, names of their scalars, torn lines, repeated steps); `take` gets each step and its line.
+
+    Raises UserError.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file; train first: `moe train run_dir={run_dir}`")
     rows: dict[int, Row] = {}
@@ -67,6 +73,7 @@ def read_rows(path: Path, run_dir: Path) -> tuple[dict[int, Row], list[str], int
         values = Values(line.value, f"{path}:{line.number}", FIX)
         step = values.count("step")
         repeated += step in rows
+        take(step, line.value)
         measured = _router_metrics(values)
         columns |= dict.fromkeys(measured)
         if len(columns) > MOST_COLUMNS:

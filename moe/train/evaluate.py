@@ -1,8 +1,10 @@
-"""Evaluation on the held-out split: loss, bits per byte, unigram entropy, and the routing of one text."""
+"""Evaluation on the held-out split: loss, bits per byte, unigram entropy, routers, experts, the routing of one text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,9 +17,21 @@ from moe.data.loader import Batch, token_counts
 from moe.distributed.mesh import Mesh
 from moe.model.transformer import Transformer
 from moe.sparse import RouterOutput
+from moe.train.held_out import LEFT_OUT, HeldOutRouting, loss_without_experts, oddity
 from moe.train.metrics import bits_per_byte, entropy_nats
 
 ROUTED_TOKENS = 400  # tokens of the text that the report colours by expert
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluation's metrics. For a sparse model also the routing of one held-out text, each layer's co-activation of
+    experts [E, E], and the choices that the next evaluation is compared with."""
+
+    metrics: dict[str, Any]
+    routing: dict[str, Any] | None = None
+    coactivation: list[list[list[float]]] | None = None
+    choices: str = ""
 
 
 class Evaluation:
@@ -35,16 +49,17 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(
-        self, model: Transformer, begins: Callable[[str], None]
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """(metrics of the evaluation, routing of one held-out text or None for a dense model). A collective.
+        self, model: Transformer, begins: Callable[[str], None], number: int = 0, before: str = ""
+    ) -> Evaluated:
+        """The evaluation with this `number` of the run. A collective.
 
-        `begins` is called with the name of each batch before it is computed.
+        `begins` is called with the name of each batch before it is computed. `before` are the last evaluation's
+        choices.
         """
         model.eval()
         device = self._mesh.device
         sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)  # [source, (nats, targets)]
-        routing = None
+        routing, held_out = None, HeldOutRouting(model, self._mesh)
         for index, batch in enumerate(self._batches):
             begins(f"evaluation batch {index + 1} of {len(self._batches)}")
             here = batch.to(device)
@@ -52,6 +67,8 @@ class Evaluation:
             loss_B = _loss_by_sequence(output.logits_BSV, here.labels_BS)
             pairs = torch.stack([loss_B, (here.labels_BS != -100).sum(-1).double()], dim=-1)
             sums.index_add_(0, here.source_ids_B, pairs)
+            if output.routers:
+                held_out.add(batch, output.routers)
             if index == 0 and output.routers:
                 length = min(ROUTED_TOKENS, batch.input_ids_BS.shape[1])
                 routing = {
@@ -59,7 +76,7 @@ class Evaluation:
                     "experts": [_first_experts(router, length) for router in output.routers],
                     "num_experts": output.routers[0].counts_E.numel(),
                 }
-        model.train()
+        held_out.close()
         sums = self._mesh.sum_(sums).cpu()
         nats, targets = sums.sum(0).tolist()
         metrics = {
@@ -70,7 +87,38 @@ class Evaluation:
                 name: loss / count for name, (loss, count) in zip(self._names, sums.tolist(), strict=True) if count
             },
         }
-        return metrics, routing
+        coactivation, choices = None, ""
+        if routing is not None:
+            more, coactivation, choices = held_out.metrics(before)
+            metrics |= more
+            begins("evaluation without an expert")
+            metrics["loss_without_expert"] = self._loss_without_experts(model, number, more["expert_output_norm"])
+        model.train()
+        return Evaluated(metrics, routing, coactivation, choices)
+
+    def _loss_without_experts(self, model: Transformer, number: int, norms: list[list[float]]) -> list[list[float]]:
+        """[L][E] the first batch's loss without an expert less its loss with all, in nats per target; NaN for experts
+        that weren't left out. Each evaluation leaves out LEFT_OUT experts: the one whose output norm differs most from
+        its layer's median, then all in turn. A negative number: the expert harms."""
+        batch = self._batches[0].to(self._mesh.device)
+        first_B = batch.sample_ids_B < len(batch.sample_ids_B)  # rank 0's, so that the number of ranks changes nothing
+
+        def batch_loss() -> Tensor:
+            output = model(batch.input_ids_BS, document_ids_BS=batch.document_ids_BS)
+            nats_B, targets_B = _loss_by_sequence(output.logits_BSV, batch.labels_BS), (batch.labels_BS != -100).sum(-1)
+            return torch.stack(((nats_B * first_B).sum(), (targets_B * first_B).sum().double()))
+
+        places = [(layer, expert) for layer, row in enumerate(norms) for expert in range(len(row))]
+        oddest = max(places, key=lambda place: oddity(norms[place[0]], place[1]))
+        turns = [places[(number * (LEFT_OUT - 1) + turn) % len(places)] for turn in range(LEFT_OUT - 1)]
+        left_out = list(dict.fromkeys([oddest, *turns]))
+        losses = [batch_loss(), *loss_without_experts(model, batch_loss, left_out)]
+        summed = self._mesh.sum_(torch.stack(losses)).cpu()
+        nats = summed[:, 0] / summed[:, 1]
+        found = [[math.nan] * len(row) for row in norms]
+        for (layer, expert), loss in zip(left_out, nats[1:].tolist(), strict=True):
+            found[layer][expert] = loss - float(nats[0])
+        return found
 
 
 def _first_experts(router: RouterOutput, tokens: int) -> list[int | None]:

@@ -18,16 +18,19 @@ from moe.config import Config
 from moe.config.compose import to_yaml
 from moe.distributed import rendezvous
 from moe.durable import append_line, write_durably
+from moe.engine.base import SkipReason
 from moe.errors import UserError
 from moe.inference.generate import NotFiniteError, sample_text
 from moe.model.transformer import Transformer
 from moe.plan.fit import check_run
 from moe.report.page import write_report
 from moe.train import run_directory
+from moe.train.held_out import experts_not_finite
 from moe.train.objective import training_step
 from moe.train.optim import learning_rate
 from moe.train.progress import Display
 from moe.train.setup import TrainingRun, set_up
+from moe.train.tracking import finite
 
 
 def train(config: Config) -> None:
@@ -59,7 +62,7 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
     began = time.monotonic() - state.elapsed  # as if the run had never been interrupted
     try:
         while state.step < train.steps and run.stop.agreed is None:
-            metrics = _step(run)
+            metrics, not_finite = _step(run)
             if held is not None:
                 held.check(state.step)
             state.elapsed = time.monotonic() - began
@@ -67,10 +70,12 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
             last = state.step == train.steps
             if state.step % train.eval_every == 0 or last:
                 metrics |= _evaluate(run)
+            metrics |= run.alarm.judge(metrics, not_finite)
             if run.tracker is not None:
                 run.tracker.log(metrics)
+                run.tracker.alert(run.alarm.texts)
             run.display.step(metrics)
-            if run.guard.exhausted:
+            if run.guard.exhausted or run.alarm.stops:
                 break
             if state.step % train.sample_every == 0 or last:
                 _sample(run)
@@ -79,7 +84,8 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
                 run.saver.save(run.engine, run.state, to_yaml(run.config))
         run.watchdog.beat(state.step, "the end of the last save", long=True)
         saved = run.saver.wait()
-        finished = run.stop.agreed is None or state.step >= train.steps or run.guard.exhausted
+        stopped_itself = run.guard.exhausted or run.alarm.stops
+        finished = run.stop.agreed is None or state.step >= train.steps or stopped_itself
         if run.mesh.is_main and finished:
             _written(run, lambda: _report(run))
     finally:
@@ -93,12 +99,13 @@ def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
         assert run.stop.agreed is not None
         raise run.stop.stopped(run.folder, state.step, saved=saved)
     run.guard.check()
+    run.alarm.check()
     if not saved:
         raise UserError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
 
 
-def _step(run: TrainingRun) -> dict[str, Any]:
-    """One optimizer step over the next global batch; its metrics."""
+def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """One optimizer step over the next global batch; its metrics, and where weights made it not finite."""
     run.collective_timing.begin()
     config, mesh, state = run.config, run.mesh, run.state
     number = state.step + 1
@@ -124,8 +131,9 @@ def _step(run: TrainingRun) -> dict[str, Any]:
     state.tokens += tokens
     state.skipped_steps = run.engine.skipped_steps
     run.stop.agree(done.flags)
+    not_finite = done.result.skipped is SkipReason.not_finite
     seconds = run.collective_timing.end()
-    return {
+    metrics = {
         "step": state.step,
         "tokens": state.tokens,
         **done.metrics,
@@ -137,17 +145,27 @@ def _step(run: TrainingRun) -> dict[str, Any]:
         "step_seconds": seconds,
         "mfu": tokens / seconds * run.flops_per_token / (run.peak_flops * mesh.world_size),
     }
+    return metrics, experts_not_finite(run.engine.model, mesh) if not_finite else []
 
 
 def _evaluate(run: TrainingRun) -> dict[str, Any]:
-    metrics, routing = run.evaluation(_transformer(run), lambda part: run.watchdog.beat(run.state.step, part))
-    if run.mesh.is_main and routing is not None:
-        routing = {"step": run.state.step, **routing}
+    state = run.state
+    done = run.evaluation(
+        _transformer(run),
+        lambda part: run.watchdog.beat(state.step, part),
+        state.step // run.config.train.eval_every,
+        state.choices,
+    )
+    state.choices = done.choices
+    if run.mesh.is_main and done.routing is not None:
+        routing = {"step": state.step, **done.routing}
         text = json.dumps(routing) + "\n"
         _written(run, lambda: write_durably(run.folder / "routing.json", text))
+        pairs = json.dumps(finite({"step": state.step, "layers": done.coactivation})) + "\n"
+        _written(run, lambda: write_durably(run.folder / "coactivation.json", pairs))
         if run.tracker is not None:
             run.tracker.routing(routing)
-    return metrics
+    return done.metrics
 
 
 def _sample(run: TrainingRun) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe.distributed.mesh import Mesh
-from moe.sparse.balance import max_violation
+from moe.sparse.diagnostics import DIAGNOSTICS, demand
 from moe.sparse.routers.base import RouterOutput
 
 # In every line, whatever the model: null in a dense model, and for a loss that its routers don't have.
@@ -26,89 +26,139 @@ ALWAYS: dict[str, Any] = {
     "dropped_fraction": None,
     "expert_shares": [],
 }
+# What the diagnostics measure, by name: each once, however many diagnostics take it.
+SUMMED = {one.measure.__name__: one.measure for one in DIAGNOSTICS.values() if not one.largest}
+LARGEST = {one.measure.__name__: one.measure for one in DIAGNOSTICS.values() if one.largest}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """A step's metrics; each layer's counts_E (int64, on the CPU); every rank's `mine`; the ranks' summed flags."""
+
+    metrics: dict[str, Any]
+    counts: list[Tensor]
+    by_rank: list[float]
+    flags: list[float]
 
 
 class StepSums:
     """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the metrics.
 
-    The names of a router's losses and diagnostics are the metrics' names.
+    The names of a router's losses and diagnostics are the metrics' names. `diagnose=False` measures no more than the
+    routers say and their counts.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, *, diagnose: bool = True) -> None:
         self._mesh = mesh
-        self._names: list[list[str]] = []  # of each layer's scalars, in the order in which they are packed
-        self._scalars: Tensor | None = None  # [2 + scalars of all layers]: see `add`
-        self._counts: list[Tensor] = []  # [E] of each layer
+        self._summed, self._largest = (SUMMED, LARGEST) if diagnose else ({demand.__name__: demand}, {})
+        self._names: list[dict[str, int]] = []  # of each layer's sums: how many numbers, in the order of packing
+        self._scalars: list[set[str]] = []  # those of them that are the router's own
+        self._sums: Tensor | None = None  # [2 + numbers of all layers]: see `add`
+        self._maxima: Tensor | None = None  # [layers, LARGEST]
+        self._tokens = 0
         self._micro_batches = 0
 
     def add(self, lm_loss_sum: Tensor, total_loss: Tensor, routers: list[RouterOutput]) -> None:
         """`lm_loss_sum` in nats over this micro-batch's targets; `total_loss` is what was given to backward."""
         with torch.no_grad():
-            layers = [_scalars(router) for router in routers]
+            own = [_own(router) for router in routers]
+            layers = [
+                named | {name: measure(router) for name, measure in self._summed.items()}
+                for named, router in zip(own, routers, strict=True)
+            ]
             parts = [lm_loss_sum, total_loss, *(value for layer in layers for value in layer.values())]
-            scalars = torch.stack([part.detach().double().reshape(()) for part in parts])
-            counts = [router.counts_E.double() for router in routers]
-        names = [list(layer) for layer in layers]
-        if self._scalars is None:
-            self._scalars, self._counts, self._names = scalars, counts, names
+            sums = torch.cat([part.detach().double().reshape(-1) for part in parts])
+            maxima = [measure(router).double() for router in routers for measure in self._largest.values()]
+            largest = torch.stack(maxima).view(len(routers), -1) if maxima else sums.new_zeros(len(routers), 0)
+        names = [{name: value.numel() for name, value in layer.items()} for layer in layers]
+        if self._sums is None or self._maxima is None:
+            self._sums, self._maxima, self._names, self._scalars = sums, largest, names, [set(one) for one in own]
         else:
             assert names == self._names, "the routers named other metrics in an earlier micro-batch"
-            self._scalars = self._scalars + scalars
-            self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+            self._sums, self._maxima = self._sums + sums, torch.maximum(self._maxima, largest)
+        self._tokens += routers[0].choices.num_tokens if routers else 0
         self._micro_batches += 1
 
     def reduced(
-        self, targets: int, mine: float, flags: Sequence[float]
-    ) -> tuple[dict[str, Any], list[Tensor], list[float], list[float]]:
-        """The step's metrics, each layer's counts_E (int64, on the CPU), every rank's `mine`, and the ranks' summed
-        `flags`. A collective.
+        self, targets: int, mine: float, flags: Sequence[float], gradients: Sequence[Tensor] = ()
+    ) -> StepTotals:
+        """The step's totals over all ranks. A collective.
 
-        `targets` is the number of target tokens of the global batch.
+        `targets` is the number of target tokens of the global batch. `gradients` are those of each layer's router over
+        this rank's micro-batches, one vector a layer (none: no metric); their mean over the ranks is the step's.
         """
-        assert self._scalars is not None
-        by_rank = self._scalars.new_zeros(self._mesh.world_size)
-        by_rank[self._mesh.rank] = mine
-        parts = [by_rank, self._scalars.new_tensor(flags), self._scalars, *self._counts]
-        summed = self._mesh.sum_(torch.cat(parts)).cpu().split([len(part) for part in parts])
-        ranks, raised, packed, counts = summed[0], summed[1], summed[2], list(summed[3:])
-        metrics = self._metrics(packed, counts, targets)
-        return metrics, [counts_E.long() for counts_E in counts], ranks.tolist(), raised.tolist()
+        assert self._sums is not None
+        assert self._maxima is not None
+        ranks = self._mesh.world_size
+        by_rank, maxima = self._sums.new_zeros(ranks), self._sums.new_zeros(ranks, *self._maxima.shape)
+        by_rank[self._mesh.rank], maxima[self._mesh.rank] = mine, self._maxima  # a sum that keeps the ranks apart
+        parts = [by_rank, self._sums.new_tensor(flags), maxima.flatten(), self._sums]
+        parts += [gradient.double() for gradient in gradients]
+        summed = self._mesh.sum_(torch.cat(parts)).split([len(part) for part in parts])
+        norms = [torch.linalg.vector_norm(gradient).reshape(1) / ranks for gradient in summed[4:]]
+        sizes = [*(len(part) for part in summed[:4]), len(norms)]
+        busy, raised, maxima, sums, norms = torch.cat([*summed[:4], *norms]).cpu().split(sizes)
+        layers = self._by_layer(sums[2:], maxima.view(ranks, *self._maxima.shape).amax(0))
+        metrics = self._metrics(sums, layers, targets)
+        if gradients:
+            metrics |= layered("router_gradient_norm", norms)
+        counts = [layer[demand.__name__].long() for layer in layers]
+        return StepTotals(metrics, counts, busy.tolist(), raised.tolist())
 
-    def _metrics(self, packed: Tensor, counts: list[Tensor], targets: int) -> dict[str, Any]:
+    def _by_layer(self, sums: Tensor, maxima: Tensor) -> list[dict[str, Tensor]]:
+        layers, start = list[dict[str, Tensor]](), 0
+        for names, largest in zip(self._names, maxima, strict=True):
+            layer = dict(zip(self._largest, largest, strict=True))
+            for name, size in names.items():
+                layer[name] = sums[start : start + size]
+                start += size
+            layers.append(layer)
+        return layers
+
+    def _metrics(self, sums: Tensor, layers: list[dict[str, Tensor]], targets: int) -> dict[str, Any]:
         micro_batches = self._micro_batches * self._mesh.data_parallel_size
         metrics: dict[str, Any] = {
-            "loss": packed[1].item() / micro_batches,
-            "lm_loss": packed[0].item() / max(1, targets),
+            "loss": sums[1].item() / micro_batches,
+            "lm_loss": sums[0].item() / max(1, targets),
             **ALWAYS,
         }
-        if not counts:
+        if not layers:
             return metrics
-        by_name: dict[str, list[Tensor]] = {}  # sums over micro-batches and ranks, a layer each
-        for name, value in zip(chain.from_iterable(self._names), packed[2:], strict=True):
-            by_name.setdefault(name, []).append(value)
-        dropped = torch.stack(by_name.pop(DROPPED)).sum()
-        chosen = torch.stack([counts_E.sum() for counts_E in counts]).sum()
-        for name, sums in by_name.items():
-            layers = torch.stack(sums) / micro_batches
-            metrics[name] = layers.mean().item()
-            metrics[f"{name}_layers"] = layers.tolist()
-        return metrics | {
-            "max_violation": torch.stack([max_violation(counts_E) for counts_E in counts]).mean().item(),
-            "dead_experts": sum(int((counts_E == 0).sum()) for counts_E in counts),
-            "dropped_fraction": (dropped / chosen).item(),
-            "expert_shares": [(counts_E / counts_E.sum()).tolist() for counts_E in counts],
-        }
+        by_name: dict[str, list[Tensor]] = {}  # the routers' own, sums over micro-batches and ranks, a layer each
+        for layer, names in zip(layers, self._scalars, strict=True):
+            for name in layer:
+                if name in names:
+                    by_name.setdefault(name, []).append(layer[name][0])
+        for name, values in by_name.items():
+            metrics |= layered(name, torch.stack(values) / micro_batches)
+        tokens = self._tokens * self._mesh.data_parallel_size
+        for name, diagnostic in DIAGNOSTICS.items():
+            measure = diagnostic.measure.__name__
+            if measure not in layers[0]:
+                continue
+            reduced = [layer[measure] for layer in layers]
+            finished = torch.stack([diagnostic.finish(value, tokens).reshape(()) for value in reduced])
+            metrics |= layered(name, finished, diagnostic.over_layers or torch.mean)
+            if diagnostic.over_layers is None:
+                metrics[name] = diagnostic.finish(torch.stack(reduced).sum(0), tokens * len(layers)).item()
+        shares = [layer[demand.__name__] / layer[demand.__name__].sum() for layer in layers]
+        return metrics | {"expert_shares": [shares_E.tolist() for shares_E in shares]}
 
 
-DROPPED = "dropped"
-TAKEN = {DROPPED, "loss", "lm_loss", *ALWAYS} - {"load_balancing_loss"}
+def layered(name: str, values: Tensor, over_layers: Callable[[Tensor], Tensor] = torch.mean) -> dict[str, Any]:
+    """The two metrics of a scalar that each layer has."""
+    return {name: over_layers(values).item(), f"{name}_layers": values.tolist()}
 
 
-def _scalars(router: RouterOutput) -> dict[str, Tensor]:
+TAKEN = {"loss", "lm_loss", *ALWAYS, *SUMMED, *LARGEST, *DIAGNOSTICS} - {"load_balancing_loss"}
+
+
+def _own(router: RouterOutput) -> dict[str, Tensor]:
+    """The losses and diagnostics that a router names itself."""
     twice = router.losses.keys() & router.diagnostics.keys()
     taken = (router.losses.keys() | router.diagnostics.keys()) & TAKEN
     assert not twice | taken, f"{sorted(twice | taken)}: a router's names must differ, also from other metrics'"
-    return {name: loss.value for name, loss in router.losses.items()} | router.diagnostics | {DROPPED: router.dropped}
+    return {name: loss.value for name, loss in router.losses.items()} | router.diagnostics
 
 
 def entropy_nats(counts_V: Tensor) -> float:

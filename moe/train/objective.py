@@ -21,6 +21,7 @@ from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine, StepResult
 from moe.sparse import Randomness, balance_loss, routers_of
 from moe.train.metrics import StepSums
+from moe.train.router_updates import RouterUpdates
 
 
 @dataclass(slots=True)
@@ -50,19 +51,22 @@ def training_step(
     busy_seconds: float = 0.0,
     flags: Callable[[], Sequence[float]] = list,
     before_micro_batch: Callable[[int], None] | None = None,
+    diagnose: bool = True,
 ) -> TrainedStep:
     """Optimizer step number `step` (0-based) on this rank's micro-batches of it, on the CPU. A collective.
 
     `norm_limit` is passed to `Engine.step`. `busy_seconds` and `flags()`, called after the update, are reduced together
     with the metrics, so they need no collective of their own. `before_micro_batch` is called with each
-    micro-batch's index.
+    micro-batch's index. `diagnose=False` leaves out what `moe.sparse.diagnostics` and `RouterUpdates` measure, for a
+    benchmark of what they cost.
     """
     targets = _global_targets(batches, mesh)
     micro_batches = len(batches) * mesh.data_parallel_size
-    sums, losses = StepSums(mesh), list[tuple[Tensor, Tensor]]()
+    sums, losses = StepSums(mesh, diagnose=diagnose), list[tuple[Tensor, Tensor]]()
     routers = list(routers_of(engine.model))
     for router in routers:
         router.begin_step(step, config.train.steps)
+    updates = RouterUpdates(routers if diagnose else [])
     result: StepResult | None = None
     for index, batch in enumerate(batches):
         if before_micro_batch is not None:
@@ -83,11 +87,12 @@ def training_step(
         losses.append((loss.detach(), batch.sample_ids_B))
         sums.add(output.lm_loss_sum, loss, output.routers)
     assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
-    metrics, counts, busy, raised = sums.reduced(targets, busy_seconds, flags())
+    totals = sums.reduced(targets, busy_seconds, flags(), updates.gradients())
     if result.skipped is None:
-        for router, counts_E in zip(routers, counts, strict=True):
+        for router, counts_E in zip(routers, totals.counts, strict=True):
             router.after_step(counts_E.to(mesh.device))
-    return TrainedStep(result, metrics, losses, busy, raised)
+    metrics = totals.metrics | updates.metrics()
+    return TrainedStep(result, metrics, losses, totals.by_rank, totals.flags)
 
 
 def _global_targets(batches: Sequence[Batch], mesh: Mesh) -> int:

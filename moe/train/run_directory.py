@@ -22,7 +22,7 @@ NEUTRAL = (
     "run_dir", "engine", "check_memory", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention",
     "model.recompute", "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every",
     "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every",
-    "train.peak_tflops", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
+    "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
 )  # fmt: skip
 
 

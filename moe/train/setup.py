@@ -19,7 +19,10 @@ from moe.distributed.collective_timing import CollectiveTiming, host_names
 from moe.distributed.mesh import Mesh
 from moe.durable import write_durably
 from moe.engine.base import Engine
+from moe.model.transformer import Transformer
 from moe.plan import count_parameters, flops_per_token
+from moe.sparse import SparseMLP
+from moe.train.alarm import Alarm
 from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
@@ -47,6 +50,7 @@ class TrainingRun:
     saver: Saver
     state: TrainState
     guard: Guard
+    alarm: Alarm
     collective_timing: CollectiveTiming
     straggler: Straggler
     hosts: list[str]  # by rank
@@ -100,6 +104,7 @@ def watch(
         saver=saver,
         state=state,
         guard=Guard(config.guard, state, mesh, display.warn),
+        alarm=Alarm(config.alarm, state, _sparse_layers(engine), display.warn),
         collective_timing=CollectiveTiming(mesh, enabled=config.guard.name_stragglers),
         straggler=Straggler(hosts, display.warn),
         hosts=hosts,
@@ -108,6 +113,12 @@ def watch(
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
     )
+
+
+def _sparse_layers(engine: Engine) -> list[int]:
+    """The numbers of the blocks whose MLP is sparse."""
+    assert isinstance(engine.model, Transformer)
+    return [layer for layer, block in enumerate(engine.model.model.layers) if isinstance(block.mlp, SparseMLP)]
 
 
 def _write_run_files(run: TrainingRun, *, resumed: bool) -> None:

@@ -81,6 +81,12 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.sample(sample)
 
+    def alert(self, texts: list[str]) -> None:
+        """The step's new collapse alarms, which metrics.jsonl has already, to W&B."""
+        if self._wandb is not None:
+            for text in texts:
+                self._wandb.alert(text)
+
     def routing(self, routing: dict[str, Any]) -> None:
         """routing.json to W&B."""
         if self._wandb is not None:

@@ -44,6 +44,11 @@ class WandbRun:
         if self._run is not None:
             self._guarded(lambda run: self._log(run, metrics))
 
+    def alert(self, text: str) -> None:
+        """A collapse alarm."""
+        if self._run is not None:
+            self._guarded(lambda run: run.alert(title="collapse alarm", text=text))
+
     def sample(self, sample: dict[str, Any]) -> None:
         """{"step", "prompt", "text"}."""
         if self._run is not None:

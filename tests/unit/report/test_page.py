@@ -194,6 +194,51 @@ def test_whatever_a_router_measured_is_charted_by_its_name(tmp_path: Path) -> No
     assert "<h3>Bias range</h3>" in report(folder)[0]
 
 
+def test_many_diagnostics_are_folded_and_rare_ones_have_dots(tmp_path: Path) -> None:
+    names = [f"figure_{index}" for index in range(15)]
+
+    def add(line: dict) -> dict:
+        every = {name: 1.0 for name in names} | {f"{name}_layers": [0.5, 1.5] for name in names}
+        churn = {"router_churn": 0.2, "router_churn_layers": [0.1, 0.3]}
+        return line | every | (churn if "val_loss" in line else {}) | {"max_violation_layers": [0.1, 0.2]}
+
+    text, _ = report(_with_metrics(fake_run(tmp_path / "run"), add))
+    shown, folded = text.split("<details><summary>16 more, each by its name</summary>")
+    assert "Figure 3" not in shown
+    assert all(f"<h3>Figure {index}</h3>" in folded for index in range(15))
+    assert "<h3>Router churn</h3>" in folded
+    assert text.count("<h3>MaxVio</h3>") == 1
+    assert "Max violation" not in text, "MaxVio is charted once, with its highest layer"
+
+
+def test_alarms_matrices_and_pairs_are_shown(tmp_path: Path) -> None:
+    alarm = {"layer": 1, "expert": 2, "metric": "load_<b>", "value": 0.97, "since": 8}
+    broken = {"layer": 0, "expert": 1, "metric": "expert_weights", "value": None, "since": 9}
+
+    def add(line: dict) -> dict:
+        new = {"new_alarms": [alarm, broken]} if line["step"] == 20 else {}
+        return line | {"alarms": 1} | new | {"expert_output_norm": [[0.25, None], [0.5, line["step"]]]}
+
+    folder = _with_metrics(fake_run(tmp_path / "run", steps=30), add)
+    lifts = [[[None, 0.5, 2.5], [0.5, None, 1.0], [2.5, 1.0, None]]]
+    (folder / "coactivation.json").write_text(json.dumps({"step": 30, "layers": lifts}))
+    text, _ = report(folder)
+    assert "Step 20: <b>layer 1, expert 2</b>, load_&lt;b&gt; 0.9700, since step 8" in text
+    assert "expert_weights not finite, since step 9" in text
+    assert "Expert output norm, step 30" in text
+    assert "<td>–</td>" in text
+    assert "<td>30</td>" in text
+    assert "<td>0 + 2: 2.50</td>" in text
+    assert "Collapse alarms" not in report(fake_run(tmp_path / "healthy", steps=3))[0]
+
+
+def test_a_coactivation_that_cant_be_read_is_named(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", steps=3)
+    (folder / "coactivation.json").write_text('{"layers": [[1, 2]]}')
+    with pytest.raises(UserError, match=r"coactivation.json: layers must be a square of numbers a layer"):
+        read_run(folder)
+
+
 def test_a_router_without_a_balance_loss_has_no_chart_of_one(tmp_path: Path) -> None:
     gone = ("load_balancing_loss_layers", "router_z_loss", "router_entropy")
     folder = _with_metrics(

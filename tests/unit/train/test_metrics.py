@@ -13,7 +13,7 @@ from moe.config import RouterConfig, TopKRouterConfig
 from moe.distributed import rendezvous
 from moe.sparse import RouterOutput, max_violation
 from moe.sparse.routers import RouterLoss, build_router
-from moe.train.metrics import StepSums
+from moe.train.metrics import StepSums, StepTotals
 from moe.train.panels import panels
 from tests.bias_router.router import BiasRouterConfig
 from tests.ranks import run_ranks
@@ -27,7 +27,7 @@ def _micro_batches(config: RouterConfig, rank: int) -> list[list[RouterOutput]]:
     return [[router(torch.randn(2, 8, 6, generator=generator)) for _ in range(2)] for _ in range(2)]
 
 
-def _totals(config: RouterConfig | None) -> tuple[dict[str, Any], list[Tensor], list[float], list[float]]:
+def _totals(config: RouterConfig | None) -> StepTotals:
     """On every rank; None: a dense model."""
     mesh = rendezvous.start(1)
     sums = StepSums(mesh)
@@ -49,8 +49,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_metrics_are_what_the_router_measured_and_what_counts_say(config: RouterConfig) -> None:
-    (metrics, counts, by_rank, flags), (other, *_) = run_ranks(2, _totals, config)
-    assert metrics == other
+    total, other = run_ranks(2, _totals, config)
+    metrics, counts = total.metrics, total.counts
+    assert metrics == other.metrics
     micro_batches = [layers for rank in range(2) for layers in _micro_batches(config, rank)]
     for name in _named(micro_batches[0][0]):
         values = [[_named(routed)[name].item() for routed in layers] for layers in micro_batches]
@@ -68,7 +69,7 @@ def test_metrics_are_what_the_router_measured_and_what_counts_say(config: Router
     assert metrics["dead_experts"] == (counts_LE == 0).sum()
     assert metrics["dropped_fraction"] == pytest.approx(1 - kept / counts_LE.sum().item(), abs=1e-12)
     assert (metrics["loss"], metrics["lm_loss"]) == (4.0, 1.0)
-    assert (by_rank, flags) == ([0.5, 1.5], [2.0])
+    assert (total.by_rank, total.flags) == ([0.5, 1.5], [2.0])
 
 
 def _without_losses() -> dict[str, Any]:
@@ -77,12 +78,13 @@ def _without_losses() -> dict[str, Any]:
     for routed in routers:
         routed.losses.clear()
     sums.add(torch.tensor(3.0), torch.tensor(4.0), routers)
-    return sums.reduced(12, 0.0, [])[0]
+    return sums.reduced(12, 0.0, []).metrics
 
 
 def test_the_keys_that_scripts_read_are_in_every_line() -> None:
-    (dense, counts, *_), (sparse,) = run_ranks(1, _totals, None)[0], run_ranks(1, _without_losses)
-    assert counts == []
+    (total,), (sparse,) = run_ranks(1, _totals, None), run_ranks(1, _without_losses)
+    dense = total.metrics
+    assert total.counts == []
     assert dense["load_balancing_loss"] is dense["max_violation"] is sparse["load_balancing_loss"] is None
     assert sparse["max_violation"] > 0
     assert not any(name.endswith("_layers") for name in dense)
@@ -95,7 +97,7 @@ ZERO = torch.zeros(())
     ("change", "name"),
     [
         (lambda routed: routed.diagnostics.update(lm_loss=ZERO), "lm_loss"),
-        (lambda routed: routed.losses.update(dropped=RouterLoss(ZERO, 1.0)), "dropped"),
+        (lambda routed: routed.losses.update(kept=RouterLoss(ZERO, 1.0)), "kept"),
         (lambda routed: routed.diagnostics.update(router_z_loss=ZERO), "router_z_loss"),
     ],
 )
