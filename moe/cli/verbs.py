@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import Config, PlanConfig, PrepareConfig, TokenizerConfig
+from moe.config import Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
 
 
@@ -35,6 +35,20 @@ def _train(overrides: list[str]) -> None:
     from moe.train.loop import train
 
     train(config)
+
+
+def _sweep(overrides: list[str]) -> None:
+    """Search router (or any) settings: trains the trials of a study, writes run_dir/trials.csv and report.html.
+
+    Keys of `moe train`, other than run_dir, apply to every trial: moe sweep sweep=router_quick model=small
+    """
+    from moe.sweep.definition import split
+
+    own, fixed = split(overrides)
+    config: SweepConfig = load_config(own, "sweep", SweepConfig)
+    from moe.sweep.run import run_sweep
+
+    run_sweep(config, fixed, load)
 
 
 def _plan(overrides: list[str]) -> None:
@@ -134,6 +148,7 @@ def _completion(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "sweep": _sweep,
     "plan": _plan,
     "prepare": _prepare,
     "generate": _generate,
@@ -151,6 +166,8 @@ OPTIONS = {"doctor": ("--json",)}
 def schema(verb: str) -> tuple[str, type] | None:
     if verb == "train":
         return "train", Config
+    if verb == "sweep":
+        return "sweep", SweepConfig
     if verb == "prepare":
         return "prepare", PrepareConfig
     if verb == "plan":

@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "durable": set(),
+    "locks": {"errors"},
     "config": {"errors"},
     "distributed": {"errors"},
     "kernels": {"config", "errors"},
@@ -33,15 +34,16 @@ ROOMS: dict[str, set[str]] = {
     "report": {"config", "errors", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
-        "config", "durable", "errors",
+        "config", "durable", "locks", "errors",
     },
+    "sweep": {"train", "config", "durable", "locks", "errors"},
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "train", "report", "inference", "plan", "data", "checkpoint", "distributed", "config",
-        "errors",
+        "doctor", "bench", "sweep", "train", "report", "inference", "plan", "data", "checkpoint", "distributed",
+        "config", "errors",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -52,6 +54,7 @@ ONLY_IN = {
     "hydra": "config/",
     "datasets": "data/",
     "megablocks": "kernels/megablocks.py",
+    "optuna": "sweep/",
 }
 # What importing a room must not load, however far down the chain.
 NEVER_LOADED = {
@@ -60,7 +63,8 @@ NEVER_LOADED = {
     "model": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
     "plan": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
     "report": {"hydra", "deepspeed", "wandb", "datasets", "transformers", "torch"},
-    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch"},
+    "sweep": {"deepspeed", "wandb", "datasets", "transformers", "torch"},
+    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch", "optuna"},
 }
 
 

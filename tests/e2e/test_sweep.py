@@ -1,0 +1,152 @@
+"""`moe sweep` as users run it: real processes, killed and started again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import SMALL, Run
+from tests.faults.live import Live, checkpoints, last_step
+
+TRIAL = [
+    *SMALL, "engine=plain", "train.steps=30", "train.eval_every=10", "train.eval_sequences=4", "train.sample_tokens=2",
+    "train.sequence_length=32", "train.micro_batch_size=1", "train.global_batch_size=2", "checkpoint.keep=1",
+]  # fmt: skip
+QUICK = ["sweep", "sweep=router_quick", "sweep.trials=4"]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(moe: Run, corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("sweep") / "whole"
+    done = moe(*QUICK, *TRIAL, *corpus, f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert "trial 3: COMPLETE · val_loss " in done.stdout
+    assert "3 of 4 trials done · about " in done.stdout
+    return folder
+
+
+def test_a_row_a_finished_trial_and_a_run_directory_each(whole: Path) -> None:
+    found = rows(whole)
+    assert [row["state"] for row in found] == ["COMPLETE"] * 4
+    assert {"params.router.aux_loss_coef", "params.router.z_loss_coef", "seed", "val_loss", "max_violation"} <= {
+        *found[0]
+    }
+    for row in found:
+        assert 1e-4 <= float(row["params.router.aux_loss_coef"]) <= 1e-1
+        assert float(row["val_loss"]) > 0
+        assert float(row["max_violation"]) > 0
+        assert last_step(whole / row["run_dir"]) == 30
+    assert len({row["params.router.aux_loss_coef"] for row in found}) == 4
+
+
+def test_the_same_command_again_trains_nothing(whole: Path, moe: Run, corpus: list[str]) -> None:
+    before = results(whole)
+    done = moe(*QUICK, *TRIAL, *corpus, f"run_dir={whole}")
+    assert done.returncode == 0, done.stderr
+    assert "trial 0" not in done.stdout
+    assert results(whole) == before
+
+
+def test_killed_half_way_it_is_finished_by_the_same_command(whole: Path, corpus: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [*QUICK, *TRIAL, *corpus, f"run_dir={folder}"]
+    with Live(folder, command) as run:
+        run.until(lambda: (folder / "trials/0001/checkpoints/latest").exists())
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.wait()
+    assert [row["trial"] for row in rows(folder)] == ["0"]
+    reached = checkpoints(folder / "trials/0001")[-1]
+    assert reached < 30
+    with Live(folder, command) as run:
+        assert run.wait() == 0, run.output
+        assert "trial 1: router.aux_loss_coef=" in run.output
+        assert ", goes on after step " in run.output
+    assert results(folder) == results(whole)
+    assert "resum" in (folder / "trials/0001/output.txt").read_text()
+
+
+def test_sigterm_lets_the_trials_save_and_the_same_command_goes_on(
+    whole: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    command = [*QUICK, *TRIAL, *corpus, f"run_dir={folder}", "sweep.workers=2"]
+    with Live(folder, command) as run:
+        run.until(lambda: last_step(folder / "trials/0000") > 1 and last_step(folder / "trials/0001") > 1)
+        run.process.terminate()
+        assert run.wait() == 128 + signal.SIGTERM, run.output
+        assert "SIGTERM: stopped; finished trials are in " in run.output
+    assert (folder / "trials/0000/checkpoints/latest").exists()
+    done = subprocess.run(["pgrep", "-f", f"run_dir={folder}"], capture_output=True, check=False)
+    assert done.stdout == b"", "no trial is left behind"
+    with Live(folder, command) as run:
+        assert run.wait() == 0, run.output
+    by_params = {row["params.router.aux_loss_coef"]: row["val_loss"] for row in results(whole)}
+    assert {row["params.router.aux_loss_coef"]: row["val_loss"] for row in results(folder)} == by_params
+
+
+def test_a_trial_that_crashes_is_recorded_and_the_others_go_on(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    preset = tmp_path / "arms.yaml"
+    preset.write_text(
+        "sampler: points\npoints:\n  good: []\n  bad: [data.path=/nowhere]\n  dense: [model.mlp=dense]\nseeds: 2\n"
+    )
+    folder = tmp_path / "arms"
+    done = moe("sweep", f"sweep={preset}", *TRIAL, *corpus, "train.steps=2", f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    found = {(row["params.point"], row["seed"]): row for row in rows(folder)}
+    assert {key: row["state"] for key, row in found.items()} == {
+        **{("good", seed): "COMPLETE" for seed in "01"},
+        **{("bad", seed): "FAIL" for seed in "01"},
+        **{("dense", seed): "COMPLETE" for seed in "01"},
+    }
+    assert found["bad", "0"]["error"].startswith("exit code 2: moe: ")
+    assert found["dense", "0"]["max_violation"] == ""
+    assert float(found["dense", "0"]["val_loss"]) > 0
+
+
+def test_when_all_fail_the_sweep_ends_and_says_why(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "failing"
+    quick = ["sweep", "sweep=router_quick", "sweep.trials=2", *TRIAL, *corpus, "data.path=/nowhere"]
+    for _ in range(2):
+        done = moe(*quick, f"run_dir={folder}")
+        assert done.returncode == 2
+        assert "moe: all 2 trials failed; trial 0: exit code 2: moe: " in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [row["state"] for row in rows(folder)] == ["FAIL", "FAIL"]
+
+
+def test_a_metric_that_does_not_exist_names_those_that_do(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    done = moe(*QUICK, *TRIAL, *corpus, "sweep.objectives=[val_los]", f"run_dir={tmp_path / 'sweep'}")
+    assert done.returncode == 2
+    assert "sweep.objectives: val_los: no such metric; did you mean val_loss? There are " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_two_sweeps_in_one_folder_and_another_space_are_refused(whole: Path, moe: Run, corpus: list[str]) -> None:
+    done = moe(*QUICK, *TRIAL, *corpus, f"run_dir={whole}", "sweep.space.router.z_loss_coef=0,1", "optim.lr=1")
+    assert done.returncode == 2
+    assert "holds the study of another sweep: sweep.space.router.z_loss_coef: choice(0, 0.001, 0.01) → 0,1; " in (
+        done.stderr
+    )
+    assert "optim.lr: 0.003 → 1.0; set it back" in done.stderr
+    held = Live(whole, [*QUICK, *TRIAL, *corpus, f"run_dir={whole}", "sweep.trials=99"])
+    with held:
+        held.until(lambda: (whole / "trials/0004/.lease").exists())
+        done = moe(*QUICK, *TRIAL, *corpus, f"run_dir={whole}")
+        assert done.returncode == 2
+        assert f"run_dir={whole} is in use by process {held.process.pid}" in done.stderr
+        os.killpg(held.process.pid, signal.SIGKILL)
