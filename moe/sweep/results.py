@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial
 
 from moe.config import Sampler
 from moe.durable import write_durably
 from moe.sweep.definition import POINT, Definition
 from moe.sweep.metrics import TOLD
-from moe.sweep.study import TRIALS, Study, distribution
+from moe.sweep.study import TRIALS, Study
 
 CSV, JSON = "trials.csv", "trials.json"
 AFTER = ("state", "steps", "tokens", "seconds", "error", "run_dir")
@@ -33,7 +32,9 @@ def write_results(folder: Path, definition: Definition, study: Study) -> None:
         named = {f"params.{key}": value for key, value in row["params"].items()}
         writer.writerow({**row, **named, **row["metrics"], "error": row["error"]})
     write_durably(folder / CSV, text.getvalue())
-    write_durably(folder / JSON, json.dumps(_described(definition) | {"trials": rows}))
+    write_durably(
+        folder / JSON, json.dumps(_described(definition) | {"trials": rows, "importance": study.importance()})
+    )
 
 
 def _described(definition: Definition) -> dict[str, Any]:
@@ -48,7 +49,6 @@ def _described(definition: Definition) -> dict[str, Any]:
         "trials_asked": settings.trials,
         "names": [POINT] if given else definition.names(),
         "log": [one.key for one in definition.dimensions if one.log],
-        "distributions": {one.key: distribution_to_json(distribution(one)) for one in definition.dimensions},
     }
 
 

@@ -20,6 +20,7 @@ from moe.config import Pruner, SweepConfig
 from moe.durable import write_durably
 from moe.errors import Stopped, UserError
 from moe.locks import RunLock, locked
+from moe.report.sweep_page import write_sweep_report
 from moe.sweep.definition import Definition, Load, define, differences
 from moe.sweep.progress import SweepDisplay
 from moe.sweep.results import write_results
@@ -198,6 +199,7 @@ class _Sweep:
     def _record(self) -> None:
         with locked(self._folder / CLAIMS):
             write_results(self._folder, self._definition, self._study)
+            write_sweep_report(self._folder)
 
     def _beat(self) -> None:
         if time.monotonic() - self._beaten > BEAT_SECONDS:

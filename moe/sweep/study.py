@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -32,6 +31,7 @@ from moe.sweep.storage import beat, without_heartbeat
 
 MAX_LOST = 3  # times that a trial may be lost in a row without a new checkpoint
 MAX_DUPLICATES = 200  # in a row: then the sampler finds nothing new
+MIN_FOR_IMPORTANCE = 4  # trials
 TRIALS = "trials"
 CLAIMS = ".claims"
 
@@ -84,6 +84,20 @@ class Study:
 
     def finished(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.state.is_finished() and "state" in trial.user_attrs]
+
+    def importance(self) -> dict[str, dict[str, float]]:
+        """Optuna's importance of each searched key for each objective; empty while there are too few trials for it."""
+        objectives = self._definition.settings.objectives
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < MIN_FOR_IMPORTANCE or len(self._dimensions()) < 2:
+            return {}
+        told = {}
+        for index, name in enumerate(objectives):
+            if len({trial.values[index] for trial in complete}) > 1:
+                told[name] = optuna.importance.get_param_importances(
+                    self._study, target=lambda trial, index=index: trial.values[index]
+                )
+        return told
 
     def budget_left(self) -> bool:
         settings, trials = self._definition.settings, self.trials()
@@ -292,15 +306,6 @@ def _suggest(trial: optuna.trial.Trial, one: Dimension) -> Any:
         step = 1 if one.step is None else int(one.step)
         return trial.suggest_int(one.key, int(one.low), int(one.high), step=step, log=one.log)
     return trial.suggest_float(one.key, one.low, one.high, step=one.step, log=one.log)
-
-
-def distribution(one: Dimension) -> BaseDistribution:
-    """What `_suggest` draws from."""
-    if one.values:
-        return CategoricalDistribution(one.values)
-    if one.whole:
-        return IntDistribution(int(one.low), int(one.high), one.log, 1 if one.step is None else int(one.step))
-    return FloatDistribution(one.low, one.high, one.log, one.step)
 
 
 def _sampler(definition: Definition, number: int) -> BaseSampler:

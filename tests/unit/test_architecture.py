@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
         "config", "durable", "locks", "errors",
     },
-    "sweep": {"train", "config", "durable", "locks", "errors"},
+    "sweep": {"train", "report", "config", "durable", "locks", "errors"},
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
