@@ -24,7 +24,15 @@ def _count_pieces(tokenizer: TokenizerConfig) -> int:
 
 
 def _train(overrides: list[str]) -> None:
-    """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir."""
+    """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir.
+
+    With -m (--multirun) one run for each combination of values: moe train -m optim.lr=1e-3,2e-3 run_dir=runs/rates
+    """
+    if any(one in MULTIRUN for one in overrides):
+        from moe.sweep.multirun import run_jobs
+
+        run_jobs([one for one in overrides if one not in MULTIRUN], load)
+        return
     from moe.distributed.environment import world_from_environment
 
     config: Config = load(overrides)
@@ -164,8 +172,9 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "cp": _cp,
     "completion": _completion,
 }
+MULTIRUN = ("-m", "--multirun")
 # Options of a verb beside --help, --cfg and --config-dir.
-OPTIONS = {"doctor": ("--json",)}
+OPTIONS = {"doctor": ("--json",), "train": MULTIRUN}
 
 
 def schema(verb: str) -> tuple[str, type] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,13 +137,8 @@ def _categories(override: Override, texts: list[str]) -> tuple[Value, ...]:
     """Plain values where they are, else their texts."""
     found = override.value()
     if isinstance(found, ChoiceSweep):
-        listed = found.list
-        if all(value is None or type(value) in (bool, int, float, str) for value in listed):
-            return tuple(listed)
+        plain = [value for value in found.list if value is None or isinstance(value, bool | int | float | str)]
+        return tuple(plain) if len(plain) == len(found.list) else tuple(texts)
+    if not isinstance(found, RangeSweep):
         return tuple(texts)
-    numbers: list[Value] = []
-    for text in texts:
-        number = float(text) if isinstance(found, RangeSweep) else None
-        whole = number is not None and "." not in text and "e" not in text.lower()
-        numbers.append(text if number is None else int(text) if whole else number)
-    return tuple(numbers)
+    return tuple(int(text) if re.fullmatch(r"-?\d+", text) else float(text) for text in texts)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from moe.config.presets import added_dirs
+from moe.sweep.command import train_command
 from moe.sweep.metrics import Metrics
 from moe.sweep.study import Claimed
 
@@ -17,7 +16,6 @@ OUTPUT = "output.txt"
 STOP_SECONDS = 120  # that a trial gets to save after SIGTERM
 # Exit codes after which the same command goes on from a checkpoint: hung, and ended by a signal.
 INTERRUPTED = (75, 129, 130, 138, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGKILL, -signal.SIGTERM)
-OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC")
 
 
 class Worker:
@@ -65,14 +63,8 @@ class Worker:
         return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
-def train_command(overrides: list[str]) -> list[str]:
-    """`moe train` in this Python, with this command's folders of presets."""
-    folders = [part for folder in added_dirs() for part in ("--config-dir", str(folder))]
-    return [sys.executable, "-m", "moe", *folders, "train", *overrides]
-
-
 def _environment(slot: int, slots: int, group: str) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(OF_TORCHRUN)}
+    inherited = dict(os.environ)
     inherited["WANDB_RUN_GROUP"] = inherited.get("WANDB_RUN_GROUP", group)
     cores = len(os.sched_getaffinity(0))
     inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
