@@ -65,13 +65,13 @@ class SweepSettings:
             "prune by several; sweep.objectives=[val_loss] or sweep.pruner=none",
         )
         given = self.sampler is Sampler.points
+        require(given or not self.points, f"sweep.points needs sweep.sampler=points, not {self.sampler.name}")
         require(
             given or bool(self.space),
             "sweep.space={} is empty: name a key and its values, as in "
             "router.aux_loss_coef: tag(log, interval(1e-4, 1e-1))",
         )
         require(not given or bool(self.points), "sweep.points={} is empty: sampler=points needs NAME: [KEY=VALUE, …]")
-        require(given or not self.points, f"sweep.points needs sweep.sampler=points, not {self.sampler.name}")
         require(not given or not self.space, "sweep.space must be left out with sweep.sampler=points")
         require(
             any((given, self.sampler is Sampler.grid, self.trials, self.tokens, self.hours)),

@@ -23,7 +23,7 @@ RUN_DIR, SWEEP_DIR = "run_dir=", "hydra.sweep.dir="
 def run_jobs(overrides: list[str], load: Load) -> None:
     """All jobs are composed before the first is trained. Raises UserError naming those that failed, Stopped."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("moe train -m: starts its own processes, one after the other; leave torchrun out")
+        raise UserError("train -m starts its own processes, one after the other; leave torchrun out")
     settings, rest = split_hydra(overrides)
     folder = _folder(settings, rest)
     jobs = expand([one for one in rest if not one.startswith(RUN_DIR)])
@@ -35,7 +35,7 @@ def run_jobs(overrides: list[str], load: Load) -> None:
     settings = [one for one in settings if not one.startswith(SWEEP_DIR)]
     if settings:
         if code := launch([train_command(job) for job in jobs], settings, folder):
-            raise UserError(f"moe train -m: a job failed (exit code {code} of Hydra's launcher; see above)")
+            raise UserError(f"a job failed (exit code {code} of Hydra's launcher; see above)")
         return
     failed = []
     for number, job in enumerate(jobs):
@@ -43,7 +43,7 @@ def run_jobs(overrides: list[str], load: Load) -> None:
         if _Job(job).code != 0:
             failed.append(str(number))
     if failed:
-        raise UserError(f"moe train -m: {len(failed)} of {len(jobs)} jobs failed (see above): {', '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed (see above): {', '.join(failed)}")
 
 
 def _folder(settings: list[str], overrides: list[str]) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import re
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from moe.errors import UserError, line_about
 
 JOURNAL = "study.journal"
+ATTEMPTS = 5
 BEAT_SECONDS, GRACE_SECONDS = 10, 60  # of Optuna's heartbeat: a trial without one for so long was lost
 
 
@@ -49,12 +52,7 @@ def open_storage(stated: str | None, folder: Path) -> BaseStorage:
     if stated.startswith("postgresql"):
         options["connect_args"] = {"connect_timeout": 10}
     try:
-        return RDBStorage(
-            _with_driver(stated),
-            engine_kwargs=options,
-            heartbeat_interval=BEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-        )
+        return _open_database(_with_driver(stated), options)
     except ImportError as error:
         raise UserError(
             f"sweep.storage={masked(stated)} needs psycopg 3: pip install 'moe-train[postgresql]' ({error})"
@@ -63,6 +61,20 @@ def open_storage(stated: str | None, folder: Path) -> BaseStorage:
         if not is_unreachable(error):
             raise
         raise UserError(f"sweep.storage={masked(stated)} can't be reached: {first_line(error)}") from error
+
+
+def _open_database(url: str, options: dict[str, Any]) -> RDBStorage:
+    """Tries again where another command made Optuna's tables at the same moment."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return RDBStorage(
+                url, engine_kwargs=options, heartbeat_interval=BEAT_SECONDS, grace_period=GRACE_SECONDS
+            )  # fmt: skip
+        except Exception as error:
+            if attempt == ATTEMPTS - 1 or not re.search("already exists|duplicate key", str(error)):
+                raise
+            time.sleep(1 + random.random())
+    raise AssertionError
 
 
 def _with_driver(url: str) -> str:

@@ -37,6 +37,7 @@ CLAIMS = ".claims"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
 
 
 @dataclass(slots=True)
@@ -124,6 +125,9 @@ class Study:
             )
             if lease is None:
                 continue
+            if self._storage.get_trial(frozen._trial_id).state is not TrialState.RUNNING:  # it ended a moment ago
+                lease.close()
+                continue
             claimed = self._claimed(optuna.trial.Trial(self._study, frozen._trial_id), lease)
             if claimed is not None and self._may_go_on(claimed):
                 return claimed
@@ -134,8 +138,7 @@ class Study:
         trial, step = claimed.trial, newest_checkpoint(claimed.run_dir)
         attrs = trial.user_attrs
         stopped = attrs.get("stopped", False)
-        lost = attrs.get("lost", 0) if step == attrs.get("lost_at", 0) else 0
-        lost += not stopped
+        lost = attrs.get("lost", 0) + (not stopped) if step == attrs.get("lost_at", 0) else 0
         trial.set_user_attr("lost", lost)
         trial.set_user_attr("lost_at", step)
         trial.set_user_attr("stopped", False)
