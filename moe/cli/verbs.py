@@ -31,6 +31,7 @@ def _train(overrides: list[str]) -> None:
     if any(one in MULTIRUN for one in overrides):
         from moe.sweep.multirun import run_jobs
 
+        _require_one_rank("train -m")
         run_jobs([one for one in overrides if one not in MULTIRUN], load)
         return
     from moe.distributed.environment import world_from_environment
@@ -45,6 +46,14 @@ def _train(overrides: list[str]) -> None:
     train(config)
 
 
+def _require_one_rank(verb: str) -> None:
+    from moe.distributed.environment import world_from_environment
+
+    _, world_size, _, _ = world_from_environment()
+    if world_size > 1:
+        raise ConfigError(f"{verb}: starts the processes that train by itself; start it without torchrun")
+
+
 def _sweep(overrides: list[str]) -> None:
     """Search router (or any) settings: trains the trials of a study, writes run_dir/trials.csv and report.html.
 
@@ -56,6 +65,7 @@ def _sweep(overrides: list[str]) -> None:
     config: SweepConfig = load_config(own, "sweep", SweepConfig)
     from moe.sweep.run import run_sweep
 
+    _require_one_rank("sweep")
     run_sweep(config, fixed, load)
 
 

@@ -5,7 +5,6 @@ moe train -m router.aux_loss_coef=0.001,0.01 optim.lr=1e-3,2e-3 run_dir=runs/gri
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -14,7 +13,7 @@ from types import FrameType
 
 from moe.config.multirun import expand, launch, split_hydra
 from moe.errors import Stopped, UserError
-from moe.sweep.command import train_command
+from moe.sweep.command import train_command, train_environment
 from moe.sweep.definition import Load
 
 RUN_DIR, SWEEP_DIR = "run_dir=", "hydra.sweep.dir="
@@ -22,8 +21,6 @@ RUN_DIR, SWEEP_DIR = "run_dir=", "hydra.sweep.dir="
 
 def run_jobs(overrides: list[str], load: Load) -> None:
     """All jobs are composed before the first is trained. Raises UserError naming those that failed, Stopped."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("train -m starts its own processes, one after the other; leave torchrun out")
     settings, rest = split_hydra(overrides)
     folder = _folder(settings, rest)
     jobs = expand([one for one in rest if not one.startswith(RUN_DIR)])
@@ -61,7 +58,7 @@ class _Job:
         self._process: subprocess.Popen[bytes] | None = None
         previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._process = subprocess.Popen(train_command(overrides))
+            self._process = subprocess.Popen(train_command(overrides), env=train_environment())
             self.code = self._process.wait()
         finally:
             for number, handler in previous.items():

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from moe.sweep.command import train_command
+from moe.sweep.command import train_command, train_environment
 from moe.sweep.metrics import Metrics
 from moe.sweep.study import Claimed
 
@@ -64,7 +64,7 @@ class Worker:
 
 
 def _environment(slot: int, slots: int, group: str) -> dict[str, str]:
-    inherited = dict(os.environ)
+    inherited = train_environment()
     inherited["WANDB_RUN_GROUP"] = inherited.get("WANDB_RUN_GROUP", group)
     cores = len(os.sched_getaffinity(0))
     inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
