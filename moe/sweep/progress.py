@@ -92,9 +92,9 @@ class SweepDisplay:
         if self._seconds:
             return sum(self._seconds) / len(self._seconds)
         for worker in workers:
-            steps = worker.metrics.last_step - worker.first_step
-            if steps > 0:
-                return (time.monotonic() - worker.began) / steps * worker.claimed.config.train.steps
+            row = worker.metrics.rows.get(worker.metrics.last_step)
+            if row is not None and "elapsed" in row:
+                return row["elapsed"] / row["step"] * worker.claimed.config.train.steps
         return None
 
 

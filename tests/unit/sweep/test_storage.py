@@ -14,7 +14,6 @@ from pathlib import Path
 import optuna
 import pytest
 
-from moe.sweep import storage
 from moe.sweep.storage import JOURNAL, masked, open_storage
 
 
@@ -132,23 +131,22 @@ def test_workers_on_postgresql_killed_in_mid_trial(postgresql: str, tmp_path: Pa
     assert len({trial.params["router.aux_loss_coef"] for trial in finished}) == 12
 
 
-def test_a_machine_without_a_heartbeat_has_lost_its_trial(
-    postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_a_heartbeat_has_lost_its_trial(postgresql: str, tmp_path: Path) -> None:
+    import psycopg
+
     from tests.unit.sweep.test_study import CONTINUOUS, _definition, _study
 
-    monkeypatch.setattr(storage, "GRACE_SECONDS", 1)
-    definition = _definition(CONTINUOUS, trials=99)
-    far = _study(tmp_path, definition, postgresql.replace("/postgres", "/template1"))
-    trial = far.claim()
+    definition, address = _definition(CONTINUOUS, trials=99), postgresql.replace("/postgres", "/template1")
+    trial = _study(tmp_path, definition, address).claim()
     assert trial is not None
     trial.lease.close()
     (trial.run_dir / ".lease").write_text('{"host": "another-machine"}')
-    near = _study(tmp_path, definition, postgresql.replace("/postgres", "/template1"))
+    near = _study(tmp_path, definition, address)
     claimed = near.claim()
     assert claimed is not None
     assert claimed.number == 1, "the other machine's heart still beats"
-    subprocess.run(["sleep", "2.5"], check=True)
+    with psycopg.connect(address) as connection:
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '10 minutes'")
     again = near.claim()
     assert again is not None
     assert again.number == 0
