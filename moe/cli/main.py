@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> None:
         at = overrides.index("--cfg")
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
-            raise ConfigError("--cfg: only `moe train|plan|prepare|generate --cfg job` prints a composed config")
+            raise ConfigError("--cfg: only `moe train|sweep|plan|prepare|generate --cfg job` prints a composed config")
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
     flags = [override for override in overrides if override.startswith("-") and override not in OPTIONS.get(verb, ())]

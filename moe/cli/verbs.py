@@ -24,10 +24,8 @@ def _count_pieces(tokenizer: TokenizerConfig) -> int:
 
 
 def _train(overrides: list[str]) -> None:
-    """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir.
-
-    With -m (--multirun) one run for each combination of values: moe train -m optim.lr=1e-3,2e-3 run_dir=runs/rates
-    """
+    """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir; with -m (--multirun) one run for each
+    combination of values, as in `moe train -m optim.lr=1e-3,2e-3 run_dir=runs/rates`."""
     if any(one in MULTIRUN for one in overrides):
         from moe.sweep.multirun import run_jobs
 
@@ -55,10 +53,8 @@ def _require_one_rank(verb: str) -> None:
 
 
 def _sweep(overrides: list[str]) -> None:
-    """Search router (or any) settings: trains the trials of a study, writes run_dir/trials.csv and report.html.
-
-    Keys of `moe train`, other than run_dir, apply to every trial: moe sweep sweep=router_quick model=small
-    """
+    """Search settings of the router, or any: trains the trials of a study, writes run_dir/trials.csv and report.html;
+    keys of `moe train`, as in `moe sweep sweep=router_quick model=small`, apply to every trial."""
     from moe.sweep.definition import split
 
     own, fixed = split(overrides)
@@ -109,10 +105,8 @@ def _generate(overrides: list[str]) -> None:
 
 
 def _report(overrides: list[str]) -> None:
-    """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it found.
-
-    The page needs no network.
-    """
+    """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it
+    found. No network needed."""
     if len(overrides) != 1 or "=" in overrides[0]:
         raise ConfigError(
             f"report {' '.join(overrides) or '(nothing)'}: give one run directory, as in `moe report runs/tiny-stdlib`"

@@ -18,7 +18,7 @@ TRIAL = [
     "train.sequence_length=32", "train.micro_batch_size=1", "train.global_batch_size=2", "checkpoint.keep=1",
 ]  # fmt: skip
 pytestmark = pytest.mark.timeout(1000)  # a hang's limit: trials take seconds
-QUICK = ["sweep", "sweep=router_quick", "sweep.trials=4"]
+QUICK = ["sweep", "sweep=router_quick", "sweep.trials=4", "sweep.workers=1"]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -190,6 +190,17 @@ def test_hydras_joblib_launcher_runs_jobs(moe: Run, corpus: list[str], tmp_path:
     done = moe("train", "-m", *swept, *TRIAL, *corpus, "train.steps=2", f"run_dir={tmp_path}/runs", timeout=900)
     assert done.returncode == 0, done.stderr
     assert [last_step(tmp_path / f"runs/{number}") for number in (0, 1)] == [2, 2]
+
+
+def test_commands_that_join_share_one_study(corpus: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "joined"
+    command = [*QUICK, *TRIAL, *corpus, "train.steps=2", f"run_dir={folder}", "sweep.join=true", "sweep.workers=1"]
+    with Live(tmp_path / "one", command) as one, Live(tmp_path / "other", command) as other:
+        assert one.wait(600) == 0, one.output
+        assert other.wait(600) == 0, other.output
+        both = [run.output.count("COMPLETE") for run in (one, other)]
+    assert sum(both) == 4
+    assert [row["state"] for row in rows(folder)] == ["COMPLETE"] * 4
 
 
 @pytest.mark.slow
