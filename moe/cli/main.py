@@ -4,11 +4,13 @@
     moe train model=small data.path='*.txt'               your own text
     torchrun --nproc-per-node 8 -m moe train model=mixtral_8x7b parallel.expert_parallel_size=8 \\
         train.precision=bfloat16 train.global_batch_size=64
+    moe train -m router.aux_loss_coef=0.001,0.01          one run for each value
+    moe sweep sweep=router_quick                          a search by Optuna: trials.csv and a page
     moe plan model=mistral_7b hardware=h100 train.precision=bfloat16 train.global_batch_size=64
                                                           the memory and time of a run, before it is launched
     moe prepare data.path=corpus.jsonl                    only the token shards
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
-    moe report RUN_DIR                                    one HTML page about a run
+    moe report RUN_DIR                                    one HTML page about a run, or about a sweep
     moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'
     moe doctor                                            whether this machine can train, and what would run how
@@ -65,7 +67,7 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError(
-                "--cfg: only `moe train|plan|prepare|generate|analyze --cfg job` prints a composed config"
+                "--cfg: only `moe train|sweep|plan|prepare|generate|analyze --cfg job` prints a composed config"
             )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, TokenizerConfig
+from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig
 from moe.config.compose import ConfigError, load_config
 
 
@@ -24,7 +24,14 @@ def _count_pieces(tokenizer: TokenizerConfig) -> int:
 
 
 def _train(overrides: list[str]) -> None:
-    """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir."""
+    """Pre-train or go on with a run: composes configs/train.yaml, writes run_dir; with -m (--multirun) one run for each
+    combination of values, as in `moe train -m optim.lr=1e-3,2e-3 run_dir=runs/rates`."""
+    if any(one in MULTIRUN for one in overrides):
+        from moe.sweep.multirun import run_jobs
+
+        _require_one_rank("train -m")
+        run_jobs([one for one in overrides if one not in MULTIRUN], load)
+        return
     from moe.distributed.environment import world_from_environment
 
     config: Config = load(overrides)
@@ -35,6 +42,27 @@ def _train(overrides: list[str]) -> None:
     from moe.train.loop import train
 
     train(config)
+
+
+def _require_one_rank(verb: str) -> None:
+    from moe.distributed.environment import world_from_environment
+
+    _, world_size, _, _ = world_from_environment()
+    if world_size > 1:
+        raise ConfigError(f"{verb}: starts the processes that train by itself; start it without torchrun")
+
+
+def _sweep(overrides: list[str]) -> None:
+    """Search settings of the router, or any: trains the trials of a study, writes run_dir/trials.csv and report.html;
+    keys of `moe train`, as in `moe sweep sweep=router_quick model=small`, apply to every trial."""
+    from moe.sweep.definition import split
+
+    own, fixed = split(overrides)
+    config: SweepConfig = load_config(own, "sweep", SweepConfig)
+    from moe.sweep.run import run_sweep
+
+    _require_one_rank("sweep")
+    run_sweep(config, fixed, load)
 
 
 def _plan(overrides: list[str]) -> None:
@@ -78,14 +106,17 @@ def _generate(overrides: list[str]) -> None:
 
 
 def _report(overrides: list[str]) -> None:
-    """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert. No network needed."""
+    """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it
+    found. No network needed."""
     if len(overrides) != 1 or "=" in overrides[0]:
         raise ConfigError(
             f"report {' '.join(overrides) or '(nothing)'}: give one run directory, as in `moe report runs/tiny-stdlib`"
         )
     from moe.report.page import write_report
+    from moe.report.sweep_page import is_sweep, write_sweep_report
 
-    print(write_report(Path(overrides[0])))
+    folder = Path(overrides[0])
+    print(write_sweep_report(folder) if is_sweep(folder) else write_report(folder))
 
 
 def _analyze(overrides: list[str]) -> None:
@@ -143,6 +174,7 @@ def _completion(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "sweep": _sweep,
     "plan": _plan,
     "prepare": _prepare,
     "generate": _generate,
@@ -154,13 +186,16 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "cp": _cp,
     "completion": _completion,
 }
+MULTIRUN = ("-m", "--multirun")
 # Options of a verb beside --help, --cfg and --config-dir.
-OPTIONS = {"doctor": ("--json",)}
+OPTIONS = {"doctor": ("--json",), "train": MULTIRUN}
 
 
 def schema(verb: str) -> tuple[str, type] | None:
     if verb == "train":
         return "train", Config
+    if verb == "sweep":
+        return "sweep", SweepConfig
     if verb == "prepare":
         return "prepare", PrepareConfig
     if verb == "plan":

@@ -14,7 +14,9 @@ from moe.config.choices import (
     ExpertBackend,
     Mlp,
     Precision,
+    Pruner,
     Recompute,
+    Sampler,
     Schedule,
     SourceFormat,
     TokenizerKind,
@@ -26,6 +28,7 @@ from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
 from moe.config.router import RouterConfig, TopKRouterConfig
 from moe.config.run import Config
+from moe.config.sweep import SweepConfig, SweepSettings
 from moe.config.train import (
     AlarmConfig,
     CheckpointConfig,
@@ -59,11 +62,15 @@ __all__ = [
     "PlanSettings",
     "Precision",
     "PrepareConfig",
+    "Pruner",
     "Recompute",
     "RouterConfig",
+    "Sampler",
     "Schedule",
     "SourceConfig",
     "SourceFormat",
+    "SweepConfig",
+    "SweepSettings",
     "TokenizerConfig",
     "TokenizerKind",
     "TopKRouterConfig",

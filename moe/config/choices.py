@@ -102,3 +102,21 @@ class DeviceKind(Enum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Sampler(Enum):
+    """Who chooses the next point of a sweep: every one in turn, chance, TPE, NSGA-II, or the list `sweep.points`."""
+
+    grid = "grid"
+    random = "random"
+    tpe = "tpe"
+    nsga2 = "nsga2"
+    points = "points"
+
+
+class Pruner(Enum):
+    """Which trials of a sweep end early: none, those worse than the median, or by Hyperband's brackets."""
+
+    none = "none"
+    median = "median"
+    hyperband = "hyperband"

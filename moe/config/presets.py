@@ -40,6 +40,10 @@ def add_config_dir(folder: Path) -> None:
         _added_dirs.append(folder)
 
 
+def added_dirs() -> list[Path]:
+    return list(_added_dirs)
+
+
 def groups() -> list[str]:
     return sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 

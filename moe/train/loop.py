@@ -16,15 +16,16 @@ from typing import Any
 
 from moe.config import Config
 from moe.config.compose import to_yaml
+from moe.config.flat import flatten
 from moe.distributed import rendezvous
 from moe.durable import append_line, write_durably
 from moe.engine.base import SkipReason
 from moe.errors import UserError
 from moe.inference.generate import NotFiniteError, sample_text
+from moe.locks import RunLock
 from moe.model.transformer import Transformer
 from moe.plan.fit import check_run
 from moe.report.page import write_report
-from moe.train import run_directory
 from moe.train.held_out import experts_not_finite
 from moe.train.objective import training_step
 from moe.train.optim import learning_rate
@@ -35,12 +36,12 @@ from moe.train.tracking import finite
 
 def train(config: Config) -> None:
     """Runs to `train.steps`. Raises UserError with one line for the user."""
-    mesh = rendezvous.start(config.parallel.expert_parallel_size, run_directory.flatten(config))
+    mesh = rendezvous.start(config.parallel.expert_parallel_size, flatten(config))
     try:
         display = Display(is_main=mesh.is_main, steps=config.train.steps, log_every=config.train.log_every)
         folder = Path(config.run_dir)
         mesh.agree(lambda: check_run(config, mesh.world_size, mesh.local_world_size, mesh.device), "memory")
-        held = mesh.agree(lambda: run_directory.RunLock(folder) if mesh.is_main else None, "run_dir")
+        held = mesh.agree(lambda: RunLock(folder) if mesh.is_main else None, "run_dir")
         try:
             run = set_up(config, mesh, folder, display)
             if run.state.step >= config.train.steps:
@@ -55,7 +56,7 @@ def train(config: Config) -> None:
         rendezvous.stop()
 
 
-def _loop(run: TrainingRun, held: run_directory.RunLock | None) -> None:
+def _loop(run: TrainingRun, held: RunLock | None) -> None:
     """`held` is rank 0's."""
     config, state, train = run.config, run.state, run.config.train
     run.display.start(state.step)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def _short(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: 40 s, 3 min 05 s, 2 h 10 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -63,7 +64,7 @@ class Display:
         elif step % self._log_every == 0 or step in (self._first_step + 1, self._steps):
             done = step - self._first_step
             remaining = (time.perf_counter() - self._started) / done * (self._steps - step)
-            self.line(f"step {step}/{self._steps} · {text} · {_short(remaining)} left")
+            self.line(f"step {step}/{self._steps} · {text} · {duration(remaining)} left")
         if "val_loss" in metrics:
             gap = metrics["val_unigram_entropy"] - metrics["val_loss"]
             self.line(

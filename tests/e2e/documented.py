@@ -136,6 +136,8 @@ def _arguments(words: list[str], environment: dict[str, str]) -> tuple[list[str]
         return rest[1:], int(environment.get("NPROC", GPUS)) * int(environment.get("NNODES", 1))
     if rest[:1] == ["launch/two_namespaces.sh"]:
         return rest[1:], 2 * int(environment.get("NPROC", 1))
+    if program == "sbatch" and "launch/sweep_slurm.sbatch" in rest:
+        return ["sweep", *rest[rest.index("launch/sweep_slurm.sbatch") + 1 :]], None
     if program == "sbatch":
         nodes = next((int(word.partition("=")[2]) for word in rest if word.startswith("--nodes=")), 2)
         return rest[rest.index("launch/slurm.sbatch") + 1 :], nodes * GPUS

@@ -16,9 +16,10 @@ import pytest
 from datasets import Dataset
 
 from moe.bench import BENCHMARKS, attention, settings
-from moe.cli.verbs import load, schema
+from moe.cli.verbs import MULTIRUN, load, schema
 from moe.config import PlanConfig
 from moe.config.compose import load_config
+from moe.config.multirun import expand
 from tests.e2e.documented import DOCUMENTS, ROOT, Command, commands
 from tests.faults.forked import Finished, moe_ranks
 
@@ -63,9 +64,16 @@ class Desk:
         if command not in self._done:
             verb, *rest = (re.sub(r"(^|=)(RUN|RUN_DIR)$", rf"\1{PLAIN_RUN}", word) for word in command.arguments)
             self._prepare(verb, rest)
-            if verb in ("train", "prepare") and "--cfg" not in rest and "--help" not in rest:
-                rest += [f"data.cache_dir={self._folder / 'cache'}", *(SHORT if verb == "train" else [])]
-                if rest and verb == "train" and not _value(rest, "run_dir") and command.arguments != ("train",):
+            if verb == "sweep":
+                rest += ["sweep.trials=1", "train.steps=2"]
+            if verb in ("train", "sweep", "prepare") and "--cfg" not in rest and "--help" not in rest:
+                rest += [f"data.cache_dir={self._folder / 'cache'}", *(SHORT if verb != "prepare" else [])]
+                if (
+                    rest
+                    and verb in ("train", "sweep")
+                    and not _value(rest, "run_dir")
+                    and command.arguments != ("train",)
+                ):
                     rest.append(f"run_dir=runs/{len(self._done)}")
             if verb == "analyze":
                 rest += [f"data.cache_dir={self._folder / 'cache'}", "analyze.sequences=6", "analyze.permutations=5"]
@@ -109,7 +117,7 @@ def _value(words: list[str], key: str) -> str:
 
 
 def _run_dir(command: Command) -> str:
-    if command.arguments is None or command.arguments[0] != "train":
+    if command.arguments is None or command.arguments[0] not in ("train", "sweep"):
         return ""
     return PLAIN_RUN if command.arguments == ("train",) else _value(list(command.arguments), "run_dir")
 
@@ -140,7 +148,8 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
     if verb in ("train", "prepare") and "--cfg" not in rest and "--help" not in rest:
         composed_from = schema(verb)
         assert composed_from is not None
-        config = load(rest, *composed_from)
+        jobs = expand([word for word in rest if word not in MULTIRUN]) if verb == "train" else [rest]
+        config = [load(job, *composed_from) for job in jobs][-1]
         if not command.sketch and verb == "train":
             config.check_world(command.ranks)
     message = REFUSED.get(command.text)
@@ -152,7 +161,8 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
             assert done.code == (2 if message else 0), done.err
             assert (message or "") in done.err
         if run_dir := _run_dir(command):
-            assert (desk._folder / run_dir / "metrics.jsonl").exists()
+            found = desk._folder / run_dir / ("trials.csv" if verb == "sweep" else "metrics.jsonl")
+            assert found.exists() or (desk._folder / run_dir / "0/metrics.jsonl").exists()
     else:
         assert verb == "train" or command.sketch, "only training needs a cluster"
 

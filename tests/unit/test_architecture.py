@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "untrusted": {"errors"},
     "durable": {"untrusted", "errors"},
+    "locks": {"errors"},
     "config": {"untrusted", "errors"},
     "distributed": {"errors"},
     "kernels": {"config", "errors"},
@@ -36,8 +37,9 @@ ROOMS: dict[str, set[str]] = {
     "report": {"config", "errors", "untrusted", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
-        "config", "durable", "untrusted", "errors",
+        "config", "durable", "locks", "untrusted", "errors",
     },
+    "sweep": {"train", "report", "config", "durable", "locks", "errors"},
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },
@@ -46,8 +48,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "train", "analysis", "report", "inference", "plan", "data", "checkpoint", "distributed",
-        "kernels", "config", "errors",
+        "doctor", "bench", "analysis", "sweep", "train", "report", "inference", "plan", "data", "checkpoint",
+        "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},
     "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},
@@ -59,6 +61,7 @@ ONLY_IN = {
     "hydra": "config/",
     "datasets": "data/",
     "megablocks": "kernels/megablocks.py",
+    "optuna": "sweep/",
 }
 # Packages that importing a room must not load, not even indirectly.
 NEVER_LOADED = {
@@ -67,7 +70,8 @@ NEVER_LOADED = {
     "model": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
     "plan": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
     "report": {"hydra", "deepspeed", "wandb", "datasets", "transformers", "torch"},
-    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch"},
+    "sweep": {"deepspeed", "wandb", "datasets", "transformers", "torch"},
+    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch", "optuna"},
 }
 
 

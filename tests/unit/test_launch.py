@@ -180,6 +180,36 @@ def test_a_node_0_that_never_answers_ends_in_the_stated_time() -> None:
     assert time.monotonic() - started < 60
 
 
+# sweep_slurm.sbatch
+
+
+def test_a_task_of_a_sweeps_array_is_one_worker_of_its_study(stubs: dict[str, str], tmp_path: Path) -> None:
+    _write(tmp_path / "venv/bin/python", '#!/bin/bash\necho "python $*"\nexit "${CODE:-0}"\n')
+    done = _bash("sweep_slurm.sbatch", "sweep=router_quick", "run_dir=a b", env=stubs)
+    assert done.stdout == "python -m moe sweep sweep=router_quick run_dir=a b sweep.join=true\n"
+    assert _bash("sweep_slurm.sbatch", env=stubs | {"CODE": "7"}).returncode == 7
+
+
+def test_out_of_time_a_sweeps_task_saves_and_is_requeued(stubs: dict[str, str], tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    _write(
+        tmp_path / "venv/bin/python",
+        f"#!/bin/bash\ntrap 'echo saved; exit 143' TERM\ntouch {hold}\nwhile true; do sleep 0.05; done\n",
+    )
+    job = stubs | {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    command = ["bash", str(LAUNCH / "sweep_slurm.sbatch"), "sweep=router_quick"]
+    with subprocess.Popen(command, env=job, stdout=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        for _ in range(1200):
+            if hold.exists():
+                break
+            time.sleep(0.05)
+        running.send_signal(signal.SIGUSR1)
+        out, _ = running.communicate(timeout=60)
+    assert out == "saved\nlaunch/sweep_slurm.sbatch: out of time, requeued\n"
+    assert running.returncode == 143
+    assert (tmp_path / "record").read_text() == "scontrol requeue 17_3\n"
+
+
 # slurm.sbatch
 
 

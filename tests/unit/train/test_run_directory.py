@@ -1,10 +1,8 @@
-"""One job a directory, one model for its life; metrics go back to the checkpoint's step."""
+"""One model for its life; metrics go back to the checkpoint's step."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,6 @@ from moe.config.compose import load_config, to_yaml
 from moe.train import run_directory
 from moe.train.tracking import cut_back
 
-
-def test_a_second_job_is_refused_and_the_holder_named(tmp_path: Path) -> None:
-    held = run_directory.RunLock(tmp_path)
-    with pytest.raises(ValueError, match=r"run_dir=.* is in use by process \d+ on .*choose another run_dir"):
-        run_directory.RunLock(tmp_path)
-    held.close()
-    run_directory.RunLock(tmp_path).close()
-
-
 SAME = ("d1", "d1")
 
 
@@ -29,14 +18,6 @@ SAME = ("d1", "d1")
 def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config([])))
     return tmp_path
-
-
-def test_a_holder_that_has_only_just_locked_is_waited_for(tmp_path: Path) -> None:
-    with (tmp_path / ".lock").open("a+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        threading.Timer(0.2, lambda: (held.write("process 7 on here\n"), held.flush())).start()
-        with pytest.raises(ValueError, match="is in use by process 7 on here"):
-            run_directory.RunLock(tmp_path)
 
 
 def test_another_model_cannot_continue_and_the_key_is_named(checkpoint: Path) -> None:
