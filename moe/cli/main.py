@@ -45,6 +45,7 @@ from moe.distributed.parent import die_with_torchrun
 from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about
 
 LONGEST_LINE = 1200  # characters
+HEAD_START = 2.0  # seconds
 
 
 def _run(arguments: list[str]) -> None:
@@ -117,6 +118,8 @@ def _exit(code: int, line: str) -> NoReturn:
                 f"(torchrun now reports that its processes ended, exit code {code}; the reason is above)",
                 file=sys.stderr,
             )
+        else:  # torchrun kills the other ranks once one has ended: the one that prints goes first
+            time.sleep(HEAD_START)
         message = {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": line}}
         # The line is on stderr already; a full disk must not hide it behind a traceback.
         with contextlib.suppress(OSError):

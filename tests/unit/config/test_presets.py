@@ -8,7 +8,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from moe.config import Config, HardwareConfig, SourceConfig
+from moe.config import Config, HardwareConfig, SourceConfig, SweepConfig
 from moe.config.compose import ConfigError, load_config
 from moe.config.presets import add_config_dir, config_dir, groups, presets
 from moe.model.transformer import Transformer
@@ -140,8 +140,9 @@ def test_every_group_takes_a_copy_of_its_presets(own: Path, group: str):
         needed = {"files": ["data.path=x"], "mistral": ["model.vocab_size=32000"]}
         needed |= {kind: ["tokenizer.path=x", "model.vocab_size=9"] for kind in ("model_file", "huggingface")}
         copied = write(own / f"{name}_copy.yaml", path.read_text(encoding="utf-8"))
+        composed_as = ("sweep", SweepConfig) if group == "sweep" else ("train", Config)
         if group != "hardware":
-            assert load_config([f"{group}={copied}", *needed.get(name, [])])
+            assert load_config([f"{group}={copied}", *needed.get(name, [])], *composed_as)
 
 
 @pytest.mark.parametrize(
