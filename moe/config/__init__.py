@@ -8,6 +8,7 @@ Field names are Hugging Face's wherever Hugging Face has one.
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
     AttentionBackend,
+    BiasUpdate,
     DeviceKind,
     DropPolicy,
     EngineKind,
@@ -18,6 +19,7 @@ from moe.config.choices import (
     Recompute,
     Sampler,
     Schedule,
+    ScoringFunction,
     SourceFormat,
     TokenizerKind,
     TrackingBackend,
@@ -26,7 +28,15 @@ from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
-from moe.config.router import RouterConfig, TopKRouterConfig
+from moe.config.router import RouterConfig
+from moe.config.router_kinds import (
+    ExpertChoiceRouterConfig,
+    GroupLimitedRouterConfig,
+    GumbelRouterConfig,
+    NoisyTopKRouterConfig,
+    TokenChoiceConfig,
+    TopKRouterConfig,
+)
 from moe.config.run import Config
 from moe.config.sweep import SweepConfig, SweepSettings
 from moe.config.train import (
@@ -44,6 +54,7 @@ __all__ = [
     "AnalyzeConfig",
     "AnalyzeSettings",
     "AttentionBackend",
+    "BiasUpdate",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -51,11 +62,15 @@ __all__ = [
     "DropPolicy",
     "EngineKind",
     "ExpertBackend",
+    "ExpertChoiceRouterConfig",
     "ExpertsConfig",
+    "GroupLimitedRouterConfig",
     "GuardConfig",
+    "GumbelRouterConfig",
     "HardwareConfig",
     "Mlp",
     "ModelConfig",
+    "NoisyTopKRouterConfig",
     "OptimConfig",
     "ParallelConfig",
     "PlanConfig",
@@ -67,10 +82,12 @@ __all__ = [
     "RouterConfig",
     "Sampler",
     "Schedule",
+    "ScoringFunction",
     "SourceConfig",
     "SourceFormat",
     "SweepConfig",
     "SweepSettings",
+    "TokenChoiceConfig",
     "TokenizerConfig",
     "TokenizerKind",
     "TopKRouterConfig",

@@ -46,6 +46,21 @@ class DropPolicy(Enum):
     probability = "probability"
 
 
+class ScoringFunction(Enum):
+    """What makes scores of a router's logits: softmax over the experts, or each expert's own sigmoid."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class BiasUpdate(Enum):
+    """How the loss-free balancing bias moves: not at all, by a fixed step up or down, or in proportion to the error."""
+
+    none = "none"
+    sign = "sign"
+    proportional = "proportional"
+
+
 class SourceFormat(Enum):
     """`auto` looks at the file names; `dataset` is anything `datasets` loads from disk or the Hub."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from moe.config import Config, ModelConfig, TokenizerConfig
 from moe.config.data import path_name
 from moe.config.explain import explain
 from moe.config.migrate import check_overrides, migrate
-from moe.config.overrides import quote_where_needed
+from moe.config.overrides import for_hydra
 from moe.config.presets import composed_folder
 from moe.config.router import registered_router, router_kinds, saved_kind
 from moe.config.saved import INTERPOLATION, read_saved
-from moe.config.suggest import dotted_keys, no_such_key
+from moe.config.suggest import dotted_keys, no_such_key, of_other_routers
 from moe.errors import UserError
 
 
@@ -69,12 +69,13 @@ def compose_dict(
         store.store(group="router", name=f"{kind}_schema", node=registered_router(kind).schema)
     try:
         with composed_folder(overrides) as (folder, named), initialize_config_dir(str(folder), version_base="1.3"):
-            composed = compose(name, overrides=quote_where_needed(named), return_hydra_config=True)
+            composed = compose(name, overrides=for_hydra(named), return_hydra_config=True)
     except UserError as error:
         raise ConfigError(str(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        known = _keys(compose_dict([], name, schema)) if overrides else []
-        raise ConfigError(explain(error, overrides, known)) from error
+        around = _around(overrides, name, schema)
+        message = of_other_routers(around.router.kind, overrides) if "router" in around else None
+        raise ConfigError(message or explain(error, overrides, _keys(around))) from error
     except yaml.MarkedYAMLError as error:
         where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "a preset"
         raise ConfigError(f"{where}: not valid YAML ({error.problem})") from error
@@ -85,6 +86,15 @@ def compose_dict(
         composed.pop("hydra")
     _fill_vocabulary(composed, count_pieces)
     return composed
+
+
+def _around(overrides: list[str], name: str, schema: type) -> DictConfig:
+    """What these overrides, of which one is wrong, are written for: the defaults, with the router that they choose."""
+    chosen = [one for one in overrides if re.match(r"\+*(router|experiment)=", one)]
+    try:
+        return compose_dict(chosen if chosen != overrides else [], name, schema) if overrides else OmegaConf.create({})
+    except ConfigError:
+        return compose_dict([], name, schema)
 
 
 def _names_own_text(overrides: list[str]) -> bool:
@@ -152,6 +162,8 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
         raise ConfigError(explain(cause, overrides or [], [])) from error
     except AttributeError as error:  # slots refuse a key that `+key=` added
         key = str(error).rpartition(" attribute ")[2].strip("'")
+        if "router" in node and (message := of_other_routers(node.router.kind, overrides or [])):
+            raise ConfigError(message) from error
         found = re.search(rf"(?m)^\+*((?:\w+\.)*{key})[.=]", "\n".join(overrides or []))
         raise ConfigError(no_such_key(found[1] if found else key, overrides or [], _keys(node))) from error
     except UserError as error:
@@ -194,4 +206,7 @@ def read_config(path: Path, schema: type = Config) -> Any:
         defaults = _typed(schema, router=saved_kind(saved.get("router")))
         return to_config(OmegaConf.merge(defaults, migrate(saved)))
     except (UserError, OmegaConfBaseException, TypeError) as error:
-        raise ConfigError(f"{path}: {explain(error, [], _keys(defaults))}") from error
+        router = saved.get("router")
+        options = [f"router.{key}={value}" for key, value in router.items()] if isinstance(router, Mapping) else []
+        message = of_other_routers(saved_kind(router), options) or explain(error, [], _keys(defaults))
+        raise ConfigError(f"{path}: {message}") from error

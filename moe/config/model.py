@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moe.config.choices import AttentionBackend, ExpertBackend, Mlp, Recompute
-from moe.config.rules import positive, require, share
+from moe.config.rules import not_negative, positive, require, share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,6 +18,10 @@ class ModelConfig:
     Unless a preset or override sets `vocab_size`, composing sets it to the tokenizer's vocabulary size, if that is
     known. `hidden_dropout` applies to the outputs of attention and MLP before they are added to the residual stream, in
     training only.
+
+    With `mlp=sparse`, `sparse_layers` says which layers have a router: `all`, `every_N` (each N-th, the N-th first), or
+    a list counted from 0; the others have a dense MLP of `intermediate_size`. An expert has `moe_intermediate_size`
+    (None: `intermediate_size`); every token also uses a dense MLP of `n_shared_experts` times that, if there are any.
     """
 
     vocab_size: int = 2048
@@ -32,11 +39,16 @@ class ModelConfig:
     initializer_range: float = 0.02
     hidden_dropout: float = 0.0
     mlp: Mlp = Mlp.sparse
+    sparse_layers: Any = "all"
+    moe_intermediate_size: int | None = None
+    n_shared_experts: int = 0
     attention: AttentionBackend = AttentionBackend.auto
     recompute: Recompute = Recompute.none
 
     def __post_init__(self) -> None:
         positive("model", self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        positive("model", self, "moe_intermediate_size")
+        not_negative("model", self, "n_shared_experts")
         positive("model", self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
         positive("model", self, "rope_theta", "rms_norm_eps", "initializer_range")
         share("model", self, "hidden_dropout")
@@ -57,6 +69,42 @@ class ModelConfig:
             f"model.sliding_window={window} must be ≥ 1: it counts the query's own key (null means full attention)",
         )
         positive("model", self, "sliding_window")
+        self._check_sparse_layers()
+
+    def _check_sparse_layers(self) -> None:
+        stated, layers = self.sparse_layers, self.num_hidden_layers
+        key = f"model.sparse_layers={stated}"
+        if isinstance(stated, list):
+            numbers = all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < layers for one in stated)
+            require(
+                bool(stated) and numbers and len(set(stated)) == len(stated),
+                f"{key} must name layers from 0 to {layers - 1}, each once; model.mlp=dense has no sparse layer",
+            )
+            return
+        every = re.fullmatch(r"all|every_([1-9]\d{0,8})", str(stated))
+        require(every is not None, f"{key} must be all, every_N as in every_2, or a list of layers as in [1,3]")
+        assert every is not None
+        require(int(every[1] or 1) <= layers, f"{key} must be ≤ every_{layers}: no layer of {layers} would be sparse")
+
+    @property
+    def sparse_layer_numbers(self) -> Sequence[int]:
+        """The layers that have a router, in order, counted from 0."""
+        if self.mlp is Mlp.dense:
+            return range(0)
+        if isinstance(self.sparse_layers, list):
+            return sorted(self.sparse_layers)
+        every = int(self.sparse_layers.partition("_")[2] or 1)
+        return range(every - 1, self.num_hidden_layers, every)
+
+    @property
+    def expert_size(self) -> int:
+        """Width of one expert's feed-forward."""
+        return self.intermediate_size if self.moe_intermediate_size is None else self.moe_intermediate_size
+
+    @property
+    def shared_size(self) -> int:
+        """Width of the experts that every token uses, as one MLP; 0 where there are none."""
+        return self.n_shared_experts * self.expert_size
 
     @property
     def head_size(self) -> int:

@@ -20,10 +20,18 @@ def quote_texts(overrides: list[str]) -> list[str]:
     ]
 
 
-def quote_where_needed(overrides: list[str]) -> list[str]:
-    """Quotes values that Hydra can't parse, as in `data.path=my file(1).txt`, or reads as several, as in `a,b`."""
+# Mappings with keys of the user's own.
+OPEN_MAPPINGS = ("router.schedules", "router.layers")
+
+
+def for_hydra(overrides: list[str]) -> list[str]:
+    """Quotes values that Hydra can't parse, as in `data.path=my file(1).txt`, or reads as several, as in `a,b`.
+
+    Adds new keys to mappings whose keys are the user's own, as in `router.layers.3.top_k=1`.
+    """
     parser = OverridesParser.create()
-    return [override if _parses(parser, override) else _with_quotes(override) for override in overrides]
+    quoted = [override if _parses(parser, override) else _with_quotes(override) for override in overrides]
+    return [f"++{one.lstrip('+')}" if re.match(rf"\+*({'|'.join(OPEN_MAPPINGS)})[.=]", one) else one for one in quoted]
 
 
 def _parses(parser: OverridesParser, override: str) -> bool:

@@ -8,7 +8,8 @@ from moe.config.choices import EngineKind, Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import ExpertsConfig, ModelConfig
-from moe.config.router import RouterConfig, TopKRouterConfig
+from moe.config.router import RouterConfig
+from moe.config.router_kinds import TopKRouterConfig
 from moe.config.rules import filled, require
 from moe.config.train import (
     AlarmConfig,
@@ -79,7 +80,12 @@ class Config:
             f"optim.warmup_steps={optim.warmup_steps} plus optim.decay_steps={optim.decay_steps} must be ≤ "
             f"train.steps={train.steps}",
         )
-
+        routed = model.sparse_layer_numbers
+        for layer in self.router.layers:
+            require(
+                layer in routed or model.mlp is Mlp.dense,
+                f"router.layers.{layer}: layers with a router are {', '.join(map(str, routed))}",
+            )
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe.config.migrate import renamed
+from moe.config.router import kinds_with, router_kinds
 
 
 def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
@@ -19,6 +21,17 @@ def no_such_key(key: str, overrides: list[str], known: list[str]) -> str:
     if not near:
         return f"{given}: no such key; `moe VERB --help` lists them all"
     return f"{given}: no such key; did you mean {' or '.join(name + given.removeprefix(key) for name in near)}?"
+
+
+def of_other_routers(kind: object, overrides: Iterable[str]) -> str | None:
+    """The message for an option that routers of this kind don't have and others do; None if no override sets one."""
+    for override in overrides:
+        given = override.lstrip("+")
+        option = re.match(r"router\.(\w+)[.=]", given)
+        having = kinds_with(option[1]) if option else []
+        if option and having and kind not in having and kind in router_kinds():
+            return f"{given}: {kind} routers have no {option[1]}; {', '.join(having)} routers do"
+    return None
 
 
 def nearest_keys(key: str, known: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ MAX_HANG_SECONDS = 850.0
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW. `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
-    The learning rate decays to `lr × min_lr_ratio`."""
+    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts."""
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -26,9 +26,12 @@ class OptimConfig:
     warmup_steps: int | None = None
     decay_steps: int | None = None
     min_lr_ratio: float = 0.1
+    router_lr_multiplier: float = 1.0
+    experts_lr_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         positive("optim", self, "lr", "eps", "max_grad_norm", "decay_steps")
+        positive("optim", self, "router_lr_multiplier", "experts_lr_multiplier")
         not_negative("optim", self, "weight_decay", "warmup_steps")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from moe.distributed.mesh import Mesh
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weights", *ADAM_MOMENTS)
+ROUTER, EXPERTS = "router", "experts"  # parameters that may have learning rates of their own
+NO_SCALES: Mapping[str, float] = MappingProxyType({})
 States = dict[str, dict[str, Tensor]]  # {kind: {parameter name: float32 tensor on the CPU}}; experts: this rank's slice
 
 
@@ -90,8 +93,11 @@ class Engine(Protocol):
         """Adds the gradient of one micro-batch's loss. A loss that isn't finite makes every rank skip the step."""
         ...
 
-    def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
-        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`.
+    def step(
+        self, lr: float, norm_limit: float | None = None, lr_scales: Mapping[str, float] = NO_SCALES
+    ) -> StepResult | None:
+        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`, times `lr_scales`'
+        factor for ROUTER or EXPERTS; 0 leaves weights as they are.
 
         The update is skipped on all ranks if a loss or a gradient was not finite on any of them, or if the gradient
         norm is over `norm_limit` (None, on all ranks, for no limit).

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe.engine.base import KINDS, States
+from moe.config import Config
+from moe.engine.base import EXPERTS, KINDS, ROUTER, States
+from moe.sparse import routers_of
 from moe.sparse.experts import Experts
 
 
@@ -17,15 +19,41 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups. Matrices decay; norms and other vectors don't. Frozen parameters are left out."""
-    trained = trained_parameters(model).values()
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay, "name": "decay"},
-        {"params": vectors, "weight_decay": 0.0, "name": "no_decay"},
-    ]
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """AdamW's parameter groups. Matrices decay; norms and other vectors don't. Frozen parameters are left out.
+
+    `role` is ROUTER or EXPERTS in groups of their own where their learning rates may differ, else None.
+    """
+    trained, optim = trained_parameters(model), config.optim
+    routers = {id(p) for router in routers_of(model) for p in router.parameters()}
+    experts = expert_names(model)
+    apart = set()
+    if optim.router_lr_multiplier != 1 or config.router.freezes:
+        apart.add(ROUTER)
+    if optim.experts_lr_multiplier != 1:
+        apart.add(EXPERTS)
+
+    def role(name: str, parameter: nn.Parameter) -> str | None:
+        found = ROUTER if id(parameter) in routers else EXPERTS if name in experts else None
+        return found if found in apart else None
+
+    groups = []
+    for wanted in (None, *sorted(apart)):
+        mine = [parameter for name, parameter in trained.items() if role(name, parameter) == wanted]
+        suffix = f"_{wanted}" if wanted else ""
+        matrices = [parameter for parameter in mine if parameter.ndim >= 2]
+        vectors = [parameter for parameter in mine if parameter.ndim < 2]
+        groups += [
+            {"params": matrices, "weight_decay": optim.weight_decay, "name": f"decay{suffix}", "role": wanted},
+            {"params": vectors, "weight_decay": 0.0, "name": f"no_decay{suffix}", "role": wanted},
+        ]
+    return groups
+
+
+def set_learning_rates(groups: Iterable[dict[str, Any]], lr: float, lr_scales: Mapping[str, float]) -> None:
+    """`lr`, times the scale of the group's role where there is one."""
+    for group in groups:
+        group["lr"] = lr * lr_scales.get(group["role"], 1.0)
 
 
 def expert_names(model: nn.Module) -> set[str]:

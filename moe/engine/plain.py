@@ -9,7 +9,7 @@ micro-batch's gradient is added and freed as soon as autograd has computed it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
-from moe.engine.base import ADAM_MOMENTS, KINDS, OptimizerState, SkipReason, States, StepResult
-from moe.engine.parameters import expert_names, parameter_groups, trained_parameters, zero_states
+from moe.engine.base import ADAM_MOMENTS, KINDS, NO_SCALES, OptimizerState, SkipReason, States, StepResult
+from moe.engine.parameters import (
+    expert_names,
+    parameter_groups,
+    set_learning_rates,
+    trained_parameters,
+    zero_states,
+)
 
 
 class PlainEngine:
@@ -37,7 +43,7 @@ class PlainEngine:
             model.bfloat16()
         self._trained = trained_parameters(model)
         self._masters: dict[str, Tensor] = dict(self._trained)
-        groups = parameter_groups(model, config.optim.weight_decay)
+        groups = parameter_groups(model, config)
         if config.train.precision is Precision.bfloat16:
             self._masters = {name: _float32_master(parameter) for name, parameter in self._trained.items()}
             master_of = {parameter: self._masters[name] for name, parameter in self._trained.items()}
@@ -63,9 +69,11 @@ class PlainEngine:
         self._losses_finite = self._losses_finite & loss.detach().isfinite()  # read in `step`, not to wait for a GPU
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
-        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`, unless a loss or a
-        gradient was not finite or the gradient norm is over `norm_limit`."""
+    def step(
+        self, lr: float, norm_limit: float | None = None, lr_scales: Mapping[str, float] = NO_SCALES
+    ) -> StepResult | None:
+        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`, times the scales of
+        its parameters' roles, unless a loss or a gradient was not finite or the gradient norm is over `norm_limit`."""
         self._micro_batches += 1
         if self._micro_batches % self.accumulation:
             return None
@@ -81,7 +89,8 @@ class PlainEngine:
         elif norm_limit is not None and grad_norm > norm_limit:
             skipped = SkipReason.spike
         if skipped is None:
-            self._update(masters, total_norm, grad_norm, lr)
+            set_learning_rates(self._optimizer.param_groups, lr, lr_scales)
+            self._update(masters, total_norm, grad_norm)
         else:
             self.skipped_steps += 1
         self._optimizer.zero_grad(set_to_none=True)
@@ -94,11 +103,9 @@ class PlainEngine:
         self._copy_to_model()
         self.skipped_steps = skipped_steps
 
-    def _update(self, masters: list[Tensor], total_norm: Tensor, grad_norm: float, lr: float) -> None:
+    def _update(self, masters: list[Tensor], total_norm: Tensor, grad_norm: float) -> None:
         if grad_norm + 1e-6 > self._max_grad_norm:  # below, clipping would multiply by 1
             clip_grads_with_norm_(masters, self._max_grad_norm, total_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
         self._optimizer.step()
         self._copy_to_model()
 

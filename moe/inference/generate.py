@@ -63,6 +63,11 @@ def stream(
     """
     config = model.config
     require(
+        model.is_causal,
+        "this model's routers (router.kind=expert_choice) choose a token's experts by what follows it too: no text can "
+        "be generated; `moe train` evaluates it",
+    )
+    require(
         tokenizer.vocab_size <= config.vocab_size,
         f"the tokenizer's {tokenizer.vocab_size} pieces must be ≤ model.vocab_size={config.vocab_size}",
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moe.config import ExpertsConfig, Mlp, ModelConfig, Recompute, RouterConfig
+from moe.config import ExpertsConfig, ModelConfig, Recompute, RouterConfig
 from moe.kernels.attention import resolve_attention
 from moe.kernels.policy import recomputed
 from moe.kernels.rotary import RotaryTables
@@ -23,7 +23,7 @@ from moe.model.initialize import fill_weights
 from moe.model.loss import head_loss
 from moe.model.mlp import DenseMLP
 from moe.model.norm import build_norm
-from moe.sparse import Randomness, RouterOutput, SparseMLP, build_sparse_mlp
+from moe.sparse import Randomness, RouterOutput, SparseMLP, build_sparse_mlp, routers_of
 
 
 @dataclass(slots=True)
@@ -43,15 +43,22 @@ class Block(nn.Module):
         expert_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
-        hidden, intermediate = model.hidden_size, model.intermediate_size
+        hidden = model.hidden_size
         self.input_layernorm = build_norm(model, hidden)
         self.self_attn = Attention(model, layer, model.sliding_window)
         self.post_attention_layernorm = build_norm(model, hidden)
         self.mlp: SparseMLP | DenseMLP
-        if model.mlp is Mlp.sparse:
-            self.mlp = build_sparse_mlp(hidden, intermediate, router, experts, expert_group=expert_group)
+        if layer in model.sparse_layer_numbers:
+            self.mlp = build_sparse_mlp(
+                hidden,
+                model.expert_size,
+                router.for_layer(layer),
+                experts,
+                expert_group=expert_group,
+                shared_experts=DenseMLP(hidden, model.shared_size) if model.shared_size else None,
+            )
         else:
-            self.mlp = DenseMLP(hidden, intermediate)
+            self.mlp = DenseMLP(hidden, model.intermediate_size)
         self.layer, self.recompute, self.dropout = layer, model.recompute, model.hidden_dropout
 
     def forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
@@ -164,6 +171,11 @@ class Transformer(nn.Module):
         """With `tie_word_embeddings`, makes the head's weight the embedding's; call it again after `to_empty`."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token's experts depend on later tokens; text can be generated only then."""
+        return all(router.config.is_causal for router in routers_of(self))
 
     @property
     def device(self) -> torch.device:

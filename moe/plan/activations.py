@@ -27,11 +27,14 @@ class Shapes:
         self.s = element_size(config)
         self.tokens = train.micro_batch_size * train.sequence_length
         self.layers = model.num_hidden_layers
-        self.hidden, self.feed, self.vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+        self.sparse_layers = len(model.sparse_layer_numbers)
+        self.hidden, self.vocab = model.hidden_size, model.vocab_size
+        self.feed, self.dense_feed, self.shared_feed = model.expert_size, model.intermediate_size, model.shared_size
         self.queries = model.num_attention_heads * model.head_size
         self.keys = model.num_key_value_heads * model.head_size
         self.sparse = model.mlp is Mlp.sparse
-        self.rows = self.tokens * router.experts_per_token if self.sparse else 0
+        self.top_k = router.most_choices_in(model.sparse_layer_numbers)
+        self.rows = self.tokens * self.top_k
         expert = config.parallel.expert_parallel_size
         self.received = math.ceil(self.rows * min(imbalance, expert)) if expert > 1 else self.rows
         share = router.num_experts // expert if self.sparse else 1
@@ -74,15 +77,20 @@ def _attention(shapes: Shapes) -> int:
 
 def kept_by_layers(shapes: Shapes, layers: int) -> list[MemoryBlock]:
     """What `layers` layers keep from the forward to the backward pass, under `model.recompute`."""
-    dense, rows = _layer(shapes, shapes.config.model.recompute)
-    return _layer_blocks(shapes, layers * dense, layers * rows, ("activations", "moe_buffers"))
+    sparse = min(layers, shapes.sparse_layers)
+    kept = [
+        (count, _layer(shapes, shapes.config.model.recompute, is_sparse))
+        for count, is_sparse in ((sparse, True), (layers - sparse, False))
+    ]
+    others, rows = (sum(count * sizes[part] for count, sizes in kept) for part in (0, 1))
+    return _layer_blocks(shapes, others, rows, ("activations", "moe_buffers"))
 
 
 def layer_backward(shapes: Shapes) -> list[MemoryBlock]:
     """What a layer's backward pass holds besides the kept activations and its weights' gradients. With recomputation
     that includes the recomputed activations."""
-    dense, rows = _layer(shapes, Recompute.none)
-    kept_dense, kept_rows = _layer(shapes, shapes.config.model.recompute)
+    dense, rows = _layer(shapes, Recompute.none, shapes.sparse)
+    kept_dense, kept_rows = _layer(shapes, shapes.config.model.recompute, shapes.sparse)
     returned = _layer_blocks(shapes, dense - kept_dense, rows - kept_rows, ("recomputed", "recomputed"))
     return [*returned, MemoryBlock("working", _backward(shapes), shapes.stream)]
 
@@ -99,20 +107,21 @@ def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str])
     ]
 
 
-def _layer(shapes: Shapes, recompute: Recompute) -> tuple[int, int]:
+def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int]:
     """(bytes of everything but rows, bytes of the experts' rows) that one layer keeps."""
     tokens, hidden, feed, s = shapes.tokens, shapes.hidden, shapes.feed, shapes.s
     attention = 2 * shapes.stream + 4 * tokens + _attention(shapes)  # the block's input, before and after the norm
-    if shapes.sparse:
-        experts, top_k = shapes.config.router.num_experts, shapes.config.router.experts_per_token
+    if sparse:
+        experts, top_k = shapes.config.router.num_experts, shapes.top_k
         routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
         index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert_parallel_size > 1 else 0)
         mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32
+        mlp += 3 * tokens * shapes.shared_feed * s
         middle = (4 if shapes.loop else 2) * feed
         rows = (shapes.received * (hidden + middle) + shapes.rows * hidden) * s
     else:
         routing, rows = 0, 0
-        mlp = shapes.stream + 3 * tokens * feed * s
+        mlp = shapes.stream + 3 * tokens * shapes.dense_feed * s
     if recompute is Recompute.block:
         return shapes.stream + routing, 0
     if recompute is Recompute.mlp:
@@ -125,7 +134,7 @@ def _backward(shapes: Shapes) -> int:
     tokens, s = shapes.tokens, shapes.s
     attention = 2 * tokens * (shapes.queries + 2 * shapes.keys) * s + shapes.stream
     if not shapes.sparse:
-        return shapes.stream + max(attention, 4 * tokens * shapes.feed * s)
+        return shapes.stream + max(attention, 4 * tokens * shapes.dense_feed * s)
     row = shapes.hidden * s
     # combine: each choice's gradient row and its product with the expert's output, float32
     combine = shapes.rows * shapes.hidden * (8 if s == 4 else 10)

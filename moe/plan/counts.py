@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config import Config, Mlp
+from moe.config import Config
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
@@ -22,8 +22,8 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ParameterParts:
-    shared: int  # all but the experts: embedding, head, attention, norms, routers, and a dense model's MLPs
-    experts: int  # all experts of all layers; 0 for a dense model
+    shared: int  # all but the experts: embedding, head, attention, norms, routers, dense MLPs, shared experts
+    experts: int  # all experts of all layers that a router chooses from; 0 for a dense model
     active_experts: int  # those that one token uses
     embedding: int  # the input embedding; part of `shared`
     norms: int  # part of `shared`
@@ -35,15 +35,15 @@ def parameter_parts(config: Config) -> ParameterParts:
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads  # q and o, k and v
     embedding = model.vocab_size * hidden
     norms = (2 * layers + 1) * hidden
-    mlp = 3 * hidden * model.intermediate_size
+    sparse_layers = model.sparse_layer_numbers
+    expert, dense = 3 * hidden * model.expert_size, 3 * hidden * model.intermediate_size
     shared = (1 if model.tie_word_embeddings else 2) * embedding + norms + layers * heads * model.head_size * hidden
-    if model.mlp is Mlp.dense:
-        return ParameterParts(shared + layers * mlp, 0, 0, embedding, norms)
-    shared += layers * router.num_parameters(hidden)  # the routers
+    shared += (layers - len(sparse_layers)) * dense
+    shared += len(sparse_layers) * (router.num_parameters(hidden) + model.n_shared_experts * expert)
     return ParameterParts(
         shared=shared,
-        experts=layers * router.num_experts * mlp,
-        active_experts=layers * router.experts_per_token * mlp,
+        experts=len(sparse_layers) * router.num_experts * expert,
+        active_experts=router.choices_in(sparse_layers) * expert,
         embedding=embedding,
         norms=norms,
     )

@@ -78,11 +78,13 @@ def local_tensors(config: Config, world_size: int) -> Tensors:
         (2 * layers, heads * model.head_size * hidden)
         for heads in (model.num_attention_heads, model.num_key_value_heads)
     ]
-    if parts.experts:
-        down = experts // layers // 3
-        sizes += [(layers, 2 * down), (layers, down), (layers, config.router.num_parameters(hidden))]
-    else:
-        sizes += [(3 * layers, hidden * model.intermediate_size)]
+    sparse = len(model.sparse_layer_numbers)
+    if sparse:
+        down = experts // sparse // 3
+        sizes += [(sparse, 2 * down), (sparse, down), (sparse, config.router.num_parameters(hidden))]
+        sizes += [(3 * sparse, hidden * model.shared_size)] if model.shared_size else []
+    if layers > sparse:
+        sizes += [(3 * (layers - sparse), hidden * model.intermediate_size)]
     share = parts.shared / world_size + experts / (world_size // expert)
     return Tensors(parts.shared, experts, share, tuple(sizes))
 

@@ -176,7 +176,9 @@ def _flops(config: PlanConfig) -> float:
     """FLOPs of one token on the rank with most rows. Recomputation repeats a forward pass, a third of all FLOPs."""
     model, parts, flops = config.model, parameter_parts(config), flops_per_token(config)
     head = 6 * model.vocab_size * model.hidden_size
-    mlp = 6 * (parts.active_experts or model.num_hidden_layers * 3 * model.hidden_size * model.intermediate_size)
+    sparse = len(model.sparse_layer_numbers)
+    width = (model.num_hidden_layers - sparse) * model.intermediate_size + sparse * model.shared_size
+    mlp = 6 * (parts.active_experts + 3 * model.hidden_size * width)
     again = {Recompute.none: 0.0, Recompute.mlp: mlp / 3, Recompute.block: (flops - head) / 3}[model.recompute]
     fullest = 0.0
     if model.mlp is Mlp.sparse and config.parallel.expert_parallel_size > 1:

@@ -48,11 +48,11 @@ def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
     if expert == 1 or model.mlp is Mlp.dense:
         return ExchangeBytes(0, 0, 0.0)
     forwards = 1 if model.recompute is Recompute.none else 2
-    times = model.num_hidden_layers * config.accumulation(world_size)
-    rows = train.micro_batch_size * train.sequence_length * router.experts_per_token
+    layers, steps = model.sparse_layer_numbers, config.accumulation(world_size)
+    rows = steps * train.micro_batch_size * train.sequence_length * router.choices_in(layers)
     return ExchangeBytes(
-        rows=times * (2 * forwards + 2) * rows * model.hidden_size * element_size(config),
-        counts=times * forwards * router.num_experts * 8,
+        rows=(2 * forwards + 2) * rows * model.hidden_size * element_size(config),
+        counts=steps * len(layers) * forwards * router.num_experts * 8,
         leaving=(expert - 1) / expert,
     )
 

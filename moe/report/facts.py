@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moe.config import ModelConfig
 from moe.config.router import RouterConfig, saved_router
 from moe.errors import UserError
 from moe.report.reader import RunHistory
@@ -26,17 +29,32 @@ def parameters(run: RunHistory) -> Parameters | None:
         return None
     vocab, hidden, ffn, layers, heads, kv_heads = values
     head_dim = run.setting("model.head_dim") or hidden // heads
-    mlp = 3 * hidden * ffn
+    model = _model(run)
+    if model is None:
+        return None
+    sparse = len(model.sparse_layer_numbers)
+    dense, expert = 3 * hidden * ffn, 3 * hidden * model.expert_size
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     embeddings = vocab * hidden * (1 if run.setting("model.tie_word_embeddings") else 2)
     rest = embeddings + hidden + layers * (attention + 2 * hidden)
-    if run.setting("model.mlp") == "dense":
-        return Parameters(rest + layers * mlp, rest + layers * mlp)
+    rest += (layers - sparse) * dense
+    if not sparse:
+        return Parameters(rest, rest)
     router = _router(run)
     if router is None:
         return None
-    rest += layers * router.num_parameters(hidden)
-    return Parameters(rest + layers * router.num_experts * mlp, rest + layers * router.experts_per_token * mlp)
+    rest += sparse * (router.num_parameters(hidden) + 3 * hidden * model.shared_size)
+    chosen = router.choices_in(model.sparse_layer_numbers)
+    return Parameters(rest + sparse * router.num_experts * expert, rest + chosen * expert)
+
+
+def _model(run: RunHistory) -> ModelConfig | None:
+    """The run's model; None where config.yaml has keys that this code doesn't know."""
+    try:
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run.setting("model")))
+        return model
+    except (UserError, OmegaConfBaseException):
+        return None
 
 
 def _router(run: RunHistory) -> RouterConfig | None:

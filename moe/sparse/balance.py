@@ -26,6 +26,22 @@ def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(0))
 
 
+def sequence_balancing_loss(probs_TE: Tensor, ids_TK: Tensor, num_sequences: int) -> Tensor:
+    """Mean over sequences of `load_balancing_loss`, f and P over one sequence's tokens alone (DeepSeek-V3, arXiv
+    2412.19437, eq. 17–20), a scalar."""
+    probs_BSE = probs_TE.unflatten(0, (num_sequences, -1))
+    ids_BN = ids_TK.reshape(num_sequences, -1)
+    counts_BE = probs_BSE.new_zeros(num_sequences, probs_TE.shape[1])
+    counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN, dtype=counts_BE.dtype))
+    fractions_BE = counts_BE / max(1, ids_BN.shape[1])
+    return probs_TE.shape[1] * (fractions_BE * probs_BSE.mean(1)).sum(1).mean()
+
+
+def usage_variance(probs_TE: Tensor) -> Tensor:
+    """Σᵢ (Pᵢ − 1/E)² with Pᵢ the mean router probability, a scalar: 0 when uniform, 1 − 1/E when one expert has all."""
+    return (probs_TE.mean(0) - 1 / probs_TE.shape[1]).square().sum()
+
+
 def z_loss(logits_TE: Tensor) -> Tensor:
     """mean over tokens of logsumexp(logits)², a scalar (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small."""
     return torch.logsumexp(logits_TE, dim=1).square().mean()

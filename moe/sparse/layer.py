@@ -23,12 +23,22 @@ class SparseMLP(nn.Module):
     [r·E/R, (r+1)·E/R)."""
 
     def __init__(
-        self, gate: Router, experts: Experts, *, expert_group: dist.ProcessGroup | None = None, megablocks: bool = False
+        self,
+        gate: Router,
+        experts: Experts,
+        *,
+        shared_experts: nn.Module | None = None,
+        expert_group: dist.ProcessGroup | None = None,
+        megablocks: bool = False,
     ) -> None:
-        """`experts` holds this rank's share. With `megablocks=True`, MegaBlocks' kernels gather and combine rows
-        whenever every token has the same number of choices."""
+        """`experts` holds this rank's share; every token also uses `shared_experts`.
+
+        With `megablocks=True`, MegaBlocks' kernels gather and combine rows whenever every token has the same number of
+        choices.
+        """
         super().__init__()
         self.gate, self.experts, self.expert_group = gate, experts, expert_group
+        self.shared_experts = shared_experts
         self.moves_by_megablocks = megablocks
 
     def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> tuple[Tensor, RouterOutput]:
@@ -45,7 +55,8 @@ class SparseMLP(nn.Module):
             exchange = plan_exchange(counts)
             y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)
             y_NH = from_experts(y_MH, exchange)
-        return rows.combine_rows(y_NH, weights_TK, order).view_as(x_BSH), routed
+        y_BSH = rows.combine_rows(y_NH, weights_TK, order).view_as(x_BSH)
+        return y_BSH if self.shared_experts is None else y_BSH + self.shared_experts(x_BSH), routed
 
 
 def build_sparse_mlp(
@@ -54,6 +65,7 @@ def build_sparse_mlp(
     router: RouterConfig,
     experts: ExpertsConfig,
     *,
+    shared_experts: nn.Module | None = None,
     expert_group: dist.ProcessGroup | None = None,
 ) -> SparseMLP:
     """The layer with the configured router and this rank's experts. Raises UserError if the ranks don't divide E."""
@@ -65,6 +77,7 @@ def build_sparse_mlp(
     return SparseMLP(
         build_router(hidden_size, router),
         Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local),
+        shared_experts=shared_experts,
         expert_group=expert_group if ranks > 1 else None,
         megablocks=experts.backend is ExpertBackend.megablocks,
     )

@@ -58,6 +58,18 @@ class Randomness:
         bits_BN = _mix_tensor(keys_B[:, None] + counter_N) >> 40 & ((1 << 24) - 1)
         return (bits_BN.float() * 2.0**-24).view(-1, *shape)
 
+    def normal(self, *shape: int) -> Tensor:
+        """float32 [B, *shape] of N(0, 1), by the inverse of its distribution function."""
+        return torch.special.ndtri(self._inside(*shape)).float()
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """float32 [B, *shape] of the standard Gumbel distribution, −ln(−ln u)."""
+        return -(-self._inside(*shape).log()).log().float()
+
+    def _inside(self, *shape: int) -> Tensor:
+        """float64 [B, *shape] in (0, 1), without its ends."""
+        return self.uniform(*shape).double() + 2.0**-25
+
     def dropout(self, x_BSH: Tensor, rate: float) -> Tensor:
         """Zero a share `rate` of x's elements and scale the rest by 1 / (1 − rate) (Srivastava et al., JMLR 2014)."""
         keep_BSH = self.uniform(*x_BSH.shape[1:]) >= rate

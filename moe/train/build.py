@@ -68,7 +68,15 @@ def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple
     model = mesh.agree(lambda: build_model(config, mesh.device, mesh.expert_group), "model")
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     if not all(router.keeps_balance for router in routers_of(model)):
-        display.warn(f"router.kind={config.router.kind}: without a balance loss the expert loads may diverge")
+        display.warn_on_stderr(
+            f"router.kind={config.router.kind}: trains unbalanced, as its configuration says: no balance loss and no "
+            "bias keeps the experts in use"
+        )
+    if not model.is_causal:
+        display.warn_on_stderr(
+            f"router.kind={config.router.kind}: in training a token's experts depend on later tokens of its sequence, "
+            "so the loss is too low; val_loss reads the routers causally, val_loss_leaky as trained; no text is sampled"
+        )
     peak = peak_flops(config, mesh)
     engine = build_engine(model, config, mesh)
     for line in (*corpus.describe().splitlines(), *describe_run(config, mesh, peak), *backends):

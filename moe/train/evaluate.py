@@ -16,7 +16,7 @@ from moe.data.corpus import Corpus
 from moe.data.loader import Batch, token_counts
 from moe.distributed.mesh import Mesh
 from moe.model.transformer import Transformer
-from moe.sparse import RouterOutput
+from moe.sparse import RouterOutput, routers_of
 from moe.train.held_out import LEFT_OUT, HeldOutRouting, loss_without_experts, oddity
 from moe.train.metrics import bits_per_byte, entropy_nats
 
@@ -54,9 +54,12 @@ class Evaluation:
         """The evaluation with this `number` of the run. A collective.
 
         `begins` is called with the name of each batch before it is computed. `before` are the last evaluation's
-        choices.
+        choices. Routers that aren't causal are read causally; `val_loss_leaky` is the loss with training's routing.
         """
         model.eval()
+        leaky = [] if model.is_causal else list(routers_of(model))
+        for router in leaky:
+            router.reads_prefix = True
         device = self._mesh.device
         sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)  # [source, (nats, targets)]
         routing, held_out = None, HeldOutRouting(model, self._mesh)
@@ -93,8 +96,24 @@ class Evaluation:
             metrics |= more
             begins("evaluation without an expert")
             metrics["loss_without_expert"] = self._loss_without_experts(model, number, more["expert_output_norm"])
+        for router in leaky:
+            router.reads_prefix = False
+        if leaky:
+            begins("evaluation with the routing of training")
+            metrics["val_loss_leaky"] = self._mean_loss(model)
         model.train()
         return Evaluated(metrics, routing, coactivation, choices)
+
+    def _mean_loss(self, model: Transformer) -> float:
+        """In nats per target, over all held-out sequences."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)  # (nats, targets)
+        for batch in self._batches:
+            here = batch.to(self._mesh.device)
+            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS)
+            nats = _loss_by_sequence(output.logits_BSV, here.labels_BS).sum()
+            sums += torch.stack((nats, (here.labels_BS != -100).sum().double()))
+        nats, targets = self._mesh.sum_(sums).tolist()
+        return nats / targets
 
     def _loss_without_experts(self, model: Transformer, number: int, norms: list[list[float]]) -> list[list[float]]:
         """[L][E] the first batch's loss without an expert less its loss with all, in nats per target; NaN for experts

@@ -78,7 +78,7 @@ def _loop(run: TrainingRun, held: RunLock | None) -> None:
             run.display.step(metrics)
             if run.guard.exhausted or run.alarm.stops:
                 break
-            if state.step % train.sample_every == 0 or last:
+            if (state.step % train.sample_every == 0 or last) and _transformer(run).is_causal:
                 _sample(run)
             if state.step % config.checkpoint.every == 0 or last or run.stop.agreed is not None:
                 run.watchdog.beat(state.step, "the save", long=True)

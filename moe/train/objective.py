@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe.config import Config, Mlp
+from moe.config import Config
 from moe.data.loader import Batch
 from moe.data.packing import NO_TARGET
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine, StepResult
-from moe.sparse import Randomness, balance_loss, routers_of
+from moe.sparse import Randomness, Router, balance_loss, routers_of
 from moe.train.metrics import StepSums
+from moe.train.optim import lr_scales
 from moe.train.router_updates import RouterUpdates
 
 
@@ -60,12 +61,14 @@ def training_step(
     micro-batch's index. `diagnose=False` leaves out what `moe.sparse.diagnostics` and `RouterUpdates` measure, for a
     benchmark of what they cost.
     """
-    targets = _global_targets(batches, mesh)
+    targets, scales = _global_targets(batches, mesh), lr_scales(config, step)
     micro_batches = len(batches) * mesh.data_parallel_size
     sums, losses = StepSums(mesh, diagnose=diagnose), list[tuple[Tensor, Tensor]]()
-    routers = list(routers_of(engine.model))
+    routers, sparse_layers = list(routers_of(engine.model)), len(config.model.sparse_layer_numbers)
     for router in routers:
         router.begin_step(step, config.train.steps)
+    if any(router.counts_global_batch for router in routers):
+        _count_global_batch(config, mesh, engine.model, batches, routers, step)
     updates = RouterUpdates(routers if diagnose else [])
     result: StepResult | None = None
     for index, batch in enumerate(batches):
@@ -80,10 +83,10 @@ def training_step(
         )
         # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
         loss = output.lm_loss_sum * (micro_batches / max(1, targets))
-        if config.model.mlp is Mlp.sparse:
-            loss = loss + balance_loss(output.routers, num_layers=config.model.num_hidden_layers)
+        if sparse_layers:
+            loss = loss + balance_loss(output.routers, num_layers=sparse_layers)
         engine.backward(loss)
-        result = engine.step(lr, norm_limit)
+        result = engine.step(lr, norm_limit, scales)
         losses.append((loss.detach(), batch.sample_ids_B))
         sums.add(output.lm_loss_sum, loss, output.routers)
     assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
@@ -93,6 +96,27 @@ def training_step(
             router.after_step(counts_E.to(mesh.device))
     metrics = totals.metrics | updates.metrics()
     return TrainedStep(result, metrics, losses, totals.by_rank, totals.flags)
+
+
+@torch.no_grad()
+def _count_global_batch(
+    config: Config, mesh: Mesh, model: nn.Module, batches: Sequence[Batch], routers: list[Router], step: int
+) -> None:
+    """Gives the routers the choices of all ranks and micro-batches of the step, before the first is trained on.
+
+    The global batch's balance loss is E Σ f P with both over the whole batch, and only P has a gradient: with f known,
+    its gradient is the mean of the micro-batches'. f is known after a forward pass over all of them.
+    """
+    counts: list[Tensor] = []
+    for batch in batches:
+        here = batch.to(mesh.device)
+        randomness = Randomness.of(config.train.seed, step, here.sample_ids_B)
+        output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS, randomness=randomness)
+        mine = [routed.counts_E for routed in output.routers]
+        counts = [a + b for a, b in zip(counts, mine, strict=True)] if counts else mine
+    summed = mesh.sum_(torch.cat(counts)).split([len(counts_E) for counts_E in counts])
+    for router, counts_E in zip(routers, summed, strict=True):
+        router.global_counts_E = counts_E
 
 
 def _global_targets(batches: Sequence[Batch], mesh: Mesh) -> int:

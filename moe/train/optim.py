@@ -1,10 +1,11 @@
-"""The learning rate as a function of the step alone, so that a resume needs no scheduler state."""
+"""Learning rates as functions of the step alone, so that a resume needs no scheduler state."""
 
 from __future__ import annotations
 
 import math
 
-from moe.config import OptimConfig, Schedule
+from moe.config import Config, OptimConfig, Schedule
+from moe.engine.base import EXPERTS, ROUTER
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -27,3 +28,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     decay_steps = config.decay_steps if config.decay_steps is not None else max(1, steps // 5)
     remaining = steps - 1 - step
     return config.lr if remaining >= decay_steps else floor + (config.lr - floor) * remaining / decay_steps
+
+
+def lr_scales(config: Config, step: int) -> dict[str, float]:
+    """Factors on the learning rate in optimizer step `step` (0-based): 0 for a frozen router, whose Adam moments and
+    weight decay would move it without a gradient."""
+    frozen = config.router.frozen(step, config.train.steps)
+    router, experts = config.optim.router_lr_multiplier, config.optim.experts_lr_multiplier
+    return {ROUTER: 0.0 if frozen else router, EXPERTS: experts}

@@ -24,6 +24,7 @@ class Display:
 
     def __init__(self, *, is_main: bool, steps: int, log_every: int) -> None:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        self._errors = Console(stderr=True, quiet=not is_main, highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal and is_main
         self._steps, self._log_every = steps, log_every
         self._bar: Progress | None = None
@@ -34,6 +35,10 @@ class Display:
 
     def warn(self, text: str) -> None:
         self._console.print(f"warning: {text}", markup=False, style="yellow" if self._live else None)
+
+    def warn_on_stderr(self, text: str) -> None:
+        """A warning about what the configuration asks for, for callers that read errors only."""
+        self._errors.print(f"warning: {text}", markup=False)
 
     def start(self, first_step: int) -> None:
         """Training begins after `first_step` finished steps."""

@@ -24,10 +24,14 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     if (products := exact_float32(mesh.device)) is not None:
         lines.append(products)
     if model.mlp is Mlp.sparse:
-        shapes = (model.hidden_size, model.intermediate_size)
+        shapes = (model.hidden_size, model.expert_size)
         backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)
         router = config.router
         each = f"{router.experts_per_token} a token"
+        if model.n_shared_experts:
+            each += f", {model.n_shared_experts} shared"
+        if len(model.sparse_layer_numbers) < model.num_hidden_layers:
+            each += f", in layers {', '.join(map(str, model.sparse_layer_numbers))}"
         lines.append(f"router: {router.kind}; experts: {router.num_experts}, {each}, {backend.name} ({reason})")
     return lines
 

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, TopKRouterConfig
+from moe.config import DropPolicy, ExpertBackend, ExpertChoiceRouterConfig, ExpertsConfig, TopKRouterConfig
 from moe.sparse import SparseMLP, build_sparse_mlp
-from tests.expert_choice_router import ExpertChoiceRouter
 from tests.ranks import run_ranks
 
 HIDDEN, INNER, LENGTH, EXPERTS = 16, 24, 12, 8
@@ -31,10 +30,9 @@ class Case:
     expert_choice: bool = False
 
     def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
-        config = TopKRouterConfig(**{"num_experts": EXPERTS, **self.router})
+        kind = ExpertChoiceRouterConfig if self.expert_choice else TopKRouterConfig
+        config = kind(**{"num_experts": EXPERTS, **self.router})
         layer = build_sparse_mlp(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
-        if self.expert_choice:
-            layer.gate = ExpertChoiceRouter(HIDDEN, config)
         with torch.no_grad():
             for weight, seed in layer.experts.draws(lambda name, expert: len(name) * 100 + expert):
                 weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
@@ -72,7 +70,7 @@ CASES = {
     "capacity, rank idle": Case({"capacity_factor": 0.75}, closed=(4, 5, 6, 7)),
     "expert choice": Case(expert_choice=True),
     "expert choice, float64": Case(expert_choice=True, dtype=torch.float64),
-    "expert choice, a sequence's worth each": Case({"top_k": EXPERTS}, expert_choice=True),
+    "expert choice, a sequence's worth each": Case({"capacity_factor": EXPERTS}, expert_choice=True),
     "loop, rank idle": Case(closed=(4, 5, 6, 7), backend=ExpertBackend.loop),
 }
 

@@ -1,4 +1,4 @@
-"""A router with state of its own, made outside the package (tests/bias_router): exact on any topology, across resumes.
+"""Routers with state, one made outside the package (tests/bias_router): exact on any topology, across resumes.
 
 Its bias follows counts over all ranks and micro-batches, which are whole numbers, so it is bitwise the same everywhere.
 """
@@ -28,6 +28,7 @@ from tests.ranks import run_ranks
 
 BIAS = tests.bias_router.router
 ROUTER = ["router=bias", "router.rate=0.02", "router.num_experts=4"]
+LOSSFREE = ["router=lossfree", "router.num_experts=4", "model.n_shared_experts=1"]
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
 STEPS = 10
 
@@ -45,8 +46,8 @@ def _buffers(engine: Engine) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in engine.model.named_buffers() if "gate." in name}
 
 
-def _overrides(expert: int, *more: str) -> list[str]:
-    return [*ROUTER, f"parallel.expert_parallel_size={expert}", *more]
+def _overrides(expert: int, *more: str, router: list[str] = ROUTER) -> list[str]:
+    return [*router, f"parallel.expert_parallel_size={expert}", *more]
 
 
 def _train(expert: int, precision: str, engine_kind: str) -> Run:
@@ -91,8 +92,8 @@ def test_buffers_stay_float32_under_bfloat16_weights() -> None:
     assert any(not torch.equal(bias, bias.bfloat16().float()) for bias in biases), "rounded to bfloat16"
 
 
-def _save(folder: Path, expert: int) -> tuple[list[float], dict[str, Tensor]]:
-    config = config_of(_overrides(expert))
+def _save(folder: Path, expert: int, router: list[str]) -> tuple[list[float], dict[str, Tensor]]:
+    config = config_of(_overrides(expert, router=router))
     mesh, engine = build(config)
     engine_steps(config, mesh, engine, 0, 3)
     saver = Saver(folder, mesh, CheckpointConfig(), print, print)
@@ -102,8 +103,8 @@ def _save(folder: Path, expert: int) -> tuple[list[float], dict[str, Tensor]]:
     return engine_steps(config, mesh, engine, 3, 3).losses, saved
 
 
-def _resume(folder: Path, expert: int) -> tuple[list[float], dict[str, Tensor]]:
-    config = config_of(_overrides(expert))
+def _resume(folder: Path, expert: int, router: list[str]) -> tuple[list[float], dict[str, Tensor]]:
+    config = config_of(_overrides(expert, router=router))
     mesh, engine = build(config)
     checkpoint = newest(folder, mesh, print)
     assert checkpoint is not None
@@ -112,18 +113,26 @@ def _resume(folder: Path, expert: int) -> tuple[list[float], dict[str, Tensor]]:
     return engine_steps(config, mesh, engine, 3, 3).losses, read
 
 
+SAME, RESHARDED = [((1, 1), (1, 1)), ((2, 2), (2, 2))], [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((4, 2), (2, 1))]
+
+
 @pytest.mark.parametrize(
-    ("saved", "resumed"), [((1, 1), (1, 1)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((1, 1), (2, 2)), ((4, 2), (2, 1))]
+    ("saved", "resumed", "router"),
+    [(*case, ROUTER) for case in SAME + RESHARDED] + [(*case, LOSSFREE) for case in (SAME[1], RESHARDED[2])],
 )
-def test_resumes_and_reshards_bitwise(saved: tuple[int, int], resumed: tuple[int, int], tmp_path: Path) -> None:
-    losses, buffers = run_ranks(saved[0], _save, tmp_path, saved[1])[0]
-    for again, read in run_ranks(resumed[0], _resume, tmp_path, resumed[1]):
+def test_resumes_and_reshards_bitwise(
+    saved: tuple[int, int], resumed: tuple[int, int], router: list[str], tmp_path: Path
+) -> None:
+    losses, buffers = run_ranks(saved[0], _save, tmp_path, saved[1], router)[0]
+    assert buffers
+    assert all(buffer.count_nonzero() > 0 for buffer in buffers.values())
+    for again, read in run_ranks(resumed[0], _resume, tmp_path, resumed[1], router):
         assert read.keys() == buffers.keys()
         assert all(torch.equal(read[name], buffers[name]) for name in buffers)
         assert again == (losses if saved == resumed else pytest.approx(losses, rel=1e-6))
     folder = tmp_path / "checkpoints" / "step_00000003"
     config = read_config(folder / "config.yaml")
-    assert type(config.router) is BIAS.BiasRouterConfig
+    assert type(config.router) is type(config_of(router).router)
     whole = dict(load_model(folder).named_buffers())
     assert all(torch.equal(whole[name], buffers[name]) for name in buffers)
 

@@ -97,7 +97,9 @@ def router_buffers(engine: Engine) -> dict[str, Tensor]:
 def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: int) -> Training:
     """Steps `first` … `first + count − 1` on this rank's micro-batches; losses, norms and counts are over all ranks."""
     done = Training(experts=engine.expert_names)
-    choices = config.train.global_batch_size * config.train.sequence_length * config.router.experts_per_token
+    tokens = config.train.global_batch_size * config.train.sequence_length
+    layers = config.model.sparse_layer_numbers
+    choices_L1 = torch.tensor([[tokens * config.router.for_layer(layer).experts_per_token] for layer in layers])
 
     def record(module: Any, inputs: Any, output: Any) -> None:
         done.idle_here |= any(bool((router.counts_E == 0).any()) for router in output.routers)
@@ -109,7 +111,7 @@ def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: 
         assert result.result.skipped is None
         done.losses.append(result.metrics["loss"])
         shares_LE = torch.tensor(result.metrics["expert_shares"], dtype=torch.float64)
-        done.counts.append((shares_LE * choices).round().long().tolist())
+        done.counts.append((shares_LE * choices_L1).round().long().tolist())
         done.norms.append(result.result.grad_norm)
     hook.remove()
     return done

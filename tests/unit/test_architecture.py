@@ -172,6 +172,7 @@ ABOUT_SEVERAL = {  # room → tests of more than one of its modules
     "config": {"presets"},
     "kernels": {"cuda_fake", "devices"},
     "model": {"recompute"},
+    "sparse/routers": {"published"},
 }
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +35,12 @@ from torch import Tensor, nn
 
 from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
-from moe.engine.base import OptimizerState, SkipReason, StepResult
+from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, check_version, require_meaning
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.engine.deepspeed.shortcuts import Shortcuts
 from moe.engine.deepspeed.skip import NormLimit
-from moe.engine.parameters import expert_names, parameter_groups
+from moe.engine.parameters import expert_names, parameter_groups, set_learning_rates
 from moe.errors import UserError
 
 # The pinned DeepSpeed calls collectives by deprecated names; users can't change that.
@@ -146,7 +147,7 @@ class DeepSpeedEngine:
         self.mesh = mesh
         self.accumulation = config.accumulation(mesh.data_parallel_size)
         self.expert_names = expert_names(model)
-        param_groups = parameter_groups(model, config.optim.weight_decay)
+        param_groups = parameter_groups(model, config)
         experts_train = any(model.get_parameter(name).requires_grad for name in self.expert_names)
         if mesh.expert_parallel_size > 1:
             for name, parameter in model.named_parameters():
@@ -200,8 +201,11 @@ class DeepSpeedEngine:
         # skip the step.
         self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
-    def step(self, lr: float, norm_limit: float | None = None) -> StepResult | None:
-        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`.
+    def step(
+        self, lr: float, norm_limit: float | None = None, lr_scales: Mapping[str, float] = NO_SCALES
+    ) -> StepResult | None:
+        """Ends a micro-batch; the step's last call updates the weights with learning rate `lr`, times the scales of
+        its parameters' roles.
 
         The update is skipped on all ranks if a loss or a gradient was not finite on any of them, or if the gradient
         norm is over `norm_limit` (None, on all ranks, for no limit).
@@ -209,8 +213,7 @@ class DeepSpeedEngine:
         self._norm.begin_step(norm_limit)
         if self._shortcuts is not None:
             self._shortcuts.begin_step()
-        for group in self._zero.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self._zero.param_groups, lr, lr_scales)
         self._backwards += 1
         self._engine.step()
         if self._backwards % self.accumulation:

@@ -81,6 +81,8 @@ class Router(nn.Module):
         super().__init__()
         self.config: Any = config
         self.step, self.total_steps = 0, 1  # of the optimizer, 0-based; set before each step
+        self.global_counts_E: Tensor | None = None  # the step's choices, where `counts_global_batch`
+        self.reads_prefix = False  # in evaluation a router that isn't causal sees no token after the one it routes
 
     def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
         """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere."""
@@ -104,6 +106,31 @@ class Router(nn.Module):
     def keeps_balance(self) -> bool:
         """Whether anything keeps the experts in use; if not, the run warns at its start."""
         raise NotImplementedError
+
+    @property
+    def counts_global_batch(self) -> bool:
+        """Whether `global_counts_E` must hold, in training, the choices of the step's whole global batch: int64 [E]
+        before dropping, over all ranks and micro-batches. It costs a forward pass without gradients."""
+        return False
+
+    @property
+    def frozen(self) -> bool:
+        """Whether weights and buffers stay as they are in this step."""
+        return self.config.frozen(self.step, self.total_steps)
+
+    def at(self, option: str) -> Any:
+        """The option's value in this step."""
+        return self.config.at(option, self.step)
+
+    def trained(self, weight: Tensor) -> Tensor:
+        """`weight`; while the router is frozen its gradient is zero, and not missing, which ZeRO could not reduce."""
+        return weight.detach() + 0 * weight if self.frozen and self.training else weight
+
+    def needed(self, randomness: Randomness | None, option: str) -> Randomness:
+        """The layer's randomness. Raises ValueError where there is none for the noise of `option`."""
+        if randomness is None:
+            raise ValueError(f"router.{option}={getattr(self.config, option)} needs the batch's randomness")
+        return randomness
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Casts skip buffers: a float32 bias that moves by thousandths would never change in bfloat16."""

@@ -3,7 +3,7 @@
 import pytest
 
 from moe.config.compose import load_config
-from moe.config.overrides import quote_where_needed
+from moe.config.overrides import for_hydra
 
 TEXTS = [
     "a,b",
@@ -37,5 +37,5 @@ def test_what_hydra_understands_stays() -> None:
         "x=${y}",
         "+data.sources.a={path: x}",
     ]
-    assert quote_where_needed(overrides) == overrides
+    assert for_hydra(overrides) == overrides
     assert load_config(["run_dir=runs/${train.seed}"]).run_dir == "runs/0"

@@ -31,13 +31,14 @@ REAL = [0.0, -1.0, 1e-320, 1e-37, 1e37, 1e300, 1e308, -1e308, float("nan"), floa
 
 
 def numeric_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """(dotted key, int or float) of every number in a composed configuration, including the first element of lists."""
+    """(dotted key, int or float) of every number in a composed configuration, and of lists the first."""
     for name in node:
         child: Any = node._get_node(name)
         if isinstance(child, DictConfig):
             yield from numeric_keys(child, f"{prefix}{name}.")
         elif OmegaConf.is_list(child):
-            yield f"{prefix}{name}.0", float
+            if child:
+                yield f"{prefix}{name}.0", float
         elif child._metadata.ref_type in (int, float):
             yield f"{prefix}{name}", child._metadata.ref_type
 

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from moe.config import TokenizerConfig, TokenizerKind
+from moe.config.compose import load_config
 from moe.config.generate import Sampling
 from moe.data.tokenizer import Tokenizer, open_tokenizer
+from moe.errors import UserError
 from moe.inference.decoding import MOST_BEFORE, MOST_UNSETTLED, IncrementalDecoder
 from moe.inference.generate import generate
-from tests.unit.inference.test_generate import Bytes, build
+from moe.model.transformer import Transformer
+from moe.sparse import routers_of
+from tests.unit.inference.test_generate import PROMPTS, TOKENIZER, Bytes, build, decoded, recomputed
 
 TEXTS = [
     "def f(x):\n    return  x + 1\n\n\n\t\tend",
@@ -117,3 +121,39 @@ def test_weights_that_hold_nan_give_one_line() -> None:
     for temperature in (0, 1.0):
         with pytest.raises(NotFiniteError, match=r"^the model.s logits are not finite: its weights hold NaN"):
             generate(model, Bytes(), ["a"], Sampling(max_new_tokens=3, temperature=temperature))  # type: ignore[arg-type]
+
+
+SMALL_MODEL = [
+    "model.vocab_size=300", "tokenizer.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48",
+    "model.num_hidden_layers=2", "model.initializer_range=0.3", "model.sliding_window=8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["router=lossfree", "model.n_shared_experts=1", "model.sparse_layers=every_2"],
+        ["router=gumbel", "router.temperature=0.5"],
+        ["router=group_limited", "router.scoring_func=sigmoid", "router.bias_update=sign"],
+        ["router=noisy_topk", "router.layers.1.top_k=3"],
+        ["router=switch"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_cached_generation_equals_recomputation_for_every_causal_router(overrides: list[str]) -> None:
+    config = load_config([*SMALL_MODEL, *overrides])
+    model = Transformer(config.model, config.router, config.experts)
+    model.init_weights(0)
+    for number, router in enumerate(routers_of(model)):
+        for buffer in router.buffers():
+            buffer.copy_(torch.linspace(-0.3, 0.3, 8).roll(number))
+    model.double()
+    expected = [decoded(recomputed(model, prompt, 24)) for prompt in PROMPTS]
+    assert generate(model, TOKENIZER, PROMPTS, Sampling(max_new_tokens=24, temperature=0)) == expected
+
+
+def test_no_text_is_generated_with_a_router_that_looks_ahead() -> None:
+    config = load_config([*SMALL_MODEL, "router=expert_choice"])
+    model = Transformer(config.model, config.router, config.experts)
+    with pytest.raises(UserError, match=r"router.kind=expert_choice\) choose a token's experts by what follows"):
+        generate(model, TOKENIZER, PROMPTS, Sampling(max_new_tokens=4))

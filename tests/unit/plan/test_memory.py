@@ -28,12 +28,38 @@ def build(config):
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_counts_equal_the_model(mlp, tied, top_k):
-    config = compose(f"model.mlp={mlp}", f"model.tie_word_embeddings={tied}", f"router.top_k={top_k}")
+    chosen = [f"router.top_k={top_k}", "router.norm_topk_prob=false"]
+    config = compose(f"model.mlp={mlp}", f"model.tie_word_embeddings={tied}", *chosen)
     model = build(config)
     total, active = count_parameters(config)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert total == sum(p.numel() for p in model.parameters())
     assert active == total - experts * (8 - top_k) // 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "active"),  # of 8 experts, those that a token uses in all layers together
+    [
+        (["model.n_shared_experts=2", "model.moe_intermediate_size=40"], 4),
+        (["model.sparse_layers=every_2"], 2),
+        (["model.sparse_layers=[0]", "model.n_shared_experts=1", "router.top_k=3"], 3),
+        (["router=noisy_topk"], 4),
+        (["router=group_limited", "router.bias_update=sign"], 4),
+        (["router=expert_choice", "router.capacity_factor=3.0"], 6),
+        (["router.layers.1.top_k=5"], 7),
+        (["router.schedules.top_k={0:4,10:2}"], 8),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_counts_equal_the_model_of_every_shape(overrides, active):
+    config = compose(*overrides)
+    model = build(config)
+    total, counted = count_parameters(config)
+    per_expert = 3 * config.model.hidden_size * config.model.expert_size
+    routed = len(config.model.sparse_layer_numbers) * 8 * per_expert
+    assert total == sum(p.numel() for p in model.parameters())
+    assert routed == sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    assert counted == total - routed + active * per_expert
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, None), (10, None), (10, 3), (10, 10), (10, 40), (7, 1)])
@@ -76,7 +102,7 @@ KEPT = [  # what decides which tensors are kept
     ["train.sequence_length=320", "model.sliding_window=null"],
     ["train.sequence_length=640", "model.sliding_window=null"],
     ["train.sequence_length=256", "model.sliding_window=96"],
-    ["train.sequence_length=128", "router.top_k=1", "router.num_experts=4"],
+    ["train.sequence_length=128", "router.top_k=1", "router.norm_topk_prob=false", "router.num_experts=4"],
     ["train.sequence_length=128", "experts.backend=loop"],
 ]
 

@@ -19,7 +19,8 @@ def _value(output: RouterOutput, name: str = "load_balancing_loss") -> float:
 
 def _collapsed(expert: int, experts: int = 4, tokens: int = 32) -> RouterOutput:
     """What a router that sends every token to one expert with near certainty returns."""
-    router = TopKRouter(2, TopKRouterConfig(num_experts=experts, top_k=1, aux_loss_coef=1.0, z_loss_coef=0.0))
+    config = TopKRouterConfig(num_experts=experts, top_k=1, norm_topk_prob=False, aux_loss_coef=1.0, z_loss_coef=0.0)
+    router = TopKRouter(2, config)
     with torch.no_grad():
         router.weight.zero_()
         router.weight[expert] = 20.0

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import DropPolicy, ExpertBackend, ExpertsConfig, TopKRouterConfig
+from moe.config import DropPolicy, ExpertBackend, ExpertChoiceRouterConfig, ExpertsConfig, TopKRouterConfig
 from moe.sparse import Experts, RouterOutput, SparseMLP, balance_loss, build_sparse_mlp
-from tests.expert_choice_router import ExpertChoiceRouter
+from moe.sparse.routers.expert_choice import ExpertChoiceRouter
 
 HIDDEN, INNER = 16, 24
 
@@ -26,7 +26,11 @@ def _oracle(layer: SparseMLP, x_BSH: Tensor, routed: RouterOutput) -> Tensor:
     x_TH = x_BSH.flatten(0, 1)
     logits_TE = x_TH @ layer.gate.weight.t()
     ids_TK = routed.logits_TE.topk(layer.gate.config.top_k, dim=1).indices
-    weights_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, logits_TE.gather(1, ids_TK).softmax(1))
+    if layer.gate.config.norm_topk_prob:
+        weights_TK = logits_TE.gather(1, ids_TK).softmax(1)
+    else:
+        weights_TK = logits_TE.softmax(1).gather(1, ids_TK)
+    weights_TE = torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK)
     kept_TE = torch.zeros_like(logits_TE)
     kept_TE[routed.choices.tokens_N, routed.choices.experts_N] = 1
     return _dense_sum(layer, x_BSH, weights_TE * kept_TE)
@@ -46,7 +50,7 @@ def _gradients(layer: SparseMLP, x_BSH: Tensor, y_BSH: Tensor, grad_BSH: Tensor)
 
 CASES = {
     "mixtral": {},
-    "top 1": {"top_k": 1},
+    "top 1": {"top_k": 1, "norm_topk_prob": False},
     "all experts": {"num_experts": 5, "top_k": 5},
     "one expert": {"num_experts": 1, "top_k": 1},
     "13 experts top 3": {"num_experts": 13, "top_k": 3},
@@ -166,9 +170,9 @@ def test_megablocks_without_its_packages_is_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_a_token_may_have_any_number_of_experts(top_k: int) -> None:
-    router = ExpertChoiceRouter(HIDDEN, TopKRouterConfig(num_experts=5, top_k=top_k))
+@pytest.mark.parametrize("per_token", [1, 2, 5])
+def test_a_token_may_have_any_number_of_experts(per_token: int) -> None:
+    router = ExpertChoiceRouter(HIDDEN, ExpertChoiceRouterConfig(num_experts=5, capacity_factor=per_token))
     layer = SparseMLP(router, Experts(HIDDEN, INNER, 5, ExpertsConfig())).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in layer.parameters():
@@ -177,7 +181,7 @@ def test_a_token_may_have_any_number_of_experts(top_k: int) -> None:
     grad_BSH = torch.randn_like(x_BSH)
     y_BSH, routed = layer(x_BSH)
     per_token_T = torch.bincount(routed.choices.tokens_N, minlength=33)
-    assert len(per_token_T.unique()) > 1 or top_k == 5
+    assert len(per_token_T.unique()) > 1 or per_token == 5
     assert y_BSH.flatten(0, 1)[per_token_T == 0].count_nonzero() == 0
     taken_TE = torch.zeros(33, 5, dtype=torch.float64)
     taken_TE[routed.choices.tokens_N, routed.choices.experts_N] = 1
