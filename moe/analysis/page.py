@@ -6,11 +6,8 @@ As with a run's report, nothing outside the page is asked for, its content polic
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from html import escape
-from importlib import resources
 from typing import Any
 
 from plotly.offline import get_plotlyjs
@@ -18,56 +15,29 @@ from plotly.offline import get_plotlyjs
 from moe import __version__
 from moe.analysis import charts, texts
 from moe.analysis.result import Analysis
-from moe.report import palette
 from moe.report.plots import embed
 from moe.report.scales import short
+from moe.report.shell import asset, document
 
 TABLE_P = 1e-4  # smaller probabilities are shown as such
 
 
 def render(analysis: Analysis) -> str:
     """The whole page."""
-    scripts = [get_plotlyjs(), _asset("moe.analysis", "page.js")]
-    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; img-src data:"
     data = {"figures": charts.figures(analysis), "by_layer": charts.layer_figures(analysis)} | texts.data(analysis)
-    name = escape(_name(analysis))
-    body = "".join(_section(*section) for section in _sections(analysis))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name} · routing analysis</title>
-<link rel="icon" href="data:,">
-<style>
-{_asset("moe.report", "page.css")}
-{palette.css()}
-{_asset("moe.analysis", "page.css")}
-</style>
-</head>
-<body>
-<header>
-<div class="top"><p class="kicker">Routing analysis</p>
-<button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button></div>
-<h1>{name}</h1>
-<ul class="brief">{"".join(f"<li>{escape(phrase)}</li>" for phrase in _brief(analysis))}</ul>
-</header>
-<nav class="bar js-only" aria-label="Layer"><div>{_layers(analysis)}</div></nav>
-<main id="main">
-<noscript><p class="empty">Charts, texts and tokens need JavaScript; the tables and the CSV files don't.</p></noscript>
-{body}
-</main>
-<footer><p>moe {escape(__version__)} · checkpoint {escape(str(analysis.checkpoint))} · corpus
-{escape(analysis.corpus.fingerprint[:16])} · the numbers are in analysis.json and the CSV files beside this page</p>
-</footer>
-<script type="application/json" id="data">{embed(_finite(data))}</script>
-{"".join(f"<script>{script}</script>" for script in scripts)}
-</body>
-</html>
-"""
+    return document(
+        kind="Routing analysis",
+        name=_name(analysis),
+        brief=_brief(analysis),
+        bar=f'<nav class="bar js-only" aria-label="Layer"><div>{_layers(analysis)}</div></nav>',
+        content='<noscript><p class="empty">Charts, texts and tokens need JavaScript; the tables and the CSV files '
+        "don't.</p></noscript>" + "".join(_section(*section) for section in _sections(analysis)),
+        footer=f"moe {__version__} · checkpoint {analysis.checkpoint} · corpus {analysis.corpus.fingerprint[:16]} · "
+        "the numbers are in analysis.json and the CSV files beside this page",
+        before_scripts=f'<script type="application/json" id="data">{embed(_finite(data))}</script>',
+        scripts=[get_plotlyjs(), asset("moe.analysis", "page.js")],
+        styles=[asset("moe.analysis", "page.css")],
+    )
 
 
 def _sections(analysis: Analysis) -> list[tuple[str, str, str, str]]:
@@ -244,11 +214,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _asset(package: str, name: str) -> str:
-    return (resources.files(package) / name).read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from moe.train.objective import training_step
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 # transformers has two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+NOT_MIXTRAL = ("sparse_layers", "moe_intermediate_size", "n_shared_experts")
 SAME_LOSS = 1e-4  # nats, between the two sides' first losses
 WARM_UP_STEPS = 2
 
@@ -66,8 +67,14 @@ def parse(overrides: list[str]) -> tuple[Rounds, Config]:
         raise UserError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
     if not isinstance(config.router, TopKRouterConfig):
         raise UserError(f"router.kind={config.router.kind} must be topk: the peer is a Mixtral")
-    if config.router.capacity_factor is not None:
-        raise UserError(f"router.capacity_factor={config.router.capacity_factor} must be null: the peer drops nothing")
+    free = ("num_experts", "top_k", "aux_loss_coef", "z_loss_coef")
+    names = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
+    defaults = {"router": TopKRouterConfig(), "model": ModelConfig()}
+    for key in (*names, *(f"model.{name}" for name in NOT_MIXTRAL)):
+        section, _, name = key.partition(".")
+        value, needed = getattr(getattr(config, section), name), getattr(defaults[section], name)
+        if value != needed:
+            raise UserError(f"{key}={_typed(value)} must be {_typed(needed)}: the peer is a Mixtral")
     if train.precision is not Precision.float32:
         raise UserError(f"train.precision={train.precision.value} must be float32: the peer runs without an engine")
     if train.micro_batch_size != train.global_batch_size:
@@ -92,6 +99,11 @@ def run(overrides: list[str]) -> None:
     finally:
         rendezvous.stop()
     print("\n".join(table(config, rounds, implementation)))
+
+
+def _typed(value: object) -> object:
+    """A value as it is typed on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else getattr(value, "name", value)
 
 
 def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], str]:
@@ -170,7 +182,7 @@ def peer_model(config: Config, implementation: str = "eager") -> Any:
 
 
 def _shared(model: ModelConfig) -> dict[str, Any]:
-    ours_only = ("mlp", "attention", "recompute", "hidden_dropout", "rope_theta")
+    ours_only = ("mlp", "attention", "recompute", "hidden_dropout", "rope_theta", *NOT_MIXTRAL)
     return {name: getattr(model, name) for name in ModelConfig.__slots__ if name not in ours_only}
 
 

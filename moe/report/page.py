@@ -6,11 +6,7 @@ identified by its hash, so that text of a run could not run as a script even if 
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from moe import __version__
 from moe.report import charts, details, facts, palette, texts
 from moe.report.heatmap import heatmap
 from moe.report.reader import Routing, RunHistory, read_run
+from moe.report.shell import asset, document, put
 
 DENSE = '<p class="empty">dense model: no router</p>'
 
@@ -28,61 +25,28 @@ def write_report(run_dir: Path) -> Path:
     Raises UserError (one line naming the file and the fix) if there is no such run, its metrics.jsonl is missing,
     empty or without a step, or config.yaml or routing.json can't be read.
     """
-    page = render(read_run(run_dir))
-    target = run_dir / "report.html"
-    beside = run_dir / f".report.{os.getpid()}.html"
-    beside.unlink(missing_ok=True)  # what lies there may be a link to another file
-    with beside.open("xb") as file:  # `replace`: JSON may hold half a surrogate pair, which no encoding can write
-        file.write(page.encode("utf-8", errors="replace"))
-    os.replace(beside, target)  # a browser that reloads never sees half a page
-    return target
+    return put(render(read_run(run_dir)), run_dir)
 
 
 def render(run: RunHistory) -> str:
     """The whole page."""
-    script = _asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
-    name = escape(run.name)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name} · training report</title>
-<link rel="icon" href="data:,">
-<style>
-{_asset("page.css")}
-{palette.css()}
-</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the curves</a>
-<header>
-<div class="top"><p class="kicker">Training report</p>
-<button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button></div>
-<h1>{name}</h1>
-<ul class="brief">{"".join(f"<li>{escape(phrase)}</li>" for phrase in facts.brief(run))}</ul>
-{charts.tiles(run)}
-</header>
-<main id="main">
-{"".join(_section(*section) for section in _sections(run))}
-</main>
-<footer><p>{_provenance(run)}</p></footer>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return document(
+        kind="Training report",
+        name=run.name,
+        brief=facts.brief(run),
+        tiles=charts.tiles(run),
+        content="".join(_section(*section) for section in _sections(run)),
+        footer=_provenance(run),
+        scripts=[asset("moe.report", "page.js")],
+    )
 
 
 def routing_page(routing: dict[str, Any]) -> str:
     """A page of its own with what routing.json says: one text, coloured by expert."""
     return (
-        f'<!doctype html><meta charset="utf-8"><style>{_asset("page.css")}\n{palette.css()}</style>'
+        f'<!doctype html><meta charset="utf-8"><style>{asset("moe.report", "page.css")}\n{palette.css()}</style>'
         f'<button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button>'
-        f"<main>{texts.coloured_text(Routing(**routing))}</main><script>{_asset('page.js')}</script>"
+        f"<main>{texts.coloured_text(Routing(**routing))}</main><script>{asset('moe.report', 'page.js')}</script>"
     )
 
 
@@ -122,8 +86,4 @@ def _provenance(run: RunHistory) -> str:
         parts.append(f"{run.repeated_steps:,} lines replaced: their steps were trained again after a resume")
     if run.torn_lines:
         parts.append(f"{run.torn_lines:,} unreadable line{'s' * (run.torn_lines > 1)} skipped")
-    return escape(" · ".join(parts))
-
-
-def _asset(name: str) -> str:
-    return (resources.files("moe.report") / name).read_text(encoding="utf-8")
+    return " · ".join(parts)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-import os
 import shlex
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 from moe import __version__
-from moe.report import palette, sweep_figures
+from moe.report import sweep_figures
 from moe.report.scales import short
+from moe.report.shell import asset, document, put
 from moe.report.sweep_reader import COMPLETE, JSON, SweepHistory, TrialRow, point_label, read_sweep, value_label
 from moe.report.sweep_statistics import Point, differences_to_best, interval, points
 
@@ -27,52 +25,23 @@ def is_sweep(folder: Path) -> bool:
 
 def write_sweep_report(folder: Path) -> Path:
     """Writes SWEEP/report.html and returns its path. Raises UserError as `read_sweep` does."""
-    page = render(read_sweep(folder))
-    target = folder / "report.html"
-    beside = folder / f".report.{os.getpid()}.html"
-    beside.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(beside, target)  # a browser that reloads never sees half a page
-    return target
+    return put(render(read_sweep(folder)), folder)
 
 
 def render(sweep: SweepHistory) -> str:
     """The whole page."""
-    scripts = [_plotly(), _asset("sweep.js")]
-    digests = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {digests}; img-src data: blob:"
-    name, found = escape(sweep.folder.resolve().name), points(sweep)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name} · sweep</title>
-<link rel="icon" href="data:,">
-<style>
-{_asset("page.css")}
-{palette.css()}
-{_asset("sweep.css")}
-</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the charts</a>
-<header>
-<div class="top"><p class="kicker">Sweep</p>
-<button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button></div>
-<h1>{name}</h1>
-<ul class="brief">{"".join(f"<li>{escape(phrase)}</li>" for phrase in _brief(sweep))}</ul>
-{_tiles(sweep, found)}
-</header>
-<main id="main">
-{"".join(_section(*section) for section in _sections(sweep, found))}
-</main>
-<footer><p>moe {__version__} · {len(sweep.trials)} finished trials of trials.csv</p></footer>
-{"".join(f"<script>{script}</script>" for script in scripts)}
-</body>
-</html>
-"""
+    found = points(sweep)
+    return document(
+        kind="Sweep",
+        name=sweep.folder.resolve().name,
+        brief=_brief(sweep),
+        tiles=_tiles(sweep, found),
+        content="".join(_section(*section) for section in _sections(sweep, found)),
+        footer=f"moe {__version__} · {len(sweep.trials)} finished trials of trials.csv",
+        scripts=[_plotly(), asset("moe.report", "sweep.js")],
+        styles=[asset("moe.report", "sweep.css")],
+        images="data: blob:",
+    )
 
 
 def _brief(sweep: SweepHistory) -> list[str]:
@@ -243,11 +212,3 @@ def _empty(text: str) -> str:
 def _plotly() -> str:
     """plotly's own script, as its package carries it."""
     return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _asset(name: str) -> str:
-    return (resources.files("moe.report") / name).read_text(encoding="utf-8")

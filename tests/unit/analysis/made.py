@@ -107,7 +107,8 @@ def uneven_model() -> Transformer:
     blocks[0].mlp = DenseMLP(16, 24)
     blocks[1].mlp.gate = RaggedRouter(4)
     for block, experts, top_k in ((blocks[2], 6, 3), (blocks[3], 2, 1)):
-        block.mlp = build_sparse_mlp(16, 24, TopKRouterConfig(num_experts=experts, top_k=top_k), ExpertsConfig())
+        router = TopKRouterConfig(num_experts=experts, top_k=top_k, norm_topk_prob=top_k > 1)
+        block.mlp = build_sparse_mlp(16, 24, router, ExpertsConfig())
     return made.eval()
 
 

@@ -111,6 +111,8 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
         (["peers", "train.sequenc_length=4"], "train.sequenc_length=4: no such key"),
         (["peers", "model=mistral_7b"], "model.mlp=dense must be sparse"),
         (["peers", "router.capacity_factor=1.0"], "router.capacity_factor=1.0 must be null"),
+        (["peers", "router=lossfree"], "router.scoring_func=sigmoid must be softmax: the peer is a Mixtral"),
+        (["peers", "model.n_shared_experts=1"], "model.n_shared_experts=1 must be 0: the peer is a Mixtral"),
         (["peers", "train.precision=bfloat16"], "train.precision=bfloat16 must be float32"),
         (["peers", "train.global_batch_size=8"], "train.micro_batch_size=4 must equal train.global_batch_size=8"),
         (
