@@ -21,7 +21,7 @@ def _define(space: dict[str, Any], *overrides: str, **settings: Any) -> Any:
 
 def test_the_command_lines_overrides_replace_the_presets() -> None:
     assert merged(["model=tiny", "optim.lr=1"], ["optim.lr=2", "model=small"]) == ["optim.lr=2", "model=small"]
-    defined = _define({"router.top_k": "1,2"}, "optim.lr=0.5", "train.seed=7")
+    defined = _define({"router.top_k": "2,3"}, "optim.lr=0.5", "train.seed=7")
     assert defined.overrides({"router.top_k": 2}, 9) == [
         "engine=plain", "tracking=none", "optim.lr=0.5", "router.top_k=2", "train.seed=9",
     ]  # fmt: skip
@@ -32,8 +32,8 @@ def test_the_command_lines_overrides_replace_the_presets() -> None:
     ("space", "overrides", "said"),
     [
         ({"router.aux_los_coef": "1,2"}, [], "did you mean router.aux_loss_coef"),
-        ({"router.top_k": "1,9"}, [], "sweep.space.router.top_k: router.top_k=9 must be ≤ router.num_experts=8"),
-        ({"router.top_k": "1,2"}, ["router.top_k=1"], "router.top_k=1: router.top_k is searched"),
+        ({"router.top_k": "2,9"}, [], "sweep.space.router.top_k: router.top_k=9 must be ≤ router.num_experts=8"),
+        ({"router.top_k": "2,3"}, ["router.top_k=2"], "router.top_k=2: router.top_k is searched"),
         ({"router": "topk,topq"}, [], "router=topq must be one of "),
         ({"train.seed": "1,2"}, [], "sweep.seeds=N"),
         ({"optim.lr": "interval(-1, 1)"}, [], "sweep.space.optim.lr: optim.lr=-1.0 must be > 0"),
@@ -48,18 +48,18 @@ def test_a_space_that_can_not_be_trained_is_refused(space: dict[str, str], overr
 def test_a_grid_needs_values_and_lists_its_points() -> None:
     with pytest.raises(ValueError, match=r"sweep\.sampler=grid needs choice\(…\) or range\(…\), not an interval"):
         _define({"optim.lr": "interval(0.1, 1)"}, sampler=Sampler.grid)
-    grid = _define({"router.top_k": "1,2", "optim.lr": "0.1,0.2"}, sampler=Sampler.grid)
+    grid = _define({"router.top_k": "2,3", "optim.lr": "0.1,0.2"}, sampler=Sampler.grid)
     assert grid.listed() == [
-        {"router.top_k": k, "optim.lr": lr} for k in (1, 2) for lr in (0.1, 0.2)
+        {"router.top_k": k, "optim.lr": lr} for k in (2, 3) for lr in (0.1, 0.2)
     ]  # the last key changes fastest
 
 
 def test_given_points_are_named_lists_of_overrides() -> None:
-    settings = SweepSettings(sampler=Sampler.points, points={"a": ["router.top_k=1"], "b": []}, overrides=PLAIN)
+    settings = SweepSettings(sampler=Sampler.points, points={"a": ["router.top_k=3"], "b": []}, overrides=PLAIN)
     defined = define(settings, [], load_config)
     assert defined.names() == ["point", "router.top_k"]
-    assert defined.params({"point": "a"}) == {"point": "a", "router.top_k": "1"}
-    assert defined.overrides({"point": "a"}, 0)[-2:] == ["router.top_k=1", "train.seed=0"]
+    assert defined.params({"point": "a"}) == {"point": "a", "router.top_k": "3"}
+    assert defined.overrides({"point": "a"}, 0)[-2:] == ["router.top_k=3", "train.seed=0"]
     broken = SweepSettings(sampler=Sampler.points, points={"c": ["router.top_q=1"]}, overrides=PLAIN)
     with pytest.raises(ValueError, match=r"sweep\.points\.c: router\.top_q=1: no such key"):
         define(broken, [], load_config)

@@ -11,6 +11,7 @@ import torch
 
 from moe.config.compose import load_config
 from moe.data.loader import Batch
+from moe.distributed.mesh import Mesh
 from moe.model.transformer import Transformer
 from moe.sparse import routers_of
 from moe.sparse.routers import Choices, RouterOutput
@@ -45,8 +46,8 @@ def _evaluated(model: Transformer) -> dict[str, Any]:
     batch = Batch(ids, ids.roll(-1, 1), torch.zeros_like(ids, dtype=torch.int32), torch.arange(4), zeros)
     tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(300), piece=str)
     corpus: Any = SimpleNamespace(tokenizer=tokenizer, source_names=["text"])
-    mesh: Any = SimpleNamespace(device=torch.device("cpu"), sum_=lambda tensor: tensor)  # one process
-    return Evaluation(corpus, [batch], mesh, 300)(model, lambda name: None)[0]
+    mesh = Mesh(0, 1, 0, 1, 1, torch.device("cpu"))
+    return Evaluation(corpus, [batch], mesh, 300)(model, lambda name: None).metrics
 
 
 def test_only_routers_that_look_ahead_are_scored_twice() -> None:
