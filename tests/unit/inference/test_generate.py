@@ -178,6 +178,7 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.real, self.texts, self.calls = build(), texts, 0
         self.config, self.device, self.dtype = self.real.config, self.real.device, self.real.dtype
+        self.is_causal = True
 
     def forward(self, ids, *, document_ids_BS, cache):
         output = self.real(ids, document_ids_BS=document_ids_BS, cache=cache)

@@ -95,5 +95,5 @@ def test_more_machines_are_advice_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_is_refused_when_its_weights_alone_are_too_large() -> None:
     with pytest.raises(UserError, match=r"^check_memory=true: the model's weights take \d+ TB, and .* are left"):
-        check_model(load_config(["model=mixtral_8x7b", "model.num_hidden_layers=1000000"]))
-    check_model(load_config([]))
+        check_model(load_config(["model=mixtral_8x7b", "model.num_hidden_layers=1000000"]), CPU, torch.float32)
+    check_model(load_config([]), CPU, torch.float32)
