@@ -28,6 +28,7 @@ from moe.bench.settings import Rounds, split
 from moe.bench.stepper import batch_of
 from moe.config import Config, Mlp, ModelConfig, Precision, TopKRouterConfig
 from moe.config.compose import load_config
+from moe.config.flat import typed
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
@@ -74,7 +75,7 @@ def parse(overrides: list[str]) -> tuple[Rounds, Config]:
         section, _, name = key.partition(".")
         value, needed = getattr(getattr(config, section), name), getattr(defaults[section], name)
         if value != needed:
-            raise UserError(f"{key}={_typed(value)} must be {_typed(needed)}: the peer is a Mixtral")
+            raise UserError(f"{key}={typed(value)} must be {typed(needed)}: the peer is a Mixtral")
     if train.precision is not Precision.float32:
         raise UserError(f"train.precision={train.precision.value} must be float32: the peer runs without an engine")
     if train.micro_batch_size != train.global_batch_size:
@@ -99,11 +100,6 @@ def run(overrides: list[str]) -> None:
     finally:
         rendezvous.stop()
     print("\n".join(table(config, rounds, implementation)))
-
-
-def _typed(value: object) -> object:
-    """A value as it is typed on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else getattr(value, "name", value)
 
 
 def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], str]:

@@ -1,4 +1,4 @@
-"""A configuration as a flat mapping."""
+"""A configuration as a flat mapping, and its values as they are typed."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
     for name, item in items:
         flat |= flatten(item, f"{prefix}.{name}" if prefix else str(name))
     return flat
+
+
+def typed(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(getattr(value, "name", value))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe.config import DeviceKind, Mlp, PlanConfig, Precision, Recompute
+from moe.config.flat import typed
 from moe.errors import UserError
 from moe.plan.counts import count_parameters, flops_per_token, parameter_parts
 from moe.plan.gradients import element_size, local_tensors
@@ -214,13 +215,8 @@ def _advise(config: PlanConfig, *, round_up: bool) -> tuple[list[str], float]:
             needed = needed_gb(changed, memory)
             least = min(least, needed)
             if needed <= config.hardware.memory_gb and _host_gb(changed, memory) <= config.hardware.host_memory_gb:
-                return [_override(key, value) for key, value in (changes | grown).items()], needed
+                return [f"{key}={typed(value)}" for key, value in (changes | grown).items()], needed
     return [], least
-
-
-def _override(key: str, value: Any) -> str:
-    """The override as it is typed on the command line."""
-    return f"{key}=true" if value is True else f"{key}={getattr(value, 'name', value)}"
 
 
 def _combinations(config: PlanConfig) -> list[dict[str, Any]]:
