@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 
 DEVICE_FAULTS = {errno.EIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO}
+# How gloo and NCCL say that the process at the other end is gone.
+LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
 
 
 class UserError(ValueError):
@@ -47,6 +49,15 @@ def is_device_fault(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def lost_rank(error: Exception) -> str | None:
+    """One line about a collective that failed because another rank ended; None for any other error."""
+    text = str(error)
+    if not any(part in text for part in LOST_RANK):
+        return None
+    said = next(line.strip() for line in text.splitlines() if line.strip())
+    return f"another rank ended, and this one can't go on without it; that rank's own output says why ({said})"
 
 
 def line_about(error: Exception) -> str:

@@ -7,6 +7,7 @@ line: file, key, value, rule.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -29,22 +30,25 @@ SHOWN = 40  # characters of a value in a message
 
 def open_regular(path: Path, mode: str = "rb") -> BufferedReader:
     """The file at `path`, opened to read ("rb") or append ("ab"). Raises UserError where it is anything but a regular
-    file or a link to one, OSError where it is missing."""
-    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    file, OSError where it is missing. A link is read, but not written: its target may be outside the run directory."""
+    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)  # NONBLOCK: a FIFO isn't waited for
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return open(descriptor, mode, buffering=0 if mode == "ab" else -1)  # pyright: ignore[reportReturnType]
         os.close(descriptor)
-    except OSError:
-        if not path.exists() or path.is_file():
+    except OSError as error:
+        if error.errno != errno.ELOOP and (not path.exists() or path.is_file()):
             raise
     raise UserError(f"{path}: must be a regular file, not {_kind(path)}: remove it")
 
 
 def _kind(path: Path) -> str:
-    kinds = {"a folder": path.is_dir, "a FIFO": path.is_fifo, "a socket": path.is_socket}
-    return next((name for name, holds in kinds.items() if holds()), "a device")
+    kinds = {
+        "a folder": path.is_dir, "a FIFO": path.is_fifo, "a socket": path.is_socket,
+        "a device": lambda: path.is_char_device() or path.is_block_device(),
+    }  # fmt: skip
+    return next((name for name, holds in kinds.items() if holds()), "a link")
 
 
 def read_small(path: Path, limit: int = SMALL_FILE) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ from moe.checkpoint.untrained import empty_parts, untrained_tensors
 from moe.errors import UserError
 
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The OSError that safetensors tells of, whose own exceptions have its number in their text only."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\((?:os error )?(\d+)\)", str(error))
+    return OSError(int(number[1]), str(error)) if number else None
 
 
 class _Listed(FileSystem):
@@ -41,8 +50,16 @@ class ShardReader(HuggingFaceStorageReader):
         self._metadata: Any = None
 
     def read_metadata(self) -> Any:
+        """Raises OSError where a file can't be opened or read."""
         if self._metadata is None:
-            self._metadata = super().read_metadata()
+            try:
+                self._metadata = super().read_metadata()
+            except OSError:
+                raise
+            except Exception as error:
+                if failed := _os_error(error):
+                    raise failed from error
+                raise
         return self._metadata
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -70,11 +87,13 @@ class ShardReader(HuggingFaceStorageReader):
         return None
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Raises UserError."""
+        """Raises UserError, OSError."""
         try:
             state_dict_loader.load(tensors, storage_reader=self, no_dist=True)
         except CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
+            if failed := _os_error(first):
+                raise failed from error
             raise UserError(f"{self.path}: does not fit this model ({first})") from error
 
     def fill_untrained(

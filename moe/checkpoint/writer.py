@@ -84,6 +84,7 @@ class Saver:
         if mesh.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)  # here: a save must not make a run directory anew
         self.failures = 0  # in a row
+        self.failure: OSError | None = None  # the last save's
         self._mesh, self._config = mesh, config
         self._say, self._warn, self._beat, self._tokenizer = say, warn, beat, tokenizer
         self._doing = ""  # the thread's part of the work
@@ -119,7 +120,7 @@ class Saver:
             error, self._error = self._error, None
             if error is not None and not isinstance(error, OSError):
                 raise error
-            self.failures = 0 if error is None else self.failures + 1
+            self.failure, self.failures = error, 0 if error is None else self.failures + 1
             if self.failures >= self._config.max_failures:
                 raise UserError(
                     f"{self.failures} saves in a row have failed (checkpoint.max_failures), the last one: {error}; "

@@ -42,7 +42,7 @@ from moe.config.presets import add_config_dir
 from moe.config.suggest import closest
 from moe.distributed.environment import world_from_environment
 from moe.distributed.parent import die_with_torchrun
-from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about
+from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about, lost_rank
 
 LONGEST_LINE = 1200  # characters
 HEAD_START = 2.0  # seconds
@@ -153,7 +153,7 @@ def main() -> None:
     except (OSError, OtherRankFailed) as error:
         _end_with(f"moe: {line_about(error)}")
     except (MemoryError, RuntimeError, ImportError) as error:
-        line = out_of_memory(error)
+        line = out_of_memory(error) or lost_rank(error)
         if line is None:
             raise
         _end_with(f"moe: {line}")

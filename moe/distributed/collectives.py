@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -59,16 +60,17 @@ class Collectives:
         rank, and as OtherRankFailed on the others.
         """
         result: T | None = None
-        failure: tuple[int, str] | None = None  # (which of FAULTS, its one line)
+        failure: tuple[int, str, bool] | None = None  # (whose fault, its one line, whether a device broke)
         cause: Exception | None = None
         try:
             result = action()
         except UserError as error:
-            cause, failure = error, (MACHINE if is_device_fault(error) else USER, str(error))
+            broken = is_device_fault(error)
+            cause, failure = error, (MACHINE if broken else USER, str(error), broken)
         except OSError as error:
-            cause, failure = error, (MACHINE, f"{what}: {line_about(error)}")
+            cause, failure = error, (MACHINE, f"{what}: {line_about(error)}", is_device_fault(error))
         except Exception as error:
-            cause, failure = error, (PROGRAM, f"{what}: {type(error).__name__}: {error}")
+            cause, failure = error, (PROGRAM, f"{what}: {type(error).__name__}: {error}", False)
         failures = [failure]
         if self.world_size > 1:
             failures = [None] * self.world_size
@@ -77,9 +79,12 @@ class Collectives:
             assert cause is not None
             raise cause
         found = [(rank, *one) for rank, one in enumerate(failures) if one is not None]
-        for rank, fault, text in sorted(found, key=lambda one: one[1]):
+        broken = any(device for *_, device in found)
+        for rank, fault, text, _ in sorted(found, key=lambda one: one[1]):
             if fault == PROGRAM:
                 raise OtherRankFailed(f"rank {rank} failed: {text} (its own output has the traceback)") from cause
             line = text if rank == 0 else f"{text} (on rank {rank})"
+            if broken and not is_device_fault(cause):  # the exit code is the same on every rank
+                cause = OSError(errno.EIO, text)
             raise (OSError if fault == MACHINE else UserError)(line) from cause
         return result  # type: ignore[return-value]  # no rank failed, so this one has a result

@@ -11,6 +11,7 @@ from pathlib import Path
 from moe.sweep.command import train_command, train_environment
 from moe.sweep.metrics import Metrics
 from moe.sweep.study import Claimed
+from moe.untrusted import open_regular
 
 OUTPUT = "output.txt"
 STOP_SECONDS = 120  # that a trial gets to save after SIGTERM
@@ -30,7 +31,7 @@ class Worker:
         self.pruned = False
         self._asked: float | None = None  # when it was asked to stop
         self._output = claimed.run_dir / OUTPUT
-        with self._output.open("ab") as out:
+        with open_regular(self._output, "ab") as out:
             self._from = out.tell()
             self._process = subprocess.Popen(
                 train_command([*claimed.overrides, f"run_dir={claimed.run_dir}"]),

@@ -98,11 +98,12 @@ def _loop(run: TrainingRun, held: RunLock | None) -> None:
     run.mesh.barrier()  # whatever started the ranks may end them all once one has left
     if not finished:
         assert run.stop.agreed is not None
-        raise run.stop.stopped(run.folder, state.step, saved=saved)
+        raise run.stop.stopped(run.folder, state.step, saved=saved) from run.saver.failure
     run.guard.check()
     run.alarm.check()
     if not saved:
-        raise UserError(f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)")
+        line = f"{run.folder}: training finished, but the last checkpoint could not be saved (see above)"
+        raise UserError(line) from run.saver.failure
 
 
 def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:

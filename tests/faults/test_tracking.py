@@ -13,12 +13,13 @@ from tests.unit.train.test_tracking import history
 
 pytestmark = pytest.mark.fault(10)
 WANDB = [*SMALL, "tracking=wandb", "train.steps=12", "train.eval_every=100", "train.sample_every=100"]
-NO_NETRC = {"NETRC": "/nowhere/netrc"}
 
 
 def _train(folder: Path, corpus: list[str], more: dict[str, str], *faults: dict[str, object]) -> tuple[Finished, str]:
     """Runs training, which must finish with metrics of every step; returns it and its warnings."""
-    (done,) = moe_ranks("train", f"run_dir={folder}", *corpus, *WANDB, more=NO_NETRC | more, faults=faults)
+    (done,) = moe_ranks(
+        "train", f"run_dir={folder}", *corpus, *WANDB, more={"NETRC": str(folder / "none")} | more, faults=faults
+    )
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, 13))

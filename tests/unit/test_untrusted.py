@@ -39,6 +39,17 @@ def test_a_missing_file_is_an_os_error_and_a_link_to_a_file_is_followed(tmp_path
     assert read_json(tmp_path / "file") == 1
 
 
+def test_a_link_is_not_written(tmp_path: Path) -> None:
+    for target in (tmp_path / "outside", tmp_path / "missing", tmp_path / "file"):
+        (tmp_path / "outside").write_bytes(b"1")
+        (tmp_path / "file").unlink(missing_ok=True)
+        (tmp_path / "file").symlink_to(target)
+        with pytest.raises(UserError, match="must be a regular file, not a link: remove it"):
+            open_regular(tmp_path / "file", "ab")
+    assert (tmp_path / "outside").read_bytes() == b"1"
+    assert not (tmp_path / "missing").exists()
+
+
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         file.truncate(1 << 40)
