@@ -12,6 +12,16 @@ class Mlp(Enum):
     sparse = "sparse"
 
 
+class Initializer(Enum):
+    """Standard deviations of initial weights: one for all, less into the residual stream, by fan-in, or by fan-in with
+    a sparse layer's output like a dense one's. moe/model/initialize.py has the formulas."""
+
+    normal = "normal"
+    depth_scaled = "depth_scaled"
+    fan_in = "fan_in"
+    equal_output = "equal_output"
+
+
 class AttentionBackend(Enum):
     """`auto` is `varlen` or `flex` on CUDA and `block` on CPU; `naive` is the quadratic reference."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe.config.choices import AttentionBackend, ExpertBackend, Mlp, Recompute
+from moe.config.choices import AttentionBackend, ExpertBackend, Initializer, Mlp, Recompute
 from moe.config.rules import not_negative, positive, require, share
 
 
@@ -17,7 +17,7 @@ class ModelConfig:
 
     Unless a preset or override sets `vocab_size`, composing sets it to the tokenizer's vocabulary size, if that is
     known. `hidden_dropout` applies to the outputs of attention and MLP before they are added to the residual stream, in
-    training only.
+    training only. `initializer_range` is the standard deviation that initializer=normal and depth_scaled start from.
 
     With `mlp=sparse`, `sparse_layers` says which layers have a router: `all`, `every_N` (each N-th, the N-th first), or
     a list counted from 0; the others have a dense MLP of `intermediate_size`. An expert has `moe_intermediate_size`
@@ -36,6 +36,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
+    initializer: Initializer = Initializer.normal
     initializer_range: float = 0.02
     hidden_dropout: float = 0.0
     mlp: Mlp = Mlp.sparse

@@ -186,8 +186,8 @@ class Transformer(nn.Module):
         return next(self.parameters()).dtype
 
     def init_weights(self, seed: int) -> None:
-        """N(0, initializer_range), norms 1: a function of (seed, parameter name, global expert index) alone."""
-        fill_weights(self, self.config.initializer_range, seed)
+        """By `model.initializer`: a function of (seed, parameter name, global expert index) alone."""
+        fill_weights(self, self.config, seed)
 
     def forward(
         self,

@@ -31,14 +31,15 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
-    def draws(self, seed_for: Callable[[str, int], int]) -> Iterator[tuple[Tensor, int]]:
-        """(one expert's weight [O, I], the seed of its initial values), with `seed_for(parameter name, global expert)`.
+    def draws(self, seed_for: Callable[[str, int], int]) -> Iterator[tuple[str, Tensor, int]]:
+        """(parameter name, one expert's weight [O, I], the seed of its initial values), the last from
+        `seed_for(parameter name, global expert)`.
 
         The values don't depend on the expert-parallel size.
         """
         for name in ("gate_up_proj", "down_proj"):
             for local, weight in enumerate(getattr(self, name)):
-                yield weight, seed_for(name, self.first_expert + local)
+                yield name, weight, seed_for(name, self.first_expert + local)
 
     def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
         """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]."""
