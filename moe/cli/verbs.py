@@ -107,16 +107,10 @@ def _generate(overrides: list[str]) -> None:
 
 def _report(overrides: list[str]) -> None:
     """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it
-    found. No network needed."""
-    if len(overrides) != 1 or "=" in overrides[0]:
-        raise ConfigError(
-            f"report {' '.join(overrides) or '(nothing)'}: give one run directory, as in `moe report runs/tiny-stdlib`"
-        )
-    from moe.report.page import write_report
-    from moe.report.sweep_page import is_sweep, write_sweep_report
+    found, also as a table in a Markdown page (`markdown=PAGE.md reference=POINT`). No network needed."""
+    from moe.cli.report import run_report
 
-    folder = Path(overrides[0])
-    print(write_sweep_report(folder) if is_sweep(folder) else write_report(folder))
+    run_report(overrides)
 
 
 def _analyze(overrides: list[str]) -> None:

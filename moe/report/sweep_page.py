@@ -14,7 +14,7 @@ from moe.report import sweep_figures
 from moe.report.scales import short
 from moe.report.shell import asset, document, put
 from moe.report.sweep_reader import COMPLETE, JSON, SweepHistory, TrialRow, point_label, read_sweep, value_label
-from moe.report.sweep_statistics import Point, differences_to_best, interval, points
+from moe.report.sweep_statistics import Point, differences, interval, points
 
 ROWS = 200  # of the table; trials.csv has all
 
@@ -128,7 +128,7 @@ def _noise(sweep: SweepHistory, found: list[Point]) -> str:
     if all(len(point.trials) < 2 for point in found):
         return _empty("One seed a point: what noise between seeds is can't be said. sweep.seeds=3 trains three each.")
     rows = [_noise_row(sweep, found[0], "best", "")]
-    for one in differences_to_best(found, name):
+    for one in differences(found[0], found, name):
         within = one.within_noise
         verdict = "one seed" if within is None else "within noise" if within else "differs"
         gap = f"{one.mean:+.4f}" + ("" if math.isnan(one.half) else f" ± {one.half:.4f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import Any
 
 from moe.errors import UserError
 from moe.report.scales import short
+from moe.untrusted import is_count, is_real, json_lines, read_json
 
 JSON = "trials.json"
+LARGEST = 1 << 30  # bytes of it: a trial takes some 2 kB
+POINT = "point"  # the searched name of a sweep of named points
 COMPLETE = "COMPLETE"
 
 
@@ -63,13 +65,13 @@ def read_sweep(folder: Path) -> SweepHistory:
     """Raises UserError, one line naming the file and the fix."""
     path = folder / JSON
     try:
-        data = json.loads(path.read_bytes())
+        data = read_json(path, LARGEST)
         trials = [
             TrialRow(
                 number=row["trial"],
                 params=dict(row["params"]),
                 seed=row["seed"],
-                metrics=dict(row["metrics"]),
+                metrics={name: value if is_real(value) else None for name, value in row["metrics"].items()},
                 state=row["state"],
                 error=row["error"],
                 seconds=row["seconds"],
@@ -93,7 +95,7 @@ def read_sweep(folder: Path) -> SweepHistory:
         )
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `moe sweep run_dir={folder}` writes it") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not what `moe sweep` writes ({error!r}); the same `moe sweep` writes it anew"
         ) from error
@@ -101,8 +103,8 @@ def read_sweep(folder: Path) -> SweepHistory:
 
 def point_label(row: TrialRow, names: list[str]) -> str:
     """The searched values of a trial, short enough for a legend."""
-    if names == ["point"]:
-        return str(row.params["point"])
+    if names == [POINT]:
+        return str(row.params[POINT])
     return ", ".join(f"{name.rpartition('.')[2]} {value_label(row.params[name])}" for name in names)
 
 
@@ -112,17 +114,20 @@ def value_label(value: Any) -> str:
 
 def balance_curve(folder: Path, row: TrialRow) -> tuple[list[int], list[float]]:
     """(steps, MaxVio) of a trial's metrics.jsonl; empty where it has none."""
+    found = {step: metrics["max_violation"] for step, metrics in trial_metrics(folder, row).items()}
+    steps = [step for step, value in found.items() if is_real(value)]
+    return steps, [found[step] for step in steps]
+
+
+def trial_metrics(folder: Path, row: TrialRow) -> dict[int, dict[str, Any]]:
+    """The metrics of a trial by step, in order; {} where its run directory was removed to save room. What a kill has
+    torn is left out. Raises UserError where metrics.jsonl is no regular file or not a run's."""
     path = folder / row.run_dir / "metrics.jsonl"
-    found: dict[int, float] = {}
+    found: dict[int, dict[str, Any]] = {}
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError:  # the run directory was removed to save room: the page says so by an empty chart
-        return [], []
-    for line in lines:
-        try:
-            metrics = json.loads(line)
-            if metrics["max_violation"] is not None:
-                found[int(metrics["step"])] = float(metrics["max_violation"])
-        except (ValueError, KeyError, TypeError):  # torn by a kill
-            continue
-    return sorted(found), [found[step] for step in sorted(found)]
+        for line in json_lines(path):
+            if line.value is not None and is_count(line.value.get("step")) and "max_violation" in line.value:
+                found[line.value["step"]] = line.value
+    except OSError:
+        return {}
+    return dict(sorted(found.items()))

@@ -40,7 +40,7 @@ class Point:
 
 @dataclass(slots=True)
 class Difference:
-    """A point's first objective minus the best point's: the mean over the seeds that both have, and its 95 % interval,
+    """A point's objective minus another's: the mean over the seeds that both have, and its 95 % interval,
     `mean` ± `half` (NaN with fewer than two seeds)."""
 
     point: Point
@@ -96,14 +96,16 @@ def _t95(freedom: int) -> float:
     return T95[max(known for known in T95 if known <= freedom)]
 
 
-def differences_to_best(found: list[Point], name: str) -> list[Difference]:
-    """Paired by seed: points trained with the same seed see the same data, so that its effect cancels."""
-    best = {row.seed: row.value(name) for row in found[0].trials}
+def differences(base: Point, found: list[Point], name: str) -> list[Difference]:
+    """Each other point's objective minus `base`'s, paired by seed: points trained with the same seed see the same data,
+    so that its effect cancels."""
+    against = {row.seed: row.value(name) for row in base.trials}
     told = []
-    for point in found[1:]:
-        paired = [row.value(name) - best[row.seed] for row in point.trials if row.seed in best]
-        mean, half = interval(paired)
-        told.append(Difference(point, len(paired), mean, half))
+    for point in found:
+        if point is not base:
+            paired = [row.value(name) - against[row.seed] for row in point.trials if row.seed in against]
+            mean, half = interval(paired)
+            told.append(Difference(point, len(paired), mean, half))
     return told
 
 

@@ -18,8 +18,8 @@ from moe.config.rules import require
 from moe.config.space import Dimension, Value, read_space
 from moe.config.sweep import SweepSettings
 from moe.errors import UserError
+from moe.report.sweep_reader import POINT
 
-POINT = "point"  # the dimension of sweep.points
 # Where a trial is written and cached changes nothing in it.
 ELSEWHERE = ("run_dir", "tracking.", "data.cache_dir", "check_memory", "train.peak_tflops")
 MAX_GRID = 100_000

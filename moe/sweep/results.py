@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from optuna.trial import FrozenTrial
 
 from moe.config import Sampler
 from moe.durable import write_durably
-from moe.sweep.definition import POINT, Definition
+from moe.report.sweep_reader import JSON, POINT
+from moe.sweep.definition import Definition
 from moe.sweep.metrics import TOLD
 from moe.sweep.study import TRIALS, Study
 
-CSV, JSON = "trials.csv", "trials.json"
+CSV = "trials.csv"
 AFTER = ("state", "steps", "tokens", "seconds", "error", "run_dir")
 
 
@@ -58,7 +60,7 @@ def _row(trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
         "trial": trial.number,
         "params": definition.params(trial.params),
         "seed": attrs["seed"],
-        "metrics": attrs.get("metrics", {}),
+        "metrics": {name: _finite(value) for name, value in attrs.get("metrics", {}).items()},
         "state": attrs["state"],
         "steps": attrs.get("steps", 0),
         "tokens": attrs["tokens"],
@@ -67,3 +69,8 @@ def _row(trial: FrozenTrial, definition: Definition) -> dict[str, Any]:
         "run_dir": f"{TRIALS}/{trial.number:04d}",
         "command": definition.overrides(trial.params, attrs["seed"]),
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
         "config", "durable", "locks", "untrusted", "errors",
     },
-    "sweep": {"train", "report", "config", "durable", "locks", "errors"},
+    "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
         "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
     },

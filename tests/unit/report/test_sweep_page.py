@@ -59,8 +59,8 @@ def test_run_directories_that_are_gone_leave_the_rest(tmp_path: Path) -> None:
     assert "No max_violation in the trials&#x27; metrics.jsonl." in write_sweep_report(tmp_path).read_text()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"trials": [{}]}', "\0"])
+@pytest.mark.parametrize("content", ["", "[]", '{"trials": [{}]}', "\0", '{"trials": 3}'])
 def test_what_is_no_sweep_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "trials.json").write_text(content)
-    with pytest.raises(ValueError, match=r"trials\.json: not what `moe sweep` writes"):
+    with pytest.raises(ValueError, match=r"trials\.json: not (what `moe sweep` writes|valid JSON)"):
         write_sweep_report(tmp_path)

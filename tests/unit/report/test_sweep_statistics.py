@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe.report.sweep_reader import TrialRow
-from moe.report.sweep_statistics import Point, differences_to_best, effect, interval, pareto_front
+from moe.report.sweep_statistics import Point, differences, effect, interval, pareto_front
 
 
 def _row(seed: int, loss: float, violation: float | None = 1.0, **params: Any) -> TrialRow:
@@ -29,7 +29,7 @@ def test_differences_are_paired_by_seed() -> None:
     worse = Point([_row(seed, 5.1 + seed + 0.001 * (seed - 1)) for seed in range(3)])
     noisy = Point([_row(seed, 5.0 + 2 * seed) for seed in range(3)])
     alone = Point([_row(1, 6.5)])
-    told = differences_to_best([best, worse, noisy, alone], "val_loss")
+    told = differences(best, [worse, best, noisy, alone], "val_loss")
     assert [one.within_noise for one in told] == [False, True, None]
     assert told[0].mean == pytest.approx(0.1)
     assert told[2].mean == pytest.approx(0.5)
