@@ -45,7 +45,7 @@ from moe.distributed.parent import die_with_torchrun
 from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about, lost_rank
 
 LONGEST_LINE = 1200  # characters
-HEAD_START = 2.0  # seconds
+HEAD_START = 2.0  # seconds for the rank that knows what went wrong
 
 
 def _run(arguments: list[str]) -> None:
@@ -153,7 +153,9 @@ def main() -> None:
     except (OSError, OtherRankFailed) as error:
         _end_with(f"moe: {line_about(error)}")
     except (MemoryError, RuntimeError, ImportError) as error:
-        line = out_of_memory(error) or lost_rank(error)
+        line = out_of_memory(error)
+        if line is None and (line := lost_rank(error)):
+            time.sleep(HEAD_START)  # torchrun ends this rank meanwhile, and the other one's line is the only one
         if line is None:
             raise
         _end_with(f"moe: {line}")
