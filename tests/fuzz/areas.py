@@ -18,7 +18,7 @@ from moe.config.presets import groups, presets
 from tests.e2e.conftest import SMALL
 from tests.fuzz.data_areas import rows, tokenizer, tree
 from tests.fuzz.mutate import ODD, mutated, odd
-from tests.fuzz.run import Case
+from tests.fuzz.run import OUTSIDE, Case
 
 ONE_STEP = [*SMALL, "train.steps=1", "optim.warmup_steps=0", "train.eval_sequences=2", "engine=plain"]
 KEYS = [
@@ -137,7 +137,7 @@ def _change(random_: random.Random, path: Path) -> None:
             path.mkdir()
         case 3:
             path.unlink()
-            path.symlink_to(random_.choice(["/dev/zero", "/nowhere", "/etc/hostname", "."]))
+            path.symlink_to(random_.choice(["/dev/zero", _outside(path), "/etc/hostname", "."]))
         case 4:
             path.unlink()
             os.mkfifo(path)
@@ -145,6 +145,12 @@ def _change(random_: random.Random, path: Path) -> None:
             path.write_text(_odd_value(random_, path.read_text(errors="replace")), errors="replace")
         case _:
             _odd_leaf(random_, path)
+
+
+def _outside(path: Path) -> Path:
+    """A file that isn't there, beside the run directory that `path` is in: no command may make it."""
+    (run_dir,) = (folder for folder in path.parents if folder.name == "run")
+    return run_dir.with_name(OUTSIDE)
 
 
 def _odd_leaf(random_: random.Random, path: Path) -> None:

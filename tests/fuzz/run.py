@@ -15,6 +15,7 @@ from moe.cli import main as cli
 
 SECONDS = 60.0
 CODES = {0, 1, 2}
+OUTSIDE = "outside"  # beside the run directory
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Running:
     """`moe ARGUMENTS` in a forked process with `folder` as working directory, which keeps what the command wrote."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self._case, self._paths = case, (folder / ".out", folder / ".err")
+        self._case, self._paths, self._outside = case, (folder / ".out", folder / ".err"), folder / OUTSIDE
         self._deadline = time.monotonic() + SECONDS
         self._child = os.fork()
         if self._child == 0:
@@ -61,7 +62,10 @@ class Running:
                 os.killpg(self._child, signal.SIGKILL)
             os.waitpid(self._child, 0)
         out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self._paths)
-        return Ended(self._case, code, out, err, _fault(self._case, code, out, err))
+        fault = _fault(self._case, code, out, err)
+        if not fault and self._outside.exists():
+            fault = "wrote through a link to a file outside the run directory"
+        return Ended(self._case, code, out, err, fault)
 
 
 def run(case: Case, folder: Path) -> Ended:

@@ -131,8 +131,8 @@ class TokenChoiceRouter(Router):
             value = sequence_balancing_loss(probs_TE, ids_TK, num_sequences)
             yield "sequence_balancing_loss", RouterLoss(value, self.at("sequence_aux_loss_coef"))
         if self.counts_global_batch:
-            counted = counts_E if self.global_counts_E is None else self.global_counts_E
-            value = load_balancing_loss(probs_TE, counted)
+            counted = self.global_counts_E if self.training else None
+            value = load_balancing_loss(probs_TE, counts_E if counted is None else counted)
             yield "global_balancing_loss", RouterLoss(value, self.at("global_aux_loss_coef"))
         if self.config.highest("variance_loss_coef"):
             yield "usage_variance", RouterLoss(usage_variance(probs_TE), self.at("variance_loss_coef"))
