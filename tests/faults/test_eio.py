@@ -46,7 +46,7 @@ def _failing(tmp_path: Path, corpus: list[str], points: int, ranks: int) -> list
     ("points", "ranks"),
     [
         pytest.param(4, 1, marks=pytest.mark.timeout(900)),
-        pytest.param(24, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        pytest.param(10, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
 def test_a_call_that_fails_loses_nothing_in_silence(

@@ -84,9 +84,11 @@ def _become(case: Case, folder: Path, out: Path, err: Path) -> None:
         os.chdir(folder)
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)  # as Python's own
         os.environ.update(case.environment)
-        sys.argv = ["moe", *case.arguments]
+        # What a shell can pass: a byte that isn't UTF-8 arrives as one of U+DC80 to U+DCFF.
+        sys.argv = ["moe", *(one.replace("\ud800", "\udcff") for one in case.arguments)]
         try:
             cli.main()
             code = 0

@@ -105,7 +105,7 @@ LOSE = """
 import sys
 from tests.unit.sweep.test_study import CONTINUOUS, Path, _definition, _study
 claimed = _study(Path(sys.argv[1]), _definition(CONTINUOUS)).claim()
-print(claimed.number)
+print(claimed.number, flush=True)
 import os, signal; os.kill(os.getpid(), signal.SIGKILL)
 """
 
