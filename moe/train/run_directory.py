@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe.checkpoint.layout import CONFIG
-from moe.config import Config, Schedule
+from moe.config import BiasUpdate, Config, Schedule
 from moe.config.compose import read_config
 from moe.config.flat import flatten
 from moe.errors import UserError
 
 # What a checkpoint's tensors and token ids depend on: with another value the run can't continue.
 FIXED = ("model", "router.kind", "router.num_experts", "tokenizer")
+BIAS = "bias_update"  # a router has a bias, or with none it hasn't
 # These change how the run is computed, split, watched or stored, not its mathematics. Data is compared by fingerprint.
 NEUTRAL = (
     "run_dir", "engine", "check_memory", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention",
-    "model.recompute", "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every",
+    "model.recompute", "model.initializer", "model.initializer_range",
+    "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every",
     "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every",
     "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
 )  # fmt: skip
@@ -55,7 +57,7 @@ def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> 
     for (key, (old, new)), line in zip(changed.items(), lines, strict=True):
         if _under(key, NEUTRAL):
             continue
-        if _under(key, FIXED):
+        if _under(key, FIXED) or (key.endswith(BIAS) and {old, new} & {BiasUpdate.none.name, None}):
             raise UserError(
                 f"{key}={new}, but the checkpoint {checkpoint} was written with {key}={old}: "
                 "set it back, or start another run with run_dir=…"

@@ -28,6 +28,16 @@ def test_another_model_cannot_continue_and_the_key_is_named(checkpoint: Path) ->
             run_directory.check_resumable(checkpoint, load_config(["router.num_experts=4", allowed]), SAME)
 
 
+@pytest.mark.parametrize("key", ["router.bias_update", "router.layers.1.bias_update"])
+def test_a_bias_can_neither_come_nor_go(checkpoint: Path, key: str) -> None:
+    changed = load_config([f"{key}=sign", "checkpoint.allow_changes=true"])
+    with pytest.raises(ValueError, match=rf"{key}=sign, but the checkpoint .* {key}=(none|None)"):
+        run_directory.check_resumable(checkpoint, changed, SAME)
+    (checkpoint / "config.yaml").write_text(to_yaml(load_config(["router=lossfree"])))
+    other = load_config(["router=lossfree", "router.bias_update=proportional", "checkpoint.allow_changes=true"])
+    assert "router.bias_update: sign → proportional" in run_directory.check_resumable(checkpoint, other, SAME)
+
+
 def test_what_changes_the_mathematics_needs_the_flag(checkpoint: Path) -> None:
     overrides = ["train.steps=500", "optim.lr=0.5", "checkpoint.every=7"]
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 → 0\.5; train\.steps: 300 → 500; .*allow_changes=true"):
@@ -43,6 +53,7 @@ def test_what_computes_the_same_in_another_way_is_only_told(checkpoint: Path) ->
         "parallel.zero_stage=2",
         "experts.backend=loop",
         "model.attention=naive",
+        "model.initializer=fan_in",
         "train.log_every=1",
         "tracking=none",
         "check_memory=false",
