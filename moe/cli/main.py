@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -138,9 +139,17 @@ def _end_with(line: str) -> NoReturn:
     _exit(1, line)
 
 
+def _forget_odd_sizes() -> None:
+    """The size of a terminal that is none: rich would fail on it."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[0-9]{1,4}", os.environ.get(name, "0")):
+            del os.environ[name]
+
+
 def main() -> None:
     """Console entry point; see the module's docstring for exit codes."""
     try:
+        _forget_odd_sizes()
         die_with_torchrun()  # before the slow imports, during which torchrun may die
         _run(sys.argv[1:])
     except UserError as error:
