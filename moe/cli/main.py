@@ -46,7 +46,8 @@ from moe.distributed.parent import die_with_torchrun
 from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about, lost_rank
 
 LONGEST_LINE = 1200  # characters
-HEAD_START = 2.0  # seconds for the rank that knows what went wrong
+HEAD_START = 2.0  # seconds for the rank that prints
+LONG_HEAD_START = 8.0  # seconds for a rank whose connections have closed to have ended
 
 
 def _run(arguments: list[str]) -> None:
@@ -164,7 +165,7 @@ def main() -> None:
     except (MemoryError, RuntimeError, ImportError) as error:
         line = out_of_memory(error)
         if line is None and (line := lost_rank(error)):
-            time.sleep(HEAD_START)  # torchrun ends this rank meanwhile, and the other one's line is the only one
+            time.sleep(LONG_HEAD_START)  # torchrun ends this rank meanwhile, and the other one's line is the only one
         if line is None:
             raise
         _end_with(f"moe: {line}")
