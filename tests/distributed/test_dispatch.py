@@ -34,7 +34,7 @@ class Case:
         config = kind(**{"num_experts": EXPERTS, **self.router})
         layer = build_sparse_mlp(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
         with torch.no_grad():
-            for weight, seed in layer.experts.draws(lambda name, expert: len(name) * 100 + expert):
+            for _, weight, seed in layer.experts.draws(lambda name, expert: len(name) * 100 + expert):
                 weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
         torch.nn.init.normal_(layer.gate.weight, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():  # x's first feature is 1 everywhere, its second on rank 0 only

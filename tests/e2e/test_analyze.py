@@ -47,6 +47,7 @@ def test_the_runs_own_held_out_text(moe: Run, run: Path) -> None:
     assert {**same, "checkpoint": ""} == {**found, "checkpoint": ""}, "the same numbers every time"
 
 
+@pytest.mark.slow
 def test_another_text_of_two_sources_with_the_checkpoints_tokenizer(moe: Run, run: Path, tmp_path: Path) -> None:
     sources = []
     for name, line in ("numbers", "{0} plus {0} makes {0}{0}.\n"), ("words", "nobody counts these words {0}\n"):
@@ -63,6 +64,7 @@ def test_another_text_of_two_sources_with_the_checkpoints_tokenizer(moe: Run, ru
     assert cached["fingerprint"] == saved["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_nothing_to_analyse(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *STEPS, "model.mlp=dense")
     assert done.returncode == 0, done.stderr

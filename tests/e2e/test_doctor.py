@@ -23,6 +23,7 @@ def test_json_holds_every_check(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_fails_is_in_the_table_and_the_exit_code_is_1(tmp_path: Path) -> None:
     done = doctor("run_dir=/proc/runs", folder=tmp_path)
     assert done.returncode == 1

@@ -138,7 +138,17 @@ def _runs_here(command: Command) -> bool:
     return not command.sketch and command.ranks in (1, 2) and not (large and command.arguments[0] == "train")
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if one.arguments], ids=str)
+def _is_long(command: Command) -> bool:
+    """Starts several processes, or measures the machine."""
+    assert command.arguments is not None
+    return command.arguments[0] in ("sweep", "analyze", "doctor", "bench") or MULTIRUN in command.arguments
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(one, marks=[pytest.mark.slow] * _is_long(one)) for one in COMMANDS if one.arguments],
+    ids=str,
+)
 def test_a_documented_command_works(command: Command, desk: Desk) -> None:
     assert command.arguments is not None
     verb, *rest = command.arguments

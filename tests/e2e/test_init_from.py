@@ -110,7 +110,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("source", ["run", "checkpoint", "model"])
+@pytest.mark.parametrize(
+    "source", ["run", *(pytest.param(one, marks=pytest.mark.slow) for one in ("checkpoint", "model"))]
+)
 @pytest.mark.parametrize(("ranks", "expert_parallel_size", "stage", "tolerance"), CASES)
 def test_a_run_starts_from_the_weights_of_another(
     source: str,

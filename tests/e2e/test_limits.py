@@ -85,7 +85,7 @@ def test_an_address_space_too_small_for_the_libraries_is_named_at_once() -> None
     assert only_line(done).startswith("moe: ulimit -v 900000: engine=deepspeed takes 1250000 kB of address space")
 
 
-@pytest.mark.parametrize("gigabytes", [4, 16])
+@pytest.mark.parametrize("gigabytes", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_no_room_for_the_model_is_one_line(gigabytes: int, corpus: list[str], tmp_path: Path) -> None:
     limit = gigabytes * 10**9
     overrides = ["train", *corpus, *SMALL, *HUGE, f"run_dir={tmp_path}"]

@@ -75,6 +75,7 @@ def test_the_same_command_again_trains_nothing(whole: Path, moe: Run, corpus: li
     assert results(whole) == before
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_is_finished_by_the_same_command(whole: Path, corpus: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [*QUICK, *TRIAL, *corpus, f"run_dir={folder}"]
@@ -93,6 +94,7 @@ def test_killed_half_way_it_is_finished_by_the_same_command(whole: Path, corpus:
     assert "resum" in (folder / "trials/0001/output.txt").read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_trials_save_and_the_same_command_goes_on(
     whole: Path, corpus: list[str], tmp_path: Path
 ) -> None:
@@ -111,6 +113,7 @@ def test_sigterm_lets_the_trials_save_and_the_same_command_goes_on(
     assert {row["params.router.aux_loss_coef"]: row["val_loss"] for row in results(folder)} == by_params
 
 
+@pytest.mark.slow
 def test_a_trial_that_crashes_is_recorded_and_the_others_go_on(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     preset = tmp_path / "arms.yaml"
     preset.write_text(
@@ -130,6 +133,7 @@ def test_a_trial_that_crashes_is_recorded_and_the_others_go_on(moe: Run, corpus:
     assert float(found["dense", "0"]["val_loss"]) > 0
 
 
+@pytest.mark.slow
 def test_when_all_fail_the_sweep_ends_and_says_why(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "failing"
     quick = ["sweep", "sweep=router_quick", "sweep.trials=2", *TRIAL, *corpus, "data.path=/nowhere"]
@@ -166,6 +170,7 @@ def test_two_sweeps_in_one_folder_and_another_space_are_refused(whole: Path, moe
         os.killpg(held.process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_train_m_gives_each_combination_a_run_directory(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     swept = ["router=topk", "router.aux_loss_coef=0.001,0.01"]
     done = moe("train", "-m", *swept, *TRIAL, *corpus, "train.steps=2", f"run_dir={tmp_path}/runs", timeout=900)
@@ -175,6 +180,7 @@ def test_train_m_gives_each_combination_a_run_directory(moe: Run, corpus: list[s
         assert last_step(tmp_path / f"runs/{number}") == 2
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_lets_the_others_run(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     broken = ["data.path=/nowhere," + next(one for one in corpus if one.startswith("data.path="))[10:]]
     rest = [one for one in corpus if not one.startswith("data.path=")]
@@ -192,6 +198,7 @@ def test_hydras_joblib_launcher_runs_jobs(moe: Run, corpus: list[str], tmp_path:
     assert [last_step(tmp_path / f"runs/{number}") for number in (0, 1)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_commands_that_join_share_one_study(corpus: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "joined"
     command = [*QUICK, *TRIAL, *corpus, "train.steps=2", f"run_dir={folder}", "sweep.join=true", "sweep.workers=1"]

@@ -134,6 +134,7 @@ def test_two_ranks_give_the_same_curve(
     assert done.stdout.count("validation loss") == 2, "only rank 0 prints"
 
 
+@pytest.mark.slow
 def test_dense_and_capacity_run_too(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     dense = moe("train", f"run_dir={tmp_path / 'dense'}", *corpus, *SMALL, "model.mlp=dense", "train.steps=3")
     assert dense.returncode == 0, dense.stderr
@@ -158,6 +159,7 @@ def test_generate_and_report_read_the_run(moe: Run, whole: Path) -> None:
     assert Path(report.stdout.strip()).read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_a_model_takes_its_vocabulary_from_an_existing_tokenizer(
     moe: Run, corpus: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +185,7 @@ def test_a_checkpoint_of_another_model_is_an_error(moe: Run, corpus: list[str], 
     _one_line(failed, 2, "model.hidden_size=64, but the checkpoint")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_a_checkpoint_and_the_run_continues(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     """After step 5 no file can grow past 200 kB: older checkpoints stay, training continues, the exit code is 2."""
     overrides = ["train", f"run_dir={tmp_path}", *corpus, *SMALL]
@@ -208,6 +211,7 @@ def _seconds_to_first_step(overrides: list[str]) -> float:
     return seconds
 
 
+@pytest.mark.slow
 def test_a_resume_reaches_its_first_step_as_soon_as_a_fresh_start(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     overrides = ["train", *corpus, *SMALL, "model.hidden_size=256", "model.intermediate_size=512", "train.steps=400"]
     done = moe(*overrides, f"run_dir={tmp_path / 'run'}", "train.steps=2")

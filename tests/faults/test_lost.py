@@ -34,7 +34,9 @@ def _replaced(run_dir: Path) -> None:
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize("lose", [_removed, _renamed, _replaced])
+@pytest.mark.parametrize(
+    "lose", [_removed, *(pytest.param(one, marks=pytest.mark.slow) for one in (_renamed, _replaced))]
+)
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two ranks"])
 def test_a_lost_run_directory_ends_the_run(
     corpus: list[str],

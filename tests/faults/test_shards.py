@@ -83,6 +83,7 @@ def test_a_shard_that_is_cut_in_mid_run_ends_all_ranks(
 
 
 @pytest.mark.fault(18)
+@pytest.mark.slow
 def test_one_process_ends_with_one_line_and_resumes(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome
 ) -> None:

@@ -9,10 +9,10 @@ from moe.sparse.experts import Experts
 
 
 def test_initial_values_are_named_by_the_global_expert() -> None:
-    whole = {seed: weight.shape for weight, seed in Experts(8, 12, 4, ExpertsConfig()).draws(_seed_for)}
+    whole = {seed: weight.shape for _, weight, seed in Experts(8, 12, 4, ExpertsConfig()).draws(_seed_for)}
     assert list(whole) == [1000, 1001, 1002, 1003, 2000, 2001, 2002, 2003]
     half = Experts(8, 12, 2, ExpertsConfig(), first_expert=2)
-    assert {seed: weight.shape for weight, seed in half.draws(_seed_for)} == {
+    assert {seed: weight.shape for _, weight, seed in half.draws(_seed_for)} == {
         seed: shape for seed, shape in whole.items() if seed % 1000 >= 2
     }
 
@@ -24,7 +24,7 @@ def _seed_for(name: str, expert: int) -> int:
 def test_what_is_drawn_is_the_parameters_own_memory() -> None:
     experts = Experts(8, 12, 4, ExpertsConfig())
     with torch.no_grad():
-        for weight, seed in experts.draws(_seed_for):
+        for _, weight, seed in experts.draws(_seed_for):
             weight.fill_(seed)
     assert experts.gate_up_proj[:, 0, 0].tolist() == [1000, 1001, 1002, 1003]
     assert experts.down_proj[:, 5, 5].tolist() == [2000, 2001, 2002, 2003]
