@@ -141,7 +141,10 @@ def _runs_here(command: Command) -> bool:
 def _is_long(command: Command) -> bool:
     """Starts several processes, or measures the machine."""
     assert command.arguments is not None
-    return command.arguments[0] in ("sweep", "analyze", "doctor", "bench") or MULTIRUN in command.arguments
+    return command.arguments[0] in ("sweep", "analyze", "doctor", "bench") or command.arguments[1:2] in (
+        ["-m"],
+        ("-m",),
+    )
 
 
 @pytest.mark.parametrize(
