@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from moe.errors import UserError
@@ -34,6 +35,15 @@ def write_durably(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def write_section(page: Path, begin: str, end: str, lines: Iterable[str]) -> None:
+    """Replaces the lines of `page` between the markers `begin` and `end`. Raises UserError unless it has each once."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"{page} must have the lines {begin} and {end}, each once: the section goes between them")
+    before, rest = text.split(begin)
+    write_durably(page, before + "\n".join([begin, *lines, end]) + rest.split(end)[1])
 
 
 def append_line(path: Path, line: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe.durable import write_section
 from moe.errors import UserError
 from moe.report.sweep_reader import POINT, SweepHistory, TrialRow, point_label, read_sweep, trial_metrics
 from moe.report.sweep_statistics import Difference, Point, differences, interval, points
@@ -32,13 +33,10 @@ def write_sweep_markdown(folder: Path, page: Path, reference: str, size_of: Call
     Raises UserError for a sweep that can't be read, a `reference` that is none of its points, or a page without
     markers.
     """
-    sweep = read_sweep(folder)
-    text = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"{page} must have the lines {BEGIN} and {END}, each once: the table goes between them")
-    before, rest = text.split(BEGIN)
-    lines = list(render(sweep, reference, size_of))
-    page.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1], encoding="utf-8")
+    lines = list(render(read_sweep(folder), reference, size_of))
+    if not page.exists():
+        page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    write_section(page, BEGIN, END, lines)
 
 
 def render(sweep: SweepHistory, reference: str, size_of: Callable[[TrialRow], Size]) -> Iterator[str]:

@@ -141,10 +141,8 @@ def _runs_here(command: Command) -> bool:
 def _is_long(command: Command) -> bool:
     """Starts several processes, or measures the machine."""
     assert command.arguments is not None
-    return command.arguments[0] in ("sweep", "analyze", "doctor", "bench") or command.arguments[1:2] in (
-        ["-m"],
-        ("-m",),
-    )
+    several = any(word in MULTIRUN for word in command.arguments)
+    return several or command.arguments[0] in ("sweep", "analyze", "doctor", "bench")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from moe.data.tokenizer import load_saved
+from moe.durable import write_section
 from tests.fuzz.areas import AREAS, ONE_STEP, SHARES
 from tests.fuzz.run import Case, Ended, Running, run
 
@@ -116,11 +117,7 @@ def main(arguments: list[str]) -> int:
     lines = summary(ended, seed, time.monotonic() - started)
     print("\n".join(lines))
     if page := keys.get("page"):
-        text = Path(page).read_text(encoding="utf-8")
-        head, rest = text.split(BEGIN + "\n")
-        Path(page).write_text(
-            f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}" + rest.split(END, 1)[1], encoding="utf-8"
-        )
+        write_section(Path(page), BEGIN, END, lines)
     return int(any(one.fault for _, one in ended))
 
 

@@ -34,14 +34,15 @@ ROOMS: dict[str, set[str]] = {
     },
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
-    "report": {"config", "errors", "untrusted", "__init__"},
+    "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
         "config", "durable", "locks", "untrusted", "errors",
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
-        "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "errors",
+        "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "durable",
+        "errors",
     },
     "analysis": {
         "report", "model", "sparse", "data", "checkpoint", "config", "errors", "durable", "__init__",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe.bench.gpu.render import details, overview
+from moe.durable import write_section
 from moe.errors import UserError
 
 BEGIN, END = "<!-- gpu report: begin -->", "<!-- gpu report: end -->"
@@ -31,21 +33,20 @@ def section(report: dict[str, Any], source: str) -> list[str]:
     return lines
 
 
-def write_section(page: Path, report: Path) -> None:
+def write_report(page: Path, report: Path) -> None:
     """Raises UserError unless `page` has each of the two markers once."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"{page} must have the lines {BEGIN} and {END}, each once: the section goes between them")
-    before, rest = text.split(BEGIN)
-    lines = section(json.loads(report.read_text(encoding="utf-8")), str(report))
-    page.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1], encoding="utf-8")
+
+    def lines() -> Iterator[str]:  # read once the page is known to have a place for them
+        yield from section(json.loads(report.read_text(encoding="utf-8")), str(report))
+
+    write_section(page, BEGIN, END, lines())
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m moe.bench.gpu.page REPORT.json PAGE.md")
     try:
-        write_section(Path(sys.argv[2]), Path(sys.argv[1]))
+        write_report(Path(sys.argv[2]), Path(sys.argv[1]))
     except UserError as error:
         print(f"moe: {error}", file=sys.stderr)
         sys.exit(2)

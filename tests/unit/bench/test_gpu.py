@@ -198,13 +198,13 @@ def test_page_replaces_its_section_and_nothing_else(tmp_path: Path) -> None:
     target, source = tmp_path / "performance.md", tmp_path / "report.json"
     target.write_text(text)
     source.write_text(json.dumps(_report()))
-    page.write_section(target, source)
+    page.write_report(target, source)
     written = target.read_text()
     assert "798 TFLOP/s" in written
     before, after = text.index(page.BEGIN), text.index(page.END)
     assert written.startswith(text[:before])
     assert written.endswith(text[after:])
-    page.write_section(target, source)
+    page.write_report(target, source)
     assert target.read_text() == written
 
 
@@ -213,10 +213,10 @@ def test_page_refuses_a_dry_run_and_a_page_without_markers(tmp_path: Path) -> No
     target.write_text(f"{page.BEGIN}\n{page.END}\n")
     source.write_text(json.dumps(_report(dry_run=True)))
     with pytest.raises(UserError, match="a dry run's numbers mean nothing"):
-        page.write_section(target, source)
+        page.write_report(target, source)
     target.write_text("# Performance\n")
     with pytest.raises(UserError, match="must have the lines"):
-        page.write_section(target, source)
+        page.write_report(target, source)
 
 
 def test_wheels_are_those_that_a_machine_with_torch_lacks() -> None:
