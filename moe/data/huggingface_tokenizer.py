@@ -18,6 +18,7 @@ from moe.data.tokenizer_base import BYTE_PIECE, PARTS, bos_and_eos, save_files, 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` read by the `tokenizers` library: byte-level BPE, or SentencePiece-style with byte pieces."""
 
+    chat_template: str | None = None
     file_name = "tokenizer.json"
 
     def __init__(self, model: bytes, bos: int | None, eos: int | None, where: str) -> None:

@@ -19,6 +19,7 @@ from moe.data.tokenizer_base import PARTS, bos_and_eos, save_files, saved_files
 class SentencePieceTokenizer:
     """A SentencePiece model with byte fallback: Llama's, Mistral's, or one trained here."""
 
+    chat_template: str | None = None
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, where: str) -> None:

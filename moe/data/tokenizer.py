@@ -17,12 +17,13 @@ from moe.data.find import expanded
 from moe.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moe.data.readers import DataError
 from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from moe.data.tokenizer_base import INFO_FILE, Tokenizer
+from moe.data.tokenizer_base import INFO_FILE, TEMPLATE_FILE, Tokenizer
 from moe.errors import UserError
 from moe.untrusted import read_object, read_small
 
 SAVED_FILES = r"tokenizer\.(model|json)"  # names, never paths: the folder may be somebody else's
 LARGEST_MODEL = 1 << 28  # bytes; vocabularies of 256,000 pieces take 35 MB
+LARGEST_TEMPLATE = 1 << 20
 MAX_PIECES = 10**8
 
 
@@ -53,7 +54,29 @@ def load_saved(folder: Path) -> Tokenizer:
     ):
         if info.values[key] != there:
             raise DataError(f"{path}: {key}={info.values[key]} must be {there}, as in {file}; restore the folder")
+    tokenizer.chat_template = _chat_template(folder, {})
     return tokenizer
+
+
+def _chat_template(folder: Path, names: dict[str, Any]) -> str | None:
+    """The template in a file of its own, or in tokenizer_config.json's `names`. Raises DataError."""
+    path = folder / TEMPLATE_FILE
+    try:
+        return read_small(path, LARGEST_TEMPLATE).decode() if path.is_file() else _as_template(names, folder)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: unreadable ({error})") from error
+    except UserError as error:
+        raise DataError(str(error)) from error
+
+
+def _as_template(names: dict[str, Any], folder: Path) -> str | None:
+    stated = names.get("chat_template")
+    if isinstance(stated, list):  # several, by name
+        by_name = {one.get("name"): one.get("template") for one in stated if isinstance(one, dict)}
+        stated = by_name.get("default")
+    if stated is not None and not isinstance(stated, str):
+        raise DataError(f"{folder / 'tokenizer_config.json'}: chat_template must be text or a list with a `default`")
+    return stated
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -123,7 +146,9 @@ def _open_huggingface(folder: Path) -> Tokenizer:
                 raise DataError(f"{folder / file_name}: broken JSON: {error}") from error
     model = _read(folder / "tokenizer.json")
     bos, eos = (_special_id(model, names.get(key)) for key in ("bos_token", "eos_token"))
-    return HuggingFaceTokenizer(model, bos, eos, where)
+    tokenizer = HuggingFaceTokenizer(model, bos, eos, where)
+    tokenizer.chat_template = _chat_template(folder, names)
+    return tokenizer
 
 
 def _special_id(model: bytes, name: Any) -> int | None:

@@ -13,17 +13,23 @@ import numpy as np
 from moe.data.readers import DataError
 
 INFO_FILE = "moe_tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"  # transformers' name
 PARTS = 8  # of a long text, encoded at once
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
-    """Every stored document begins with `bos_id` and ends with `eos_id`; ids are 0 … vocab_size − 1."""
+    """Every stored document begins with `bos_id` and ends with `eos_id`; ids are 0 … vocab_size − 1.
+
+    `chat_template` is the Jinja text that turns messages into a prompt, if the tokenizer has one. It is saved beside
+    the tokenizer; `fingerprint` is of the ids alone.
+    """
 
     vocab_size: int
     bos_id: int
     eos_id: int
     fingerprint: str
+    chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone, without BOS and EOS; text that looks like a special token stays text."""
@@ -64,7 +70,10 @@ def bos_and_eos(bos: int | None, eos: int | None, where: str) -> tuple[int, int]
 def saved_files(tokenizer: Tokenizer, file_name: str, model: bytes) -> dict[str, bytes]:
     info = {"file": file_name, "fingerprint": tokenizer.fingerprint}
     info |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    return {file_name: model, INFO_FILE: (json.dumps(info, indent=1) + "\n").encode()}
+    files = {file_name: model, INFO_FILE: (json.dumps(info, indent=1) + "\n").encode()}
+    if tokenizer.chat_template is not None:
+        files[TEMPLATE_FILE] = tokenizer.chat_template.encode()
+    return files
 
 
 def save_files(folder: Path, files: dict[str, bytes]) -> None:

@@ -272,3 +272,32 @@ def test_model_without_byte_pieces_is_refused(tmp_path, texts):
     )
     with pytest.raises(DataError, match="has no byte pieces"):
         SentencePieceTokenizer(prefix.with_suffix(".model").read_bytes(), "plain.model")
+
+
+def test_a_chat_template_is_saved_beside_the_tokenizer_and_is_not_part_of_its_fingerprint(trained, tmp_path):
+    template, before = "{{ messages[0]['content'] }}", trained.fingerprint
+    trained.chat_template = template
+    try:
+        trained.save(tmp_path)
+    finally:
+        trained.chat_template = None
+    loaded = load_saved(tmp_path)
+    assert (loaded.chat_template, loaded.fingerprint) == (template, before)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template\.jinja: unreadable"):
+        load_saved(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}], "y"),
+        ("", None),
+    ],
+)
+def test_the_chat_template_of_a_huggingface_folder(tmp_path, texts, stated, expected):
+    folder = huggingface_folder(tmp_path / "tokenizer", texts)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": stated}))
+    assert open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder))).chat_template == expected
