@@ -5,8 +5,10 @@ names the key, its value, the rule and the fix; the command prints it as one lin
 Field names are Hugging Face's wherever Hugging Face has one.
 """
 
+from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
+    AdapterKind,
     AttentionBackend,
     BiasUpdate,
     DeviceKind,
@@ -51,6 +53,8 @@ from moe.config.train import (
 )
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterKind",
     "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",

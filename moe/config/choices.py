@@ -22,6 +22,13 @@ class Initializer(Enum):
     equal_output = "equal_output"
 
 
+class AdapterKind(Enum):
+    """What trains beside frozen weights: nothing, so that all weights train, or LoRA."""
+
+    none = "none"
+    lora = "lora"
+
+
 class AttentionBackend(Enum):
     """`auto` is `varlen` or `flex` on CUDA and `block` on CPU; `naive` is the quadratic reference."""
 

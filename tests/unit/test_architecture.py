@@ -27,17 +27,19 @@ ROOMS: dict[str, set[str]] = {
     "kernels": {"config", "errors"},
     "sparse": {"kernels", "config", "errors"},
     "model": {"kernels", "sparse", "config"},
+    "adapters": {"kernels", "sparse", "model", "config", "errors"},
     "engine": {"distributed", "sparse", "config", "errors"},
     "plan": {"kernels", "config", "errors"},
     "checkpoint": {
-        "plan", "engine", "distributed", "model", "sparse", "config", "errors", "untrusted", "durable", "__init__",
+        "plan", "engine", "distributed", "adapters", "model", "sparse", "config", "errors", "untrusted", "durable",
+        "__init__",
     },
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "train": {
-        "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
-        "config", "durable", "locks", "untrusted", "errors",
+        "report", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse", "kernels",
+        "distributed", "config", "durable", "locks", "untrusted", "errors",
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
