@@ -76,7 +76,7 @@ class ChatTemplate:
         hidden, hidden_tools = hiding.hide(messages), hiding.hide(tools)
         text = self._render(hidden, hidden_tools, place)
         self._check_nothing_is_lost(hidden, text, place)
-        text, spans = _unmarked(text) if self._marks else (text, self._spans(hidden, hidden_tools, text, place))
+        text, spans = self._turns(hidden, hidden_tools, text, place)
         if not spans:
             raise DataError(f"{place}: {self.name} marks nothing that the model writes: use another template")
         return self._cut(text, spans, hiding)
@@ -87,7 +87,7 @@ class ChatTemplate:
         hidden = hiding.hide(messages)
         text = self._render(hidden, None, place, answer=True)
         self._check_nothing_is_lost(hidden, text, place)
-        return self._cut(_unmarked(text)[0], [], hiding)
+        return self._cut(*self._turns(hidden, None, text, place), hiding)
 
     def _render(self, messages: Any, tools: Any, place: str, *, answer: bool = False) -> str:
         size = sum(len(message.get("content") or "") for message in messages) + (len(json.dumps(tools)) if tools else 0)
@@ -110,6 +110,10 @@ class ChatTemplate:
                     f"{place}: {self.name} leaves out what message {number} ({message['role']}) has, {shown(lost)!r}: "
                     "remove the message, or use another template"
                 )
+
+    def _turns(self, messages: list[Message], tools: Any, text: str, place: str) -> tuple[str, list[tuple[int, int]]]:
+        """`text` without marks, and the (start, end) in it of each assistant turn."""
+        return _unmarked(text) if self._marks else (text, self._spans(messages, tools, text, place))
 
     def _spans(self, messages: list[Message], tools: Any, text: str, place: str) -> list[tuple[int, int]]:
         """(start, end) in `text` of each assistant turn; consecutive ones are one."""
