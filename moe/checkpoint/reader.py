@@ -41,7 +41,7 @@ def load(folder: Path, engine: Engine, mesh: Mesh) -> TrainState:
     """Weights, buffers, moments and counters into a fresh engine. A collective. Raises UserError if shapes differ."""
     state = mesh.agree(lambda: read_state(folder), "resume")
     if not mesh.from_main(lists_any(folder, OPTIMIZER)):
-        raise UserError(f"{folder}: a model without its optimizer: checkpoint.init_from={folder} starts a run from it")
+        raise UserError(f"{folder}: a model without its optimizer: init_from={folder} starts a run from it")
     _fill(engine, mesh, _part(folder, MODEL), _part(folder, OPTIMIZER), state.step - state.skipped_steps)
     engine.resumed(state.step, state.skipped_steps)
     return state

@@ -13,8 +13,15 @@ from moe.config.compose import ConfigError, load_config
 
 
 def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
-    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated."""
-    return load_config(overrides, name, composed_as, _count_pieces)
+    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated, and what
+    `init_from` has."""
+    return load_config(overrides, name, composed_as, _count_pieces, _read_source)
+
+
+def _read_source(init_from: str, run_dir: str | None) -> Any:
+    from moe.checkpoint.source import read_source
+
+    return read_source(init_from, run_dir)
 
 
 def _count_pieces(tokenizer: TokenizerConfig) -> int:

@@ -27,12 +27,15 @@ class Config:
     """One training run. It writes config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html to `run_dir`.
 
     `config_version` is incremented whenever a key is renamed, so that saved configurations stay readable
-    (`moe.config.migrate`). `check_memory=false` starts the run even if, by its plan, it needs more memory than this
-    machine has (`moe.plan.fit`).
+    (`moe.config.migrate`). `init_from` (a run directory, one of its checkpoints or a folder with a model) gives a new
+    run its initial weights, and its model, router and tokenizer unless the command states others; a run that has
+    checkpoints of its own resumes from those. `check_memory=false` starts the run even if, by its plan, it needs more
+    memory than this machine has (`moe.plan.fit`).
     """
 
     config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
+    init_from: str | None = None
     check_memory: bool = True
     engine: EngineKind = EngineKind.deepspeed
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -51,6 +54,11 @@ class Config:
     def __post_init__(self) -> None:
         train, model, optim = self.train, self.model, self.optim
         filled("", self, "run_dir")
+        require(
+            self.init_from != "",
+            "init_from='' must name a run directory, one of its checkpoints or a folder with a model; null starts from "
+            "random weights",
+        )
         require(
             self.config_version == CONFIG_VERSION,
             f"config_version={self.config_version} must be {CONFIG_VERSION}, this code's: leave it out",

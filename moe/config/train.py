@@ -103,8 +103,6 @@ class CheckpointConfig:
 
     `background` writes a snapshot while training continues; after `max_failures` failed saves in a row the run stops.
     `allow_changes` allows a resume with keys that change the mathematics of the run (see `moe.train.run_directory`).
-    `init_from` (a run directory, one of its checkpoints or a folder with a model) gives a new run its initial weights;
-    a run that has checkpoints of its own resumes from those.
     """
 
     every: int = 200
@@ -113,14 +111,8 @@ class CheckpointConfig:
     background: bool = True
     max_failures: int = 3
     allow_changes: bool = False
-    init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.init_from != "",
-            "checkpoint.init_from='' must name a run directory, one of its checkpoints or a folder with a model; "
-            "null starts from random weights",
-        )
         positive("checkpoint", self, "every", "keep", "keep_every", "max_failures")
         require(
             self.keep_every is None or self.keep_every % self.every == 0,

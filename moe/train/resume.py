@@ -1,4 +1,4 @@
-"""Where a run starts from: its own newest checkpoint, other weights (`checkpoint.init_from`), or random ones."""
+"""Where a run starts from: its own newest checkpoint, other weights (`init_from`), or random ones."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
     resumed = reader.newest(folder, mesh, display.warn)
     if resumed is not None:
         return Start(resumed, None, mesh.agree(lambda: _changes(resumed, corpus, config), "resume"))
-    if config.checkpoint.init_from is None:
+    if config.init_from is None:
         return Start(None, None, [])
-    path = Path(config.checkpoint.init_from).expanduser()
-    found = mesh.agree(lambda: reader.candidates(path, "checkpoint.init_from"), "checkpoint.init_from")
+    path = Path(config.init_from).expanduser()
+    found = mesh.agree(lambda: reader.candidates(path, "init_from"), "init_from")
     weights = mesh.from_main(found[0])
     reason = reader.damage(weights, mesh)
     if reason is not None:
-        raise UserError(f"checkpoint.init_from={path}: {weights} is damaged: {reason}")
+        raise UserError(f"init_from={path}: {weights} is damaged: {reason}")
     reader.warn_of_strays(weights, display.warn)
-    return Start(None, weights, mesh.agree(lambda: _model_changes(weights, corpus, config), "checkpoint.init_from"))
+    return Start(None, weights, mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from"))
 
 
 def load_start(
@@ -51,7 +51,7 @@ def load_start(
     """Fills the engine, prints from where, and returns the state to continue with. A collective. Raises UserError."""
     fresh = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
     if start.weights is not None:
-        mesh.agree(lambda: _check_fit(start, config, engine, mesh), "checkpoint.init_from")
+        mesh.agree(lambda: _check_fit(start, config, engine, mesh), "init_from")
         reader.load_weights(start.weights, engine, mesh)
         display.line(f"starting from the weights of {start.weights}")
     if start.resumed is not None:
@@ -74,7 +74,7 @@ def _changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
 
 
 def _model_changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
-    fix = "use the tokenizer of checkpoint.init_from or other weights"
+    fix = "use the tokenizer of init_from or other weights"
     _check_tokenizer(read_state(checkpoint), corpus, checkpoint, fix)
     changed = run_directory.model_differences(read_config(checkpoint / CONFIG), config)
     return [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
@@ -95,6 +95,6 @@ def _check_fit(start: Start, config: Config, engine: Engine, mesh: Mesh) -> None
     if unfit:
         changes = "; ".join(start.changes) or "no key of model or router differs"
         raise UserError(
-            f"checkpoint.init_from={config.checkpoint.init_from}: {len(unfit)} tensors don't fit this run ({changes}), "
+            f"init_from={config.init_from}: {len(unfit)} tensors don't fit this run ({changes}), "
             f"the first one: {unfit[0]}; set these keys as they are in {start.weights / CONFIG}"
         )

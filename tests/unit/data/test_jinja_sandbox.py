@@ -20,12 +20,12 @@ def render(source, **names):
     [
         "{% for m in messages %}{{ loop.index }}/{{ loop.length }}:{{ m.content | trim }},{% endfor %}",
         "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content.strip() }}{% endfor %}",
-        "{% set n = namespace(n=0) %}{% for m in messages if m.role == 'user' %}{% set n.n = n.n + 1 %}{% endfor %}{{ n.n }}",
+        "{% set n = namespace(n=0) %}{% for m in messages if m.role %}{% set n.n = n.n + 1 %}{% endfor %}{{ n.n }}",
         "{{ messages | tojson(indent=2) }}{{ {'a': '<é>'} | tojson }}",
         "{% macro f(x) %}[{{ x.split('l')[-1] }}]{% endmacro %}{% for m in messages %}{{ f(m.content) }}{% endfor %}",
         "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages[-1]['content'][1:3] }}",
         "{{ 'a' * 3 ~ (1 + 2) }}{{ messages[::-1] | map(attribute='role') | join('-') }}{{ range(3) | list }}",
-        "  {% if messages is defined and not tools %}\n  x\n  {% endif %}\n{{ no }}{{ (messages | first).role.upper() }}",
+        "  {% if messages is defined and not tools %}\n  x\n  {% endif %}\n{{ no }}{{ messages[0].role.upper() }}",
         "{% set x %}{{ messages | length }}!{% endset %}{{ x | indent(2) }}{{ messages[0].items() | list }}",
     ],
 )
@@ -51,7 +51,7 @@ def test_generation_is_marked():
         "{{ 9 ** 9 ** 9 }}",
         "{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% set ns = namespace(x='ab') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x %}{{ n.x ~ n.x }}{% endset %}{% endfor %}",
         "{% set ns = namespace(x=[1]) %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
