@@ -90,7 +90,7 @@ def _prepare(overrides: list[str]) -> None:
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 
-    corpus = prepare(config.data, config.tokenizer, verify=config.verify)
+    corpus = prepare(config.data, config.tokenizer, sequence_length=config.train.sequence_length, verify=config.verify)
     check_vocab(corpus, config.model.vocab_size)
     print(corpus.describe())
 

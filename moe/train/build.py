@@ -35,7 +35,10 @@ class Data:
 def open_data(config: Config, mesh: Mesh, display: Display) -> Data:
     """Token shards that don't exist yet are prepared first. A collective. Raises UserError."""
     log, warn = (display.line, display.warn) if mesh.is_main else (_silent, partial(_warn, mesh))
-    corpus = mesh.agree(lambda: prepare(config.data, config.tokenizer, log=log, warn=warn), "data")
+    length = config.train.sequence_length
+    corpus = mesh.agree(
+        lambda: prepare(config.data, config.tokenizer, sequence_length=length, log=log, warn=warn), "data"
+    )
     mesh.agree(lambda: check_vocab(corpus, config.model.vocab_size), "data")
     train = config.train
     loader = mesh.agree(

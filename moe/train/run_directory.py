@@ -21,9 +21,10 @@ BIAS = "bias_update"  # a router has a bias, or with none it hasn't
 NEUTRAL = (
     "run_dir", "init_from", "engine", "check_memory", "tracking", "checkpoint", "parallel", "tokenizer",
     "experts.backend", "model.attention", "model.recompute", "model.initializer", "model.initializer_range",
-    "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every",
-    "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every",
-    "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
+    "data.cache_dir", "data.path", "data.format", "data.records", "data.text_field", "data.prompt_field",
+    "data.completion_field", "data.messages_field", "data.template", "data.loss_on", "data.long_rows",
+    "train.eval_every", "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
+    "train.log_every", "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
 )  # fmt: skip
 
 
