@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
+    "interop": {"plan", "data", "checkpoint", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
@@ -49,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "analysis", "sweep", "train", "report", "inference", "plan", "data", "checkpoint",
+        "doctor", "bench", "analysis", "sweep", "train", "report", "interop", "inference", "plan", "data", "checkpoint",
         "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},
