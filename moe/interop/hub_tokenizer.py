@@ -149,13 +149,15 @@ def _check(parsed: Any) -> None:
 
 
 def _merges(parsed: Any) -> list[list[str]]:
-    """Every pair of pieces that make a piece, that with the highest score first."""
+    """Every pair of pieces that make a piece, that with the highest score first.
+
+    Of equal scores SentencePiece takes the leftmost in the text, a tokenizer.json the one with the better rank. Mistral's
+    runs of spaces all have one score: they grow from the left, so pairs with the longer left piece come first.
+    """
     scores = {piece.piece: piece.score for piece in parsed.pieces if piece.type in (NORMAL, UNUSED)}
-    ids = {piece.piece: index for index, piece in enumerate(parsed.pieces)}
     found = []
     for piece, score in scores.items():
         for at in range(1, len(piece)):
-            left, right = piece[:at], piece[at:]
-            if left in scores and right in scores:
-                found.append((-score, ids[left], ids[right], left, right))
-    return [[left, right] for _, _, _, left, right in sorted(found)]
+            if piece[:at] in scores and piece[at:] in scores:
+                found.append((-score, -at, piece))
+    return [[piece[:-at], piece[-at:]] for _, at, piece in sorted(found)]

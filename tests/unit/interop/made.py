@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moe.config import TokenizerConfig
+from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.tokenizer import open_tokenizer
+from moe.data.tokenizer_training import train_sentencepiece
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-VOCAB = 32000  # Mistral's tokenizer
+VOCAB = 512
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 24,
@@ -51,14 +55,22 @@ def hub_model(family: str, **settings: Any) -> Any:
 
 
 def hub_folder(folder: Path, family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """`save` of such a model, with Mistral's tokenizer."""
+    """Such a model, saved, with a small tokenizer of ours."""
     save = {name: settings.pop(name) for name in ("max_shard_size", "save_original_format") if name in settings}
     hub_model(family, **settings).to(dtype).save_pretrained(folder, **save)
-    (folder / "tokenizer.model").write_bytes(mistral_model())
+    (folder / "tokenizer.model").write_bytes(small_tokenizer().files()["tokenizer.model"])
     return folder
 
 
+@cache
+def small_tokenizer() -> SentencePieceTokenizer:
+    """One that is trained here: no space before a text, digits apart."""
+    text = inspect.getsource(json) + inspect.getsource(shutil)
+    return train_sentencepiece([text], 500, print)
+
+
 def mistral_model() -> bytes:
+    """Mistral's own: a space before a text, runs of spaces."""
     return open_tokenizer(TokenizerConfig()).files()["tokenizer.model"]
 
 

@@ -15,10 +15,9 @@ import torch
 from moe.checkpoint.model_writer import write_model
 from moe.checkpoint.reader import read_model, resolve
 from moe.checkpoint.state import TrainState
-from moe.config import ExportConfig, ExportDtype, Mlp, ModelConfig, TokenizerConfig, TopKRouterConfig
+from moe.config import ExportConfig, ExportDtype, Mlp, ModelConfig, TopKRouterConfig
 from moe.config.generate import Sampling
 from moe.config.router import RouterConfig
-from moe.data.tokenizer import open_tokenizer
 from moe.errors import UserError
 from moe.inference.generate import generate
 from moe.interop.exporting import run_export
@@ -27,7 +26,15 @@ from moe.interop.importing import import_model, model_config
 from moe.interop.tensor_source import CheckpointTensors
 from moe.model.build import build_model
 from tests.ranks import run_ranks
-from tests.unit.interop.made import assert_logits_equal, bytes_of, hub_folder, tokens, transformers
+from tests.unit.interop.made import (
+    VOCAB,
+    assert_logits_equal,
+    bytes_of,
+    hub_folder,
+    small_tokenizer,
+    tokens,
+    transformers,
+)
 
 
 def export(run: Path, path: Path, **settings: Any) -> str:
@@ -39,7 +46,7 @@ def export(run: Path, path: Path, **settings: Any) -> str:
     [
         ("mistral", torch.float16, {"tie_word_embeddings": True}),
         ("mistral", torch.float32, {"sliding_window": 5}),
-        ("mixtral", torch.bfloat16, {"head_dim": 10, "max_shard_size": "1MB"}),
+        ("mixtral", torch.bfloat16, {"head_dim": 10, "max_shard_size": "40KB"}),
         ("mixtral", torch.float32, {"save_original_format": False}),
     ],
 )
@@ -48,7 +55,7 @@ def test_a_round_trip_keeps_every_byte(
 ) -> None:
     folder = hub_folder(tmp_path / "hub", family, dtype, **settings)
     import_model(folder, tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "exported", max_shard_gb=1e-3)
+    export(tmp_path / "run", tmp_path / "exported", max_shard_gb=5e-5)
     before, after = bytes_of(folder), bytes_of(tmp_path / "exported")
     if settings.get("save_original_format") is False:  # the export has the layout that transformers writes by default
         before = bytes_of(hub_folder(tmp_path / "per_expert", family, dtype))
@@ -65,11 +72,16 @@ def test_a_round_trip_keeps_every_byte(
 
 def trained_run(folder: Path, mlp: Mlp, router: RouterConfig | None = None, **settings: Any) -> Path:
     """A model folder of ours with random weights."""
-    shape = {"vocab_size": 32000, "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, **settings}
+    shape = {
+        "vocab_size": small_tokenizer().vocab_size,
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        **settings,
+    }
     model = ModelConfig(mlp=mlp, intermediate_size=36, num_hidden_layers=2, initializer_range=0.3, **shape)
     config = model_config(model, router or TopKRouterConfig(num_experts=3), folder)
-    tokenizer = open_tokenizer(TokenizerConfig())
-    write_model(folder, build_model(config, torch.device("cpu")), tokenizer, config, TrainState(step=3))
+    write_model(folder, build_model(config, torch.device("cpu")), small_tokenizer(), config, TrainState(step=3))
     return folder
 
 
@@ -80,9 +92,9 @@ def test_greedy_text_is_the_same_in_transformers(mlp: Mlp, window: int | None, t
     export(run, tmp_path / "exported")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
-    model, own = read_model(resolve(run)), open_tokenizer(TokenizerConfig())
+    model, own = read_model(resolve(run)), small_tokenizer()
     with torch.no_grad():
-        assert_logits_equal(model(tokens(2, 20)).logits_BSV, theirs(tokens(2, 20)).logits)  # type: ignore[arg-type]
+        assert_logits_equal(model(tokens(2, 20, 300)).logits_BSV, theirs(tokens(2, 20, 300)).logits)  # type: ignore[arg-type]
     prompt = "Once upon  a time 12"
     inputs = tokenizer(prompt, return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == [own.bos_id, *own.encode(prompt)]
@@ -143,7 +155,7 @@ def _with_small_files(run: Path, path: Path) -> str:
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
     try:
         return export(run, path)
     except OSError as error:

@@ -105,7 +105,7 @@ def test_defaults_are_transformers(family: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hub_folder(tmp_path_factory.mktemp("sharded") / "hub", "mixtral", max_shard_size="2MB")
+    return hub_folder(tmp_path_factory.mktemp("sharded") / "hub", "mixtral", max_shard_size="60KB")
 
 
 @pytest.fixture(scope="module")
