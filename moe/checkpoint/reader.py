@@ -178,12 +178,19 @@ def _silent(_: str) -> None:
     """Says nothing."""
 
 
-def resolve(path: Path, warn: Callable[[str], None] = _silent) -> Path:
+def _model_flaw(folder: Path) -> str | None:
+    return _flaw(folder, MODEL)
+
+
+def resolve(
+    path: Path, warn: Callable[[str], None] = _silent, flaw: Callable[[Path], str | None] = _model_flaw
+) -> Path:
     """The newest of `candidates` whose model is whole: the files that `read_model` and `tokenizer_folder` read have
-    their SHA-256. `warn` gets a line for each that is passed over. Raises UserError when none is whole."""
+    their SHA-256. `warn` gets a line for each that is passed over; `flaw` says what keeps verified files from holding
+    each tensor once. Raises UserError when none is whole."""
     damaged: list[str] = []
     for folder in candidates(path, "checkpoint"):
-        reason = verify(folder, without=OPTIMIZER) or _flaw(folder, MODEL)
+        reason = verify(folder, without=OPTIMIZER) or flaw(folder)
         if reason is None:
             for line in damaged:
                 warn(f"{line}; {folder} is read in its place")

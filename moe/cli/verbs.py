@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig
+from moe.config import (
+    AnalyzeConfig,
+    Config,
+    ExportConfig,
+    ImportConfig,
+    PlanConfig,
+    PrepareConfig,
+    SweepConfig,
+    TokenizerConfig,
+)
 from moe.config.compose import ConfigError, load_config
 
 
@@ -112,6 +121,22 @@ def _generate(overrides: list[str]) -> None:
     run_generate(config, model, load_saved(tokenizer_folder(folder)))
 
 
+def _import(overrides: list[str]) -> None:
+    """Turn a Hugging Face model folder into a checkpoint, for `moe generate`, `moe analyze` and a run's init_from."""
+    config: ImportConfig = load_config(overrides, "import", ImportConfig)
+    from moe.interop.importing import run_import
+
+    print(run_import(config))
+
+
+def _export(overrides: list[str]) -> None:
+    """Write a checkpoint's model as a Hugging Face folder, which transformers and others read."""
+    config: ExportConfig = load_config(overrides, "export", ExportConfig)
+    from moe.interop.exporting import run_export
+
+    print(run_export(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
+
+
 def _report(overrides: list[str]) -> None:
     """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it
     found, also as a table in a Markdown page (`markdown=PAGE.md reference=POINT`). No network needed."""
@@ -179,6 +204,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "prepare": _prepare,
     "generate": _generate,
+    "import": _import,
+    "export": _export,
     "report": _report,
     "analyze": _analyze,
     "bench": _bench,
@@ -203,6 +230,10 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "plan", PlanConfig
     if verb == "analyze":
         return "analyze", AnalyzeConfig
+    if verb == "import":
+        return "import", ImportConfig
+    if verb == "export":
+        return "export", ExportConfig
     if verb == "generate":
         from moe.config.generate import GenerateConfig
 

@@ -15,6 +15,7 @@ from moe.config.choices import (
     DropPolicy,
     EngineKind,
     ExpertBackend,
+    ExportDtype,
     Initializer,
     LongRows,
     LossOn,
@@ -32,6 +33,7 @@ from moe.config.choices import (
     TrackingBackend,
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
@@ -73,10 +75,13 @@ __all__ = [
     "ExpertBackend",
     "ExpertChoiceRouterConfig",
     "ExpertsConfig",
+    "ExportConfig",
+    "ExportDtype",
     "GroupLimitedRouterConfig",
     "GuardConfig",
     "GumbelRouterConfig",
     "HardwareConfig",
+    "ImportConfig",
     "Initializer",
     "LongRows",
     "LossOn",

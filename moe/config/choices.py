@@ -164,6 +164,15 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class ExportDtype(Enum):
+    """Dtype of an exported model's weights: each one's own, or one for all."""
+
+    stored = "stored"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class TrackingBackend(Enum):
     wandb = "wandb"
     none = "none"

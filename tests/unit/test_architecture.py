@@ -36,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
+    "interop": {"plan", "data", "checkpoint", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse", "kernels",
@@ -51,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "analysis", "sweep", "train", "report", "inference", "plan", "data", "checkpoint",
+        "doctor", "bench", "analysis", "sweep", "train", "report", "interop", "inference", "plan", "data", "checkpoint",
         "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},
