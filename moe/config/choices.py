@@ -164,6 +164,13 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class ExportFormat(Enum):
+    """A model folder as transformers has it, or an adapter's as peft has it."""
+
+    huggingface = "huggingface"
+    peft = "peft"
+
+
 class ExportDtype(Enum):
     """Dtype of an exported model's weights: each one's own, or one for all."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config.choices import ExportDtype
+from moe.config.choices import ExportDtype, ExportFormat
 from moe.config.rules import filled, positive, require
 
 
@@ -31,11 +31,13 @@ class ExportConfig:
     """`checkpoint` is a run directory or one of its checkpoints, `path` a new folder.
 
     `dtype=stored` keeps each weight's. `family` (mistral, mixtral, …; null: the first that can say what the model is)
-    names the architecture to write. A file holds about `max_shard_gb` GB of tensors.
+    names the architecture to write. A file holds about `max_shard_gb` GB of tensors. An adapter is merged into its base,
+    or, with `format=peft`, written alone, as the package peft reads it.
     """
 
     checkpoint: str = ""
     path: str = ""
+    format: ExportFormat = ExportFormat.huggingface
     family: str | None = None
     dtype: ExportDtype = ExportDtype.stored
     max_shard_gb: float = 5.0

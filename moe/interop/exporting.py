@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.checkpoint.base import find_base
 from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.reader import resolve, tokenizer_folder
 from moe.checkpoint.state import TrainState, read_state
-from moe.config import Config, ExportConfig, ExportDtype
+from moe.config import Config, ExportConfig, ExportDtype, ExportFormat
 from moe.config.compose import read_config
 from moe.data.tokenizer import load_saved
 from moe.data.tokenizer_base import Tokenizer
@@ -28,8 +29,10 @@ from moe.interop.families import Family, family_for
 from moe.interop.families.base import DiskTensor
 from moe.interop.hub_folder import INDEX
 from moe.interop.hub_tokenizer import hub_tokenizer_files
+from moe.interop.merged import MergedTensors
 from moe.interop.model_folder import in_files
 from moe.interop.new_folder import new_folder
+from moe.interop.peft_adapter import export_adapter
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
 from moe.interop.tensor_source import CheckpointTensors, TensorSource, expected_shapes, header_flaw
 
@@ -51,13 +54,21 @@ def run_export(config: ExportConfig, warn: Callable[[str], None]) -> str:
     """Exports, and says what was written. `warn` gets a line for each damaged checkpoint that is passed over. Raises
     UserError, OSError."""
     folder = resolve(Path(config.checkpoint).expanduser(), warn, header_flaw)
-    path = Path(config.path).expanduser()
+    path, described, state = Path(config.path).expanduser(), read_config(folder / CONFIG), read_state(folder)
+    source: TensorSource = CheckpointTensors(folder)
+    if described.adapter.trains_adapter:
+        base = find_base(folder, state)
+        if config.format is ExportFormat.peft:
+            return export_adapter(folder, described, base, path)
+        source = MergedTensors(CheckpointTensors(base), CheckpointTensors(folder), described.adapter)
+    elif config.format is ExportFormat.peft:
+        raise UserError(f"format=peft: {folder} holds a whole model, no adapter: leave format out")
     exported = export_model(
-        CheckpointTensors(folder),
-        read_config(folder / CONFIG),
+        source,
+        described,
         load_saved(tokenizer_folder(folder)),
         path,
-        state=read_state(folder),
+        state=state,
         family=config.family,
         dtype=config.dtype,
         shard_bytes=int(config.max_shard_gb * GB),

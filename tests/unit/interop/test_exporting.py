@@ -27,7 +27,6 @@ from moe.interop.tensor_source import CheckpointTensors
 from moe.model.build import build_model
 from tests.ranks import run_ranks
 from tests.unit.interop.made import (
-    VOCAB,
     assert_logits_equal,
     bytes_of,
     hub_folder,
