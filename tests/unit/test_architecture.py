@@ -39,8 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "train": {
-        "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse", "kernels",
-        "distributed", "config", "durable", "locks", "untrusted", "errors",
+        "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse",
+        "kernels", "distributed", "config", "durable", "locks", "untrusted", "errors",
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
