@@ -3,7 +3,19 @@ processes it starts: on a machine that does something else too, two threads wait
 
 import os
 
+import pytest
 import torch
+
+from tests import forkserver
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-processes", action="store_true", help="start each process anew: tests/forkserver.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--real-processes"):
+        os.environ[forkserver.ALWAYS_REAL] = "1"
