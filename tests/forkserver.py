@@ -37,13 +37,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.ranks import LIBRARIES
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
-    "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.run", "deepspeed",
-    "deepspeed.moe.layer", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer", "setuptools",
-    "numpy.ctypeslib",
-    "safetensors.torch", "optuna", "moe.cli.main", "moe.train.loop", "moe.engine.plain", "moe.analysis.run",
-    "moe.sweep.run", "moe.engine.deepspeed.engine", "moe.engine.deepspeed.muon",
+    *LIBRARIES, "torch.distributed.run", "optuna", "moe.cli.main", "moe.train.loop", "moe.engine.plain",
+    "moe.analysis.run", "moe.sweep.run", "moe.engine.deepspeed.engine", "moe.engine.deepspeed.muon",
 )  # fmt: skip
 # Each child imports these itself: the first sets variables, the second is run as a program.
 FORGOTTEN = ("moe.engine.deepspeed", "torch.distributed.run")

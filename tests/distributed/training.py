@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +22,6 @@ from moe.train.objective import training_step
 from tests.bias_router.router import install
 
 install()  # router=bias
-
-# DeepSpeed imports it when an engine is made: seconds, which every forked rank would spend.
-importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
