@@ -1,6 +1,7 @@
 """Tests fork ranks: a fork after multi-threaded torch operations hangs, so the parent keeps to one thread. So do the
 processes it starts: on a machine that does something else too, two threads wait for each other most of the time."""
 
+import gc
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tests import forkserver
 
+gc.set_threshold(50_000, 20, 20)  # composing a configuration makes 10⁵ objects: the default collects 150 times
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 

@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,9 +50,10 @@ FORGOTTEN = ("moe.engine.deepspeed", "torch.distributed.run")
 # Variables that are read at run time. Another variable's value may have been read by an import already.
 READ_LATE = (
     "FAULT", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "MOE_",
-    "WANDB_", "NETRC", "PYTEST_", "COLUMNS", "LINES", "SAYS_", "NPROC",
+    "WANDB_", "NETRC", "PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "COLUMNS", "LINES", "SAYS_", "NPROC",
 )  # fmt: skip
-STARTS_OTHERS = ("torch.distributed.run", "sweep", "-m", "--multirun")  # among a command's arguments
+STARTS_OTHERS = ("torch.distributed.run", "doctor", "sweep", "-m", "--multirun")  # among a command's arguments
 UNBUFFERED = 3  # where the module's name is in `python -u -m MODULE`
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 LARGEST = 128 << 10  # bytes of a request
@@ -137,10 +139,11 @@ def _can_be_forked(asked: dict[str, Any]) -> bool:
         return False
     imported_with = os.environ if _server is None else _server.environment
     given = os.environ if env is None else env
-    return all(
-        given.get(key) == imported_with.get(key) or key.startswith(READ_LATE)
-        for key in {*given, *imported_with} - {ROOM}
-    )
+    keys = {key for key in {*given, *imported_with} if not key.startswith(READ_LATE)}
+    differ = sorted(key for key in keys if given.get(key) != imported_with.get(key))
+    if differ:
+        warnings.warn(f"a process is started anew, which takes seconds: other {', '.join(differ)}", stacklevel=5)
+    return not differ
 
 
 def _module_at(args: list[str]) -> int | None:
