@@ -93,13 +93,10 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
 QUICK = (
     "clipping",
     "no clipping, ZeRO-2",
-    "capacity by probability",
     "all experts of a rank idle",
     "experts idle on some ranks",
     "a router with state, recompute block, ZeRO-2",
     "lossfree, shared experts, every other layer sparse",
-    "global-batch balance loss",
-    "router frozen first, learning rates of its own",
 )
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(660)]

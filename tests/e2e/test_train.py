@@ -124,12 +124,16 @@ def test_the_same_command_resumes_after_a_kill_and_the_curve_is_bitwise_the_same
 
 
 @pytest.mark.parametrize(
-    "overrides", [["parallel.expert_parallel_size=1"], ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]]
+    ("overrides", "anew"),
+    [
+        (["parallel.expert_parallel_size=1"], False),
+        (["parallel.expert_parallel_size=2", "parallel.zero_stage=2"], True),
+    ],
 )
 def test_two_ranks_give_the_same_curve(
-    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, overrides: list[str]
+    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, overrides: list[str], anew: bool
 ) -> None:
-    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *overrides, ranks=2)
+    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *overrides, ranks=2, anew=anew)
     assert done.returncode == 0, done.stderr
     _same_curve(tmp_path, whole, 1e-6)
     assert done.stdout.count("validation loss") == 2, "only rank 0 prints"
