@@ -122,8 +122,8 @@ def _execute(process: subprocess.Popen[Any], *given: Any, **named: Any) -> None:
     ends = [asked["p2cread"], asked["c2pwrite"], asked["errwrite"]]
     process.pid = _server.fork(request, [end if end >= 0 else number for number, end in enumerate(ends)])
     process._child_created = True  # type: ignore[attr-defined]
-    ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-    process._close_pipe_fds(*(asked[end] for end in ends))  # type: ignore[attr-defined]
+    pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+    process._close_pipe_fds(*(asked[end] for end in pipes))  # type: ignore[attr-defined]
 
 
 def _can_be_forked(asked: dict[str, Any]) -> bool:
@@ -168,6 +168,7 @@ class _Server:
     @classmethod
     def started(cls) -> _Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        importlib.import_module("moe.engine.deepspeed")  # sets variables: now, so that they don't differ later
         environment = {key: value for key, value in os.environ.items() if not key.startswith(READ_LATE)}
         command = [sys.executable, "-m", "tests.forkserver", str(theirs.fileno()), " " * SHOWN]
         with tempfile.TemporaryFile() as log:

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from moe.engine.deepspeed.muon import import_muon_uncompiled
-
 LIBRARIES = (
     "torch._dynamo", "torch.distributed.checkpoint", "deepspeed", "deepspeed.moe.layer",
     "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer", "setuptools", "numpy.ctypeslib",
@@ -80,7 +78,7 @@ def _start(world_size: int, function: Callable[..., Any], arguments: tuple[Any, 
     torch.set_num_threads(1)  # NOTE: without this a fork after multi-threaded torch operations hangs
     for module in LIBRARIES:  # once, not in every rank
         importlib.import_module(module)
-    import_muon_uncompiled()
+    importlib.import_module("moe.engine.deepspeed.muon").import_muon_uncompiled()
     context = multiprocessing.get_context("fork")
     port, queue = free_port(), context.Queue()
     processes = [
