@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig
+from moe.config import (
+    AnalyzeConfig,
+    Config,
+    ExportConfig,
+    ImportConfig,
+    PlanConfig,
+    PrepareConfig,
+    SweepConfig,
+    TokenizerConfig,
+)
 from moe.config.compose import ConfigError, load_config
 
 
 def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
-    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated."""
-    return load_config(overrides, name, composed_as, _count_pieces)
+    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated, and what
+    `init_from` has."""
+    return load_config(overrides, name, composed_as, _count_pieces, _read_source)
+
+
+def _read_source(init_from: str, run_dir: str | None) -> Any:
+    from moe.interop.source import read_source
+
+    return read_source(init_from, run_dir)
 
 
 def _count_pieces(tokenizer: TokenizerConfig) -> int:
@@ -83,7 +99,7 @@ def _prepare(overrides: list[str]) -> None:
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 
-    corpus = prepare(config.data, config.tokenizer, verify=config.verify)
+    corpus = prepare(config.data, config.tokenizer, sequence_length=config.train.sequence_length, verify=config.verify)
     check_vocab(corpus, config.model.vocab_size)
     print(corpus.describe())
 
@@ -103,6 +119,22 @@ def _generate(overrides: list[str]) -> None:
     folder = resolve(Path(config.checkpoint), lambda line: print(f"warning: {line}", file=sys.stderr))
     model = read_model(folder, device=device, dtype=dtype, check_memory=config.check_memory)
     run_generate(config, model, load_saved(tokenizer_folder(folder)))
+
+
+def _import(overrides: list[str]) -> None:
+    """Turn a Hugging Face model folder into a checkpoint, for `moe generate`, `moe analyze` and a run's init_from."""
+    config: ImportConfig = load_config(overrides, "import", ImportConfig)
+    from moe.interop.importing import run_import
+
+    print(run_import(config))
+
+
+def _export(overrides: list[str]) -> None:
+    """Write a checkpoint's model as a Hugging Face folder, which transformers and others read."""
+    config: ExportConfig = load_config(overrides, "export", ExportConfig)
+    from moe.interop.exporting import run_export
+
+    print(run_export(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
 
 
 def _report(overrides: list[str]) -> None:
@@ -172,6 +204,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "prepare": _prepare,
     "generate": _generate,
+    "import": _import,
+    "export": _export,
     "report": _report,
     "analyze": _analyze,
     "bench": _bench,
@@ -196,6 +230,10 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "plan", PlanConfig
     if verb == "analyze":
         return "analyze", AnalyzeConfig
+    if verb == "import":
+        return "import", ImportConfig
+    if verb == "export":
+        return "export", ExportConfig
     if verb == "generate":
         from moe.config.generate import GenerateConfig
 

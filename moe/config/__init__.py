@@ -5,27 +5,36 @@ names the key, its value, the rule and the fix; the command prints it as one lin
 Field names are Hugging Face's wherever Hugging Face has one.
 """
 
+from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
+    AdapterKind,
     AttentionBackend,
     BiasUpdate,
     DeviceKind,
     DropPolicy,
     EngineKind,
     ExpertBackend,
+    ExportDtype,
+    ExportFormat,
     Initializer,
+    LongRows,
+    LossOn,
     Mlp,
     Precision,
     Pruner,
     Recompute,
+    RecordKind,
     Sampler,
     Schedule,
     ScoringFunction,
     SourceFormat,
+    TemplateName,
     TokenizerKind,
     TrackingBackend,
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
@@ -51,6 +60,8 @@ from moe.config.train import (
 )
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterKind",
     "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",
@@ -65,11 +76,17 @@ __all__ = [
     "ExpertBackend",
     "ExpertChoiceRouterConfig",
     "ExpertsConfig",
+    "ExportConfig",
+    "ExportDtype",
+    "ExportFormat",
     "GroupLimitedRouterConfig",
     "GuardConfig",
     "GumbelRouterConfig",
     "HardwareConfig",
+    "ImportConfig",
     "Initializer",
+    "LongRows",
+    "LossOn",
     "Mlp",
     "ModelConfig",
     "NoisyTopKRouterConfig",
@@ -81,6 +98,7 @@ __all__ = [
     "PrepareConfig",
     "Pruner",
     "Recompute",
+    "RecordKind",
     "RouterConfig",
     "Sampler",
     "Schedule",
@@ -89,6 +107,7 @@ __all__ = [
     "SourceFormat",
     "SweepConfig",
     "SweepSettings",
+    "TemplateName",
     "TokenChoiceConfig",
     "TokenizerConfig",
     "TokenizerKind",
