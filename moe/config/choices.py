@@ -32,6 +32,15 @@ class AttentionBackend(Enum):
     flex = "flex"
 
 
+class QkNorm(Enum):
+    """RMSNorm of queries and keys before they are rotated: none, over a layer's whole projections (OLMoE), or over each
+    head's dimensions with a weight that the heads share (Qwen3)."""
+
+    none = "none"
+    projection = "projection"
+    head = "head"
+
+
 class Recompute(Enum):
     """Which activations the backward pass recomputes instead of storing: none, each MLP's, or each block's."""
 
