@@ -39,7 +39,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "llama": ("Llama", {}),
-    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    # A padding row of the embedding has no gradient there.
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "pad_token_id": None}),
     "qwen3": ("Qwen3", {"head_dim": 10}),
     "qwen3_moe": (
         "Qwen3Moe",

@@ -80,7 +80,7 @@ def test_equals_transformers(family: str, settings: dict[str, Any], tmp_path: Pa
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("mixtral", {"rope_parameters": ROPE | YARN}),
+        ("mixtral", {"head_dim": 8, "rope_parameters": ROPE | YARN}),
         ("llama", {"rope_parameters": ROPE | LLAMA3}),
         ("olmoe", {"num_key_value_heads": 3}),
         ("qwen3_moe", {"norm_topk_prob": True, "head_dim": 14, "mlp_only_layers": [1]}),
