@@ -120,6 +120,6 @@ class LoadedRun:
         return loss + balance_loss(output.routers) if output.routers else loss
 
     def save(self, folder: str | Path) -> None:
-        """Writes the model as it is now into a new folder, which `load`, `moe generate` and `checkpoint.init_from`
+        """Writes the model as it is now into a new folder, which `load`, `moe generate` and `init_from`
         read. Raises UserError where the folder exists, OSError."""
         write_model(Path(folder), self.model, self.tokenizer, self.config, self.state)

@@ -47,7 +47,7 @@ def analyze(config: AnalyzeConfig, folder: Path) -> Analysis:
     run: Config = read_config(folder / CONFIG)
     # The checkpoint's own tokenizer, whatever the text.
     tokenizer = TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tokenizer_folder(folder)))
-    corpus = prepare(config.text_of(run.data), tokenizer, log=_say)
+    corpus = prepare(config.text_of(run.data), tokenizer, sequence_length=run.train.sequence_length, log=_say)
     check_vocab(corpus, run.model.vocab_size)
     return measure(config, folder, read_state(folder).step, model, corpus, run.train.sequence_length)
 

@@ -1,5 +1,5 @@
 """Writes a whole model without optimizer state as a checkpoint, which `load_model`, `moe generate` and
-`checkpoint.init_from` read."""
+`init_from` read."""
 
 from __future__ import annotations
 

@@ -22,8 +22,15 @@ from moe.config.compose import ConfigError, load_config
 
 
 def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
-    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated."""
-    return load_config(overrides, name, composed_as, _count_pieces)
+    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated, and what
+    `init_from` has."""
+    return load_config(overrides, name, composed_as, _count_pieces, _read_source)
+
+
+def _read_source(init_from: str, run_dir: str | None) -> Any:
+    from moe.checkpoint.source import read_source
+
+    return read_source(init_from, run_dir)
 
 
 def _count_pieces(tokenizer: TokenizerConfig) -> int:
@@ -92,7 +99,7 @@ def _prepare(overrides: list[str]) -> None:
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 
-    corpus = prepare(config.data, config.tokenizer, verify=config.verify)
+    corpus = prepare(config.data, config.tokenizer, sequence_length=config.train.sequence_length, verify=config.verify)
     check_vocab(corpus, config.model.vocab_size)
     print(corpus.describe())
 

@@ -5,8 +5,10 @@ names the key, its value, the rule and the fix; the command prints it as one lin
 Field names are Hugging Face's wherever Hugging Face has one.
 """
 
+from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
+    AdapterKind,
     AttentionBackend,
     BiasUpdate,
     DeviceKind,
@@ -15,15 +17,19 @@ from moe.config.choices import (
     ExpertBackend,
     ExportDtype,
     Initializer,
+    LongRows,
+    LossOn,
     Mlp,
     Precision,
     Pruner,
     QkNorm,
     Recompute,
+    RecordKind,
     Sampler,
     Schedule,
     ScoringFunction,
     SourceFormat,
+    TemplateName,
     TokenizerKind,
     TrackingBackend,
 )
@@ -54,6 +60,8 @@ from moe.config.train import (
 )
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterKind",
     "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",
@@ -76,6 +84,8 @@ __all__ = [
     "HardwareConfig",
     "ImportConfig",
     "Initializer",
+    "LongRows",
+    "LossOn",
     "Mlp",
     "ModelConfig",
     "NoisyTopKRouterConfig",
@@ -88,6 +98,7 @@ __all__ = [
     "Pruner",
     "QkNorm",
     "Recompute",
+    "RecordKind",
     "RouterConfig",
     "Sampler",
     "Schedule",
@@ -96,6 +107,7 @@ __all__ = [
     "SourceFormat",
     "SweepConfig",
     "SweepSettings",
+    "TemplateName",
     "TokenChoiceConfig",
     "TokenizerConfig",
     "TokenizerKind",

@@ -22,6 +22,13 @@ class Initializer(Enum):
     equal_output = "equal_output"
 
 
+class AdapterKind(Enum):
+    """What trains beside frozen weights: nothing, so that all weights train, or LoRA."""
+
+    none = "none"
+    lora = "lora"
+
+
 class AttentionBackend(Enum):
     """`auto` is `varlen` or `flex` on CUDA and `block` on CPU; `naive` is the quadratic reference."""
 
@@ -91,6 +98,46 @@ class SourceFormat(Enum):
     parquet = "parquet"
     dataset = "dataset"
     stdlib = "stdlib"
+
+
+class RecordKind(Enum):
+    """What a row of data is. `documents`: text for pre-training, packed end to end. The others are fine-tuning's, one
+    sequence a row: `auto` looks at the columns, the rest name them. moe/data/records.py has the columns of each."""
+
+    documents = "documents"
+    auto = "auto"
+    text = "text"
+    prompt_completion = "prompt_completion"
+    messages = "messages"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+
+
+class TemplateName(Enum):
+    """How a conversation becomes text: by the tokenizer's own template, or one of moe/data/chat_templates.py. `auto`:
+    the tokenizer's own where it has one, else `mistral`, which needs no token of its own."""
+
+    auto = "auto"
+    tokenizer = "tokenizer"
+    mistral = "mistral"
+    chatml = "chatml"
+    plain = "plain"
+
+
+class LossOn(Enum):
+    """Which tokens of a conversation are targets: all assistant turns, the last one, or everything."""
+
+    completion = "completion"
+    last_turn = "last_turn"
+    everything = "everything"
+
+
+class LongRows(Enum):
+    """What happens to a row longer than a sequence: its end is cut off, it becomes several, or it is left out."""
+
+    truncate = "truncate"
+    split = "split"
+    drop = "drop"
 
 
 class TokenizerKind(Enum):

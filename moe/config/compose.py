@@ -23,6 +23,7 @@ from moe.config.overrides import for_hydra
 from moe.config.presets import composed_folder
 from moe.config.router import registered_router, router_kinds, saved_kind
 from moe.config.saved import INTERPOLATION, read_saved
+from moe.config.source import ReadSource, source_presets, stated
 from moe.config.suggest import dotted_keys, no_such_key, of_other_routers
 from moe.errors import UserError
 
@@ -41,13 +42,21 @@ OmegaConf.register_new_resolver("data_name", _data_name, replace=True)
 
 
 def compose_dict(
-    overrides: list[str], name: str = "train", schema: type = Config, count_pieces: CountPieces | None = None
+    overrides: list[str],
+    name: str = "train",
+    schema: type = Config,
+    count_pieces: CountPieces | None = None,
+    read_source: ReadSource | None = None,
 ) -> DictConfig:
     """Composes the typed configuration without running the dataclasses' rules.
 
     `count_pieces` returns the vocabulary size of an existing tokenizer; it is called when `model.vocab_size` follows
-    from the tokenizer. Raises ConfigError, and whatever `count_pieces` raises.
+    from the tokenizer. `read_source` returns what `init_from` has. Raises ConfigError, and whatever these two raise.
     """
+    if read_source is not None and (init_from := stated(overrides, "init_from")):
+        sections = read_source(init_from, stated(overrides, "run_dir"))
+        with source_presets(init_from, sections, overrides) as presets:
+            return compose_dict([*presets, *overrides], name, schema, count_pieces)
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
@@ -80,10 +89,12 @@ def compose_dict(
         where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "a preset"
         raise ConfigError(f"{where}: not valid YAML ({error.problem})") from error
     if _names_own_text(overrides) and composed.hydra.runtime.choices.get("data") == "stdlib":
-        return compose_dict([*overrides, "data=files"], name, schema, count_pieces)
+        return compose_dict([*overrides, "data=files"], name, schema, count_pieces, read_source)
     HydraConfig.instance().set_config(composed)  # so that ${hydra:runtime.choices.*} resolves
     with flag_override(composed, ["struct", "readonly"], False):
         composed.pop("hydra")
+    if read_source is not None and (init_from := composed.get("init_from")):  # a preset names it
+        return compose_dict([f"init_from={init_from}", *overrides], name, schema, count_pieces, read_source)
     _fill_vocabulary(composed, count_pieces)
     return composed
 
@@ -171,10 +182,14 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
 
 
 def load_config(
-    overrides: list[str], name: str = "train", schema: type = Config, count_pieces: CountPieces | None = None
+    overrides: list[str],
+    name: str = "train",
+    schema: type = Config,
+    count_pieces: CountPieces | None = None,
+    read_source: ReadSource | None = None,
 ) -> Any:
     """Compose and check. Raises as `compose_dict` does."""
-    config = to_config(compose_dict(overrides, name, schema, count_pieces), overrides)
+    config = to_config(compose_dict(overrides, name, schema, count_pieces, read_source), overrides)
     if isinstance(config, Config):
         _check_can_be_saved(OmegaConf.to_container(OmegaConf.structured(config), resolve=False), "")
     return config

@@ -10,12 +10,15 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config.choices import SourceFormat, TokenizerKind
+from moe.config.choices import LongRows, LossOn, RecordKind, SourceFormat, TemplateName, TokenizerKind
 from moe.config.rules import filled, positive, require
 from moe.config.suggest import no_such_key
 from moe.errors import UserError
 
 MAX_TRAIN_BYTES = 10**12
+# Keys that a source has, and `data` too for the source that `data.path` names.
+OF_A_SOURCE = ("format", "text_field", "prompt_field", "completion_field", "messages_field")
+OF_RECORDS = ("prompt_field", "completion_field", "messages_field")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,12 +27,18 @@ class SourceConfig:
 
     `text_field` is the text column of JSONL, CSV, TSV, Parquet and data sets; `subset` and `split` are those of
     `datasets.load_dataset`; `weight` is the share of training samples (null: in proportion to tokens; all sources or
-    none state one).
+    none state one). `records` is what its rows are (null: `data.records`); `prompt_field`, `completion_field` and
+    `messages_field` are columns of the kinds that have them (`messages_field=null`: `messages`, or ShareGPT's
+    `conversations`).
     """
 
     path: str = ""
     format: SourceFormat = SourceFormat.auto
+    records: RecordKind | None = None
     text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str | None = None
     weight: float | None = None
     subset: str | None = None
     split: str = "train"
@@ -37,11 +46,22 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Corpora. `data.path` is short for one source named `text`; a mixture names its sources in `data.sources`."""
+    """Corpora. `data.path` is short for one source named `text`; a mixture names its sources in `data.sources`.
+
+    `records` is what rows are; where they are not documents, `template`, `loss_on` and `long_rows` say how a row
+    becomes a sequence of tokens and targets (docs/fine-tuning.md).
+    """
 
     path: str | None = None
     format: SourceFormat = SourceFormat.auto
+    records: RecordKind = RecordKind.documents
     text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str | None = None
+    template: TemplateName = TemplateName.auto
+    loss_on: LossOn = LossOn.completion
+    long_rows: LongRows = LongRows.truncate
     sources: dict[str, Any] = field(
         default_factory=dict
     )  # name → SourceConfig; Any, so that `+data.sources.x.path=` works
@@ -49,30 +69,57 @@ class DataConfig:
     cache_dir: str = "~/.cache/moe"
 
     def __post_init__(self) -> None:
-        filled("data", self, "path", "text_field", "cache_dir")
+        filled("data", self, "path", "cache_dir", *OF_A_SOURCE[1:])
         require(0 < self.held_out < 1, f"data.held_out={self.held_out} must be between 0 and 1: a share of documents")
         both = self.path is not None and self.sources
         require(not both, f"data.path={self.path} and data.sources can't both be set (data=files has no sources)")
-        for name, default in (("text_field", "text"), ("format", SourceFormat.auto)):
+        for name in OF_A_SOURCE:
             require(
-                not self.sources or getattr(self, name) == default,
+                not self.sources or getattr(self, name) == getattr(SourceConfig(), name),
                 f"data.{name} belongs to data.path: set data.path, or data.sources.NAME.{name} of a source",
             )
         self.sources = {name: _source(name, value) for name, value in self.sources.items()}
         weights = [source.weight for source in self.sources.values()]
         for name, source in self.sources.items():
             positive(f"data.sources.{name}", source, "weight")
-            filled(f"data.sources.{name}", source, "path", "text_field", "subset", "split")
+            filled(f"data.sources.{name}", source, "path", "subset", "split", *OF_A_SOURCE[1:])
         stated = [weight for weight in weights if weight is not None]
         require(
             len(stated) in (0, len(weights)),
             f"data.sources weights={weights} must be stated for every source or for none",
         )
+        self._check_records()
+
+    def _check_records(self) -> None:
+        """Raises UserError where a key of fine-tuning has nothing that reads it."""
+        for key, source in ({"data": self} if self.path is not None else self.all_sources()).items():
+            prefix = key if key == "data" else f"data.sources.{key}"
+            kind = source.records or self.records
+            for name in OF_RECORDS:
+                stated, default = getattr(source, name), getattr(SourceConfig(), name)
+                require(
+                    kind is not RecordKind.documents or stated == default,
+                    f"{prefix}.{name}={stated} is read for fine-tuning only: add data=sft, or {prefix}.records=auto",
+                )
+        for name, default in (
+            ("template", TemplateName.auto), ("loss_on", LossOn.completion), ("long_rows", LongRows.truncate),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(
+                self.has_records or value is default or not self.all_sources(),
+                f"data.{name}={value.name} is read for fine-tuning only: add data=sft, or data.records=auto",
+            )
+
+    @property
+    def has_records(self) -> bool:
+        """Whether rows of any source are fine-tuning's."""
+        kinds = [source.records for source in self.all_sources().values()]
+        return any((kind or self.records) is not RecordKind.documents for kind in kinds)
 
     def all_sources(self) -> dict[str, SourceConfig]:
         """Every source by name, `data.path` included."""
         if self.path is not None:
-            return {"text": SourceConfig(path=self.path, format=self.format, text_field=self.text_field)}
+            return {"text": SourceConfig(path=self.path, **{name: getattr(self, name) for name in OF_A_SOURCE})}
         return dict(self.sources)
 
 

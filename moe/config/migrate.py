@@ -14,11 +14,12 @@ from typing import Any
 from moe.config.rules import require
 from moe.errors import UserError
 
-CONFIG_VERSION = 1  # configurations without config_version are version 0
+CONFIG_VERSION = 2  # configurations without config_version are version 0
 
 # {version that renamed the key: {old key: new key}}
 RENAMED: dict[int, dict[str, str]] = {
     1: {"parallel.expert": "parallel.expert_parallel_size"},
+    2: {"checkpoint.init_from": "init_from"},
 }
 
 # Removed groups and presets: pattern of the override → equivalent overrides ("": it is the default now).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe.config.adapter import AdapterConfig
 from moe.config.choices import EngineKind, Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
@@ -27,17 +28,21 @@ class Config:
     """One training run. It writes config.yaml, metrics.jsonl, checkpoints/, samples.jsonl, report.html to `run_dir`.
 
     `config_version` is incremented whenever a key is renamed, so that saved configurations stay readable
-    (`moe.config.migrate`). `check_memory=false` starts the run even if, by its plan, it needs more memory than this
-    machine has (`moe.plan.fit`).
+    (`moe.config.migrate`). `init_from` (a run directory, one of its checkpoints or a folder with a model) gives a new
+    run its initial weights, and its model, router and tokenizer unless the command states others; a run that has
+    checkpoints of its own resumes from those. `check_memory=false` starts the run even if, by its plan, it needs more
+    memory than this machine has (`moe.plan.fit`).
     """
 
     config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
+    init_from: str | None = None
     check_memory: bool = True
     engine: EngineKind = EngineKind.deepspeed
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=TopKRouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -51,6 +56,11 @@ class Config:
     def __post_init__(self) -> None:
         train, model, optim = self.train, self.model, self.optim
         filled("", self, "run_dir")
+        require(
+            self.init_from != "",
+            "init_from='' must name a run directory, one of its checkpoints or a folder with a model; null starts from "
+            "random weights",
+        )
         require(
             self.config_version == CONFIG_VERSION,
             f"config_version={self.config_version} must be {CONFIG_VERSION}, this code's: leave it out",
@@ -86,6 +96,10 @@ class Config:
                 layer in routed or model.mlp is Mlp.dense,
                 f"router.layers.{layer}: layers with a router are {', '.join(map(str, routed))}",
             )
+        require(
+            not self.adapter.trains_adapter or self.init_from is not None,
+            f"adapter.kind={self.adapter.kind.name} needs init_from: the run directory or model that it adapts",
+        )
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
 

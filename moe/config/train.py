@@ -15,7 +15,9 @@ MAX_HANG_SECONDS = 850.0
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW. `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
-    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts."""
+    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts.
+    Parameters whose names fit a pattern of `freeze`, as in `optim.freeze=[*.mlp.gate.*]`, stay as they are; a router
+    none of whose weights trains keeps its bias too."""
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -28,6 +30,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     router_lr_multiplier: float = 1.0
     experts_lr_multiplier: float = 1.0
+    freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         positive("optim", self, "lr", "eps", "max_grad_norm", "decay_steps")
@@ -103,8 +106,6 @@ class CheckpointConfig:
 
     `background` writes a snapshot while training continues; after `max_failures` failed saves in a row the run stops.
     `allow_changes` allows a resume with keys that change the mathematics of the run (see `moe.train.run_directory`).
-    `init_from` (a run directory, one of its checkpoints or a folder with a model) gives a new run its initial weights;
-    a run that has checkpoints of its own resumes from those.
     """
 
     every: int = 200
@@ -113,14 +114,8 @@ class CheckpointConfig:
     background: bool = True
     max_failures: int = 3
     allow_changes: bool = False
-    init_from: str | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.init_from != "",
-            "checkpoint.init_from='' must name a run directory, one of its checkpoints or a folder with a model; "
-            "null starts from random weights",
-        )
         positive("checkpoint", self, "every", "keep", "keep_every", "max_failures")
         require(
             self.keep_every is None or self.keep_every % self.every == 0,

@@ -66,6 +66,11 @@ class Corpus:
                     f"{name:<14}{split:<10}{stream.documents:>10,}{stream.tokens:>14,}{stream.bytes:>14,}"
                     f"{stream.bytes / stream.tokens:>13.2f}{share}"
                 )
+                if stream.packed_length is not None:
+                    lines.append(
+                        f"{'':<14}{'':<10}{stream.tokens // stream.packed_length:,} sequences of "
+                        f"{stream.packed_length} tokens, {stream.targets:,} targets"
+                    )
         return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ import sentencepiece
 from moe.config import DataConfig, TokenizerConfig
 from moe.data.corpus import FORMAT, META, SPLITS
 from moe.data.readers import Chunk, DataError
+from moe.data.record_encoding import Recipe, threads
+from moe.data.record_writer import encode_records
 from moe.data.shards import StreamWriter, token_dtype
 from moe.data.sources import Source, stated_weights
+from moe.data.survey import Survey, content_bytes, hash_of
 from moe.data.tokenizer_base import Tokenizer
 from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 from moe.durable import fsync
@@ -26,52 +28,6 @@ from moe.durable import fsync
 ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once: enough to keep every core busy
 LONG_BYTES = 2 << 20  # a longer text is encoded in parts; chunks of text files are shorter
 PROGRESS_BYTES = 1 << 28  # bytes of text between two progress lines
-
-
-@dataclass(slots=True)
-class Survey:
-    """What the first pass over a source found. Chunks whose hash is below `threshold` are held out."""
-
-    content: str  # SHA-256 over every chunk's hash, length and `starts_document`
-    bytes: int
-    train_bytes: int
-    threshold: int
-
-
-def _hash(chunk: Chunk) -> int:
-    """The chunk's 64-bit hash. It depends on the text alone, so the split doesn't depend on the order of documents."""
-    return int.from_bytes(hashlib.blake2b(chunk.data, digest_size=8).digest(), "little")
-
-
-def _content_bytes(chunk: Chunk, number: int) -> bytes:
-    """What a source's content hash covers of a chunk whose hash is `number`."""
-    return number.to_bytes(8, "little") + len(chunk.data).to_bytes(8, "little") + bytes([chunk.starts_document])
-
-
-def survey_source(source: Source, held_out: float) -> Survey:
-    """Reads a source once: the hash of its content, and a threshold that leaves neither split empty.
-
-    `held_out` is the share of text to hold out. Raises DataError when there are fewer than two distinct chunks.
-    """
-    content = hashlib.sha256()
-    wanted = int(held_out * 2**64)
-    size = train_bytes = 0
-    lowest, highest = 2**64, -1
-    for chunk in source.chunks():
-        number = _hash(chunk)
-        content.update(_content_bytes(chunk, number))
-        lowest, highest = min(lowest, number), max(highest, number)
-        size += len(chunk.data)
-        train_bytes += len(chunk.data) * (number >= wanted)
-    if lowest > highest:  # there was no chunk
-        raise DataError(f"source {source.name!r} ({source.description}) is empty: it holds no text")
-    if lowest == highest:
-        raise DataError(
-            f"source {source.name!r} ({source.description}) holds one distinct document of {size} bytes: training and "
-            "held-out text need at least one each; give more text"
-        )
-    threshold = min(max(wanted, lowest + 1), highest)
-    return Survey(content.hexdigest(), size, train_bytes, threshold)
 
 
 def train_tokenizer(
@@ -87,7 +43,7 @@ def train_tokenizer(
     samples: list[Iterator[str]] = []
     for source, survey in zip(sources, surveys, strict=True):
         wanted = config.train_bytes * weights[source.name] / sum(weights.values())
-        texts = (chunk.text for chunk in source.chunks() if _hash(chunk) >= survey.threshold)
+        texts = (chunk.text for chunk in source.chunks() if hash_of(chunk) >= survey.threshold)
         samples.append(sample_blocks(texts, min(1.0, wanted / max(1, survey.train_bytes))))
     return train_sentencepiece(list(chain.from_iterable(samples)), config.vocab_size, log)
 
@@ -99,13 +55,17 @@ def write_corpus(
     tokenizer: Tokenizer,
     sources: list[Source],
     surveys: list[Survey],
+    recipe: Recipe | None,
     log: Callable[[str], None],
 ) -> None:
     """Writes shards, tokenizer and meta.json into the new `folder` and syncs them to disk.
 
-    Raises OSError when the folder can't be written; a source that can't be read raises DataError.
+    `recipe` is that of the sources that have records; the tokenizer is saved with its template. Raises OSError when the
+    folder can't be written; a source that can't be read raises DataError.
     """
     folder.mkdir(parents=True)
+    if recipe is not None:
+        tokenizer.chat_template = recipe.template.source
     tokenizer.save(folder / "tokenizer")
     meta: dict[str, Any] = {
         "format": FORMAT,
@@ -116,7 +76,11 @@ def write_corpus(
         "sources": {},
     }
     for source, survey in zip(sources, surveys, strict=True):
-        streams = _encode_source(folder / source.name, source, survey, tokenizer, log)
+        if source.has_records:
+            assert recipe is not None
+            streams = encode_records(folder / source.name, source, survey, recipe, log)
+        else:
+            streams = _encode_source(folder / source.name, source, survey, tokenizer, log)
         about = {"description": source.description, "content": survey.content}
         meta["sources"][source.name] = {**about, **streams}
     with (folder / META).open("w", encoding="utf-8") as file:
@@ -129,7 +93,7 @@ def write_corpus(
 
 def _encode_source(
     folder: Path, source: Source, survey: Survey, tokenizer: Tokenizer, log: Callable[[str], None]
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, Any]]:
     """Writes both splits of one source; returns meta.json's entry of each.
 
     Neighbouring chunks of a text file that fall into the same split stay one document.
@@ -142,8 +106,8 @@ def _encode_source(
     try:
         for chunk, ids in _encoded(source.chunks(), tokenizer):
             if chunk is not None:
-                number, size = _hash(chunk), len(chunk.data)
-                content.update(_content_bytes(chunk, number))
+                number, size = hash_of(chunk), len(chunk.data)
+                content.update(content_bytes(chunk, number))
                 writer = writers["held_out" if number < survey.threshold else "train"]
                 if chunk.starts_document or writer is not current:
                     if current is not None:
@@ -175,11 +139,10 @@ def _encoded(chunks: Iterator[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Ch
 
     A chunk longer than LONG_BYTES comes with its first ids; None comes with the others.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batch: list[Chunk] = []
 
     def encoded() -> Iterator[tuple[Chunk, list[int]]]:
-        yield from zip(batch, tokenizer.encode_many([chunk.text for chunk in batch], threads), strict=True)
+        yield from zip(batch, tokenizer.encode_many([chunk.text for chunk in batch], threads()), strict=True)
         batch.clear()
 
     size = 0
@@ -189,7 +152,7 @@ def _encoded(chunks: Iterator[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Ch
             yield from encoded()
             size = 0
         if long:
-            for number, ids in enumerate(tokenizer.encode_long(chunk.text, threads)):
+            for number, ids in enumerate(tokenizer.encode_long(chunk.text, threads())):
                 yield chunk if number == 0 else None, ids
         else:
             batch.append(chunk)

@@ -74,6 +74,9 @@ class HuggingFaceTokenizer:
         except UnicodeDecodeError:
             return "".join(f"<0x{byte:02X}>" for byte in data)
 
+    def special_tokens(self) -> dict[str, int]:
+        return {content: token_id for token_id, (content, special) in self._added.items() if special}
+
     def token_bytes(self) -> np.ndarray:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items():

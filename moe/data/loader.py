@@ -18,13 +18,14 @@ from torch import Tensor
 
 from moe.data.corpus import Corpus
 from moe.data.order import Mixture, quotas, shuffled
-from moe.data.packing import NO_TARGET, Sample, empty_sample, full_samples, pack
+from moe.data.packing import NO_TARGET, Sample, empty_sample, full_samples, held_out_samples, pack
 from moe.data.readers import DataError
 
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch. `labels_BS[b, t]` is the target of position t, −100 if the next token opens a document.
+    """One micro-batch. `labels_BS[b, t]` is the target of position t, −100 if the next token opens a document or is
+    none that is learnt from.
 
     `sample_ids_B` is the sample's number in the run's global order (−1: padding of a held-out batch); `source_ids_B`
     indexes `Corpus.source_names`.
@@ -74,7 +75,9 @@ class Loader:
         ]
         self._sequence_length, self._micro, self._global = sequence_length, micro_batch_size, global_batch_size
         self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._mixture = Mixture(corpus.weights, seed)
+        packed = any(stream.packed_length is not None for stream in self._streams)
+        # A row for fine-tuning is seen once an epoch; text for pre-training is seen once or less.
+        self._mixture = Mixture(corpus.weights, seed, whole_epochs=packed)
         self.consumed = 0
 
     def next_step(self) -> list[Batch]:
@@ -119,7 +122,7 @@ def held_out_batches(
         )
     chosen: list[tuple[int, int]] = []
     for source, quota in enumerate(quotas(corpus.weights, max_sequences)):
-        available = -(-(corpus.held_out[source].tokens - 1) // sequence_length)
+        available = held_out_samples(corpus.held_out[source], sequence_length)
         count = min(quota, available)
         chosen += [(source, i * available // count) for i in range(count)]
     pad_id = corpus.tokenizer.eos_id

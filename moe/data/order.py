@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 MIN_BLOCK = 1 << 10
@@ -49,16 +50,18 @@ class Mixture:
     """Interleaves sources by weight: each block of samples holds every source's quota, in another order.
 
     The block is 1,024 samples, more where a source is rarer than 1 in 16; quotas are the weights rounded by largest
-    remainder, at least 1.
+    remainder, at least 1. With `whole_epochs` a source's samples come in their order, so that all of an epoch come
+    before any of the next; without, only block by block.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
+    def __init__(self, weights: Sequence[float], seed: int, *, whole_epochs: bool = False) -> None:
         total = sum(weights)
         shares = [weight / total for weight in weights]
         block = MIN_BLOCK
         while block < MAX_BLOCK and block * min(shares) < SMALLEST_QUOTA:
             block *= 2
-        self._seed, self.block = seed, block
+        self._seed, self.block, self._whole_epochs = seed, block, whole_epochs
+        self._counted = lru_cache(2)(self._count)
         self.quotas = quotas(shares, block)
         self._ends = list(accumulate(self.quotas))
 
@@ -68,7 +71,18 @@ class Mixture:
         slot = shuffled(place, self.block, (self._seed, number))
         source = bisect_right(self._ends, slot)
         within = slot - (self._ends[source] - self.quotas[source])
+        if self._whole_epochs:
+            within = self._counted(number)[place] if len(self.quotas) > 1 else place
         return source, number * self.quotas[source] + within
+
+    def _count(self, number: int) -> list[int]:
+        """For each place of a block, how many places before it are of the same source."""
+        counts, found = [0] * len(self.quotas), []
+        for place in range(self.block):
+            source = bisect_right(self._ends, shuffled(place, self.block, (self._seed, number)))
+            found.append(counts[source])
+            counts[source] += 1
+        return found
 
 
 def quotas(shares: Sequence[float], total: int) -> list[int]:

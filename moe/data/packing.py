@@ -17,7 +17,8 @@ NO_TARGET = -100  # what cross-entropy ignores
 
 @dataclass(slots=True)
 class Sample:
-    """One packed sequence: `labels_L[t]` is the token after position t; NO_TARGET where that token opens a document."""
+    """One packed sequence: `labels_L[t]` is the token after position t; NO_TARGET where that token opens a document or
+    is masked."""
 
     input_ids_L: np.ndarray  # int64
     labels_L: np.ndarray  # int64
@@ -25,8 +26,10 @@ class Sample:
 
 
 def full_samples(stream: TokenStream, sequence_length: int, name: str) -> int:
-    """How many samples of L tokens, each with the target after its last, a stream holds. Raises DataError when none."""
-    count = (stream.tokens - 1) // sequence_length
+    """How many samples of L tokens a stream holds: with the target after the last, except in a stream that is packed
+    for this length, whose samples end with a document. Raises DataError when none."""
+    _check_length(stream, sequence_length)
+    count = (stream.tokens - (stream.packed_length is None)) // sequence_length
     if count < 1:
         raise DataError(
             f"train.sequence_length={sequence_length} must be < {stream.tokens}, the tokens that the shards of source "
@@ -35,12 +38,21 @@ def full_samples(stream: TokenStream, sequence_length: int, name: str) -> int:
     return count
 
 
+def held_out_samples(stream: TokenStream, sequence_length: int) -> int:
+    """As `full_samples`, with the last one, which the stream may not fill."""
+    _check_length(stream, sequence_length)
+    return -(-(stream.tokens - 1) // sequence_length)
+
+
 def pack(stream: TokenStream, index: int, sequence_length: int, pad_id: int) -> Sample:
     """Sample `index`: tokens [index·L, index·L + L], the last one only as a target.
 
-    Where the stream ends earlier (held-out text), the rest is filled with `pad_id`, as a document without targets.
+    Where the stream ends earlier (held-out text), the rest is filled with `pad_id`, as a document without targets. The
+    samples of a packed stream are those it was written with, with targets where its mask says so.
     """
     start = index * sequence_length
+    if stream.packed_length is not None:
+        return _packed(stream, start, start + sequence_length)
     stop = min(start + sequence_length + 1, stream.tokens)
     ids, documents = stream.read(start, stop), stream.document_ids(start, stop)
     labels = np.where(documents[1:] == documents[:-1], ids[1:], NO_TARGET)
@@ -50,6 +62,22 @@ def pack(stream: TokenStream, index: int, sequence_length: int, pad_id: int) -> 
         documents = np.concatenate([documents[:-1], np.full(missing + 1, documents[-1] + 1, np.int32)])
         labels = np.concatenate([labels, np.full(missing, NO_TARGET, np.int64)])
     return Sample(ids[:-1], labels, documents[:-1])
+
+
+def _packed(stream: TokenStream, start: int, stop: int) -> Sample:
+    ids, documents, targets = stream.read(start, stop), stream.document_ids(start, stop), stream.mask(start, stop)
+    labels = np.full(stop - start, NO_TARGET, np.int64)
+    follows = (documents[1:] == documents[:-1]) & targets[1:]
+    labels[:-1][follows] = ids[1:][follows]
+    return Sample(ids, labels, documents)
+
+
+def _check_length(stream: TokenStream, sequence_length: int) -> None:
+    if stream.packed_length not in (None, sequence_length):
+        raise DataError(
+            f"train.sequence_length={sequence_length}: the shards in {stream.folder} are packed for "
+            f"{stream.packed_length}: prepare them again"
+        )
 
 
 def empty_sample(sequence_length: int, pad_id: int) -> Sample:

@@ -20,14 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import sentencepiece
 
 from moe.config import DataConfig, TokenizerConfig, TokenizerKind
+from moe.data.chat_templates import OURS
 from moe.data.corpus import FORMAT, Corpus, check_tokenizer, check_vocab, open_corpus
-from moe.data.corpus_writer import survey_source, train_tokenizer, write_corpus
+from moe.data.corpus_writer import train_tokenizer, write_corpus
 from moe.data.find import expanded
 from moe.data.readers import DataError
+from moe.data.record_encoding import FORMAT as RECORD_FORMAT
+from moe.data.record_encoding import Recipe
 from moe.data.sources import Source, open_sources, stated_weights
+from moe.data.survey import survey_source
 from moe.data.tokenizer import open_tokenizer, tokenizer_files
 from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync
@@ -43,12 +48,14 @@ def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig,
     *,
+    sequence_length: int | None = None,
     log: Callable[[str], None] = print,
     warn: Callable[[str], None] | None = None,
     verify: bool = False,
 ) -> Corpus:
     """Opens the shards of these sources and this tokenizer, and builds them first if they don't exist or are damaged.
 
+    Rows for fine-tuning are packed into sequences of `sequence_length` tokens, which must be stated for them.
     `verify` checks the content of all files, also if this machine did so before. `warn` (None: `log`) gets the line
     about a damaged corpus, in the one process that prepares it again. Raises DataError, one line, if anything is wrong
     with the text, the tokenizer or the cache folder.
@@ -58,7 +65,7 @@ def prepare(
     for source in sources:
         if source.taken:
             log(source.taken)
-    note = _Note.of(cache, data, tokenizer, sources)
+    note = _Note.of(cache, data, tokenizer, sources, sequence_length)
     opener = _Opener(stated_weights(data), log, warn or log, verify)
     if corpus := opener.known(note):
         return corpus
@@ -68,7 +75,7 @@ def prepare(
         if corpus := opener.known(note):  # another process built it while this one waited
             return corpus
         opener.tell()
-        return _build(cache, note, data, tokenizer, sources, opener)
+        return _build(cache, note, data, tokenizer, sources, sequence_length, opener)
 
 
 @dataclass(slots=True)
@@ -81,7 +88,9 @@ class _Note:
     started_ns: int = field(default_factory=time.time_ns)
 
     @classmethod
-    def of(cls, cache: Path, data: DataConfig, tokenizer: TokenizerConfig, sources: list[Source]) -> _Note:
+    def of(
+        cls, cache: Path, data: DataConfig, tokenizer: TokenizerConfig, sources: list[Source], length: int | None
+    ) -> _Note:
         stats = []
         for path in tokenizer_files(tokenizer):
             if not path.is_file():
@@ -93,6 +102,9 @@ class _Note:
             [[source.name, source.identity] for source in sources],
             list(stated_weights(data).items()) if tokenizer.kind is TokenizerKind.sentencepiece else None,
         ]
+        if data.has_records:
+            names = (data.template.name, data.loss_on.name, data.long_rows.name)
+            settings += [RECORD_FORMAT, *names, length, *sorted(OURS.values()), jinja2.__version__]
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
         modified = max([source.modified_ns for source in sources] + [stat[2] for stat in stats])
         return cls(cache / f"{key}.json", key, modified)
@@ -149,6 +161,7 @@ def _build(
     data: DataConfig,
     config: TokenizerConfig,
     sources: list[Source],
+    sequence_length: int | None,
     opener: _Opener,
 ) -> Corpus:
     started, log = time.monotonic(), opener.log
@@ -158,7 +171,12 @@ def _build(
         tokenizer: Tokenizer = train_tokenizer(data, config, sources, surveys, log)
     else:
         tokenizer = open_tokenizer(config)
+    recipe = None
+    if data.has_records:
+        assert sequence_length is not None, "rows are packed into sequences of a stated length"
+        recipe = Recipe.of(data, tokenizer, sequence_length)
     identity = [FORMAT, tokenizer.fingerprint, data.held_out]
+    identity += [recipe.identity] if recipe else []
     identity += [[source.name, survey.content] for source, survey in zip(sources, surveys, strict=True)]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     folder = cache / fingerprint[:32]
@@ -173,7 +191,7 @@ def _build(
                         shutil.rmtree(leftover)
             try:
                 with _cache_errors(cache):
-                    write_corpus(partial, fingerprint, data, tokenizer, sources, surveys, log)
+                    write_corpus(partial, fingerprint, data, tokenizer, sources, surveys, recipe, log)
                     partial.rename(folder)
                     fsync(cache)
             finally:

@@ -49,7 +49,7 @@ def _value(text: str, place: str, key: str, field: str) -> Any:
         # As floats, numbers may have any number of digits; they aren't text in any case.
         row = json.loads(text, parse_int=float)
         if not isinstance(row, dict):
-            raise DataError(f"{place}: must be a JSON object, is {_kind(row)}")
+            raise DataError(f"{place}: must be a JSON object, is {kind_of(row)}")
         if field not in row:
             raise DataError(f"{place}: {no_field(key, field, list(row))}")
         if text.count(json.dumps(field)) > 1:  # may be a text or a key further inside
@@ -66,11 +66,25 @@ def _value(text: str, place: str, key: str, field: str) -> Any:
 
 def read_csv(path: Path, key: str, field: str, delimiter: str) -> Iterator[Chunk]:
     """One document per row below the header; quotes as in RFC 4180, for tabs too."""
+    rows = csv_lines(path, delimiter)
+    place, header = next(rows, ("", []))
+    if not header:
+        return
+    if field not in header:
+        raise DataError(f"{place}: {no_field(key, field, header)}{other_delimiter(header, delimiter)}")
+    _once(field, header, place)
+    column = header.index(field)
+    for place, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{place}: {wrong_width(row, header, delimiter)}")
+        yield as_chunk(row[column], field, place)
+
+
+def csv_lines(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """(file:line where it begins, fields) of each row that isn't blank, the header's first. Raises DataError."""
     csv.field_size_limit(LONGEST_FIELD)  # one setting for the process
     with opened(path) as file:
         rows = csv.reader(_lines(file, path), delimiter=delimiter, strict=True)
-        header: list[str] = []
-        column = 0
         while True:
             place = f"{path}:{rows.line_num + 1}"
             try:
@@ -79,20 +93,12 @@ def read_csv(path: Path, key: str, field: str, delimiter: str) -> Iterator[Chunk
                 return
             except csv.Error as error:
                 raise DataError(f"{place}: {_csv_rule(str(error))}") from error
-            if not row:
-                continue
-            if not header:
-                header = row
-                if field not in header:
-                    raise DataError(f"{place}: {no_field(key, field, header)}{_other_delimiter(header, delimiter)}")
-                _once(field, header, place)
-                column = header.index(field)
-                continue
-            if len(row) != len(header):
-                raise DataError(
-                    f"{place}: has {len(row)} fields, the header {len(header)}: quote fields that hold {delimiter!r}"
-                )
-            yield as_chunk(row[column], field, place)
+            if row:
+                yield place, row
+
+
+def wrong_width(row: list[str], header: list[str], delimiter: str) -> str:
+    return f"has {len(row)} fields, the header {len(header)}: quote fields that hold {delimiter!r}"
 
 
 def _lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
@@ -115,7 +121,7 @@ def _csv_rule(error: str) -> str:
     return f"broken quotes: {error}: a quote inside a quoted field is written twice"
 
 
-def _other_delimiter(header: list[str], delimiter: str) -> str:
+def other_delimiter(header: list[str], delimiter: str) -> str:
     other = next((one for one in ";,|\t" if one != delimiter and one in header[0]), None) if len(header) == 1 else None
     return f", or separate columns by {delimiter!r} instead of {other!r}" if other else ""
 
@@ -161,15 +167,20 @@ def _once(field: str, names: list[str], place: str) -> None:
 
 def no_field(key: str, field: str, names: list[str]) -> str:
     """The message for a row or table without `field`."""
+    return f"no field {field!r}; it has {listed(names)}: set {key}.text_field"
+
+
+def listed(names: list[str]) -> str:
+    """The names of columns, for a message."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     there = ", ".join(shown(str(name)) or "''" for name in names[:NAMES_SHOWN])
-    return f"no field {field!r}; it has {there or 'none'}{more}: set {key}.text_field"
+    return f"{there or 'none'}{more}"
 
 
 def as_chunk(value: Any, field: str, place: str) -> Chunk:
     """A row's value as a document. Raises DataError, naming the place, when it isn't text."""
     if not isinstance(value, str):
-        raise DataError(f"{place}: field {field!r} must be a string, is {_kind(value)}")
+        raise DataError(f"{place}: field {field!r} must be a string, is {kind_of(value)}")
     try:
         return Chunk(value.encode("utf-8"))
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
@@ -177,7 +188,7 @@ def as_chunk(value: Any, field: str, place: str) -> Chunk:
         raise DataError(f"{place}: field {field!r} holds a lone surrogate ({wrong}), which is not text") from error
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -81,6 +81,10 @@ class SentencePieceTokenizer:
             return chr(byte) if byte < 0x80 else piece
         return piece.replace(SPACE, " ")
 
+    def special_tokens(self) -> dict[str, int]:
+        ids = range(self.vocab_size)
+        return {str(self._processor.id_to_piece(one)): one for one in ids if self._processor.is_control(one)}
+
     def token_bytes(self) -> np.ndarray:
         processor = self._processor
         sizes = np.zeros(self.vocab_size, dtype=np.int64)

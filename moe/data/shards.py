@@ -5,6 +5,9 @@ uint16 (vocabularies up to 65,536) or uint32, no header. `documents.bin` holds t
 first token, int64, and at its end the stream's length. A document is [BOS] tokens [EOS] and may cross from one shard
 into the next.
 
+A stream of rows for fine-tuning is packed when it is written: every `packed_length` tokens begin a sequence and a
+document. Beside each shard lies a mask, a byte for each token: 1 where it is a target.
+
 Files are read with `pread`, not mapped: beyond the end of a file that was cut, a mapped page is a SIGBUS, which ends
 the process without a word, and the rest of the last page is zeros.
 
@@ -30,6 +33,8 @@ from moe.untrusted import Values
 SHARD_TOKENS = 1 << 28  # 512 MiB of uint16
 OFFSETS_FILE = "documents.bin"
 OFFSET = np.dtype("<i8")
+MASK = np.dtype("u1")
+MASK_SUFFIX = ".mask"
 MOST_SHARDS = 10**6
 OPEN_FILES = 32  # of one stream: it may have more shards than a process may open files
 BLOCK = 512  # offsets read at once: 4 KiB
@@ -42,31 +47,46 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class StreamWriter:
-    """Writes one stream, document by document. Raises OSError (a full disk)."""
+    """Writes one stream, document by document; with `packed_length`, a mask too. Raises OSError (a full disk)."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self, folder: Path, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS, packed_length: int | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
+        self._folder, self._dtype, self._shard_tokens, self._packed = folder, dtype, shard_tokens, packed_length
         self._offsets = _HashedFile(folder / OFFSETS_FILE)
         self._shard: _HashedFile | None = None
+        self._mask: _HashedFile | None = None
         self._sha256: dict[str, str] = {}  # by file name, of the files that are complete
-        self.tokens = self.documents = self.bytes = 0
+        self.tokens = self.documents = self.bytes = self.targets = 0
 
     def start_document(self) -> None:
         self._offsets.write(np.array([self.tokens], OFFSET).tobytes())
         self.documents += 1
 
-    def write(self, ids: list[int]) -> None:
+    def write(self, ids: list[int] | np.ndarray, targets_N: np.ndarray | None = None) -> None:
+        """`targets_N`, bool: the mask, of a packed stream."""
         ids_N = np.asarray(ids, dtype=self._dtype)
         while len(ids_N):
             shard, used = divmod(self.tokens, self._shard_tokens)
             if used == 0:
-                self._end(self._shard)
-                self._shard = _HashedFile(self._folder / f"{shard:05d}.bin")
+                self._begin(shard)
             assert self._shard is not None
             part_N, ids_N = np.split(ids_N, [self._shard_tokens - used])
             self._shard.write(part_N.tobytes())
+            if self._mask is not None:
+                assert targets_N is not None, "a packed stream has a mask"
+                mask_N, targets_N = np.split(targets_N, [self._shard_tokens - used])
+                self._mask.write(mask_N.astype(MASK).tobytes())
+                self.targets += int(mask_N.sum())
             self.tokens += len(part_N)
+
+    def _begin(self, shard: int) -> None:
+        self._end(self._shard)
+        self._shard = _HashedFile(self._folder / f"{shard:05d}.bin")
+        if self._packed is not None:
+            self._end(self._mask)
+            self._mask = _HashedFile(self._folder / f"{shard:05d}{MASK_SUFFIX}")
 
     def _end(self, file: _HashedFile | None) -> None:
         if file is not None:
@@ -75,19 +95,22 @@ class StreamWriter:
     def close(self) -> dict[str, Any]:
         """Syncs everything to disk. Returns the stream's entry in meta.json."""
         self._end(self._shard)
+        self._end(self._mask)
         self._offsets.write(np.array([self.tokens], OFFSET).tobytes())
         self._end(self._offsets)
+        packed = {} if self._packed is None else {"packed_length": self._packed, "targets": self.targets}
         return {
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
             "shard_tokens": self._shard_tokens,
+            **packed,
             "sha256": self._sha256,
         }
 
     def abandon(self) -> None:
         """Closes the files after an error; their content is not usable."""
-        for file in (self._offsets, self._shard):
+        for file in (self._offsets, self._shard, self._mask):
             if file is not None:
                 # Closing flushes the buffer, which fails again on a full disk; the first error is the one to report.
                 try:
@@ -123,6 +146,13 @@ def stream_entry(values: Values) -> dict[str, Any]:
     for key in ("documents", "tokens", "shard_tokens"):
         values.count(key, 1)
     values.count("bytes")
+    if "packed_length" in values.values:
+        length, tokens = values.count("packed_length", 2), values.values["tokens"]
+        values.count("targets", 1, tokens)
+        if tokens % length:
+            raise UserError(
+                f"{values.where}: {values.prefix}tokens={tokens} must be sequences of {length}: {values.fix}"
+            )
     if values.values["tokens"] > MOST_SHARDS * values.values["shard_tokens"]:
         raise UserError(f"{values.where}: {values.prefix}shard_tokens makes over {MOST_SHARDS} files: {values.fix}")
     if "sha256" in values.values:
@@ -135,7 +165,9 @@ def stream_entry(values: Values) -> dict[str, Any]:
 class TokenStream:
     """One source and split. `documents`, `tokens` and `bytes` (of UTF-8 text) are its totals.
 
-    `files` are the paths of the shards and then `offsets`, documents.bin; `sha256` is by file name, empty where an
+    `packed_length` is the sequence length of a stream of rows, which has `targets` and masks; None: every token is a
+    target, and the stream can be cut at any length. `files` are the paths of the shards and then of the masks and
+    `offsets`, documents.bin; `sha256` is by file name, empty where an
     earlier version wrote them. A read that meets the end of a file raises OSError, which names the file: it was cut
     after it was opened.
     """
@@ -146,13 +178,19 @@ class TokenStream:
         self.folder, self.dtype, self.vocab_size = folder, dtype, vocab_size
         self.documents, self.tokens, self.bytes = meta["documents"], meta["tokens"], meta["bytes"]
         self.sha256: dict[str, str] = meta.get("sha256", {})
+        self.packed_length: int | None = meta.get("packed_length")
+        self.targets: int = meta.get("targets", self.tokens)
         self._shard_tokens = meta["shard_tokens"]
         count = -(-self.tokens // self._shard_tokens)
         self._shards = [folder / f"{i:05d}.bin" for i in range(count)]
         self.offsets = folder / OFFSETS_FILE
-        self.files = [*self._shards, self.offsets]
+        self._masks = [path.with_suffix(MASK_SUFFIX) for path in self._shards] if self.packed_length else []
+        self.files = [*self._shards, *self._masks, self.offsets]
         for i, path in enumerate(self._shards):
-            _check_size(path, min(self._shard_tokens, self.tokens - i * self._shard_tokens) * dtype.itemsize)
+            tokens = min(self._shard_tokens, self.tokens - i * self._shard_tokens)
+            _check_size(path, tokens * dtype.itemsize)
+            if self._masks:
+                _check_size(self._masks[i], tokens * MASK.itemsize)
         _check_size(self.offsets, (self.documents + 1) * OFFSET.itemsize)
         self._file = lru_cache(OPEN_FILES)(_OpenFile)
         self._offset = lru_cache(BLOCKS_KNOWN)(lambda index: int(self._offsets(index, 1)[0]))
@@ -168,21 +206,29 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """[N] int64: tokens `start` … `stop` − 1. Raises DataError for an id that the tokenizer doesn't have."""
-        parts = []
-        while start < stop:
-            shard, offset = divmod(start, self._shard_tokens)
-            taken = min(stop - start, self._shard_tokens - offset)
-            size = self.dtype.itemsize
-            data = self._file(self._shards[shard]).read(offset * size, taken * size)
-            parts.append(np.frombuffer(data, self.dtype))
-            start += taken
-        ids_N = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+        ids_N = self._read(self._shards, self.dtype, start, stop).astype(np.int64)
         if len(ids_N) and int(ids_N.max()) >= self.vocab_size:
             raise DataError(
                 f"{self.folder}: token id {int(ids_N.max())} must be < the tokenizer's vocabulary, {self.vocab_size}: "
                 "the shards are damaged; `moe prepare verify=true` with the same data and tokenizer writes them again"
             )
         return ids_N
+
+    def mask(self, start: int, stop: int) -> np.ndarray:
+        """[N] bool: which of tokens `start` … `stop` − 1 are targets. Raises OSError as `read` does."""
+        if self.packed_length is None:
+            return np.ones(stop - start, bool)
+        return self._read(self._masks, MASK, start, stop) != 0
+
+    def _read(self, files: list[Path], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        parts = [np.zeros(0, dtype)]
+        while start < stop:
+            shard, offset = divmod(start, self._shard_tokens)
+            taken = min(stop - start, self._shard_tokens - offset)
+            data = self._file(files[shard]).read(offset * dtype.itemsize, taken * dtype.itemsize)
+            parts.append(np.frombuffer(data, dtype))
+            start += taken
+        return np.concatenate(parts)
 
     def document(self, index: int, limit: int) -> np.ndarray:
         """[N] int64: the first tokens of a document, at most `limit`, its BOS included. Raises as `read` does."""

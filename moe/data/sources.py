@@ -1,7 +1,8 @@
 """Where text comes from: files of all formats, folders, globs, `datasets`, and the built-in domains.
 
 A source is a stream of `Chunk`s, so memory doesn't grow with the corpus: about a mebibyte of a text file at most, or
-one row of the other formats. Text that can't be read raises `DataError`, one line that names the file and the place.
+one row of the other formats. Where rows are fine-tuning's, each is a `DataRecord`. Text that can't be read raises
+`DataError`, one line that names the file and the place.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moe.config import DataConfig, SourceConfig, SourceFormat
+from moe.config import DataConfig, RecordKind, SourceConfig, SourceFormat
 from moe.data import stdlib
 from moe.data.find import expanded, find
 from moe.data.formats import format_of
 from moe.data.readers import Chunk, DataError, first_line, read_text
+from moe.data.records import Shape, parse, shape_of
 from moe.data.rows import DELIMITERS, as_chunk, column, no_field, read_csv, read_jsonl, read_parquet
+from moe.data.tables import TableRow, dataset_rows, read_rows
 from moe.errors import shown
 
 MAX_CHUNK_BYTES = 1 << 20
 MIN_CHUNK_BYTES = 1 << 10
 MIN_CHUNKS = 64  # fewer text files are cut into about so many chunks, so that one long book has held-out text too
+ROWS = (SourceFormat.jsonl, SourceFormat.parquet, SourceFormat.csv, SourceFormat.tsv)
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 
 
@@ -39,6 +43,12 @@ class Source:
     modified_ns: int  # newest file's modification time; 0 where there are no files
     read: Callable[[], Iterator[Chunk]]
     taken: str = ""  # of a folder or glob: one line with what is read and what is left out
+    tables: Callable[[], list[Iterator[TableRow]]] | None = None  # of records: the rows of each file
+    shape: Shape | None = None  # of records: their kind
+
+    @property
+    def has_records(self) -> bool:
+        return self.tables is not None
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk but empty ones, in a fixed order. Raises DataError."""
@@ -52,7 +62,9 @@ def open_sources(data: DataConfig) -> list[Source]:
         key = "data" if data.path is not None else f"data.sources.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise DataError(f"{key}: the name {name!r} must be letters, digits, '_', '-' and '.': it names a folder")
-        sources.append(_open(name, key, config))
+        kind = config.records or data.records
+        source = _open(name, key, config, kind)
+        sources.append(source)
     return sources
 
 
@@ -61,14 +73,64 @@ def stated_weights(data: DataConfig) -> dict[str, float]:
     return {name: source.weight for name, source in data.all_sources().items() if source.weight is not None}
 
 
-def _open(name: str, key: str, config: SourceConfig) -> Source:
+def _open(name: str, key: str, config: SourceConfig, kind: RecordKind) -> Source:
+    if kind is not RecordKind.documents:
+        return _open_records(name, key, config, kind)
     if config.format is SourceFormat.stdlib:
         _require_used(key, config, {SourceFormat.stdlib})
         return _open_stdlib(name, key, config.path)
-    path = expanded(f"{key}.path", config.path)
-    if config.format is SourceFormat.dataset or (config.format is SourceFormat.auto and _is_saved_dataset(path)):
-        return _open_dataset(name, key, config, path)
+    if _is_dataset(key, config):
+        return _open_dataset(name, key, config, expanded(f"{key}.path", config.path))
     return _open_files(name, key, config)
+
+
+def _is_dataset(key: str, config: SourceConfig) -> bool:
+    return config.format is SourceFormat.dataset or (
+        config.format is SourceFormat.auto and _is_saved_dataset(expanded(f"{key}.path", config.path))
+    )
+
+
+def _open_records(name: str, key: str, config: SourceConfig, kind: RecordKind) -> Source:
+    """Rows of files or a data set, of the kind that the first one has, or the stated one."""
+    source = open_tables(name, key, config)
+    assert source.tables is not None
+    first = next((row for rows in source.tables() for row in rows), None)
+    if first is None:
+        raise DataError(f"{key}.path={shown(config.path)}: is empty: it holds no row")
+    if first.problem:
+        raise DataError(f"{first.place}: {first.problem}")
+    shape = source.shape = shape_of(first, key, config, kind)
+    tables = source.tables
+
+    def read() -> Iterator[Chunk]:
+        for rows in tables():
+            for row in rows:
+                yield parse(row, shape)
+
+    source.read = read
+    source.description = f"{shape.kind.name}:{source.description}"
+    columns = [config.text_field, config.prompt_field, config.completion_field, config.messages_field]
+    source.identity = ["records", kind.name, *columns, *source.identity]
+    return source
+
+
+def open_tables(name: str, key: str, config: SourceConfig) -> Source:
+    """A source whose rows are whole: its `tables` are known, but not the rows' kind. Raises DataError."""
+    if config.format is not SourceFormat.stdlib and _is_dataset(key, config):
+        rows = _load_dataset(key, config, expanded(f"{key}.path", config.path))
+        place = f"{config.path} ({config.split})"
+        source = _of_dataset(name, key, config, rows)
+        source.tables = lambda: [dataset_rows(rows, place)]
+        return source
+    source, paths, readers = _of_files(name, key, config)
+    other = next((path for path, reader in zip(paths, readers, strict=True) if reader not in ROWS), None)
+    if other is not None or config.format is SourceFormat.stdlib:
+        raise DataError(
+            f"{other or f'{key}.format=stdlib'}: is text without rows, and fine-tuning reads rows (JSONL, CSV, TSV, "
+            f"Parquet, a data set): to pack it as documents, set {key}.records=documents"
+        )
+    source.tables = lambda: [read_rows(path, reader) for path, reader in zip(paths, readers, strict=True)]
+    return source
 
 
 def _open_stdlib(name: str, key: str, domain: str) -> Source:
@@ -109,12 +171,30 @@ def _stat(key: str, paths: list[Path]) -> tuple[list[Any], int]:
     return identity, max((stat.st_mtime_ns for _, stat in stats), default=0)
 
 
-def _open_files(name: str, key: str, config: SourceConfig) -> Source:
+def _of_files(name: str, key: str, config: SourceConfig) -> tuple[Source, list[Path], list[SourceFormat]]:
+    """The source, not yet readable, its files and their formats."""
     found = find(key, config.path, config.format)
     paths = found.files
     identity, modified = _stat(key, paths)
     readers = [format_of(config.format, path) for path in paths]
     _require_used(key, config, set(readers))
+    kinds = Counter(reader.value for reader in readers)
+    taken = ""
+    if found.several:
+        formats = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        taken = f"source {name!r}: {len(paths)} file{'s' if len(paths) > 1 else ''} ({formats}){found.left_out()}"
+    description = f"{'+'.join(sorted(kinds))}:{config.path}"
+    settings = ["files", config.format.value, config.text_field]
+    return Source(name, description, [*settings, *identity], modified, _not_read, taken), paths, readers
+
+
+def _not_read() -> Iterator[Chunk]:
+    raise AssertionError("the source has no reader yet")
+
+
+def _open_files(name: str, key: str, config: SourceConfig) -> Source:
+    source, paths, readers = _of_files(name, key, config)
+    identity = source.identity[3:]
     texts = [size for reader, (_, size, _) in zip(readers, identity, strict=True) if reader is SourceFormat.text]
     chunk_bytes = MAX_CHUNK_BYTES
     if len(texts) < MIN_CHUNKS:
@@ -131,14 +211,8 @@ def _open_files(name: str, key: str, config: SourceConfig) -> Source:
             else:
                 yield from read_text(path, chunk_bytes)
 
-    kinds = Counter(reader.value for reader in readers)
-    taken = ""
-    if found.several:
-        formats = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        taken = f"source {name!r}: {len(paths)} file{'s' if len(paths) > 1 else ''} ({formats}){found.left_out()}"
-    description = f"{'+'.join(sorted(kinds))}:{config.path}"
-    settings = ["files", config.format.value, config.text_field]
-    return Source(name, description, [*settings, *identity], modified, read, taken)
+    source.read = read
+    return source
 
 
 def _require_used(key: str, config: SourceConfig, readers: set[SourceFormat]) -> None:
@@ -167,10 +241,17 @@ def _open_dataset(name: str, key: str, config: SourceConfig, path: Path) -> Sour
         for number, text in enumerate(column(rows, config.text_field, place)):
             yield as_chunk(text, config.text_field, f"{place}: row {number}")
 
+    source = _of_dataset(name, key, config, rows)
+    source.read = read
+    return source
+
+
+def _of_dataset(name: str, key: str, config: SourceConfig, rows: Any) -> Source:
+    """The source, not yet readable."""
     identity: list[Any] = ["dataset", config.path, config.subset, config.split, config.text_field]
     files, modified = _stat(key, sorted({Path(file["filename"]) for file in rows.cache_files}))
     description = ":".join(filter(None, ("dataset", config.path, config.subset, config.split)))
-    return Source(name, description, [*identity, len(rows), *files], modified, read)
+    return Source(name, description, [*identity, len(rows), *files], modified, _not_read)
 
 
 def _load_dataset(key: str, config: SourceConfig, path: Path) -> Any:

@@ -47,6 +47,10 @@ class Tokenizer(Protocol):
         """One id as readable text; `<0xE4>` for a byte that is only part of a character."""
         ...
 
+    def special_tokens(self) -> dict[str, int]:
+        """{text: id} of the tokens that stand for no text: what a chat template may name."""
+        ...
+
     def token_bytes(self) -> np.ndarray:
         """[V] int64: the UTF-8 bytes of text that each id stands for; 0 for special tokens."""
         ...

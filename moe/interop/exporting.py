@@ -31,7 +31,7 @@ from moe.interop.hub_tokenizer import hub_tokenizer_files
 from moe.interop.model_folder import in_files
 from moe.interop.new_folder import new_folder
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
-from moe.interop.tensor_source import CheckpointTensors, TensorSource, expected_shapes, header_flaw
+from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint
 
 GB = 10**9
 TRAINING_ONLY = (".gate.noise_weight",)  # ends of names: what no forward pass in evaluation uses
@@ -52,9 +52,10 @@ def run_export(config: ExportConfig, warn: Callable[[str], None]) -> str:
     UserError, OSError."""
     folder = resolve(Path(config.checkpoint).expanduser(), warn, header_flaw)
     path = Path(config.path).expanduser()
+    saved: Config = read_config(folder / CONFIG)
     exported = export_model(
-        CheckpointTensors(folder),
-        read_config(folder / CONFIG),
+        open_checkpoint(folder, saved),
+        saved,
         load_saved(tokenizer_folder(folder)),
         path,
         state=read_state(folder),

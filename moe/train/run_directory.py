@@ -10,16 +10,21 @@ from moe.config.compose import read_config
 from moe.config.flat import flatten
 from moe.errors import UserError
 
-# What a checkpoint's tensors and token ids depend on: with another value the run can't continue.
-FIXED = ("model", "router.kind", "router.num_experts", "tokenizer")
+# What a checkpoint's tensors depend on: with another value the run can't continue.
+FIXED = (
+    "model", "router.kind", "router.num_experts", "optim.freeze", "adapter.kind", "adapter.r", "adapter.target_modules",
+    "adapter.rank_pattern", "adapter.modules_to_save", "adapter.use_dora",
+)  # fmt: skip
 BIAS = "bias_update"  # a router has a bias, or with none it hasn't
-# These change how the run is computed, split, watched or stored, not its mathematics. Data is compared by fingerprint.
+# These change how the run is computed, split, watched or stored, not its mathematics. Data and tokenizer are compared
+# by fingerprint.
 NEUTRAL = (
-    "run_dir", "engine", "check_memory", "tracking", "checkpoint", "parallel", "experts.backend", "model.attention",
-    "model.recompute", "model.initializer", "model.initializer_range",
-    "data.cache_dir", "data.path", "data.format", "data.text_field", "train.eval_every",
-    "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens", "train.log_every",
-    "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
+    "run_dir", "init_from", "engine", "check_memory", "tracking", "checkpoint", "parallel", "tokenizer",
+    "experts.backend", "model.attention", "model.recompute", "model.initializer", "model.initializer_range",
+    "data.cache_dir", "data.path", "data.format", "data.records", "data.text_field", "data.prompt_field",
+    "data.completion_field", "data.messages_field", "data.template", "data.loss_on", "data.long_rows",
+    "train.eval_every", "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
+    "train.log_every", "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
 )  # fmt: skip
 
 

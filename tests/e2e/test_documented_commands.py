@@ -83,7 +83,7 @@ class Desk:
     def _prepare(self, verb: str, words: list[str]) -> None:
         if path := _value(words, "data.path"):
             self._write(path, _value(words, "data.text_field") or "text")
-        for path in (_value(words, "checkpoint"), _value(words, "checkpoint.init_from"), *words[: verb == "report"]):
+        for path in (_value(words, "checkpoint"), _value(words, "init_from"), *words[: verb == "report"]):
             if path and not Path(path).exists():
                 self.run(next(one for one in COMMANDS if _run_dir(one) == path))
 

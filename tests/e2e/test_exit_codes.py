@@ -29,7 +29,7 @@ ENDS: dict[int, list[tuple[list[str], tuple[dict[str, Any], ...], str]]] = {
     1: [([], ({"kind": "fail", "steps": [2]},), "RuntimeError: a fault on purpose")],
     2: [
         (["router.top_k=9"], (), "moe: router.top_k=9 must be ≤ router.num_experts=4"),
-        (["checkpoint.init_from=nowhere"], (), "moe: checkpoint.init_from=nowhere: no checkpoint there"),
+        (["init_from=nowhere"], (), "moe: init_from=nowhere: no checkpoint there"),
         ([], (_stop("SIGTERM"), NO_ROOM), "SIGTERM: stopped after step 2, but the checkpoint could not be saved"),
     ],
     130: [([], (_stop("SIGINT"),), "moe: SIGINT: stopped after step 2, which is saved in")],

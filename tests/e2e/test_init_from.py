@@ -1,10 +1,11 @@
-"""One checkpoint folder is enough: for text and for a new run's first weights (`checkpoint.init_from`). Runs of before
+"""One checkpoint folder is enough: for text and for a new run's first weights (`init_from`). Runs of before
 go on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,11 @@ def test_a_damaged_model_folder_is_refused(part: str, model_folder: Path, corpus
     path.write_bytes(content)
     (generated,) = moe_ranks("generate", f"checkpoint={folder}", *GENERATE)
     _refused(generated, str(folder), f"{part}/{path.name}")
-    overrides = [*corpus, *STILL, f"checkpoint.init_from={folder}"]
+    overrides = [*corpus, *STILL, f"init_from={folder}"]
     for ranks in (1, 2):
         done = moe_ranks("train", f"run_dir={tmp_path / 'run'}", *overrides, ranks=ranks)
         assert [one.code for one in done] == [2] * ranks
-        _refused(done[0], "checkpoint.init_from=", path.name)
+        _refused(done[0], *(["init_from=", path.name] if part == "model" else [str(folder / part)]))
 
 
 CASES = [
@@ -128,7 +129,7 @@ def test_a_run_starts_from_the_weights_of_another(
     newest = committed(trained / "checkpoints")[0]
     path = {"run": trained, "checkpoint": newest, "model": model_folder}[source]
     parallel = [f"parallel.expert_parallel_size={expert_parallel_size}", f"parallel.zero_stage={stage}"]
-    overrides = [f"run_dir={tmp_path}", *corpus, *STILL, *parallel, f"checkpoint.init_from={path}"]
+    overrides = [f"run_dir={tmp_path}", *corpus, *STILL, *parallel, f"init_from={path}"]
     done = moe_ranks("train", *overrides, ranks=ranks)
     assert [one.code for one in done] == [0] * ranks, done[0].err
     assert f"starting from the weights of {path if source != 'run' else newest}" in done[0].out
@@ -144,7 +145,7 @@ def test_either_precision_starts_from_the_other(trained: Path, corpus: list[str]
     """Weights are float32 in a checkpoint, so that none is rounded on the way."""
     source, weights = trained, []
     for precision in ("bfloat16", "float32"):
-        overrides = [*corpus, *STILL, f"train.precision={precision}", f"checkpoint.init_from={source}"]
+        overrides = [*corpus, *STILL, f"train.precision={precision}", f"init_from={source}"]
         source = _trained(tmp_path / precision, *overrides)
         weights.append(_parameters(committed(source / "checkpoints")[0]))
         (row,) = read_metrics(source)
@@ -158,7 +159,7 @@ def test_a_run_with_checkpoints_of_its_own_goes_on_from_them(
     trained: Path, model_folder: Path, corpus: list[str], tmp_path: Path
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
-    more = ["train.steps=5", "checkpoint.allow_changes=true", f"checkpoint.init_from={model_folder}"]
+    more = ["train.steps=5", "checkpoint.allow_changes=true", f"init_from={model_folder}"]
     (done,) = moe_ranks("train", f"run_dir={run}", *corpus, *SHORT, *more)
     assert done.code == 0, done.err
     assert "resuming from" in done.out
@@ -168,23 +169,24 @@ def test_a_run_with_checkpoints_of_its_own_goes_on_from_them(
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(model_folder, run / "checkpoints" / "step_00000005")
     (refused,) = moe_ranks("train", f"run_dir={run}", *corpus, *SHORT, *more)
-    _refused(refused, "a model without its optimizer: checkpoint.init_from=")
+    _refused(refused, "a model without its optimizer: init_from=")
 
 
 def test_what_init_from_cannot_be(trained: Path, corpus: list[str], tmp_path: Path) -> None:
     (other,) = (tmp_path / "other.txt",)
     other.write_text("entirely other text, again and again\n" * 400)
-    elsewhere = ["data=files", f"data.path={other}", f"data.cache_dir={tmp_path / 'cache'}", "tokenizer.vocab_size=300"]
+    elsewhere = ["data=files", f"data.path={other}", f"data.cache_dir={tmp_path / 'cache'}"]
+    elsewhere += ["tokenizer=sentencepiece", "tokenizer.vocab_size=300"]
     cases: list[tuple[list[str], list[str]]] = [
-        ([*corpus, "checkpoint.init_from=''"], ["checkpoint.init_from='' must name"]),
-        ([*corpus, f"checkpoint.init_from={tmp_path / 'nowhere'}"], ["checkpoint.init_from=", "no checkpoint there"]),
-        ([*elsewhere, f"checkpoint.init_from={trained}"], ["tokenizer fingerprint", "the same ids would mean other"]),
+        ([*corpus, "init_from=''"], ["init_from='' must name"]),
+        ([*corpus, f"init_from={tmp_path / 'nowhere'}"], ["init_from=", "no checkpoint there"]),
+        ([*elsewhere, f"init_from={trained}"], ["tokenizer fingerprint", "the same ids would mean other"]),
         (
-            [*corpus, f"checkpoint.init_from={trained}", "model.hidden_size=64", "router.num_experts=2"],
-            ["checkpoint.init_from=", "model.hidden_size: 32 → 64", "router.num_experts: 4 → 2", "lm_head.weight is ["],
+            [*corpus, f"init_from={trained}", "model.hidden_size=64", "router.num_experts=2"],
+            ["init_from=", "model.hidden_size: 32 → 64", "router.num_experts: 4 → 2", "lm_head.weight is ["],
         ),
         (
-            [*corpus, f"checkpoint.init_from={trained}", "model.num_hidden_layers=1"],
+            [*corpus, f"init_from={trained}", "model.num_hidden_layers=1"],
             ["model.num_hidden_layers: 2 → 1", "model.layers.1.input_layernorm.weight is [32] there, missing here"],
         ),
     ]
@@ -201,7 +203,7 @@ def _as_before(run: Path) -> None:
         state = json.loads((checkpoint / "state.json").read_text())
         state["refused_in_a_row"] = state.pop("skipped_in_a_row")
         config = yaml.safe_load((checkpoint / "config.yaml").read_text())
-        del config["config_version"], config["checkpoint"]["init_from"]
+        del config["config_version"], config["init_from"]
         config["parallel"]["expert"] = config["parallel"].pop("expert_parallel_size")
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         manifest = {name: entry for name, entry in manifest.items() if not name.startswith("tokenizer/")}
@@ -217,7 +219,7 @@ def test_a_run_of_before_goes_on(trained: Path, corpus: list[str], tmp_path: Pat
     run, text, whole = shutil.copytree(trained, tmp_path / "run"), _text(trained), read_metrics(trained)
     _as_before(run)
     assert _text(run) == text
-    started = _trained(tmp_path / "started", *corpus, *STILL, f"checkpoint.init_from={run}")
+    started = _trained(tmp_path / "started", *corpus, *STILL, f"init_from={run}")
     assert read_metrics(started)[-1]["val_loss"] == whole[-1]["val_loss"]
     shutil.rmtree(run / "checkpoints" / "step_00000004")
     (done,) = moe_ranks("train", f"run_dir={run}", *corpus, *SHORT)
@@ -225,3 +227,35 @@ def test_a_run_of_before_goes_on(trained: Path, corpus: list[str], tmp_path: Pat
     assert "(step 2, " in done.out
     assert [row["lm_loss"] for row in read_metrics(run)] == [row["lm_loss"] for row in whole]
     assert _text(run) == text
+
+
+ONLY_SIZES = [one for one in STILL if not one.startswith(("model.", "router."))]
+
+
+def test_model_router_and_tokenizer_come_from_there(trained: Path, corpus: list[str], tmp_path: Path) -> None:
+    """Nothing of them needs to be stated, a coefficient may be, and the run goes on when the source is gone."""
+    source = shutil.copytree(trained, tmp_path / "source")
+    overrides = [f"init_from={source}", *corpus, *ONLY_SIZES, "router.aux_loss_coef=0.5", f"run_dir={tmp_path / 'run'}"]
+    (done,) = moe_ranks("train", *overrides)
+    assert done.code == 0, done.err
+    assert re.search(r"changed since then: router\.aux_loss_coef: \S+ → 0\.5", done.out)
+    then, now = (read_config(committed(run / "checkpoints")[0] / "config.yaml") for run in (source, tmp_path / "run"))
+    assert now.model == then.model
+    assert (now.router.num_experts, now.router.aux_loss_coef) == (4, 0.5)
+    assert read_metrics(tmp_path / "run")[0]["val_loss"] == read_metrics(trained)[-1]["val_loss"]
+    shutil.rmtree(source)
+    (more,) = moe_ranks("train", *overrides, "train.steps=2", "checkpoint.allow_changes=true")
+    assert more.code == 0, more.err
+    assert "resuming from" in more.out
+    (elsewhere,) = moe_ranks("train", *overrides[:-1], f"run_dir={tmp_path / 'other'}")
+    _refused(elsewhere, f"init_from={source}: no checkpoint there")
+
+
+def test_what_the_command_states_is_not_taken_from_there(trained: Path) -> None:
+    (done,) = moe_ranks("train", "--cfg", "job", f"init_from={trained}", "router=lossfree", "model.sliding_window=8")
+    assert done.code == 0, done.err
+    composed = yaml.safe_load(done.out)
+    assert (composed["model"]["hidden_size"], composed["model"]["sliding_window"]) == (32, 8)
+    assert (composed["router"]["bias_update"], composed["router"]["num_experts"]) == ("sign", 8)
+    assert composed["tokenizer"]["path"].endswith("/tokenizer")
+    assert composed["run_dir"] == f"runs/{trained.parent.name}-{trained.name}-stdlib"

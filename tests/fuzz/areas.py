@@ -27,7 +27,7 @@ KEYS = [
     "optim.max_grad_norm", "train.seed", "train.steps", "train.micro_batch_size", "train.global_batch_size",
     "train.sequence_length", "train.precision", "train.sample_prompt", "data", "data.path", "data.text_field",
     "data.held_out", "data.cache_dir", "data.format", "data.sources", "tokenizer", "tokenizer.path",
-    "tokenizer.vocab_size", "checkpoint.every", "checkpoint.keep", "checkpoint.init_from", "parallel.zero_stage",
+    "tokenizer.vocab_size", "checkpoint.every", "checkpoint.keep", "init_from", "parallel.zero_stage",
     "parallel.expert_parallel_size", "guard.spike_sigmas", "guard.hang_seconds", "tracking.name", "engine",
 ]  # fmt: skip
 VERBS = ["train", "plan", "prepare", "generate", "report", "analyze", "bench", "ls", "cp", "doctor", "completion"]
@@ -89,7 +89,7 @@ def _corpus(done: Path) -> list[str]:
 
 
 def run_directory(random_: random.Random, folder: Path, done: Path) -> Case:
-    """Someone else's run directory, given to report, generate, train or checkpoint.init_from. Its manifests mostly
+    """Someone else's run directory, given to report, generate, train or init_from. Its manifests mostly
     list the changed files as they are."""
     run_dir = folder / "run"
     shutil.copytree(done, run_dir)
@@ -107,7 +107,7 @@ def run_directory(random_: random.Random, folder: Path, done: Path) -> Case:
         "report": ["report", "run"],
         "generate": ["generate", "checkpoint=run", "prompt=one", "max_new_tokens=3"],
         "train": [*train, "run_dir=run", "checkpoint.allow_changes=true"],
-        "init_from": [*train, "run_dir=new", "checkpoint.init_from=run"],
+        "init_from": [*train, "run_dir=new", "init_from=run"],
     }[verb]
     names = [str(path.relative_to(run_dir)) for path in picked]
     return Case("run directory", f"{verb} {names}", arguments, {"SECRET": SECRET}, never=SECRET)

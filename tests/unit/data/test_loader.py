@@ -242,3 +242,13 @@ def test_impossible_batches_and_lengths_are_named(corpus):
         loader(corpus, length=tokens)
     with pytest.raises(DataError, match=r"train\.eval_sequences=2 must be ≥ 3"):
         held_out_batches(corpus, sequence_length=8, micro_batch_size=1, max_sequences=2)
+
+
+def test_with_whole_epochs_every_source_comes_in_its_own_order():
+    for weights in ([1.0], [0.7, 0.2, 0.1]):
+        mixed, ordered = (Mixture(weights, seed=3, whole_epochs=whole) for whole in (False, True))
+        places = [ordered.locate(sample) for sample in range(3000)]
+        assert [source for source, _ in places] == [mixed.locate(sample)[0] for sample in range(3000)]
+        for source in range(len(weights)):
+            own = [nth for found, nth in places if found == source]
+            assert own == list(range(len(own)))

@@ -1,0 +1,252 @@
+"""A conversation as segments of text and special tokens, by a Jinja template; and which of them the model writes.
+
+Special tokens come from the template alone: where a message's content holds one's text, it is replaced while the
+template runs, by a character that the conversation doesn't have, and put back as text.
+
+What the model writes is what the template puts between {% generation %} and {% endgeneration %}. A template without
+these marks is rendered up to each assistant turn, with the prompt for an answer: what the whole has behind that is
+written by the model, up to the end of the turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import jinja2.meta
+
+from moe.config import TemplateName
+from moe.data.chat_templates import NEEDED_TOKENS, OURS
+from moe.data.jinja_sandbox import BEGIN, END, Sandbox
+from moe.data.readers import DataError, first_line
+from moe.data.records import Message
+from moe.data.tokenizer_base import Tokenizer
+from moe.errors import shown
+
+LARGEST = 1 << 18  # characters of a template; the largest published ones have about 20,000
+PRIVATE = range(0xE002, 0xF8FF)  # characters that stand for special tokens in contents
+HIDDEN = re.compile("[\ue000-\uf8ff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of text, or the special token `token`. `turn`: which of the conversation's assistant turns it belongs
+    to, counted from 0; −1: none, the model doesn't write it."""
+
+    text: str
+    token: int | None = None
+    turn: int = -1
+
+
+class ChatTemplate:
+    """A compiled template for one tokenizer. `name` is for messages."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, name: str) -> None:
+        """Raises DataError for what is no template."""
+        if len(source) > LARGEST:
+            raise DataError(f"{name}: has {len(source):,} characters, and at most {LARGEST:,} are read")
+        self.source, self.name = source, name
+        self._specials = tokenizer.special_tokens()
+        texts = sorted(filter(None, self._specials), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        by_id = {token: text for text, token in self._specials.items()}
+        self._names = {"eos_token": by_id.get(tokenizer.eos_id, "")}
+        has_bos = tokenizer.bos_id != tokenizer.eos_id or source in OURS.values()
+        self._names["bos_token"] = by_id.get(tokenizer.bos_id, "") if has_bos else ""
+        self._sandbox = Sandbox()
+        try:
+            self._template = self._sandbox.compiled(source)
+            variables = jinja2.meta.find_undeclared_variables(self._sandbox.parse(source))
+        except Exception as error:  # Jinja's own, and Python's of a code that is nested too deeply
+            raise DataError(f"{name}: not a template that can be read: {first_line(error)}") from error
+        self._knows_tools = "tools" in variables
+        self._marks = bool(re.search(r"\{%[-+]?\s*generation\b", source))
+
+    def segments(self, messages: list[Message], tools: list[Any] | None, place: str) -> list[Segment]:
+        """The conversation. Raises DataError, naming the place, where the template refuses it or leaves out a part."""
+        if tools and not self._knows_tools:
+            raise DataError(
+                f"{place}: has tools, and {self.name} has no place for them: leave them out, or use another"
+            )
+        hiding = _Hiding.of(messages, tools, self._pattern, place)
+        hidden, hidden_tools = hiding.hide(messages), hiding.hide(tools)
+        text = self._render(hidden, hidden_tools, place)
+        self._check_nothing_is_lost(hidden, text, place)
+        text, spans = self._turns(hidden, hidden_tools, text, place)
+        if not spans:
+            raise DataError(f"{place}: {self.name} marks nothing that the model writes: use another template")
+        return self._cut(text, spans, hiding)
+
+    def prompt(self, messages: list[Message], place: str = "the conversation") -> list[Segment]:
+        """The conversation up to where the model answers. Raises as `segments` does."""
+        hiding = _Hiding.of(messages, None, self._pattern, place)
+        hidden = hiding.hide(messages)
+        text = self._render(hidden, None, place, answer=True)
+        self._check_nothing_is_lost(hidden, text, place)
+        return self._cut(*self._turns(hidden, None, text, place), hiding)
+
+    def _render(self, messages: Any, tools: Any, place: str, *, answer: bool = False) -> str:
+        size = sum(len(message.get("content") or "") for message in messages) + (len(json.dumps(tools)) if tools else 0)
+        self._sandbox.budget.refill(len(messages), size)
+        try:
+            return self._template.render(messages=messages, tools=tools, add_generation_prompt=answer, **self._names)
+        except RecursionError as error:
+            raise DataError(f"{place}: {self.name} doesn't end") from error
+        except Exception as error:  # a template can raise whatever Python raises
+            raise DataError(f"{place}: {self.name}: {first_line(error)}") from error
+
+    def _check_nothing_is_lost(self, messages: list[Message], text: str, place: str) -> None:
+        for number, message in enumerate(messages):
+            # Templates leave out what a model thought in earlier turns.
+            content = (message.get("content") or "").rpartition("</think>")[2].strip()
+            names = [str(call.get("function", call).get("name", "")) for call in message.get("tool_calls") or ()]
+            lost = next((part for part in (content, *names) if part not in text), None)
+            if lost is not None:
+                raise DataError(
+                    f"{place}: {self.name} leaves out what message {number} ({message['role']}) has, {shown(lost)!r}: "
+                    "remove the message, or use another template"
+                )
+
+    def _turns(self, messages: list[Message], tools: Any, text: str, place: str) -> tuple[str, list[tuple[int, int]]]:
+        """`text` without marks, and the (start, end) in it of each assistant turn."""
+        return _unmarked(text) if self._marks else (text, self._spans(messages, tools, text, place))
+
+    def _spans(self, messages: list[Message], tools: Any, text: str, place: str) -> list[tuple[int, int]]:
+        """(start, end) in `text` of each assistant turn; consecutive ones are one."""
+        spans = []
+        roles = [message["role"] for message in messages]
+        for number, role in enumerate(roles):
+            if role != "assistant" or (number and roles[number - 1] == "assistant"):
+                continue
+            last = next((i for i in range(number, len(roles)) if roles[i] != "assistant"), len(roles))
+            before = self._render(messages[:number], tools, place, answer=True) if number else ""
+            through = text if last == len(roles) else self._render(messages[:last], tools, place)
+            found = self._span(text, before, through)
+            content = (messages[last - 1].get("content") or "").rpartition("</think>")[2].strip()
+            if found is None or content not in text[slice(*found)]:
+                raise DataError(
+                    f"{place}: {self.name} writes earlier turns in another way than the answer to a prompt, so where "
+                    "the answer begins can't be told: mark it with {% generation %}, or use another template"
+                )
+            spans.append(found)
+        return spans
+
+    def _span(self, text: str, before: str, through: str) -> tuple[int, int] | None:
+        """What `text` has behind the prompt `before`, through the end of the turn: its last special token, if only
+        spaces follow it. A template that writes later turns differently (`through` isn't how `text` begins) ends the
+        turn at its first special token."""
+        if not text.startswith(before):
+            return None
+        start = len(before)
+        if not text.startswith(through):
+            first = self._pattern.search(text, start)
+            return (start, first.end()) if first else None
+        ends = [found.end() for found in self._pattern.finditer(text, start, len(through))]
+        return (start, ends[-1]) if ends and not through[ends[-1] :].strip() else (start, len(through))
+
+    def _cut(self, text: str, spans: list[tuple[int, int]], hiding: _Hiding) -> list[Segment]:
+        segments: list[Segment] = []
+
+        def add(start: int, stop: int, turn: int) -> None:
+            at = start
+            for found in self._pattern.finditer(text, start, stop):
+                if found.start() > at:
+                    segments.append(Segment(hiding.show(text[at : found.start()]), None, turn))
+                segments.append(Segment(found[0], self._specials[found[0]], turn))
+                at = found.end()
+            if stop > at:
+                segments.append(Segment(hiding.show(text[at:stop]), None, turn))
+
+        at = 0
+        for turn, (start, stop) in enumerate(spans):
+            add(at, start, -1)
+            add(start, stop, turn)
+            at = stop
+        add(at, len(text), -1)
+        return segments
+
+
+@dataclass(frozen=True, slots=True)
+class _Hiding:
+    """Which character stands for which special token in a conversation's texts."""
+
+    characters: dict[str, str]  # special token → character
+    pattern: re.Pattern[str]
+
+    @classmethod
+    def of(cls, messages: Any, tools: Any, pattern: re.Pattern[str], place: str) -> _Hiding:
+        found: set[str] = set()
+        used: set[str] = set()
+
+        def look(text: str) -> str:
+            found.update(pattern.findall(text))
+            if not text.isascii():
+                used.update(HIDDEN.findall(text))
+            return text
+
+        _mapped(messages, look)
+        _mapped(tools, look)
+        if used & {BEGIN, END}:
+            raise DataError(
+                f"{place}: holds the private character U+E000 or U+E001, which marks answers here: remove it"
+            )
+        free = (chr(code) for code in PRIVATE if chr(code) not in used)
+        return cls(dict(zip(sorted(found), free, strict=False)), pattern)
+
+    def hide(self, value: Any) -> Any:
+        if not self.characters:
+            return value
+        return _mapped(value, lambda text: self.pattern.sub(lambda found: self.characters[found[0]], text))
+
+    def show(self, text: str) -> str:
+        for token, character in self.characters.items():
+            text = text.replace(character, token)
+        return text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every text in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key) if isinstance(key, str) else key: _mapped(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(one, change) for one in value]
+    return value
+
+
+def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """`text` without BEGIN and END, and what was between them."""
+    spans, parts, length = [], list[str](), 0
+    for part in text.split(BEGIN):
+        inside, ended, outside = part.partition(END)
+        if ended:
+            spans.append((length, length + len(inside)))
+        parts += [inside, outside]
+        length += len(inside) + len(outside)
+    return "".join(parts), spans
+
+
+def open_template(name: TemplateName, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template `data.template=NAME` for this tokenizer. Raises DataError."""
+    if name is TemplateName.auto:
+        name = TemplateName.mistral if tokenizer.chat_template is None else TemplateName.tokenizer
+    if name is TemplateName.tokenizer:
+        if tokenizer.chat_template is None:
+            raise DataError(
+                "data.template=tokenizer: the tokenizer has no chat template: choose one of ours, as in "
+                "data.template=mistral"
+            )
+        return ChatTemplate(tokenizer.chat_template, tokenizer, "the tokenizer's chat template")
+    specials = tokenizer.special_tokens()
+    missing = [token for token in NEEDED_TOKENS.get(name, ()) if token not in specials]
+    if missing:
+        raise DataError(
+            f"data.template={name.name} needs the tokens {', '.join(missing)}, which the tokenizer doesn't have: "
+            "data.template=mistral needs none of its own"
+        )
+    return ChatTemplate(OURS[name], tokenizer, f"data.template={name.name}")

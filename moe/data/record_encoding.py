@@ -1,0 +1,181 @@
+"""Records as token ids, and which of them are targets; rows longer than a sequence.
+
+Legend: T tokens of a row, L sequence length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+import numpy as np
+
+from moe.config import DataConfig, LongRows, LossOn
+from moe.data.chat_template import ChatTemplate, Segment, open_template
+from moe.data.readers import DataError
+from moe.data.records import DataRecord
+from moe.data.tokenizer_base import Tokenizer
+
+FORMAT = 1  # of what is made of a row; part of the fingerprint
+BATCH_CHARACTERS, BATCH_ROWS = 4 << 20, 4096  # encoded at once
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A row's tokens. `targets_T[t]`: whether token t is to be predicted from those before it."""
+
+    ids_T: np.ndarray  # int64
+    targets_T: np.ndarray  # bool
+
+    @property
+    def learns(self) -> bool:
+        return bool(self.targets_T.any())
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How records become sequences of `sequence_length` tokens with targets."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    loss_on: LossOn
+    long_rows: LongRows
+    sequence_length: int
+
+    @classmethod
+    def of(cls, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> Recipe:
+        """Raises DataError where the template doesn't fit the tokenizer."""
+        if sequence_length < 2:
+            raise DataError(f"train.sequence_length={sequence_length} must be ≥ 2: a target needs a token before it")
+        template = open_template(data.template, tokenizer)
+        return cls(template, tokenizer, data.loss_on, data.long_rows, sequence_length)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the shards depend on, beside the rows and the tokenizer."""
+        return [FORMAT, self.template.source, self.loss_on.name, self.long_rows.name, self.sequence_length]
+
+    def encode(self, records: Sequence[DataRecord]) -> list[EncodedRow]:
+        """Raises DataError naming the place of a record that the template refuses."""
+        return self.encode_segments([self.segments(record) for record in records])
+
+    def segments(self, record: DataRecord) -> list[Segment]:
+        """Raises as `encode` does."""
+        if record.messages:
+            return self.template.segments(record.messages, record.tools, record.place)
+        bos, eos = (
+            Segment("", token, turn) for token, turn in ((self.tokenizer.bos_id, -1), (self.tokenizer.eos_id, 0))
+        )
+        return [bos, Segment(record.body, None, 0), eos]
+
+    def encode_segments(self, rows: list[list[Segment]]) -> list[EncodedRow]:
+        """Many rows at once, on all of this process's cores."""
+        return [self._row(ids_T, turns_T) for ids_T, turns_T in encode_segments(rows, self.tokenizer)]
+
+    def _row(self, ids_T: np.ndarray, turns_T: np.ndarray) -> EncodedRow:
+        match self.loss_on:
+            case LossOn.everything:
+                targets_T = np.ones(len(ids_T), bool)
+            case LossOn.last_turn:
+                targets_T = (turns_T >= 0) & (turns_T == turns_T.max(initial=0))
+            case LossOn.completion:
+                targets_T = turns_T >= 0
+        targets_T[:1] = False  # nothing comes before it
+        return EncodedRow(ids_T, targets_T)
+
+    def fit(self, row: EncodedRow, counts: Counter[str]) -> list[EncodedRow]:
+        """The row as sequences of at most L tokens that have targets; none where it is left out. `counts` gets what
+        happened to rows that are too long (a name of LongRows) or end up without targets ("no_targets").
+
+        A row is split with one token of overlap, which is a target in the first part only: no target is lost.
+        """
+        length, size = self.sequence_length, len(row.ids_T)
+        parts = [row]
+        if size > length:
+            counts[self.long_rows.name] += 1
+            match self.long_rows:
+                case LongRows.drop:
+                    return []
+                case LongRows.truncate:
+                    parts = [EncodedRow(row.ids_T[:length], row.targets_T[:length])]
+                case LongRows.split:
+                    starts = range(0, size - 1, length - 1)
+                    parts = [_part(row, start, start + length) for start in starts]
+        kept = [part for part in parts if part.learns]
+        counts["no_targets"] += not kept
+        return kept
+
+
+def _part(row: EncodedRow, start: int, stop: int) -> EncodedRow:
+    targets_T = row.targets_T[start:stop].copy()
+    targets_T[0] = False
+    return EncodedRow(row.ids_T[start:stop], targets_T)
+
+
+def encode_segments(rows: list[list[Segment]], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids_T, turns_T) of each row: its tokens, and the turn of each, −1 for what the model doesn't write.
+
+    Neighbouring segments of text are encoded as one, as other tools do, and cut into turns between its tokens. Where a
+    token would cross from one into the next, each is encoded alone, as a prompt and its answer are.
+    """
+    pieces = [[[*group] for _, group in groupby(row, key=_is_token)] for row in rows]
+    texts: dict[str, list[int]] = {}
+    for row in pieces:
+        for piece in row:
+            if piece[0].token is None:
+                texts |= {text: [] for text in accumulate(segment.text for segment in piece)}
+    texts = dict(zip(texts, tokenizer.encode_many([*texts], threads()), strict=True))
+    return [_joined([_piece(piece, texts, tokenizer) for piece in row]) for row in pieces]
+
+
+def _is_token(segment: Segment) -> bool:
+    return segment.token is not None
+
+
+def _piece(piece: list[Segment], texts: dict[str, list[int]], tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+    """(ids, turn) of each segment of a piece: special tokens, or text end to end."""
+    if piece[0].token is not None:
+        return [([segment.token], segment.turn) for segment in piece if segment.token is not None]
+    begun = [texts[text] for text in accumulate(segment.text for segment in piece)]
+    whole, ends = begun[-1], [len(ids) for ids in begun]
+    if all(whole[:end] == ids for ids, end in zip(begun, ends, strict=True)):
+        parts = [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    else:
+        parts = [begun[0], *(_continued(segment.text, tokenizer) for segment in piece[1:])]
+    return [(ids, segment.turn) for ids, segment in zip(parts, piece, strict=True)]
+
+
+def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text behind another one, without the space that some tokenizers put before what they encode."""
+    before, both = tokenizer.encode("\n"), tokenizer.encode("\n" + text)
+    return both[len(before) :] if both[: len(before)] == before else tokenizer.encode(text)
+
+
+def _joined(pieces: list[list[tuple[list[int], int]]]) -> tuple[np.ndarray, np.ndarray]:
+    parts = [part for piece in pieces for part in piece]
+    ids_T = np.fromiter((token for ids, _ in parts for token in ids), np.int64)
+    turns_T = np.repeat([turn for _, turn in parts], [len(ids) for ids, _ in parts])
+    return ids_T, turns_T
+
+
+def in_batches(records: Iterable[DataRecord]) -> Iterator[list[DataRecord]]:
+    """Records in groups that are encoded at once."""
+    batch: list[DataRecord] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data)
+        if size >= BATCH_CHARACTERS or len(batch) == BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def threads() -> int:
+    """Cores of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

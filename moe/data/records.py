@@ -1,0 +1,254 @@
+"""Rows for fine-tuning: which columns each kind has, and a row as a text or as the messages of a conversation.
+
+| kind | columns | becomes |
+| --- | --- | --- |
+| text | text | the text |
+| prompt_completion | prompt, completion | user, assistant |
+| messages | messages (a list of role and content), tools | as it is |
+| alpaca | instruction, input (may be missing or empty), output | user (input behind a blank line), assistant |
+| sharegpt | conversations (a list of from and value), system, tools | its roles under their usual names |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe.config import RecordKind, SourceConfig
+from moe.data.readers import Chunk, DataError
+from moe.data.rows import kind_of, listed
+from moe.data.tables import TableRow
+from moe.errors import shown
+
+Message = dict[str, Any]  # role, content; of templates that know them also name, tool_calls, tool_call_id
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "model": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class DataRecord(Chunk):
+    """A row as a conversation, or as the text `body` where there are no `messages`. `data` is its canonical JSON, which
+    its hash, and so its split, follows: the same conversation in other columns has the same."""
+
+    place: str = ""
+    messages: list[Message] = field(default_factory=list)
+    body: str = ""
+    tools: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """What is in it, to train a tokenizer on."""
+        return "\n".join(str(message.get("content") or "") for message in self.messages) or self.body
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A kind and its columns in this source; `key` is the source's, for messages."""
+
+    kind: RecordKind
+    key: str
+    columns: tuple[str, ...]  # that every row has
+    optional: tuple[str, ...] = ()
+
+
+def shapes(key: str, config: SourceConfig) -> list[Shape]:
+    """Every kind with this source's columns. A row of several kinds is of the first."""
+    kind = RecordKind
+    return [
+        Shape(kind.messages, key, (config.messages_field or "messages",), ("tools",)),
+        Shape(kind.sharegpt, key, (config.messages_field or "conversations",), ("system", "tools")),
+        Shape(kind.prompt_completion, key, (config.prompt_field, config.completion_field)),
+        Shape(kind.alpaca, key, ("instruction", "output"), ("input",)),
+        Shape(kind.text, key, (config.text_field,)),
+    ]
+
+
+def shape_of(row: TableRow, key: str, config: SourceConfig, stated: RecordKind) -> Shape:
+    """The kind of a source whose first row is `row`. Raises DataError where it is none, or not the stated one."""
+    known = shapes(key, config)
+    if stated is RecordKind.auto:
+        for shape in known:
+            if all(name in row.values for name in shape.columns):
+                return _sharegpt_under_another_name(shape, row, known)
+        kinds = "; ".join(f"{shape.kind.name}: {', '.join(shape.columns)}" for shape in known)
+        raise DataError(
+            f"{row.place}: is of no known kind; it has {listed(list(row.values))}, and the kinds have {kinds}: rename "
+            f"the columns, or set {key}.prompt_field and {key}.completion_field, {key}.messages_field or "
+            f"{key}.text_field{row.hint}"
+        )
+    shape = next(shape for shape in known if shape.kind is stated)
+    _columns(row, shape)
+    return shape
+
+
+def _sharegpt_under_another_name(shape: Shape, row: TableRow, known: list[Shape]) -> Shape:
+    """`messages` whose turns have `from` and `value` is ShareGPT's kind."""
+    turns = row.values[shape.columns[0]]
+    if shape.kind is not RecordKind.messages or not (isinstance(turns, list) and turns and isinstance(turns[0], dict)):
+        return shape
+    if "role" in turns[0] or "from" not in turns[0]:
+        return shape
+    other = next(one for one in known if one.kind is RecordKind.sharegpt)
+    return Shape(other.kind, other.key, shape.columns, other.optional)
+
+
+def parse(row: TableRow, shape: Shape) -> DataRecord:
+    """Raises DataError, one line with the row's place, where it is not of the kind `shape`."""
+    try:
+        if row.problem:
+            raise DataError(f"{row.place}: {row.problem}")
+        _columns(row, shape)
+        values = [row.values[name] for name in shape.columns]
+        match shape.kind:
+            case RecordKind.text:
+                return _text(row.place, shape.columns[0], values[0])
+            case RecordKind.prompt_completion:
+                return _pair(row.place, shape.columns, *values)
+            case RecordKind.alpaca:
+                return _alpaca(row, shape, *values)
+            case _:
+                return _conversation(row, shape, values[0])
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        wrong = f"U+{ord(error.object[error.start]):04X}"
+        raise DataError(f"{row.place}: holds a lone surrogate ({wrong}), which is not text") from error
+
+
+def _columns(row: TableRow, shape: Shape) -> None:
+    for name in shape.columns:
+        if name not in row.values:
+            raise DataError(
+                f"{row.place}: no column {shown(name)!r}, which a row of kind {shape.kind.name} has; it has "
+                f"{listed(list(row.values))}: all rows of a source are of one kind: split the file by kind, or set "
+                f"{shape.key}.records and the names of the columns{row.hint}"
+            )
+
+
+def _record(place: str, messages: list[Message], tools: list[Any] | None = None) -> DataRecord:
+    content: Any = [messages, tools] if tools else messages
+    data = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    return DataRecord(data, place=place, messages=messages, tools=tools)
+
+
+def _text(place: str, name: str, value: Any) -> DataRecord:
+    text = _string(place, name, value)
+    if not text.strip():
+        raise DataError(f"{place}: {shown(name)} is empty: remove the row")
+    return DataRecord(text.encode(), place=place, body=text)
+
+
+def _pair(place: str, names: tuple[str, ...], prompt: Any, completion: Any) -> DataRecord:
+    prompt, completion = (_string(place, name, one) for name, one in zip(names, (prompt, completion), strict=True))
+    _not_empty(place, names[1], completion)
+    return _record(place, [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+
+
+def _alpaca(row: TableRow, shape: Shape, instruction: Any, output: Any) -> DataRecord:
+    more = row.values.get("input")
+    prompt = _string(row.place, "instruction", instruction)
+    if more is not None and (more := _string(row.place, "input", more)).strip():
+        prompt = f"{prompt}\n\n{more}"
+    return _pair(row.place, shape.columns, prompt, output)
+
+
+def _conversation(row: TableRow, shape: Shape, turns: Any) -> DataRecord:
+    name, place = shape.columns[0], row.place
+    if not isinstance(turns, list):
+        raise DataError(f"{place}: {shown(name)} must be a list of messages, is {kind_of(turns)}")
+    of_sharegpt = shape.kind is RecordKind.sharegpt
+    read = _sharegpt_message if of_sharegpt else _message
+    messages = [read(f"{place}: {shown(name)}[{number}]", turn) for number, turn in enumerate(turns)]
+    if of_sharegpt and (system := row.values.get("system")):
+        messages.insert(0, {"role": "system", "content": _string(place, "system", system)})
+    _check_turns(place, name, messages)
+    return _record(place, messages, _tools(place, row.values.get("tools")))
+
+
+def _check_turns(place: str, name: str, messages: list[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if not messages:
+        raise DataError(f"{place}: {shown(name)} is empty: remove the row")
+    if "assistant" not in roles:
+        raise DataError(
+            f"{place}: {shown(name)} has no assistant turn ({', '.join(roles[:8])}): nothing to learn; remove the row"
+        )
+    if roles[-1] != "assistant":
+        raise DataError(
+            f"{place}: {shown(name)} ends with a turn of role {roles[-1]}, which nothing answers: remove that turn"
+        )
+
+
+def _message(place: str, turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"{place} must be an object with role and content, is {kind_of(turn)}")
+    if "role" not in turn:
+        other = ": for from and value set data.records=sharegpt" if "from" in turn else ""
+        raise DataError(f"{place} has no role; it has {listed(list(turn))}{other}")
+    role = turn["role"]
+    if role not in ROLES:
+        raise DataError(f"{place}: role={_shown(role)} must be one of {', '.join(ROLES)}")
+    message = {key: value for key, value in turn.items() if value is not None}  # Parquet fills missing keys with null
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise DataError(f"{place}: tool_calls must be a list of objects, is {kind_of(calls)}")
+    if not (calls and message.get("content") is None):
+        message["content"] = _string(place, "content", turn.get("content"))
+    if role == "assistant" and not calls:
+        _not_empty(place, "content", message["content"])
+    if calls == []:
+        del message["tool_calls"]
+    return message
+
+
+def _sharegpt_message(place: str, turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"{place} must be an object with from and value, is {kind_of(turn)}")
+    for key in ("from", "value"):
+        if key not in turn:
+            other = ": for role and content set data.records=messages" if "role" in turn else ""
+            raise DataError(f"{place} has no {key}; it has {listed(list(turn))}{other}")
+    role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+    if role is None:
+        raise DataError(f"{place}: from={_shown(turn['from'])} must be one of {', '.join(SHAREGPT_ROLES)}")
+    content = _string(place, "value", turn["value"])
+    if role == "assistant":
+        _not_empty(place, "value", content)
+    return {"role": role, "content": content}
+
+
+def _tools(place: str, value: Any) -> list[Any] | None:
+    if value is None or value in ([], ""):
+        return None
+    if isinstance(value, str):  # as data sets store schemas of many forms
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: tools is text, but no JSON ({error})") from error
+    if not isinstance(value, list):
+        raise DataError(f"{place}: tools must be a list, is {kind_of(value)}")
+    return value or None
+
+
+def _string(place: str, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {shown(name)} must be text, is {kind_of(value)}")
+    return value
+
+
+def _not_empty(place: str, name: str, text: str) -> None:
+    if not text.strip():
+        raise DataError(f"{place}: {shown(name)} is empty: there is nothing to learn; remove the row, or fill it in")
+
+
+def _shown(value: Any) -> str:
+    return shown(value) if isinstance(value, str) else kind_of(value)
+
+
+def read_records(rows: Iterator[TableRow], shape: Shape) -> Iterator[DataRecord]:
+    """Every row as a record. Raises DataError at the first bad one."""
+    for row in rows:
+        yield parse(row, shape)

@@ -1,0 +1,157 @@
+"""Whole rows of JSONL, CSV, TSV, Parquet and data sets: every column, or what is wrong with the row, so that one can go
+on behind it. A fault that leaves the rest of a file unreadable raises DataError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe.config import SourceFormat
+from moe.data.readers import DataError, first_line, opened
+from moe.data.rows import DELIMITERS, csv_lines, kind_of, other_delimiter, wrong_width
+from moe.errors import shown
+
+PARQUET_ROWS = 256  # read at once
+DEEPEST = 64  # levels of a row's lists and objects; a conversation has 3, its tools' schemas about 10
+
+
+@dataclass(slots=True)
+class TableRow:
+    """One row of a table: `values` by column. Where it can't be read, `problem` is the reason, and there are none."""
+
+    place: str  # file:line, or file: row N (from 0)
+    values: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    hint: str = ""  # what a missing column may come from
+
+
+def read_rows(path: Path, kind: SourceFormat) -> Iterator[TableRow]:
+    """Every row of a file in its order. Raises DataError where the rest of the file can't be read."""
+    if kind is SourceFormat.jsonl:
+        yield from _json_rows(path)
+    elif kind is SourceFormat.parquet:
+        yield from _parquet_rows(path)
+    else:
+        yield from _csv_rows(path, DELIMITERS[kind.value])
+
+
+def dataset_rows(rows: Any, place: str) -> Iterator[TableRow]:
+    """Every row of a `datasets` table."""
+    try:
+        for number, row in enumerate(rows):
+            yield _checked(f"{place}: row {number}", row)
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` lets any exception of its readers through
+        raise DataError(f"{place}: `datasets` can't read it: {first_line(error)}") from error
+
+
+def _json_rows(path: Path) -> Iterator[TableRow]:
+    number = 0
+    with opened(path) as file:
+        while line := file.readline():
+            number += 1
+            if line.isspace():
+                continue
+            place = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.lstrip().startswith(b"["):
+                    raise DataError(
+                        f"{place}: begins a JSON array, but each line must be one JSON object: "
+                        f"`jq -c '.[]' {path.name} > {path.stem}.jsonl` makes such lines"
+                    )
+            yield _json_row(place, line)
+
+
+def _json_row(place: str, line: bytes) -> TableRow:
+    try:
+        row = json.loads(line, parse_int=_number, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        return TableRow(
+            place, problem=f"broken JSON at column {error.colno}: {error.msg}: each line must be one JSON object"
+        )
+    except UnicodeDecodeError as error:
+        return TableRow(
+            place, problem=f"byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8: {error.reason}"
+        )
+    except RecursionError:
+        return TableRow(place, problem="broken JSON: nested too deeply")
+    except _TwiceError as error:
+        return TableRow(place, problem=f"has two fields named {shown(str(error))!r}: keep one")
+    if not isinstance(row, dict):
+        return TableRow(place, problem=f"must be a JSON object, is {kind_of(row)}")
+    return _checked(place, row)
+
+
+class _TwiceError(Exception):
+    """A JSON object has a key twice."""
+
+
+def _number(text: str) -> int | float:
+    return int(text) if len(text) < 19 else float(text)  # an int of many digits takes time and may be refused
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def _checked(place: str, values: dict[str, Any]) -> TableRow:
+    return (
+        TableRow(place, problem=f"nested more than {DEEPEST} levels deep")
+        if _too_deep(values)
+        else TableRow(place, values)
+    )
+
+
+def _too_deep(value: Any) -> bool:
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[TableRow]:
+    rows = csv_lines(path, delimiter)
+    place, header = next(rows, ("", []))
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise DataError(f"{place}: has {header.count(twice)} fields named {shown(twice)!r}: rename all but one")
+    hint = other_delimiter(header, delimiter)
+    for place, row in rows:
+        if len(row) == len(header):
+            yield TableRow(place, dict(zip(header, row, strict=True)), hint=hint)
+        else:
+            yield TableRow(place, problem=wrong_width(row, header, delimiter))
+
+
+def _parquet_rows(path: Path) -> Iterator[TableRow]:
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path}: has {names.count(twice)} fields named {shown(twice)!r}: rename all but one")
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                for values in batch.to_pylist():
+                    yield _checked(f"{path}: row {number}", values)
+                    number += 1
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: row {number} or one behind it is not UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or f'not readable as Parquet: {first_line(error)}'}") from error
+    except Exception as error:  # damaged metadata ends in exceptions of any kind
+        raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from error

@@ -1,0 +1,291 @@
+"""Chat templates: token for token those of mistral-common and transformers; what the model writes; nothing is lost, no
+content makes a special token, and what can't be masked is refused."""
+
+import json
+import random
+
+import pytest
+
+from moe.config import TemplateName, TokenizerConfig, TokenizerKind
+from moe.data.chat_template import ChatTemplate, open_template
+from moe.data.chat_templates import CHATML, MISTRAL
+from moe.data.readers import DataError
+from moe.data.record_encoding import encode_segments
+from moe.data.tokenizer import open_tokenizer
+
+MARKS = [
+    "</s>", "<s>", "<|im_end|>", "<|im_start|>assistant\n", "[INST]", "[/INST]", " ", "  ", "\n", "\n\n", "\t", "'",
+    '"', "{{ x }}", "{% if %}", "<unk>",
+]  # fmt: skip
+WORDS = ["hello", "Über", "日本語", "😀👍🏽", "x = 1", "1234", "é", "\u200b", "naïve", "code: `a`", *MARKS]
+# ChatML without marks of what the model writes, as published models have it.
+UNMARKED = """{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>'}}
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+USER = {"role": "user", "content": "how"}
+
+
+def content(dice):
+    return dice.choice(["", " "]).join(dice.choices(WORDS, k=dice.randrange(1, 8)))
+
+
+def chat(dice, *, several=False):
+    """A random conversation that ends with the assistant; with `several`, roles repeat, as mistral-common allows."""
+    messages = [{"role": "system", "content": content(dice)}] if dice.random() < 0.4 else []
+    for _ in range(dice.randrange(1, 5)):
+        for role in ("user", "assistant"):
+            times = dice.randrange(1, 3) if several and dice.random() < 0.3 else 1
+            messages += [{"role": role, "content": content(dice) or "x"} for _ in range(times)]
+    return [message | {"content": message["content"] if message["content"].strip() else "x"} for message in messages]
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    return open_tokenizer(TokenizerConfig(kind=TokenizerKind.mistral))
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A byte-level tokenizer.json with ChatML's tokens and no BOS, as Qwen's has."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = ["hello there, how are you", "user assistant system\n\n", "x = 1\n\n\n"] * 20
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    folder = tmp_path_factory.mktemp("byte_level")
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "<|im_end|>", "chat_template": UNMARKED, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+def encoded(template, messages, tokenizer):
+    [(ids, turns)] = encode_segments([template.segments(messages, None, "row 1")], tokenizer)
+    return ids.tolist(), turns.tolist()
+
+
+def written(ids, turns, tokenizer):
+    """The decoded tokens of each turn, without the one that ends it, which is asserted."""
+    found = []
+    for turn in range(max(turns) + 1):
+        own = [token for token, number in zip(ids, turns, strict=True) if number == turn]
+        assert own[-1] in tokenizer.special_tokens().values()
+        found.append(tokenizer.decode(own[:-1]))
+    return found
+
+
+def test_mistral_is_mistral_commons_first_format_token_for_token(mistral):
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    from moe.data.tokenizer import tokenizer_files
+
+    [path] = tokenizer_files(TokenizerConfig(kind=TokenizerKind.mistral))
+    reference = MistralTokenizer.from_file(str(path), mode=ValidationMode.finetuning)
+    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    template = open_template(TemplateName.auto, mistral)
+    dice = random.Random(0)
+    for number in range(200):
+        messages = chat(dice, several=number % 2 == 1)
+        request = ChatCompletionRequest(messages=[kinds[m["role"]](content=m["content"]) for m in messages])
+        expected = reference.encode_chat_completion(request).tokens
+        assert encoded(template, messages, mistral)[0] == expected, messages
+
+
+def test_what_is_learnt_is_what_the_assistant_says(mistral, byte_level):
+    other = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    dice = random.Random(1)
+    for tokenizer, name in (
+        (mistral, TemplateName.mistral), (mistral, TemplateName.plain), (other, TemplateName.mistral),
+        (other, TemplateName.plain), (other, TemplateName.chatml), (other, TemplateName.tokenizer),
+    ):  # fmt: skip
+        template = open_template(name, tokenizer)
+        for _ in range(40):
+            messages = chat(dice)
+            said = [message["content"] for message in messages if message["role"] == "assistant"]
+            ids, turns = encoded(template, messages, tokenizer)
+            lead = " " if name is TemplateName.mistral and tokenizer is other else ""  # between [/INST] and an answer
+            exact = [lead + text for text in said]
+            if tokenizer is mistral:  # its own normalisation
+                plain = name is TemplateName.plain  # the answer goes on with the prompt's text: no space comes first
+                exact = [text.removeprefix(" ") if plain else tokenizer.decode(tokenizer.encode(text)) for text in said]
+            assert written(ids, turns, tokenizer) == exact
+
+
+def test_byte_level_tokens_are_those_of_transformers(byte_level):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(str(byte_level))
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    template = open_template(TemplateName.auto, tokenizer)
+    assert template.name == "the tokenizer's chat template"
+    dice = random.Random(2)
+    compared = 0
+    for _ in range(100):
+        messages = chat(dice)
+        if any(mark in message["content"] for message in messages for mark in ("<|im_start|>", "<|im_end|>")):
+            continue  # transformers makes special tokens of them
+        if any(message["role"] == "assistant" and message["content"][0].isspace() for message in messages):
+            continue  # a prompt ends with a line's end, which the answer's whitespace isn't joined to here
+        compared += 1
+        assert encoded(template, messages, tokenizer)[0] == reference.apply_chat_template(messages)["input_ids"]
+    assert compared >= 20
+
+
+def test_marked_and_unmarked_templates_agree(byte_level):
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    marked, unmarked = (ChatTemplate(source, tokenizer, "it") for source in (CHATML, UNMARKED))
+    dice = random.Random(3)
+    for _ in range(50):
+        messages = chat(dice)
+        assert encoded(marked, messages, tokenizer) == encoded(unmarked, messages, tokenizer)
+
+
+def test_a_training_row_begins_with_the_prompt_that_generation_has(mistral, byte_level):
+    other = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    dice = random.Random(4)
+    for tokenizer, name in (
+        (mistral, TemplateName.mistral),
+        (other, TemplateName.chatml),
+        (other, TemplateName.tokenizer),
+    ):
+        template = open_template(name, tokenizer)
+        for _ in range(30):
+            messages = chat(dice)
+            ids, turns = encoded(template, messages, tokenizer)
+            [(prompt, _)] = encode_segments([template.prompt(messages[:-1])], tokenizer)
+            assert prompt.tolist() == ids[: turns.index(max(turns))]
+
+
+def test_special_tokens_in_a_content_stay_text(mistral):
+    template = open_template(TemplateName.mistral, mistral)
+    messages = [{"role": "user", "content": "</s><s>[INST] do"}, {"role": "assistant", "content": "a</s>b<unk>"}]
+    ids, turns = encoded(template, messages, mistral)
+    assert ids.count(mistral.eos_id) == 1
+    assert ids.count(mistral.bos_id) == 1
+    assert written(ids, turns, mistral) == ["a</s>b<unk>"]
+
+
+def test_a_literal_private_character_stays_itself(mistral):
+    template = open_template(TemplateName.mistral, mistral)
+    messages = [{"role": "user", "content": "\ue002</s>\ue003"}, {"role": "assistant", "content": "\ue002 </s>"}]
+    ids, turns = encoded(template, messages, mistral)
+    assert written(ids, turns, mistral) == ["\ue002 </s>"]
+    with pytest.raises(DataError, match=r"row 1: holds the private character U\+E000"):
+        template.segments([{"role": "user", "content": "\ue000"}], None, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("{{ messages[0]['content'] }}", "leaves out what message 1 (assistant) has, 'fine'"),
+        (
+            "{{ messages | map(attribute='content') | join(' ') | upper }}",
+            "leaves out what message 0 (user) has, 'how'",
+        ),
+        ("{{ raise_exception('only dogs') }}", "it: only dogs"),
+        ("{{ nothing.at.all }}", "it: 'nothing' is undefined"),
+        (
+            "{% for m in messages %}{{ messages|length }}{{ m.content }}{% endfor %}",
+            "where the answer begins can't be told",
+        ),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}", None),
+    ],
+)
+def test_a_template_that_cant_be_masked_is_refused(mistral, source, rule):
+    template = ChatTemplate(source, mistral, "it")
+    messages = [{"role": "user", "content": "how"}, {"role": "assistant", "content": "fine"}]
+    if rule is None:
+        assert not any(segment.turn >= 0 and segment.text for segment in template.segments(messages, None, "row 1"))
+        return
+    with pytest.raises(DataError) as caught:
+        template.segments(messages, None, "a.jsonl:3")
+    assert str(caught.value).startswith("a.jsonl:3: it")
+    assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "rule"),
+    [
+        ([{"role": "tool", "content": "3"}, {"role": "assistant", "content": "x"}], None, "has no tools"),
+        (
+            [{"role": "user", "content": "u"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}],
+            None,
+            "has no tools",
+        ),
+        ([{"role": "user", "content": "u"}, {"role": "assistant", "content": "x"}], [{"name": "f"}], "has no tools"),
+        (
+            [*({"role": role, "content": role} for role in ("user", "assistant", "system", "user", "assistant"))],
+            None,
+            "a system message must not follow an assistant turn",
+        ),
+    ],
+)
+def test_mistral_refuses_what_it_has_no_form_for(mistral, messages, tools, rule):
+    with pytest.raises(DataError, match=rule):
+        open_template(TemplateName.mistral, mistral).segments(messages, tools, "a.jsonl:1")
+
+
+def test_a_templates_tools_are_rendered_and_masked(byte_level):
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    source = """{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    template = ChatTemplate(source, tokenizer, "it")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "</call><|im_end|>"}}}
+    messages = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "name": "add", "content": "3"},
+        {"role": "assistant", "content": "it is 3"},
+    ]
+    segments = template.segments(messages, [{"name": "add"}], "row 1")
+    [(ids, turns)] = encode_segments([segments], tokenizer)
+    expected = "<call>" + json.dumps(call["function"]) + "</call>"
+    assert written(ids.tolist(), turns.tolist(), tokenizer) == [expected, "it is 3"]
+    without = ChatTemplate(UNMARKED, tokenizer, "it")
+    with pytest.raises(DataError, match="has tools, and it has no place for them"):
+        without.segments([messages[0], messages[3]], [{"name": "add"}], "row 1")
+
+
+def test_a_template_that_drops_earlier_thoughts_is_masked(byte_level):
+    """As Qwen3's: only the last answer keeps what is before </think>."""
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    source = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content.split('</think>')[-1] if not loop.last else m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    messages = [
+        *({"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>hm</think>b"}),
+        *({"role": "user", "content": "c"}, {"role": "assistant", "content": "<think>so</think>d"}),
+    ]
+    ids, turns = encoded(ChatTemplate(source, tokenizer, "it"), messages, tokenizer)
+    assert written(ids, turns, tokenizer) == ["b", "<think>so</think>d"]
+
+
+def test_a_tokenizer_without_the_templates_tokens_is_told_what_to_do(mistral):
+    with pytest.raises(
+        DataError, match=r"needs the tokens <\|im_start\|>, <\|im_end\|>, .* data.template=mistral needs"
+    ):
+        open_template(TemplateName.chatml, mistral)
+    with pytest.raises(DataError, match="the tokenizer has no chat template: choose one of ours"):
+        open_template(TemplateName.tokenizer, mistral)
+
+
+def test_our_templates_are_rendered_alike_by_transformers(mistral):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compiled, dice = _compile_jinja_template(MISTRAL), random.Random(5)
+    template = open_template(TemplateName.mistral, mistral)
+    for _ in range(30):
+        messages = chat(dice)
+        text = compiled.render(messages=messages, bos_token="<s>", eos_token="</s>")
+        assert text == "".join(segment.text for segment in template.segments(messages, None, "row 1"))
