@@ -58,6 +58,7 @@ from moe.config.train import (
     TrackingConfig,
     TrainConfig,
 )
+from moe.config.upcycle import UpcycleConfig
 
 __all__ = [
     "AdapterConfig",
@@ -115,4 +116,5 @@ __all__ = [
     "TrackingBackend",
     "TrackingConfig",
     "TrainConfig",
+    "UpcycleConfig",
 ]
