@@ -173,6 +173,13 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class ExportFormat(Enum):
+    """What `moe export` writes: a Hugging Face folder, or a GGUF file for llama.cpp."""
+
+    huggingface = "huggingface"
+    gguf = "gguf"
+
+
 class ExportDtype(Enum):
     """Dtype of an exported model's weights: each one's own, or one for all."""
 
