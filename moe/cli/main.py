@@ -12,6 +12,7 @@
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe import checkpoint=HF_DIR run_dir=RUN_DIR          a Hugging Face model as a checkpoint
     moe export checkpoint=RUN_DIR path=DIR                a checkpoint as a Hugging Face model
+    moe upcycle checkpoint=DENSE run_dir=RUN_DIR          a dense model's layers as experts of a sparse one
     moe report RUN_DIR                                    one HTML page about a run, or about a sweep
     moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'
@@ -72,8 +73,8 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError(
-                "--cfg: only `moe train|sweep|plan|prepare|generate|analyze|import|export --cfg job` prints a composed "
-                "config"
+                "--cfg: only `moe train|sweep|plan|prepare|generate|analyze|import|export|upcycle --cfg job` prints a "
+                "composed config"
             )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return

@@ -23,6 +23,7 @@ from moe.config.choices import (
     Mlp,
     Precision,
     Pruner,
+    QkNorm,
     Recompute,
     RecordKind,
     Sampler,
@@ -58,6 +59,7 @@ from moe.config.train import (
     TrackingConfig,
     TrainConfig,
 )
+from moe.config.upcycle import UpcycleConfig
 
 __all__ = [
     "AdapterConfig",
@@ -97,6 +99,7 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "Pruner",
+    "QkNorm",
     "Recompute",
     "RecordKind",
     "RouterConfig",
@@ -115,4 +118,5 @@ __all__ = [
     "TrackingBackend",
     "TrackingConfig",
     "TrainConfig",
+    "UpcycleConfig",
 ]
