@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig
+from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig, ValidateConfig
 from moe.config.compose import ConfigError, load_config
 
 
@@ -95,6 +95,15 @@ def _prepare(overrides: list[str]) -> None:
     print(corpus.describe())
 
 
+def _validate(overrides: list[str]) -> None:
+    """Check the rows of a fine-tuning run (`data=sft data.path=FILE`): every bad row, lengths, what is learnt, how long
+    it takes; `page=rows.html` writes a page, `fixed=rows.jsonl` a copy without the bad rows."""
+    config = load(overrides, "validate", ValidateConfig)
+    from moe.validate.run import run_validate
+
+    run_validate(config)
+
+
 def _generate(overrides: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
     from moe.config.generate import GenerateConfig
@@ -178,6 +187,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sweep": _sweep,
     "plan": _plan,
     "prepare": _prepare,
+    "validate": _validate,
     "generate": _generate,
     "report": _report,
     "analyze": _analyze,
@@ -199,6 +209,8 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "sweep", SweepConfig
     if verb == "prepare":
         return "prepare", PrepareConfig
+    if verb == "validate":
+        return "validate", ValidateConfig
     if verb == "plan":
         return "plan", PlanConfig
     if verb == "analyze":

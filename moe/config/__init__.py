@@ -53,6 +53,7 @@ from moe.config.train import (
     TrackingConfig,
     TrainConfig,
 )
+from moe.config.validate import ValidateConfig
 
 __all__ = [
     "AlarmConfig",
@@ -104,4 +105,5 @@ __all__ = [
     "TrackingBackend",
     "TrackingConfig",
     "TrainConfig",
+    "ValidateConfig",
 ]

@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
+    "validate": {"report", "plan", "data", "config", "durable", "errors", "__init__"},
     "train": {
         "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
         "config", "durable", "locks", "untrusted", "errors",
@@ -49,8 +50,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "analysis", "sweep", "train", "report", "inference", "plan", "data", "checkpoint",
-        "distributed", "kernels", "config", "errors",
+        "doctor", "bench", "analysis", "sweep", "train", "validate", "report", "inference", "plan", "data",
+        "checkpoint", "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},
     "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},
