@@ -110,15 +110,33 @@ def _generate(overrides: list[str]) -> None:
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
+    from moe.inference.command import run_generate
+
+    run_generate(config, *_checkpoint(config))
+
+
+def _chat(overrides: list[str]) -> None:
+    """Talk to a fine-tuned checkpoint in the terminal, or answer each line of standard input; /help lists what can be
+    said to it."""
+    from moe.config.chat import ChatConfig
+    from moe.config.overrides import quote_texts
+
+    config = load_config(quote_texts(overrides), "chat", ChatConfig)
+    from moe.inference.terminal import run_chat
+
+    run_chat(config, *_checkpoint(config))
+
+
+def _checkpoint(config: Any) -> tuple[Any, Any]:
+    """The model and the tokenizer of `config.checkpoint`. Raises UserError."""
     from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
     from moe.data.tokenizer import load_saved
-    from moe.inference.generate import run_generate
     from moe.kernels.policy import choose_device, torch_dtype
 
     device, dtype = choose_device(config.device), torch_dtype(config.dtype)
     folder = resolve(Path(config.checkpoint), lambda line: print(f"warning: {line}", file=sys.stderr))
     model = read_model(folder, device=device, dtype=dtype, check_memory=config.check_memory)
-    run_generate(config, model, load_saved(tokenizer_folder(folder)))
+    return model, load_saved(tokenizer_folder(folder))
 
 
 def _report(overrides: list[str]) -> None:
@@ -189,6 +207,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "prepare": _prepare,
     "validate": _validate,
     "generate": _generate,
+    "chat": _chat,
     "report": _report,
     "analyze": _analyze,
     "bench": _bench,
@@ -219,4 +238,8 @@ def schema(verb: str) -> tuple[str, type] | None:
         from moe.config.generate import GenerateConfig
 
         return "generate", GenerateConfig
+    if verb == "chat":
+        from moe.config.chat import ChatConfig
+
+        return "chat", ChatConfig
     return None

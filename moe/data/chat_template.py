@@ -91,6 +91,14 @@ class ChatTemplate:
         self._check_nothing_is_lost(hidden, text, place)
         return self._cut(*self._turns(hidden, None, text, place), hiding)
 
+    def answer_form(self) -> tuple[str, int | None]:
+        """What the model writes around an answer: the text before it, and the special token that ends it (None: only
+        the end of the sequence)."""
+        question, answer = {"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}
+        own = [one for one in self.segments([question, answer], None, "an example of two turns") if one.turn == 0]
+        text = next((one.text for one in own if one.token is None), "")
+        return text.partition("because")[0], own[-1].token
+
     def _render(self, messages: Any, tools: Any, place: str, *, answer: bool = False) -> str:
         size = sum(len(message.get("content") or "") for message in messages) + (len(json.dumps(tools)) if tools else 0)
         self._budget.refill(len(messages), size)
