@@ -54,7 +54,7 @@ def _kind(path: Path) -> str:
 def read_small(path: Path, limit: int = SMALL_FILE) -> bytes:
     """A regular file's content. Raises UserError, also where it has more than `limit` bytes, and OSError."""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # as much memory as is asked for is taken
     if len(data) > limit:
         size = path.stat().st_size
         raise UserError(f"{path}: has {size:,} bytes, and at most {limit:,} are read: it is not what its name says")

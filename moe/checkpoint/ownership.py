@@ -28,14 +28,14 @@ def owned(
     return mine
 
 
-def file_numbers(sizes: dict[tuple[str, str], int]) -> dict[str, int]:
-    """Key in the file → number of the file, from 1: as many tensors in each as make about `FILE_BYTES`, twice that in
+def file_numbers(sizes: dict[tuple[str, str], int], file_bytes: int = FILE_BYTES) -> dict[str, int]:
+    """Key in the file → number of the file, from 1: as many tensors in each as make about `file_bytes`, twice that in
     the optimizer's, which hold both moments of the same parameters."""
     numbers, number, filled, previous = {}, 1, 0, ""
     for (kind, name), size in sizes.items():
         if kind in ADAM_MOMENTS and kind != previous:
             filled, number, previous = 0, 1, kind
-        if filled and filled + size > FILE_BYTES:
+        if filled and filled + size > file_bytes:
             filled, number = 0, number + 1
         filled += size
         numbers[key_in_file(kind, name)] = number

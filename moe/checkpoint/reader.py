@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from moe.adapters.merge import is_part
+from moe.checkpoint.base import fill_merged, find_base, model_part
 from moe.checkpoint.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -19,7 +22,7 @@ from moe.checkpoint.layout import (
     committed,
     key_in_file,
 )
-from moe.checkpoint.manifest import lists_any, read_manifest, shards_of, strays, verify
+from moe.checkpoint.manifest import lists_any, strays, verify
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.shards import READ_BYTES, ShardReader
 from moe.checkpoint.state import TrainState, read_state
@@ -28,6 +31,7 @@ from moe.config import Config
 from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
 from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
+from moe.engine.parameters import expert_names
 from moe.errors import UserError
 from moe.model.build import empty_model
 from moe.model.transformer import Transformer
@@ -42,14 +46,15 @@ def load(folder: Path, engine: Engine, mesh: Mesh) -> TrainState:
     state = mesh.agree(lambda: read_state(folder), "resume")
     if not mesh.from_main(lists_any(folder, OPTIMIZER)):
         raise UserError(f"{folder}: a model without its optimizer: init_from={folder} starts a run from it")
-    _fill(engine, mesh, _part(folder, MODEL), _part(folder, OPTIMIZER), state.step - state.skipped_steps)
+    _fill(engine, mesh, model_part(folder, MODEL), model_part(folder, OPTIMIZER), state.step - state.skipped_steps)
     engine.resumed(state.step, state.skipped_steps)
     return state
 
 
 def load_weights(folder: Path, engine: Engine, mesh: Mesh) -> None:
-    """Weights and buffers into a fresh engine, whose moments stay zero. A collective. Raises UserError."""
-    _fill(engine, mesh, _part(folder, MODEL), None, 0)
+    """Weights and buffers into a fresh engine, whose moments stay zero; an adapter keeps its initial values. A
+    collective. Raises UserError."""
+    _fill(engine, mesh, model_part(folder, MODEL), None, 0)
     engine.resumed(0, 0)
 
 
@@ -58,6 +63,8 @@ def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader
 
     def parts() -> Iterator[States]:
         for tensors in engine.optimizer_state.empty(READ_BYTES):
+            if optimizer is None:
+                tensors = {kind: {n: t for n, t in named.items() if not is_part(n)} for kind, named in tensors.items()}
             sharded = {kind: experts.sharded(tensors[kind]) for kind in KINDS}
             model.fill(sharded["weights"])
             if optimizer is not None:
@@ -69,27 +76,18 @@ def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader
     mesh.agree(lambda: model.fill_untrained(engine.model, experts.sharded), "checkpoint")
 
 
-def _part(folder: Path, part: str) -> ShardReader:
-    """Reads the files of `part` that the manifest lists. Raises UserError."""
-    try:
-        names = [Path(name).name for name in shards_of(read_manifest(folder), part)]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: damaged checkpoint ({error})") from error
-    return ShardReader(folder / part, names)
-
-
 def tokenizer_folder(checkpoint: Path) -> Path:
     """Where the tokenizer of this checkpoint's model is. Raises OSError, ValueError."""
     inside = lists_any(checkpoint, TOKENIZER)
     return checkpoint / TOKENIZER if inside else checkpoint.resolve().parent.parent / TOKENIZER
 
 
-def misfits(folder: Path, engine: Engine, mesh: Mesh) -> list[str]:
+def misfits(folder: Path, model: nn.Module, mesh: Mesh) -> list[str]:
     """Which tensors of the checkpoint's model aren't those of this run, or have another shape, a line each."""
-    saved = {name: list(entry.size) for name, entry in _part(folder, MODEL).tensors().items()}
-    here = dict(engine.model.named_parameters()) | untrained_tensors(engine.model)
-    shapes = {name: list(tensor.shape) for name, tensor in here.items()}
-    for name in engine.expert_names:
+    saved = {name: list(entry.size) for name, entry in model_part(folder, MODEL).tensors().items()}
+    here = dict(model.named_parameters()) | untrained_tensors(model)
+    shapes = {name: list(tensor.shape) for name, tensor in here.items() if not is_part(name)}
+    for name in expert_names(model) & shapes.keys():
         shapes[name][0] *= mesh.expert_parallel_size
     return [
         f"{name} is {saved.get(name, 'missing')} there, {shapes.get(name, 'missing')} here"
@@ -155,7 +153,7 @@ def _flaw(folder: Path, *parts: str) -> str | None:
     """What keeps the files that the manifest lists from holding each tensor once; from their headers alone."""
     for part in parts:
         try:
-            flaw = _part(folder, part).flaw()
+            flaw = model_part(folder, part).flaw()
         except Exception as error:  # safetensors' errors have no class of their own that all versions share
             flaw = f"can't be read ({error})"
         if flaw is not None:
@@ -180,12 +178,19 @@ def _silent(_: str) -> None:
     """Says nothing."""
 
 
-def resolve(path: Path, warn: Callable[[str], None] = _silent) -> Path:
+def _model_flaw(folder: Path) -> str | None:
+    return _flaw(folder, MODEL)
+
+
+def resolve(
+    path: Path, warn: Callable[[str], None] = _silent, flaw: Callable[[Path], str | None] = _model_flaw
+) -> Path:
     """The newest of `candidates` whose model is whole: the files that `read_model` and `tokenizer_folder` read have
-    their SHA-256. `warn` gets a line for each that is passed over. Raises UserError when none is whole."""
+    their SHA-256. `warn` gets a line for each that is passed over; `flaw` says what keeps verified files from holding
+    each tensor once. Raises UserError when none is whole."""
     damaged: list[str] = []
     for folder in candidates(path, "checkpoint"):
-        reason = verify(folder, without=OPTIMIZER) or _flaw(folder, MODEL)
+        reason = verify(folder, without=OPTIMIZER) or flaw(folder)
         if reason is None:
             for line in damaged:
                 warn(f"{line}; {folder} is read in its place")
@@ -207,17 +212,19 @@ def read_model(
     dtype: torch.dtype = torch.float32,
     check_memory: bool = True,
 ) -> Transformer:
-    """The whole model of a checkpoint that `resolve` has verified, in one process. Raises UserError;
-    `check_memory=False` loads one that is larger than the memory there is."""
+    """The whole model of a checkpoint that `resolve` has verified, in one process; an adapter's is merged. Raises
+    UserError; `check_memory=False` loads one that is larger than the memory there is."""
     config: Config = read_config(folder / CONFIG)
     if check_memory:
         check_model(config, device, dtype)
-    model = empty_model(config, device, dtype=dtype)
-    reader = _part(folder, MODEL)
-    # In place: the tensors share the parameters' memory.
-    reader.fill({name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad})
+    model, state = empty_model(config, device, dtype=dtype), read_state(folder)
+    reader = model_part(folder, MODEL)
+    if config.adapter.trains_adapter:
+        fill_merged(model, find_base(folder, state), folder, config)
+    else:  # in place: the tensors share the parameters' memory
+        reader.fill({name: value.detach() for name, value in model.named_parameters()})
     reader.fill_untrained(model)
-    step = read_state(folder).step
+    step = state.step
     for router in routers_of(model):
         router.begin_step(max(0, step - 1), config.train.steps)  # the last step that it was trained in
     return model.eval()

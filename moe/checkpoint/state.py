@@ -29,7 +29,8 @@ class TrainState:
     """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks);
     `elapsed` is in seconds of training, without the time between a stop and the resume; `recent_norms` and
     `skipped_in_a_row` are the guard's (`moe.train.guard`), `alarm` is what the alarm remembers (`moe.train.alarm`),
-    `choices` are the last evaluation's (`moe.train.held_out`)."""
+    `choices` are the last evaluation's (`moe.train.held_out`). An adapter's frozen weights are those of the checkpoint
+    `base` (inside the run directory if the path is relative), whose `model_fingerprint` was `base_fingerprint`."""
 
     step: int = 0
     consumed: int = 0
@@ -42,6 +43,8 @@ class TrainState:
     choices: str = ""
     tokenizer: str = ""
     data: str = ""
+    base: str = ""
+    base_fingerprint: str = ""
     versions: dict[str, str] = field(default_factory=_versions)
 
 
@@ -85,6 +88,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "alarm": (lambda value: isinstance(value, dict), "a mapping"),
     "choices": (lambda value: isinstance(value, str), "text"),
+    "base": (lambda value: isinstance(value, str) and "\0" not in value, "text"),
+    "base_fingerprint": (lambda value: isinstance(value, str), "text"),
     "versions": (
         lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
         "a mapping of names to versions",

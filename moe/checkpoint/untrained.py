@@ -1,4 +1,5 @@
-"""Frozen parameters and buffers: no optimizer updates them, and a checkpoint has them beside the trained parameters."""
+"""Frozen parameters and buffers: no optimizer updates them, and a checkpoint has them beside the trained parameters,
+but not those of an adapter's base (`moe.checkpoint.base`)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 def untrained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """{name: the model's own tensor} of the parameters that don't train and of the persistent buffers (those of its
     `state_dict`), in an order that all ranks share. Of frozen experts a rank has its slice; buffers are the same on
-    all ranks."""
-    persistent = model.state_dict().keys()
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    all ranks. Those in `Transformer.base_names` are left out."""
+    persistent, elsewhere = model.state_dict().keys(), getattr(model, "base_names", frozenset())
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and name not in elsewhere}
     return frozen | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 

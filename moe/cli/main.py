@@ -11,7 +11,9 @@
     moe prepare data.path=corpus.jsonl                    only the token shards
     moe validate data.path=rows.jsonl                     rows for fine-tuning: what is wrong with which, what is learnt
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
-    moe chat checkpoint=RUN_DIR                           a conversation with a fine-tuned one
+    moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
+    moe import checkpoint=HF_DIR run_dir=RUN_DIR          a Hugging Face model as a checkpoint
+    moe export checkpoint=RUN_DIR path=DIR                a checkpoint as a Hugging Face model
     moe report RUN_DIR                                    one HTML page about a run, or about a sweep
     moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'
@@ -72,8 +74,8 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError(
-                "--cfg: only `moe train|sweep|plan|prepare|validate|generate|chat|analyze --cfg job` prints a composed "
-                "config"
+                "--cfg: only `moe train|sweep|plan|prepare|validate|generate|chat|analyze|import|export --cfg job` prints "
+                "a composed config"
             )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return

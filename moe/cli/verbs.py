@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from moe.cli.limits import require_address_space, require_open_files
-from moe.config import AnalyzeConfig, Config, PlanConfig, PrepareConfig, SweepConfig, TokenizerConfig, ValidateConfig
+from moe.config import (
+    AnalyzeConfig,
+    Config,
+    ExportConfig,
+    ImportConfig,
+    PlanConfig,
+    PrepareConfig,
+    SweepConfig,
+    TokenizerConfig,
+    ValidateConfig,
+)
 from moe.config.compose import ConfigError, load_config
 
 
@@ -19,7 +29,7 @@ def load(overrides: list[str], name: str = "train", composed_as: type = Config) 
 
 
 def _read_source(init_from: str, run_dir: str | None) -> Any:
-    from moe.checkpoint.source import read_source
+    from moe.interop.source import read_source
 
     return read_source(init_from, run_dir)
 
@@ -139,6 +149,22 @@ def _checkpoint(config: Any) -> tuple[Any, Any]:
     return model, load_saved(tokenizer_folder(folder))
 
 
+def _import(overrides: list[str]) -> None:
+    """Turn a Hugging Face model folder into a checkpoint, for `moe generate`, `moe analyze` and a run's init_from."""
+    config: ImportConfig = load_config(overrides, "import", ImportConfig)
+    from moe.interop.importing import run_import
+
+    print(run_import(config))
+
+
+def _export(overrides: list[str]) -> None:
+    """Write a checkpoint's model as a Hugging Face folder, which transformers and others read."""
+    config: ExportConfig = load_config(overrides, "export", ExportConfig)
+    from moe.interop.exporting import run_export
+
+    print(run_export(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
+
+
 def _report(overrides: list[str]) -> None:
     """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it
     found, also as a table in a Markdown page (`markdown=PAGE.md reference=POINT`). No network needed."""
@@ -208,6 +234,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "validate": _validate,
     "generate": _generate,
     "chat": _chat,
+    "import": _import,
+    "export": _export,
     "report": _report,
     "analyze": _analyze,
     "bench": _bench,
@@ -234,6 +262,10 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "plan", PlanConfig
     if verb == "analyze":
         return "analyze", AnalyzeConfig
+    if verb == "import":
+        return "import", ImportConfig
+    if verb == "export":
+        return "export", ExportConfig
     if verb == "generate":
         from moe.config.generate import GenerateConfig
 

@@ -5,14 +5,18 @@ names the key, its value, the rule and the fix; the command prints it as one lin
 Field names are Hugging Face's wherever Hugging Face has one.
 """
 
+from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
+    AdapterKind,
     AttentionBackend,
     BiasUpdate,
     DeviceKind,
     DropPolicy,
     EngineKind,
     ExpertBackend,
+    ExportDtype,
+    ExportFormat,
     Initializer,
     LongRows,
     LossOn,
@@ -30,6 +34,7 @@ from moe.config.choices import (
     TrackingBackend,
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
@@ -56,6 +61,8 @@ from moe.config.train import (
 from moe.config.validate import ValidateConfig
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterKind",
     "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",
@@ -70,10 +77,14 @@ __all__ = [
     "ExpertBackend",
     "ExpertChoiceRouterConfig",
     "ExpertsConfig",
+    "ExportConfig",
+    "ExportDtype",
+    "ExportFormat",
     "GroupLimitedRouterConfig",
     "GuardConfig",
     "GumbelRouterConfig",
     "HardwareConfig",
+    "ImportConfig",
     "Initializer",
     "LongRows",
     "LossOn",

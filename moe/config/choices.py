@@ -22,6 +22,13 @@ class Initializer(Enum):
     equal_output = "equal_output"
 
 
+class AdapterKind(Enum):
+    """What trains beside frozen weights: nothing, so that all weights train, or LoRA."""
+
+    none = "none"
+    lora = "lora"
+
+
 class AttentionBackend(Enum):
     """`auto` is `varlen` or `flex` on CUDA and `block` on CPU; `naive` is the quadratic reference."""
 
@@ -155,6 +162,22 @@ class Precision(Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class ExportFormat(Enum):
+    """A model folder as transformers has it, or an adapter's as peft has it."""
+
+    huggingface = "huggingface"
+    peft = "peft"
+
+
+class ExportDtype(Enum):
+    """Dtype of an exported model's weights: each one's own, or one for all."""
+
+    stored = "stored"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class TrackingBackend(Enum):

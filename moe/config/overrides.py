@@ -23,7 +23,7 @@ def quote_texts(overrides: list[str]) -> list[str]:
 
 
 # Mappings with keys of the user's own.
-OPEN_MAPPINGS = ("router.schedules", "router.layers")
+OPEN_MAPPINGS = ("router.schedules", "router.layers", "adapter.rank_pattern")
 
 
 def for_hydra(overrides: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe.config.adapter import AdapterConfig
 from moe.config.choices import EngineKind, Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
@@ -41,6 +42,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=TopKRouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -94,6 +96,10 @@ class Config:
                 layer in routed or model.mlp is Mlp.dense,
                 f"router.layers.{layer}: layers with a router are {', '.join(map(str, routed))}",
             )
+        require(
+            not self.adapter.trains_adapter or self.init_from is not None,
+            f"adapter.kind={self.adapter.kind.name} needs init_from: the run directory or model that it adapts",
+        )
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
 

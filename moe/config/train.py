@@ -15,7 +15,9 @@ MAX_HANG_SECONDS = 850.0
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW. `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
-    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts."""
+    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts.
+    Parameters whose names fit a pattern of `freeze`, as in `optim.freeze=[*.mlp.gate.*]`, stay as they are; a router
+    none of whose weights trains keeps its bias too."""
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -28,6 +30,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     router_lr_multiplier: float = 1.0
     experts_lr_multiplier: float = 1.0
+    freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         positive("optim", self, "lr", "eps", "max_grad_norm", "decay_steps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,8 +11,24 @@ from torch import nn
 
 from moe.config import Config
 from moe.engine.base import EXPERTS, KINDS, ROUTER, States
+from moe.errors import UserError
 from moe.sparse import routers_of
 from moe.sparse.experts import Experts
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Parameters whose names fit a pattern don't train (`optim.freeze`). Raises UserError for one that fits none."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"optim.freeze={pattern}: no parameter of this model fits; names are like {', '.join([*names][:8])}"
+            )
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UserError(f"optim.freeze={','.join(patterns)}: leaves nothing to train: freeze less")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.kernels.rotary import RotaryTable, project_rotated, rotated
-from moe.model.context import Context
-from moe.model.linear import plain_weight
+from moe.model.context import ATTENTION, Context
+from moe.model.linear import plain_weight, project
+from moe.sparse import Randomness
 
 
 class Attention(nn.Module):
@@ -27,15 +28,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x_BSH: Tensor, context: Context) -> Tensor:
-        q_BSND, k_BSGD, v_BSGD = self._project(x_BSH, context.table)
-        return self.o_proj(context.attend(self.layer, self.window, q_BSND, k_BSGD, v_BSGD))
+        randomness = context.randomness_at(self.layer, ATTENTION)
+        q_BSND, k_BSGD, v_BSGD = self._project(x_BSH, context.table, randomness)
+        y_BSH = context.attend(self.layer, self.window, q_BSND, k_BSGD, v_BSGD)
+        return project(self.o_proj, y_BSH, None if randomness is None else randomness.fork(3))
 
-    def _project(self, x_BSH: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x_BSH: Tensor, table: RotaryTable, randomness: Randomness | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values; by one matrix product if all three modules are plain linear layers."""
         q, k, v = (plain_weight(module) for module in (self.q_proj, self.k_proj, self.v_proj))
         if q is not None and k is not None and v is not None:
             return project_rotated(x_BSH, q, k, v, table)
+        forks = [None if randomness is None else randomness.fork(number) for number in range(3)]
         q_BSND, k_BSGD, v_BSGD = (
-            module(x_BSH).unflatten(-1, (-1, self.head_dim)) for module in (self.q_proj, self.k_proj, self.v_proj)
+            project(module, x_BSH, fork).unflatten(-1, (-1, self.head_dim))
+            for module, fork in zip((self.q_proj, self.k_proj, self.v_proj), forks, strict=True)
         )
         return rotated(q_BSND, table), rotated(k_BSGD, table), v_BSGD

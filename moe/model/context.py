@@ -16,6 +16,8 @@ from moe.kernels.rotary import RotaryTable
 from moe.model.cache import KVCache
 from moe.sparse import Randomness
 
+AFTER_ATTENTION, ROUTER, AFTER_MLP, ATTENTION = range(4)  # places of a block that take random numbers
+
 
 @dataclass(slots=True)
 class Context:
@@ -27,6 +29,10 @@ class Context:
     cache: KVCache | None
     randomness: Randomness | None
     _attends: dict[int | None, Attend] = field(default_factory=dict)
+
+    def randomness_at(self, layer: int, place: int) -> Randomness | None:
+        """The random numbers of a place in a layer; None outside training."""
+        return None if self.randomness is None else self.randomness.fork(layer).fork(place)
 
     def attend(self, layer: int, window: int | None, q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
         """Attention of one layer, [B, S, N·D]. Layers with the same window share one mask."""

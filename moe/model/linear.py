@@ -1,9 +1,16 @@
-"""Decides whether a linear layer's weight may be used in a joined or fused product instead of calling the module."""
+"""How a linear layer is called, and whether its weight may be used in a joined or fused product instead."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from moe.sparse import Randomness
+
+
+def project(module: nn.Module, x_BSH: Tensor, randomness: Randomness | None) -> Tensor:
+    """`module(x)`; an adapter's also gets random numbers, for its dropout."""
+    return module(x_BSH, randomness) if getattr(module, "takes_randomness", False) else module(x_BSH)
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:

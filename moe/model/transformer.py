@@ -18,7 +18,7 @@ from moe.kernels.policy import recomputed
 from moe.kernels.rotary import RotaryTables
 from moe.model.attention import Attention
 from moe.model.cache import KVCache
-from moe.model.context import Context
+from moe.model.context import AFTER_ATTENTION, AFTER_MLP, ROUTER, Context
 from moe.model.initialize import fill_weights
 from moe.model.loss import head_loss
 from moe.model.mlp import DenseMLP
@@ -75,23 +75,20 @@ class Block(nn.Module):
         return x_BSH + y_BSH, routed
 
     def _attention(self, x_BSH: Tensor, context: Context) -> Tensor:
-        return self._dropped(self.self_attn(self.input_layernorm(x_BSH), context), context, 0)
+        return self._dropped(self.self_attn(self.input_layernorm(x_BSH), context), context, AFTER_ATTENTION)
 
     def _feed_forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
         normed_BSH, routed = self.post_attention_layernorm(x_BSH), None
         if isinstance(self.mlp, SparseMLP):
-            y_BSH, routed = self.mlp(normed_BSH, self._randomness(context, 1))
+            y_BSH, routed = self.mlp(normed_BSH, context.randomness_at(self.layer, ROUTER))
         else:
             y_BSH = self.mlp(normed_BSH)
-        return self._dropped(y_BSH, context, 2), routed
-
-    def _randomness(self, context: Context, place: int) -> Randomness | None:
-        return None if context.randomness is None else context.randomness.fork(self.layer).fork(place)
+        return self._dropped(y_BSH, context, AFTER_MLP), routed
 
     def _dropped(self, x_BSH: Tensor, context: Context, place: int) -> Tensor:
         if not (self.dropout and self.training):
             return x_BSH
-        randomness = self._randomness(context, place)
+        randomness = context.randomness_at(self.layer, place)
         if randomness is None:
             raise ValueError(f"model.hidden_dropout={self.dropout} needs the batch's randomness")
         return randomness.dropout(x_BSH, self.dropout)
@@ -163,6 +160,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = model
+        self.base_names: frozenset[str] = frozenset()  # parameters that a checkpoint of this model doesn't hold
         self.model = Decoder(model, router, experts, expert_group)
         self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         self.tie_weights()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,9 @@ from moe.distributed.mesh import Mesh
 from moe.engine import build_engine
 from moe.engine import prepare as prepare_engine
 from moe.engine.base import Engine
+from moe.engine.parameters import freeze
 from moe.model.build import build_model
+from moe.model.transformer import Transformer
 from moe.sparse.routers.base import routers_of
 from moe.train.progress import Display
 from moe.train.startup import choose_backends, describe_run, peak_flops
@@ -64,11 +67,21 @@ def open_data(config: Config, mesh: Mesh, display: Display) -> Data:
     return Data(corpus, loader, held_out)
 
 
-def build(config: Config, corpus: Corpus, mesh: Mesh, display: Display) -> tuple[Mesh, Engine, float]:
+def build(
+    config: Config,
+    corpus: Corpus,
+    mesh: Mesh,
+    display: Display,
+    complete: Callable[[Transformer, Mesh], None] = lambda model, mesh: None,
+) -> tuple[Mesh, Engine, float]:
     """The mesh with the engine's groups, the engine around a new model, and a rank's peak FLOP/s; tells what they are.
-    A collective. Raises UserError."""
+
+    `complete` is called with the new model before an engine has it, to add adapters. A collective. Raises UserError.
+    """
     mesh = prepare_engine(config, mesh)
     model = mesh.agree(lambda: build_model(config, mesh.device, mesh.expert_group), "model")
+    complete(model, mesh)
+    mesh.agree(lambda: freeze(model, config.optim.freeze), "model")
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     if not all(router.keeps_balance for router in routers_of(model)):
         display.warn_on_stderr(

@@ -2,58 +2,114 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from moe.adapters.attach import attach, reset_magnitudes
 from moe.checkpoint import reader
+from moe.checkpoint.base import fill_base, find_base, model_fingerprint
 from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
 from moe.config.compose import read_config
+from moe.config.rules import require
 from moe.data.corpus import Corpus
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine
 from moe.errors import UserError
+from moe.interop.hub_folder import is_hub_folder
+from moe.interop.importing import import_model
+from moe.model.transformer import Transformer
 from moe.train import run_directory
 from moe.train.progress import Display
+
+BASE = "base"  # folder in the run directory: an adapter's frozen weights, where they came from another program
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """`resumed` is the run's own checkpoint, `weights` another one, of which only the model is taken; at most one is
-    set. `changes`: a line for each thing that was different when it was written."""
+    set. `changes`: a line for each thing that was different when it was written. `base` has an adapter's frozen
+    weights."""
 
     resumed: Path | None
     weights: Path | None
     changes: list[str]
+    base: Path | None = None
 
 
 def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display: Display) -> Start:
     """Finds and checks the files to start from, before a model is built. A collective. Raises UserError."""
     resumed = reader.newest(folder, mesh, display.warn)
     if resumed is not None:
-        return Start(resumed, None, mesh.agree(lambda: _changes(resumed, corpus, config), "resume"))
+        changes = mesh.agree(lambda: _changes(resumed, corpus, config), "resume")
+        return Start(resumed, None, changes, _base_of(resumed, mesh) if config.adapter.trains_adapter else None)
     if config.init_from is None:
         return Start(None, None, [])
     path = Path(config.init_from).expanduser()
+    if mesh.from_main(is_hub_folder(path)):
+        path = _imported(path, folder, mesh, display)
     found = mesh.agree(lambda: reader.candidates(path, "init_from"), "init_from")
     weights = mesh.from_main(found[0])
     reason = reader.damage(weights, mesh)
     if reason is not None:
         raise UserError(f"init_from={path}: {weights} is damaged: {reason}")
     reader.warn_of_strays(weights, display.warn)
-    return Start(None, weights, mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from"))
+    changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
+    return Start(None, weights, changes, weights if config.adapter.trains_adapter else None)
+
+
+def _imported(hub: Path, folder: Path, mesh: Mesh, display: Display) -> Path:
+    """A Hugging Face folder as a checkpoint in the run directory: an adapter's base, else it is removed once read."""
+    base = folder / BASE
+    display.line(f"reading {hub} into {base}")
+
+    def read() -> None:
+        if mesh.is_main:
+            if base.exists():  # of a start that was interrupted
+                shutil.rmtree(base)
+            import_model(hub, base)
+
+    mesh.agree(read, "init_from")
+    return base
+
+
+def _base_of(checkpoint: Path, mesh: Mesh) -> Path:
+    """The base of an adapter's checkpoint; rank 0 reads and checks it for all."""
+    return mesh.from_main(
+        mesh.agree(lambda: find_base(checkpoint, read_state(checkpoint)) if mesh.is_main else checkpoint, "resume")
+    )
+
+
+def add_adapter(start: Start, config: Config, model: Transformer, mesh: Mesh) -> None:
+    """With `adapter=lora`: gives a new model its frozen weights and its adapters. A collective. Raises UserError."""
+    if start.base is None:
+        return
+    mesh.agree(lambda: attach(model, config.adapter, config.train.seed), "adapter")
+    if start.weights is not None:
+        mesh.agree(lambda: _check_fit(start, config, model, mesh), "init_from")
+    fill_base(start.base, model, mesh)
+    reset_magnitudes(model)
 
 
 def load_start(
-    start: Start, config: Config, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
+    start: Start, config: Config, folder: Path, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
 ) -> TrainState:
     """Fills the engine, prints from where, and returns the state to continue with. A collective. Raises UserError."""
     fresh = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
+    if start.base is not None and start.resumed is None:
+        base, inside = start.base.resolve(), folder.resolve()
+        fresh.base = str(base.relative_to(inside) if base.is_relative_to(inside) else base)
+        fresh.base_fingerprint = mesh.agree(lambda: model_fingerprint(base), "init_from")
     if start.weights is not None:
-        mesh.agree(lambda: _check_fit(start, config, engine, mesh), "init_from")
+        mesh.agree(lambda: _check_fit(start, config, engine.model, mesh), "init_from")
         reader.load_weights(start.weights, engine, mesh)
         display.line(f"starting from the weights of {start.weights}")
+        if start.weights == folder / BASE and start.base is None:
+            mesh.agree(lambda: shutil.rmtree(folder / BASE) if mesh.is_main else None, "init_from")
     if start.resumed is not None:
         state = reader.load(start.resumed, engine, mesh)
         state.data, state.versions = fresh.data, fresh.versions
@@ -76,7 +132,13 @@ def _changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
 def _model_changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str]:
     fix = "use the tokenizer of init_from or other weights"
     _check_tokenizer(read_state(checkpoint), corpus, checkpoint, fix)
-    changed = run_directory.model_differences(read_config(checkpoint / CONFIG), config)
+    there: Config = read_config(checkpoint / CONFIG)
+    require(
+        not there.adapter.trains_adapter,
+        f"init_from={config.init_from}: {checkpoint} is an adapter of {read_state(checkpoint).base}: export it, which "
+        "merges both, and start from the export",
+    )
+    changed = run_directory.model_differences(there, config)
     return [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
 
 
@@ -89,9 +151,9 @@ def _check_tokenizer(then: TrainState, corpus: Corpus, checkpoint: Path, fix: st
         )
 
 
-def _check_fit(start: Start, config: Config, engine: Engine, mesh: Mesh) -> None:
+def _check_fit(start: Start, config: Config, model: nn.Module, mesh: Mesh) -> None:
     assert start.weights is not None
-    unfit = reader.misfits(start.weights, engine, mesh)
+    unfit = reader.misfits(start.weights, model, mesh)
     if unfit:
         changes = "; ".join(start.changes) or "no key of model or router differs"
         raise UserError(

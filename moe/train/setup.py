@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
 from moe.train.progress import Display
-from moe.train.resume import find_start, load_start
+from moe.train.resume import add_adapter, find_start, load_start
 from moe.train.signals import StopSignals
 from moe.train.startup import choose_backends
 from moe.train.straggler import Straggler
@@ -65,8 +66,9 @@ def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> Traini
     """A fresh run, or one that goes on from the newest whole checkpoint. A collective. Raises UserError."""
     data = open_data(config, mesh, display)
     start = find_start(config, folder, data.corpus, mesh, display)
-    mesh, engine, peak = build(config, data.corpus, mesh, display)
-    state = load_start(start, config, engine, data.corpus, mesh, display)
+    complete = partial(add_adapter, start, config)
+    mesh, engine, peak = build(config, data.corpus, mesh, display, complete)
+    state = load_start(start, config, folder, engine, data.corpus, mesh, display)
     data.loader.consumed = state.consumed
     run = watch(config, mesh, folder, display, data, engine, state, peak)
     if state.step < config.train.steps:  # a finished run stays as it is

@@ -24,6 +24,7 @@ from tests.ranks import run_ranks
 STEPS = 20
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
 ZERO_2, NO_CLIP = "parallel.zero_stage=2", "optim.max_grad_norm=1e9"
+LORA = ["adapter=lora", "init_from=unread", "adapter.r=4"]
 VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     # name → (overrides, experts that the router passes over)
     "clipping": ([], []),
@@ -80,6 +81,19 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         ["router.variance_loss_coef=0.5", "router.schedules.top_k={0:3,10:2}", "model.recompute=mlp"],
         [],
     ),
+    "LoRA on attention, router and experts": (
+        [
+            *LORA, "adapter.target_modules=[q_proj,k_proj,o_proj,gate,experts]", "adapter.rank_pattern={k_proj:2}",
+            "adapter.modules_to_save=[model.norm]",
+        ],
+        [],
+    ),
+    "LoRA with DoRA and dropout, recompute block, ZeRO-2": (
+        [*LORA, "adapter.use_dora=true", "adapter.lora_dropout=0.1", "model.recompute=block", ZERO_2],
+        [],
+    ),
+    "LoRA, all experts of a rank idle, ZeRO-2": ([*LORA, "optim.lr=1e-3", ZERO_2], [2, 3]),
+    "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*gate*,lm_head*,*embed*]"], []),
     "settings per layer": (
         ["router.layers.1.top_k=3", "router.layers.0.aux_loss_coef=0.2", "router.layers.1.bias_update=sign"],
         [],
@@ -90,6 +104,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     ),
 }  # fmt: skip
 QUICK = (
+    "LoRA on attention, router and experts",
     "clipping",
     "no clipping, ZeRO-2",
     "capacity by probability",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.adapters.attach import attach, reset_magnitudes
 from moe.config import Config
 from moe.config.compose import load_config
 from moe.data.loader import Batch
@@ -85,6 +86,9 @@ def build(
     mesh = prepare(config, rendezvous.start(config.parallel.expert_parallel_size))
     torch.set_num_threads(1)
     model = build_model(config, mesh.device, mesh.expert_group)
+    if config.adapter.trains_adapter:
+        attach(model, config.adapter, config.train.seed)
+        reset_magnitudes(model)
     starve(model, idle or []) if idle else None
     change(model) if change else None
     return mesh, build_engine(model, config, mesh)

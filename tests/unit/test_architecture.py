@@ -27,18 +27,21 @@ ROOMS: dict[str, set[str]] = {
     "kernels": {"config", "errors"},
     "sparse": {"kernels", "config", "errors"},
     "model": {"kernels", "sparse", "config"},
+    "adapters": {"kernels", "sparse", "model", "config", "errors"},
     "engine": {"distributed", "sparse", "config", "errors"},
     "plan": {"kernels", "config", "errors"},
     "checkpoint": {
-        "plan", "engine", "distributed", "model", "sparse", "config", "errors", "untrusted", "durable", "__init__",
+        "plan", "engine", "distributed", "adapters", "model", "sparse", "config", "errors", "untrusted", "durable",
+        "__init__",
     },
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
+    "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "validate": {"report", "plan", "data", "config", "durable", "errors", "__init__"},
     "train": {
-        "report", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
-        "config", "durable", "locks", "untrusted", "errors",
+        "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse", "kernels",
+        "distributed", "config", "durable", "locks", "untrusted", "errors",
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
@@ -50,7 +53,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "analysis", "sweep", "train", "validate", "report", "inference", "plan", "data",
+        "doctor", "bench", "analysis", "sweep", "train", "validate", "report", "interop", "inference", "plan", "data",
         "checkpoint", "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},

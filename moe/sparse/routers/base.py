@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,14 @@ class RouterOutput:
         return self.counts_E.sum() - self.choices.experts_N.numel()
 
 
+class LowRankWeight(Protocol):
+    """What an adapter adds to a router's weight (`moe.adapters.low_rank.LowRank`)."""
+
+    def product(self) -> Tensor:
+        """[E, H]."""
+        ...
+
+
 class Router(nn.Module):
     """`forward(x_BSH, randomness) -> RouterOutput`. A subclass is registered in `moe.config.router`.
 
@@ -82,6 +90,7 @@ class Router(nn.Module):
         self.config: Any = config
         self.step, self.total_steps = 0, 1  # of the optimizer, 0-based; set before each step
         self.global_counts_E: Tensor | None = None  # the step's choices, where `counts_global_batch`
+        self.lora: LowRankWeight | None = None  # an adapter's addition to `weight`
         self.reads_prefix = False  # in evaluation a router that isn't causal sees no token after the one it routes
 
     def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
@@ -115,12 +124,18 @@ class Router(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether weights and buffers stay as they are in this step."""
-        return self.config.frozen(self.step, self.total_steps)
+        """Whether weights and buffers stay as they are in this step: by its schedule, or since none of its weights
+        trains."""
+        trains = [parameter.requires_grad for parameter in self.parameters()]
+        return (bool(trains) and not any(trains)) or self.config.frozen(self.step, self.total_steps)
 
     def at(self, option: str) -> Any:
         """The option's value in this step."""
         return self.config.at(option, self.step)
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """`weight` [E, H] with what an adapter adds to it."""
+        return weight if self.lora is None else weight + self.lora.product()
 
     def trained(self, weight: Tensor) -> Tensor:
         """`weight`; while the router is frozen its gradient is zero, and not missing, which ZeRO could not reduce."""

@@ -44,7 +44,7 @@ class ExpertChoiceRouter(Router):
         del randomness
         dtype = torch.promote_types(x_BSH.dtype, torch.float32)
         with torch.autocast(x_BSH.device.type, enabled=False):
-            logits_BSE = F.linear(x_BSH.to(dtype), self.trained(self.weight).to(dtype))
+            logits_BSE = F.linear(x_BSH.to(dtype), self.trained(self.adapted(self.weight)).to(dtype))
             probs_BSE = logits_BSE.softmax(-1)
             scores_BSE = probs_BSE.detach()
             in_prefix = self.reads_prefix and not self.training

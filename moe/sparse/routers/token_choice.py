@@ -60,7 +60,7 @@ class TokenChoiceRouter(Router):
         with torch.autocast(x_BSH.device.type, enabled=False):
             input_BSH = self.jittered(x_BSH.to(dtype), randomness)
             input_TH = input_BSH.flatten(0, 1)
-            logits_TE = F.linear(input_TH, self.trained(self.weight).to(dtype))
+            logits_TE = F.linear(input_TH, self.trained(self.adapted(self.weight)).to(dtype))
             scored_TE = self.noisy(logits_TE, input_TH, x_BSH.shape[:2], randomness)
             scores_TE, probs_TE = self.scores(scored_TE)
             ids_TK = self.choose(self.biased(scores_TE), self.at("top_k"))

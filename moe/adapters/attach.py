@@ -1,0 +1,116 @@
+"""Puts adapters into a model and freezes what they leave as it is.
+
+An adapter's initial values are a function of (seed, name, global expert) alone, as a model's are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from moe.adapters.low_rank import LoRAExperts, LoRALinear, LowRank
+from moe.config import AdapterConfig, ExpertBackend
+from moe.config.adapter import WITH_DROPOUT
+from moe.errors import UserError
+from moe.model.transformer import Transformer
+from moe.sparse import Experts, Router
+
+NAMES_SHOWN = 12
+
+
+def attach(model: Transformer, config: AdapterConfig, seed: int) -> None:
+    """Adds the adapters of `config`, with which the model computes as before, and freezes all other parameters but
+    those of `adapter.modules_to_save`. Raises UserError for a name or pattern that fits nothing.
+
+    The model may have weights on any device but "meta"; they may be filled later: call `reset_magnitudes` then.
+    """
+    targets = dict(_targets(model, config))
+    model.requires_grad_(False)
+    for name, module in targets.items():
+        _adapt(model, name, module, config, seed)
+    _train_in_full(model, config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.base_names = frozenset(name for name, _ in model.named_parameters()) - trained
+
+
+def reset_magnitudes(model: nn.Module) -> None:
+    """Sets DoRA's lengths from the weights that the model has now."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.reset_magnitude()
+
+
+def _targets(model: nn.Module, config: AdapterConfig) -> Iterator[tuple[str, nn.Module]]:
+    can = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Experts, Router)) and name != "lm_head"
+    }
+    for pattern in (*config.target_modules, *config.rank_pattern):
+        if not any(_fits(pattern, name) for name in can):
+            raise UserError(
+                f"adapter.target_modules={pattern}: no module of this model fits; it has "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in can}))}"
+            )
+    for name, module in can.items():
+        if any(_fits(pattern, name) for pattern in config.target_modules):
+            yield name, module
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+
+
+def _adapt(model: nn.Module, name: str, module: nn.Module, config: AdapterConfig, seed: int) -> None:
+    rank = next((rank for pattern, rank in config.rank_pattern.items() if _fits(pattern, name)), config.r)
+    scale = config.scale(rank)
+    if isinstance(module, Experts):
+        if module.config.backend is ExpertBackend.megablocks:
+            raise UserError("experts.backend=megablocks has no adapters on experts: use experts.backend=auto")
+        pairs = [_low_rank(f"{name}.{weight}", getattr(module, weight), rank, scale, seed, module.first_expert)
+                 for weight in ("gate_up_proj", "down_proj")]  # fmt: skip
+        _replace(model, name, LoRAExperts(module, *pairs))
+        return
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    low_rank = _low_rank(name, weight, rank, scale, seed)
+    if isinstance(module, Router):
+        module.lora = low_rank
+        return
+    assert isinstance(module, nn.Linear)
+    attention = name.rpartition(".")[2] in WITH_DROPOUT
+    dropout = config.lora_dropout if attention else 0.0
+    _replace(model, name, LoRALinear(module, low_rank, dropout=dropout, dora=config.use_dora and attention))
+
+
+def _low_rank(name: str, weight: nn.Parameter, rank: int, scale: float, seed: int, first_expert: int = 0) -> LowRank:
+    low_rank = LowRank(weight.shape, rank, scale, weight.device).to(weight.dtype)
+    experts = weight.shape[0] if weight.ndim == 3 else 1
+    low_rank.draw([_seed(seed, name, first_expert + local) for local in range(experts)])
+    return low_rank
+
+
+def _seed(seed: int, name: str, expert: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}.lora/{expert}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _train_in_full(model: nn.Module, config: AdapterConfig) -> None:
+    names = dict(model.named_parameters())
+    for pattern in config.modules_to_save:
+        found = [one for one in names if _fits(pattern, one) or _fits(pattern, one.rpartition(".")[0])]
+        if not found:
+            raise UserError(
+                f"adapter.modules_to_save={pattern}: no parameter of this model fits; its names are like "
+                f"{', '.join(list(names)[:NAMES_SHOWN])}"
+            )
+        for one in found:
+            names[one].requires_grad_()

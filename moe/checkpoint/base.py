@@ -1,0 +1,84 @@
+"""An adapter's checkpoint holds what trains; the frozen weights are read from its base, another checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.adapters.merge import is_part, merged
+from moe.checkpoint.layout import MODEL
+from moe.checkpoint.manifest import read_manifest, shards_of, verify
+from moe.checkpoint.sharding import ExpertSharding
+from moe.checkpoint.shards import ShardReader
+from moe.checkpoint.state import TrainState
+from moe.config import Config
+from moe.distributed.mesh import Mesh
+from moe.engine.parameters import expert_names
+from moe.errors import UserError
+from moe.model.transformer import Transformer
+
+
+def model_part(folder: Path, part: str = MODEL) -> ShardReader:
+    """Reads the files of `part` that the manifest lists. Raises UserError."""
+    try:
+        names = [Path(name).name for name in shards_of(read_manifest(folder), part)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: damaged checkpoint ({error})") from error
+    return ShardReader(folder / part, names)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over names and hashes of the files that hold the model. Raises UserError."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: damaged checkpoint ({error})") from error
+    files = [[name, manifest[name]["sha256"]] for name in shards_of(manifest, MODEL)]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def find_base(checkpoint: Path, state: TrainState) -> Path:
+    """The base of an adapter's checkpoint, whole and unchanged since. Raises UserError."""
+    base = Path(state.base)
+    if not base.is_absolute():  # inside the run directory
+        base = checkpoint.resolve().parent.parent / base
+    if not base.is_dir():
+        raise UserError(
+            f"{checkpoint}: an adapter of the weights in {base}, which are not there: put them back (the adapter alone "
+            "is no model)"
+        )
+    if (reason := verify(base, without="optimizer")) is not None:
+        raise UserError(f"{base}: damaged checkpoint, {reason}; {checkpoint} is an adapter of it")
+    if model_fingerprint(base) != state.base_fingerprint:
+        raise UserError(f"{checkpoint}: an adapter of other weights than {base} holds now: put the earlier ones back")
+    return base
+
+
+def fill_base(folder: Path, model: Transformer, mesh: Mesh) -> None:
+    """The frozen weights (`Transformer.base_names`) of this rank. Raises UserError."""
+    experts = ExpertSharding(expert_names(model), mesh)
+    tensors = {name: value.detach() for name, value in model.named_parameters() if name in model.base_names}
+    model_part(folder).fill(experts.sharded(tensors))  # in place
+
+
+def fill_merged(model: Transformer, base: Path, checkpoint: Path, config: Config) -> None:
+    """A whole model without adapters, in one process, from a base and its adapter's checkpoint. Raises UserError."""
+    reader = model_part(checkpoint)
+    saved = reader.tensors()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    own = parameters.keys() & saved.keys()  # trained in full
+    model_part(base).fill({name: value for name, value in parameters.items() if name not in own})
+    reader.fill({name: parameters[name] for name in own})
+    names = {name for name in saved if is_part(name)}
+
+    def read(name: str) -> Tensor:
+        into = {name: torch.empty(saved[name].size)}
+        reader.fill(into)
+        return into[name]
+
+    for name, weight in parameters.items():
+        weight.copy_(merged(name, weight.cpu(), names, read, config.adapter))

@@ -1,0 +1,76 @@
+"""Adapters: what a fine-tuning run trains beside the frozen weights of `init_from`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe.config.choices import AdapterKind
+from moe.config.rules import positive, require, share
+
+# Linear layers by the last part of their name; `gate` is the router and `experts` are a sparse layer's stacked experts.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "experts")
+WITH_DROPOUT = ("q_proj", "k_proj", "v_proj", "o_proj")
+MAX_RANK = 4096
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """LoRA (arXiv 2106.09685): a target W computes with W + s·B·A, where only A [r, in] and B [out, r] train and
+    s = lora_alpha / r, or lora_alpha / √r with `use_rslora` (arXiv 2312.03732). Names are peft's.
+
+    `target_modules` are names of linear layers, `gate` (the router) and `experts` (an A and a B for each expert), or
+    patterns of whole names as in `model.layers.0.*`; `rank_pattern` gives other ranks, {pattern: r}. `modules_to_save`
+    are patterns of parameters that train in full. `lora_dropout` is that of the attention projections' inputs to A.
+    With `use_dora` (arXiv 2402.09353) attention projections also train the length of each row of W + s·B·A.
+    """
+
+    kind: AdapterKind = AdapterKind.none
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "experts"])
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        positive("adapter", self, "r", at_most=MAX_RANK)
+        positive("adapter", self, "lora_alpha")
+        share("adapter", self, "lora_dropout")
+        if self.kind is AdapterKind.none:
+            self._require_unused()
+            return
+        require(
+            bool(self.target_modules),
+            f"adapter.target_modules=[] must name what is adapted: {', '.join(TARGETS)}, or patterns of whole names",
+        )
+        for name in self.target_modules:
+            require(
+                name in TARGETS or any(sign in name for sign in ".*?["),
+                f"adapter.target_modules={name}: must be one of {', '.join(TARGETS)}, or a pattern of whole names as "
+                "in 'model.layers.0.*'",
+            )
+        for pattern, rank in self.rank_pattern.items():
+            require(
+                isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= MAX_RANK,
+                f"adapter.rank_pattern.{pattern}={rank} must be a whole number from 1 to {MAX_RANK}",
+            )
+
+    def _require_unused(self) -> None:
+        default = type(self).__dataclass_fields__
+        for name in ("use_rslora", "use_dora", "lora_dropout"):
+            value = getattr(self, name)
+            require(
+                value == default[name].default,
+                f"adapter.{name}={str(value).lower()} is read with an adapter only: add adapter=lora",
+            )
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.kind is not AdapterKind.none
+
+    def scale(self, rank: int) -> float:
+        """s of an adapter of this rank."""
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)

@@ -1,0 +1,49 @@
+"""`moe import` and `moe export`: from which folder into which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config.choices import ExportDtype, ExportFormat
+from moe.config.rules import filled, positive, require
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportConfig:
+    """`checkpoint` is a Hugging Face model folder, `run_dir` a new folder. `tokenizer` is the folder or SentencePiece
+    model to use in place of the tokenizer in `checkpoint`. `ignore_keys` are keys of config.json that are unknown here
+    and known to change nothing.
+    """
+
+    checkpoint: str = ""
+    run_dir: str = ""
+    tokenizer: str | None = None
+    ignore_keys: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(bool(self.checkpoint.strip()), "checkpoint='' must name a Hugging Face model folder")
+        require(bool(self.run_dir.strip()), "run_dir='' must name a new folder")
+        filled("", self, "tokenizer")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """`checkpoint` is a run directory or one of its checkpoints, `path` a new folder.
+
+    `dtype=stored` keeps each weight's. `family` (mistral, mixtral, …; null: the first that can say what the model is)
+    names the architecture to write. A file holds about `max_shard_gb` GB of tensors. An adapter is merged into its base,
+    or, with `format=peft`, written alone, as the package peft reads it.
+    """
+
+    checkpoint: str = ""
+    path: str = ""
+    format: ExportFormat = ExportFormat.huggingface
+    family: str | None = None
+    dtype: ExportDtype = ExportDtype.stored
+    max_shard_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        require(bool(self.checkpoint.strip()), "checkpoint='' must name a run directory or one of its checkpoints")
+        require(bool(self.path.strip()), "path='' must name a new folder")
+        filled("", self, "family")
+        positive("", self, "max_shard_gb")

@@ -1,0 +1,140 @@
+"""`moe train adapter=lora init_from=RUN`: what trains, what a checkpoint holds, resumes, topologies, mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moe.checkpoint.layout import committed
+from moe.checkpoint.reader import load_model
+from tests.e2e.conftest import SMALL, read_metrics
+from tests.faults.forked import Finished, moe_ranks
+
+BASE = [*SMALL, "train.steps=4", "train.eval_every=4", "train.sample_every=100", "checkpoint.every=2"]
+TUNE = [
+    *(one for one in BASE if not one.startswith(("model.", "router."))), "adapter=lora", "adapter.r=4",
+    "adapter.target_modules=[q_proj,v_proj,gate,experts]", "adapter.modules_to_save=[model.norm]",
+    "router.aux_loss_coef=0.01", "optim.weight_decay=0",
+]  # fmt: skip
+
+
+def _run(folder: Path, *overrides: str, ranks: int = 1) -> list[Finished]:
+    done = moe_ranks("train", f"run_dir={folder}", *overrides, ranks=ranks)
+    assert [one.code for one in done] == [0] * ranks, done[0].err
+    return done
+
+
+@pytest.fixture(scope="module")
+def base(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "run"
+    _run(folder, *corpus, *BASE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    _run(folder, f"init_from={base}", *corpus, *TUNE)
+    return folder
+
+
+def _names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def test_a_checkpoint_holds_what_trains_and_text_comes_from_the_merged_model(base: Path, tuned: Path) -> None:
+    newest = committed(tuned / "checkpoints")[0]
+    names = _names(newest / "model")
+    attention = {f"self_attn.{name}.lora.{part}" for name in ("q_proj", "v_proj") for part in "AB"}
+    experts = {f"mlp.experts.{name}_lora.{part}" for name in ("gate_up_proj", "down_proj") for part in "AB"}
+    layer = attention | experts | {"mlp.gate.lora.A", "mlp.gate.lora.B"}
+    assert names == {f"model.layers.{number}.{one}" for number in range(2) for one in layer} | {"model.norm.weight"}
+    before, after = (dict(load_model(folder).named_parameters()) for folder in (base, tuned))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        "model.norm.weight",
+        *(f"model.layers.{number}.self_attn.{one}_proj.weight" for number in range(2) for one in "qv"),
+        *(f"model.layers.{number}.mlp.experts.{one}_proj" for number in range(2) for one in ("gate_up", "down")),
+        *(f"model.layers.{number}.mlp.gate.weight" for number in range(2)),
+    }
+    (done,) = moe_ranks("generate", f"checkpoint={tuned}", "prompt=3 plus 4", "max_new_tokens=4", "temperature=0")
+    assert done.code == 0, done.err
+
+
+def test_the_same_losses_on_two_ranks_and_after_a_resume(
+    base: Path, tuned: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    expected = [row["lm_loss"] for row in read_metrics(tuned)]
+    assert expected[0] != expected[-1]
+    topology = ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]
+    _run(tmp_path / "two", f"init_from={base}", *corpus, *TUNE, *topology, ranks=2)
+    assert [row["lm_loss"] for row in read_metrics(tmp_path / "two")] == pytest.approx(expected, rel=2e-6)
+    # Back to one process, from the checkpoint of two ranks in the middle.
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step_00000004")
+    (done,) = _run(tmp_path / "two", f"init_from={base}", *corpus, *TUNE)
+    assert "(step 2, " in done.out
+    assert [row["lm_loss"] for row in read_metrics(tmp_path / "two")] == pytest.approx(expected, rel=2e-6)
+
+
+def _refused(done: Finished, *texts: str) -> None:
+    assert done.code == 2, done.out + done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("moe:")]
+    for text in texts:
+        assert text in line
+
+
+def test_mistakes(base: Path, tuned: Path, corpus: list[str], tmp_path: Path) -> None:
+    start = [f"init_from={base}", *corpus, *TUNE]
+    cases = {
+        "adapter.kind=lora needs init_from": [*corpus, *TUNE],
+        "adapter.target_modules=q_prj: must be one of": [*start, "adapter.target_modules=[q_prj]"],
+        "adapter.target_modules=up_proj: no module of this model fits; it has experts, gate, k_proj": [
+            *start, "adapter.target_modules=[up_proj]",
+        ],
+        "adapter.modules_to_save=*.nothing: no parameter": [*start, "adapter.modules_to_save=['*.nothing']"],
+        "adapter.use_dora=true is read with an adapter only": [f"init_from={base}", *corpus, "adapter.use_dora=true"],
+        "is an adapter of": [f"init_from={tuned}", *corpus, *TUNE],
+        "adapter.r=2, but the checkpoint": [f"run_dir={tuned}", *start, "adapter.r=2"],
+        "optim.freeze=*: leaves nothing to train": [
+            f"init_from={base}", *corpus, *(one for one in TUNE if "adapter" not in one), "optim.freeze=['*']",
+        ],
+    }  # fmt: skip
+    for text, overrides in cases.items():
+        (done,) = moe_ranks("train", f"run_dir={tmp_path / 'run'}", *overrides)
+        _refused(done, text)
+
+
+def test_an_adapter_whose_base_changed_or_is_gone_is_refused(
+    base: Path, tuned: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    other, run = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
+    _run(run, f"init_from={other}", *corpus, *TUNE)
+    state = json.loads((committed(run / "checkpoints")[0] / "state.json").read_text())
+    assert state["base"] == str(committed(other / "checkpoints")[0])
+    generate = ["generate", f"checkpoint={run}", "prompt=3", "max_new_tokens=2"]
+    shutil.rmtree(other)
+    (done,) = moe_ranks(*generate)
+    _refused(done, "an adapter of the weights in", "put them back")
+    _run(other, *corpus, *BASE, "train.seed=3")
+    (done,) = moe_ranks(*generate)
+    _refused(done, "an adapter of other weights than")
+    (done,) = moe_ranks(
+        "train",
+        f"run_dir={run}",
+        f"init_from={other}",
+        *corpus,
+        *TUNE,
+        "train.steps=5",
+        "checkpoint.allow_changes=true",
+    )
+    _refused(done, "an adapter of other weights than")
