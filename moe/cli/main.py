@@ -74,8 +74,8 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError(
-                "--cfg: only `moe train|sweep|plan|prepare|validate|generate|chat|analyze|import|export --cfg job` prints "
-                "a composed config"
+                "--cfg: only `moe train|sweep|plan|prepare|validate|generate|chat|analyze|import|export --cfg job` "
+                "prints a composed config"
             )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return
