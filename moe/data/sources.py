@@ -106,7 +106,7 @@ def _open_records(name: str, key: str, config: SourceConfig, kind: RecordKind) -
     assert source.shape_of is not None
     first = next((row for rows in source.tables() for row in rows), None)
     if first is None:
-        raise DataError(f"{key}.path={shown(config.path)}: is empty: it holds no row")
+        raise DataError(f"{key}.path={shown(config.path, 200)}: is empty: it holds no row")
     if first.problem:
         raise DataError(f"{first.place}: {first.problem}")
     shape = source.shape_of(first)
