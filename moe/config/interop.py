@@ -31,8 +31,8 @@ class ExportConfig:
     """`checkpoint` is a run directory or one of its checkpoints, `path` a new folder.
 
     `dtype=stored` keeps each weight's. `family` (mistral, mixtral, …; null: the first that can say what the model is)
-    names the architecture to write. A file holds about `max_shard_gb` GB of tensors. An adapter is merged into its base,
-    or, with `format=peft`, written alone, as the package peft reads it.
+    names the architecture to write. A file holds about `max_shard_gb` GB of tensors. An adapter is merged into its
+    base, or, with `format=peft`, written alone, as the package peft reads it.
     """
 
     checkpoint: str = ""

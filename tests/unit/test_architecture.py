@@ -40,8 +40,8 @@ ROOMS: dict[str, set[str]] = {
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "validate": {"report", "plan", "data", "config", "durable", "errors", "__init__"},
     "train": {
-        "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse", "kernels",
-        "distributed", "config", "durable", "locks", "untrusted", "errors",
+        "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse",
+        "kernels", "distributed", "config", "durable", "locks", "untrusted", "errors",
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
