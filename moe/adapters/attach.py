@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from moe.adapters.low_rank import LoRAExperts, LoRALinear, LowRank
 from moe.config import AdapterConfig, ExpertBackend
-from moe.config.adapter import WITH_DROPOUT
+from moe.config.adapter import WITH_DROPOUT, fits
 from moe.errors import UserError
 from moe.model.transformer import Transformer
 from moe.sparse import Experts, Router
@@ -50,22 +49,18 @@ def _targets(model: nn.Module, config: AdapterConfig) -> Iterator[tuple[str, nn.
         if isinstance(module, (nn.Linear, Experts, Router)) and name != "lm_head"
     }
     for pattern in (*config.target_modules, *config.rank_pattern):
-        if not any(_fits(pattern, name) for name in can):
+        if not any(fits(pattern, name) for name in can):
             raise UserError(
                 f"adapter.target_modules={pattern}: no module of this model fits; it has "
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in can}))}"
             )
     for name, module in can.items():
-        if any(_fits(pattern, name) for pattern in config.target_modules):
+        if any(fits(pattern, name) for pattern in config.target_modules):
             yield name, module
 
 
-def _fits(pattern: str, name: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
-
-
 def _adapt(model: nn.Module, name: str, module: nn.Module, config: AdapterConfig, seed: int) -> None:
-    rank = next((rank for pattern, rank in config.rank_pattern.items() if _fits(pattern, name)), config.r)
+    rank = next((rank for pattern, rank in config.rank_pattern.items() if fits(pattern, name)), config.r)
     scale = config.scale(rank)
     if isinstance(module, Experts):
         if module.config.backend is ExpertBackend.megablocks:
@@ -106,7 +101,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _train_in_full(model: nn.Module, config: AdapterConfig) -> None:
     names = dict(model.named_parameters())
     for pattern in config.modules_to_save:
-        found = [one for one in names if _fits(pattern, one) or _fits(pattern, one.rpartition(".")[0])]
+        found = [one for one in names if fits(pattern, one) or fits(pattern, one.rpartition(".")[0])]
         if not found:
             raise UserError(
                 f"adapter.modules_to_save={pattern}: no parameter of this model fits; its names are like "

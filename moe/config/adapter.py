@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from moe.config.choices import AdapterKind
@@ -12,6 +13,11 @@ from moe.config.rules import positive, require, share
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "experts")
 WITH_DROPOUT = ("q_proj", "k_proj", "v_proj", "o_proj")
 MAX_RANK = 4096
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a module's whole name is meant: by its last parts, as peft reads `target_modules`, or as a pattern."""
+    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
 
 
 @dataclass(kw_only=True, slots=True)

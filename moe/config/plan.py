@@ -85,3 +85,7 @@ class PlanConfig(Config):
             "parallel.offload_optimizer=true must be false on hardware.device=cpu: the optimizer is in the host's "
             "memory anyway",
         )
+
+    @property
+    def starts(self) -> bool:
+        return False

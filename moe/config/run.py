@@ -66,7 +66,7 @@ class Config:
             f"config_version={self.config_version} must be {CONFIG_VERSION}, this code's: leave it out",
         )
         require(
-            bool(self.data.all_sources()),
+            bool(self.data.all_sources()) or not self.starts,
             "data.path=null must name a file, folder, glob or data set, as in data.path='corpus/*.txt'",
         )
         require(
@@ -97,7 +97,7 @@ class Config:
                 f"router.layers.{layer}: layers with a router are {', '.join(map(str, routed))}",
             )
         require(
-            not self.adapter.trains_adapter or self.init_from is not None,
+            not self.adapter.trains_adapter or self.init_from is not None or not self.starts,
             f"adapter.kind={self.adapter.kind.name} needs init_from: the run directory or model that it adapts",
         )
         if self.engine is EngineKind.plain:
@@ -112,6 +112,11 @@ class Config:
         ):
             stated, needed = (f"parallel.{key}={str(x).lower()}" for x in (value, only))
             require(value == only, f"{stated} needs engine=deepspeed: engine=plain is one process; or set {needed}")
+
+    @property
+    def starts(self) -> bool:
+        """Whether it is of a run, which needs data and an adapter's base; a plan can do without."""
+        return True
 
     def check_world(self, world_size: int, node_size: int | None = None) -> None:
         """Rules that depend on the number of ranks, and on the number of ranks of a node (None: one node has them all).

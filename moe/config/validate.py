@@ -26,6 +26,10 @@ class ValidateConfig(PlanConfig):
         filled("", self, "fixed", "page")
         not_negative("", self, "samples", "problems")
         require(
+            bool(self.data.all_sources()),
+            "data.path=null must name the rows to check: a file, folder, glob or data set, as in data.path=rows.jsonl",
+        )
+        require(
             self.data.has_records,
             "data.records=documents is text for pre-training, moe validate reads rows to fine-tune on: add data=sft",
         )

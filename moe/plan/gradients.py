@@ -24,10 +24,12 @@ on a CPU only the pages that are written.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe.config import Config, EngineKind, Precision
 from moe.plan.counts import parameter_parts
+from moe.plan.trained import EXPERTS, trained_shapes, trains_all
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 EXPERT_GROUP = 178_956_971  # elements: the size of the parameter groups into which DeepSpeed splits experts
@@ -89,11 +91,31 @@ def local_tensors(config: Config, world_size: int) -> Tensors:
     return Tensors(parts.shared, experts, share, tuple(sizes))
 
 
+def trained_tensors(config: Config, world_size: int) -> Tensors:
+    """Of the parameters that train: those that have gradients and optimizer state."""
+    if trains_all(config):
+        return local_tensors(config, world_size)
+    expert_size, sizes, shared, experts = config.parallel.expert_parallel_size, [], 0, 0
+    for name, shape in trained_shapes(config).items():
+        size = math.prod(shape)
+        if EXPERTS in name and "shared" not in name:
+            size //= expert_size
+            experts += size
+        else:
+            shared += size
+        sizes.append((1, size))
+    share = shared / world_size + experts / (world_size // expert_size)
+    return Tensors(shared, experts, share, tuple(sizes))
+
+
 class Sharded:
     """Weights, gradients and optimizer state in each phase of a step."""
 
     def __init__(self, config: Config, world_size: int, device: str) -> None:
-        self.tensors, self.cuda = local_tensors(config, world_size), device == "cuda"
+        self.tensors, self.cuda = trained_tensors(config, world_size), device == "cuda"
+        self.weights = local_tensors(config, world_size).local + (
+            self.tensors.local if config.adapter.trains_adapter else 0
+        )
         self.expert, self.offload = config.parallel.expert_parallel_size, config.parallel.offload_optimizer
         self.half = config.train.precision is Precision.bfloat16
         self.size = element_size(config)
@@ -114,7 +136,7 @@ class Sharded:
         self.partition = 0 if self.offload else round(4 * min(self.tensors.local, self.tensors.share + whole))
 
     def always(self) -> list[MemoryBlock]:
-        blocks = flat("weights", self.size * self.tensors.local)
+        blocks = flat("weights", self.size * self.weights)
         if self.way == "plain":  # moments, and in bfloat16 master weights
             each = 12 if self.half else 8
             blocks.append(MemoryBlock("optimizer", each * self.tensors.local, 4 * self.tensors.largest))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe.config import Config
 from moe.plan.activations import Shapes, evaluation_memory, head_memory, kept_by_layers, layer_backward
 from moe.plan.gradients import MemoryBlock, Sharded, flat
+from moe.plan.trained import trained_shapes
 
 KINDS: tuple[str, ...] = (
     "weights",
@@ -100,9 +101,12 @@ def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
     head, layers = shapes.vocab * shapes.hidden, shapes.config.model.num_hidden_layers
     piece = max(4 * head, shapes.stream)
     loss = [MemoryBlock("activations", kept, piece), MemoryBlock("working", working, piece)]
-    others = shapes.s * (sharded.tensors.local - 2 * head) // layers
+    head_trains = "lm_head.weight" in trained_shapes(shapes.config) or shapes.config.model.tie_word_embeddings
+    others = shapes.s * max(0, sharded.tensors.local - (2 * head if head_trains else 0)) // layers
     arrived = (
-        [] if sharded.way == "sums" else [*flat("gradients", shapes.s * head), MemoryBlock("gradients", others, 0)]
+        []
+        if sharded.way == "sums"
+        else [*flat("gradients", shapes.s * head * head_trains), MemoryBlock("gradients", others, 0)]
     )
     last_layer = [*arrived, *layer_backward(shapes)]
     heavier = max(loss, last_layer, key=_size)

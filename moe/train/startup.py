@@ -10,6 +10,7 @@ from moe.kernels.attention import resolve_attention
 from moe.kernels.grouped_swiglu import resolve_backend
 from moe.kernels.policy import exact_float32, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
+from moe.plan.trained import count_trained, trains_all
 from moe.train.metrics import measure_peak_flops
 
 
@@ -55,9 +56,11 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
     zero = f" (ZeRO-{config.parallel.zero_stage})" if config.engine is EngineKind.deepspeed else ""
     engine = config.engine.name + zero
     stated = "measured" if train.peak_tflops is None else "stated"
+    trains = count_trained(config)
+    frozen = "" if trains_all(config) else f"; {trains:,} train ({100 * trains / total:.2g} %)"
     return [
         f"model: {total:,} parameters, {active:,} active per token, "
-        f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training",
+        f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training{frozen}",
         f"ranks: {world}, expert-parallel size {mesh.expert_parallel_size}, engine {engine}, "
         f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "

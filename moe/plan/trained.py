@@ -1,0 +1,99 @@
+"""Which parameters train, by name and shape, from the configuration alone: all, all but `optim.freeze`, an adapter's.
+
+Legend: E experts, H hidden, F feed-forward, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from moe.config import Config, QkNorm
+from moe.config.adapter import WITH_DROPOUT, fits
+
+EXPERTS = ".experts"
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every parameter of the model without adapters, with all experts. A router is one matrix."""
+    return dict(_named(config))
+
+
+def _named(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    model, router = config.model, config.router
+    hidden, head = model.hidden_size, model.head_size
+    queries, keys = model.num_attention_heads * head, model.num_key_value_heads * head
+    yield "model.embed_tokens.weight", (model.vocab_size, hidden)
+    for layer in range(model.num_hidden_layers):
+        block = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{block}.{norm}.weight", (hidden,)
+        for name, size in (("q", queries), ("k", keys), ("v", keys)):
+            yield f"{block}.self_attn.{name}_proj.weight", (size, hidden)
+        yield f"{block}.self_attn.o_proj.weight", (hidden, queries)
+        if model.qk_norm is not QkNorm.none:
+            for name, size in (("q", queries), ("k", keys)):
+                yield f"{block}.self_attn.{name}_norm.weight", (head if model.qk_norm is QkNorm.head else size,)
+        if layer not in model.sparse_layer_numbers:
+            yield from _swiglu(f"{block}.mlp", hidden, model.intermediate_size)
+            continue
+        yield f"{block}.mlp.gate.weight", (router.num_parameters(hidden) // hidden, hidden)
+        yield f"{block}.mlp.experts.gate_up_proj", (router.num_experts, 2 * model.expert_size, hidden)
+        yield f"{block}.mlp.experts.down_proj", (router.num_experts, hidden, model.expert_size)
+        if model.shared_size:
+            yield from _swiglu(f"{block}.mlp.shared_experts", hidden, model.shared_size)
+    yield "model.norm.weight", (hidden,)
+    if not model.tie_word_embeddings:
+        yield "lm_head.weight", (model.vocab_size, hidden)
+
+
+def _swiglu(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from ((f"{prefix}.{name}_proj.weight", (width, hidden)) for name in ("gate", "up"))
+    yield f"{prefix}.down_proj.weight", (hidden, width)
+
+
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of what trains, adapters included."""
+    adapter, everything = config.adapter, parameter_shapes(config)
+    trained = everything
+    if adapter.trains_adapter:
+        saved = {
+            name: shape
+            for name, shape in everything.items()
+            if any(fits(one, name) or fits(one, name.rpartition(".")[0]) for one in adapter.modules_to_save)
+        }
+        trained = saved | dict(_low_rank(config, everything))
+    return {
+        name: shape
+        for name, shape in trained.items()
+        if not any(fnmatchcase(name, pattern) for pattern in config.optim.freeze)
+    }
+
+
+def _low_rank(config: Config, everything: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    adapter = config.adapter
+    for name, shape in everything.items():
+        module = name.rpartition(".")[0]
+        last = module.rpartition(".")[2]
+        if len(shape) < 2 or last in ("embed_tokens", "lm_head"):
+            continue
+        if not any(fits(pattern, module) for pattern in adapter.target_modules):
+            continue
+        rank = next((rank for pattern, rank in adapter.rank_pattern.items() if fits(pattern, module)), adapter.r)
+        *experts, out_size, in_size = shape
+        prefix = f"{name}_lora" if experts else f"{module}.lora"
+        yield f"{prefix}.A", (*experts, rank, in_size)
+        yield f"{prefix}.B", (*experts, out_size, rank)
+        if adapter.use_dora and last in WITH_DROPOUT:
+            yield f"{module}.magnitude", (out_size,)
+
+
+def count_trained(config: Config) -> int:
+    """Parameters that train, over all ranks."""
+    return sum(map(math.prod, trained_shapes(config).values()))
+
+
+def trains_all(config: Config) -> bool:
+    """Whether every parameter trains and there are no adapters."""
+    return not config.adapter.trains_adapter and not config.optim.freeze
