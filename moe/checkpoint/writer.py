@@ -211,8 +211,8 @@ class Saver:
             partial.mkdir()
 
     def _tidy(self, snapshot: _Snapshot) -> None:
-        """Updates `latest` and `best`, and deletes checkpoints that are no longer kept. The new checkpoint is complete already, so
-        errors here are warnings."""
+        """Updates `latest` and `best`, and deletes checkpoints that are no longer kept. The new checkpoint is complete
+        already, so errors here are warnings."""
         names = [layout.LATEST, *([layout.BEST] if snapshot.best == snapshot.step else [])]
         for name in names:
             try:

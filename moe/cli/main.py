@@ -14,6 +14,7 @@
     moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
     moe import checkpoint=HF_DIR run_dir=RUN_DIR          a Hugging Face model as a checkpoint
     moe export checkpoint=RUN_DIR path=DIR                a checkpoint as a Hugging Face model
+    moe upcycle checkpoint=DENSE run_dir=RUN_DIR          a dense model's layers as experts of a sparse one
     moe report RUN_DIR                                    one HTML page about a run, or about a sweep
     moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'
@@ -74,8 +75,7 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError(
-                "--cfg: only `moe train|sweep|plan|prepare|validate|generate|chat|analyze|import|export --cfg job` "
-                "prints a composed config"
+                f"--cfg: only `moe {'|'.join(one for one in VERBS if schema(one))} --cfg job` prints a composed config"
             )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return

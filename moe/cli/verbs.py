@@ -17,6 +17,7 @@ from moe.config import (
     PrepareConfig,
     SweepConfig,
     TokenizerConfig,
+    UpcycleConfig,
     ValidateConfig,
 )
 from moe.config.compose import ConfigError, load_config
@@ -165,6 +166,14 @@ def _export(overrides: list[str]) -> None:
     print(run_export(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
 
 
+def _upcycle(overrides: list[str]) -> None:
+    """Make a sparse model of a dense one: every expert begins as a copy of the layer's feed-forward."""
+    config: UpcycleConfig = load_config(overrides, "upcycle", UpcycleConfig)
+    from moe.interop.upcycling import run_upcycle
+
+    print(run_upcycle(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
+
+
 def _report(overrides: list[str]) -> None:
     """Write RUN_DIR/report.html: curves, balance, expert shares, a text coloured by expert; of a sweep, what it
     found, also as a table in a Markdown page (`markdown=PAGE.md reference=POINT`). No network needed."""
@@ -236,6 +245,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "chat": _chat,
     "import": _import,
     "export": _export,
+    "upcycle": _upcycle,
     "report": _report,
     "analyze": _analyze,
     "bench": _bench,
@@ -264,6 +274,8 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "analyze", AnalyzeConfig
     if verb == "import":
         return "import", ImportConfig
+    if verb == "upcycle":
+        return "upcycle", UpcycleConfig
     if verb == "export":
         return "export", ExportConfig
     if verb == "generate":

@@ -23,6 +23,7 @@ from moe.config.choices import (
     Mlp,
     Precision,
     Pruner,
+    QkNorm,
     Recompute,
     RecordKind,
     Sampler,
@@ -58,6 +59,7 @@ from moe.config.train import (
     TrackingConfig,
     TrainConfig,
 )
+from moe.config.upcycle import UpcycleConfig
 from moe.config.validate import ValidateConfig
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "Precision",
     "PrepareConfig",
     "Pruner",
+    "QkNorm",
     "Recompute",
     "RecordKind",
     "RouterConfig",
@@ -116,5 +119,6 @@ __all__ = [
     "TrackingBackend",
     "TrackingConfig",
     "TrainConfig",
+    "UpcycleConfig",
     "ValidateConfig",
 ]

@@ -39,6 +39,15 @@ class AttentionBackend(Enum):
     flex = "flex"
 
 
+class QkNorm(Enum):
+    """RMSNorm of queries and keys before they are rotated: none, over a layer's whole projections (OLMoE), or over each
+    head's dimensions with a weight that the heads share (Qwen3)."""
+
+    none = "none"
+    projection = "projection"
+    head = "head"
+
+
 class Recompute(Enum):
     """Which activations the backward pass recomputes instead of storing: none, each MLP's, or each block's."""
 
@@ -165,9 +174,10 @@ class Precision(Enum):
 
 
 class ExportFormat(Enum):
-    """A model folder as transformers has it, or an adapter's as peft has it."""
+    """What `moe export` writes: a Hugging Face folder, a GGUF file for llama.cpp, or an adapter alone, for peft."""
 
     huggingface = "huggingface"
+    gguf = "gguf"
     peft = "peft"
 
 

@@ -30,9 +30,10 @@ class ImportConfig:
 class ExportConfig:
     """`checkpoint` is a run directory or one of its checkpoints, `path` a new folder.
 
+    `format=gguf` writes a GGUF file into it, `format=huggingface` config.json, safetensors files and a tokenizer.
     `dtype=stored` keeps each weight's. `family` (mistral, mixtral, …; null: the first that can say what the model is)
-    names the architecture to write. A file holds about `max_shard_gb` GB of tensors. An adapter is merged into its
-    base, or, with `format=peft`, written alone, as the package peft reads it.
+    names the architecture to write. A safetensors file holds about `max_shard_gb` GB of tensors (null: 5). An adapter
+    is merged into its base, or, with `format=peft`, written alone, as the package peft reads it.
     """
 
     checkpoint: str = ""
@@ -40,10 +41,14 @@ class ExportConfig:
     format: ExportFormat = ExportFormat.huggingface
     family: str | None = None
     dtype: ExportDtype = ExportDtype.stored
-    max_shard_gb: float = 5.0
+    max_shard_gb: float | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.checkpoint.strip()), "checkpoint='' must name a run directory or one of its checkpoints")
         require(bool(self.path.strip()), "path='' must name a new folder")
         filled("", self, "family")
         positive("", self, "max_shard_gb")
+        require(
+            self.max_shard_gb is None or self.format is ExportFormat.huggingface,
+            f"max_shard_gb={self.max_shard_gb} needs format=huggingface: a GGUF file is one file",
+        )

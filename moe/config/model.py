@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from moe.config.choices import AttentionBackend, ExpertBackend, Initializer, Mlp, Recompute
+from moe.config.choices import AttentionBackend, ExpertBackend, Initializer, Mlp, QkNorm, Recompute
+from moe.config.rope import check_rope_scaling
 from moe.config.rules import not_negative, positive, require, share
 
 
@@ -18,6 +19,9 @@ class ModelConfig:
     Unless a preset or override sets `vocab_size`, composing sets it to the tokenizer's vocabulary size, if that is
     known. `hidden_dropout` applies to the outputs of attention and MLP before they are added to the residual stream, in
     training only. `initializer_range` is the standard deviation that initializer=normal and depth_scaled start from.
+
+    `rope_scaling` is Hugging Face's: {} rotates by position · rope_theta^(−2i/D), and {rope_type: llama3 or yarn, …}
+    changes the frequencies (`moe.kernels.rope_scaling`).
 
     With `mlp=sparse`, `sparse_layers` says which layers have a router: `all`, `every_N` (each N-th, the N-th first), or
     a list counted from 0; the others have a dense MLP of `intermediate_size`. An expert has `moe_intermediate_size`
@@ -33,6 +37,8 @@ class ModelConfig:
     head_dim: int | None = None
     max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    qk_norm: QkNorm = QkNorm.none
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
@@ -70,6 +76,11 @@ class ModelConfig:
             f"model.sliding_window={window} must be ≥ 1: it counts the query's own key (null means full attention)",
         )
         positive("model", self, "sliding_window")
+        check_rope_scaling("model.rope_scaling", self.rope_scaling)
+        require(
+            self.rope_scaling.get("rope_type") != "yarn" or self.rope_theta > 1,
+            f"model.rope_theta={self.rope_theta} must be > 1 for model.rope_scaling.rope_type=yarn",
+        )
         self._check_sparse_layers()
 
     def _check_sparse_layers(self) -> None:

@@ -211,6 +211,8 @@ class TrainConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        positive("train", self, "steps", "epochs", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every")
+        positive(
+            "train", self, "steps", "epochs", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every"
+        )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
         is_seed("train", self, "seed")

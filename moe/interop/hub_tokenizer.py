@@ -151,8 +151,8 @@ def _check(parsed: Any) -> None:
 def _merges(parsed: Any) -> list[list[str]]:
     """Every pair of pieces that make a piece, that with the highest score first.
 
-    Of equal scores SentencePiece takes the leftmost in the text, a tokenizer.json the one with the better rank. Mistral's
-    runs of spaces all have one score: they grow from the left, so pairs with the longer left piece come first.
+    Of equal scores SentencePiece takes the leftmost in the text, a tokenizer.json the one with the better rank. Runs of
+    spaces in Mistral's model all have one score and grow from the left, so pairs with the longer left piece come first.
     """
     scores = {piece.piece: piece.score for piece in parsed.pieces if piece.type in (NORMAL, UNUSED)}
     found = []

@@ -7,6 +7,7 @@ Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,45 +16,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.rope_scaling import rotary_frequencies
+
 
 @dataclass(slots=True)
 class RotaryTable:
     """cos and sin of each position's angles, [S, 1, D]. Both halves of D have the same angles; sin is negated in the
-    first half."""
+    first half. Both have the scaling's factor, if it has one."""
 
     cos_S1D: Tensor
     sin_S1D: Tensor
 
 
 def rotary_table(
-    start: int, length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+    start: int,
+    length: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    scaling: Mapping[str, Any] | None = None,
 ) -> RotaryTable:
-    """Positions start … start+length−1; angle i is position · theta^(−2i/D).
+    """Positions start … start+length−1; angle i is position · theta^(−2i/D), or as `model.rope_scaling` has it.
 
     The angles are float32 products, as in transformers, so that weights trained there see the same rotation here.
     """
-    exponents_D = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    frequencies_D = 1.0 / theta**exponents_D
+    frequencies_D, factor = rotary_frequencies(head_dim, theta, scaling or {}, device)
     positions_S = torch.arange(start, start + length, device=device).float()
     angles_SD = positions_S[:, None] * frequencies_D
-    cos_SD, sin_SD = angles_SD.cos().to(dtype), angles_SD.sin().to(dtype)
+    cos_SD, sin_SD = angles_SD.cos(), angles_SD.sin()
+    if factor != 1:
+        cos_SD, sin_SD = cos_SD * factor, sin_SD * factor
+    cos_SD, sin_SD = cos_SD.to(dtype), sin_SD.to(dtype)
     return RotaryTable(torch.cat((cos_SD, cos_SD), 1)[:, None], torch.cat((-sin_SD, sin_SD), 1)[:, None])
 
 
 class RotaryTables:
     """The table of a forward pass's positions, a slice of one that is kept until the device or dtype changes."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(self, head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> None:
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
         self._whole: RotaryTable | None = None
 
     def __call__(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
         """Positions start … start+length−1."""
         whole, end = self._whole, start + length
         if whole is None or whole.cos_S1D.device != device or whole.cos_S1D.dtype != dtype:
-            whole = rotary_table(0, end, self.head_dim, self.theta, device, dtype)
+            whole = rotary_table(0, end, self.head_dim, self.theta, device, dtype, self.scaling)
         elif len(whole.cos_S1D) < end:  # doubled, so that generation token by token rarely recomputes it
-            whole = rotary_table(0, 2 * end, self.head_dim, self.theta, device, dtype)
+            whole = rotary_table(0, 2 * end, self.head_dim, self.theta, device, dtype, self.scaling)
         self._whole = whole
         return RotaryTable(whole.cos_S1D[start:end], whole.sin_S1D[start:end])
 

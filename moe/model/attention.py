@@ -1,16 +1,17 @@
 """Grouped-query attention (arXiv 2305.13245) with rotary positions; the context decides which keys are visible.
 
-Legend: B batch, S sequence, H hidden, N query heads, G key/value heads, D head dimension.
+Legend: B batch, S sequence, H hidden, N query heads, G key/value heads, D head dimension, P = N·D or G·D.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, QkNorm
 from moe.kernels.rotary import RotaryTable, project_rotated, rotated
 from moe.model.context import ATTENTION, Context
 from moe.model.linear import plain_weight, project
+from moe.model.norm import build_norm
 from moe.sparse import Randomness
 
 
@@ -26,6 +27,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm is not QkNorm.none:
+            per_head = self.qk_norm is QkNorm.head
+            self.q_norm = build_norm(config, self.head_dim if per_head else queries)
+            self.k_norm = build_norm(config, self.head_dim if per_head else keys)
 
     def forward(self, x_BSH: Tensor, context: Context) -> Tensor:
         randomness = context.randomness_at(self.layer, ATTENTION)
@@ -36,13 +42,20 @@ class Attention(nn.Module):
     def _project(
         self, x_BSH: Tensor, table: RotaryTable, randomness: Randomness | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values; by one matrix product if all three modules are plain linear layers."""
-        q, k, v = (plain_weight(module) for module in (self.q_proj, self.k_proj, self.v_proj))
-        if q is not None and k is not None and v is not None:
-            return project_rotated(x_BSH, q, k, v, table)
+        """Rotated queries and keys, and values; by one matrix product if all three modules are plain linear layers and
+        nothing comes between them and the rotation."""
+        if self.qk_norm is QkNorm.none:
+            q, k, v = (plain_weight(module) for module in (self.q_proj, self.k_proj, self.v_proj))
+            if q is not None and k is not None and v is not None:
+                return project_rotated(x_BSH, q, k, v, table)
         forks = [None if randomness is None else randomness.fork(number) for number in range(3)]
-        q_BSND, k_BSGD, v_BSGD = (
-            project(module, x_BSH, fork).unflatten(-1, (-1, self.head_dim))
+        q_BSP, k_BSP, v_BSP = (
+            project(module, x_BSH, fork)
             for module, fork in zip((self.q_proj, self.k_proj, self.v_proj), forks, strict=True)
         )
+        if self.qk_norm is QkNorm.projection:
+            q_BSP, k_BSP = self.q_norm(q_BSP), self.k_norm(k_BSP)
+        q_BSND, k_BSGD, v_BSGD = (one.unflatten(-1, (-1, self.head_dim)) for one in (q_BSP, k_BSP, v_BSP))
+        if self.qk_norm is QkNorm.head:
+            q_BSND, k_BSGD = self.q_norm(q_BSND), self.k_norm(k_BSGD)
         return rotated(q_BSND, table), rotated(k_BSGD, table), v_BSGD

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = model
-        self._rotary_tables = RotaryTables(model.head_size, model.rope_theta)
+        self._rotary_tables = RotaryTables(model.head_size, model.rope_theta, model.rope_scaling)
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(
             Block(layer, model, router, experts, expert_group) for layer in range(model.num_hidden_layers)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, Recompute
+from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, QkNorm, Recompute
 from moe.kernels.attention.block import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
 from moe.kernels.cross_entropy import slice_rows
 from moe.plan.gradients import MemoryBlock, element_size
@@ -75,6 +75,17 @@ def _attention(shapes: Shapes) -> int:
     return shapes.tokens * (width * s + log_sum_exp)
 
 
+def _qk_norm(shapes: Shapes) -> int:
+    """What norms of queries and keys keep besides: a root mean square each, and their input, which takes the place of
+    the joined product where that is kept."""
+    model = shapes.config.model
+    if model.qk_norm is QkNorm.none:
+        return 0
+    norms = model.num_attention_heads + model.num_key_value_heads if model.qk_norm is QkNorm.head else 2
+    apart = shapes.cuda and shapes.s == 2  # varlen, which keeps no joined product
+    return shapes.tokens * (4 * norms + (shapes.queries + shapes.keys) * shapes.s * apart)
+
+
 def kept_by_layers(shapes: Shapes, layers: int) -> list[MemoryBlock]:
     """What `layers` layers keep from the forward to the backward pass, under `model.recompute`."""
     sparse = min(layers, shapes.sparse_layers)
@@ -110,7 +121,8 @@ def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str])
 def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int]:
     """(bytes of everything but rows, bytes of the experts' rows) that one layer keeps."""
     tokens, hidden, feed, s = shapes.tokens, shapes.hidden, shapes.feed, shapes.s
-    attention = 2 * shapes.stream + 4 * tokens + _attention(shapes)  # the block's input, before and after the norm
+    # the block's input, before and after the norm
+    attention = 2 * shapes.stream + 4 * tokens + _attention(shapes) + _qk_norm(shapes)
     if sparse:
         experts, top_k = shapes.config.router.num_experts, shapes.top_k
         routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept

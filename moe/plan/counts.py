@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.config import Config
+from moe.config import Config, ModelConfig, QkNorm
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
@@ -34,7 +34,7 @@ def parameter_parts(config: Config) -> ParameterParts:
     hidden, layers = model.hidden_size, model.num_hidden_layers
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads  # q and o, k and v
     embedding = model.vocab_size * hidden
-    norms = (2 * layers + 1) * hidden
+    norms = (2 * layers + 1) * hidden + layers * _qk_norm_weights(model)
     sparse_layers = model.sparse_layer_numbers
     expert, dense = 3 * hidden * model.expert_size, 3 * hidden * model.intermediate_size
     shared = (1 if model.tie_word_embeddings else 2) * embedding + norms + layers * heads * model.head_size * hidden
@@ -47,6 +47,14 @@ def parameter_parts(config: Config) -> ParameterParts:
         embedding=embedding,
         norms=norms,
     )
+
+
+def _qk_norm_weights(model: ModelConfig) -> int:
+    """Of one layer's norms of queries and keys."""
+    if model.qk_norm is QkNorm.none:
+        return 0
+    heads = 2 if model.qk_norm is QkNorm.head else model.num_attention_heads + model.num_key_value_heads
+    return heads * model.head_size
 
 
 def visible_keys(sequence_length: int, window: int | None) -> float:

@@ -183,3 +183,19 @@ def test_what_peft_cannot_hold(tuned: Path, base: Path, tmp_path: Path) -> None:
         (done,) = moe_ranks("export", f"checkpoint={run}", f"path={tmp_path / 'out'}", "format=peft")
         _refused(done, text)
         assert not (tmp_path / "out").exists()
+
+
+def test_the_export_is_the_merged_model(tuned: Path, tmp_path: Path) -> None:
+    (done,) = moe_ranks("export", f"checkpoint={tuned}", f"path={tmp_path / 'exported'}")
+    assert done.code == 0, done.err
+    (done,) = moe_ranks("import", f"checkpoint={tmp_path / 'exported'}", f"run_dir={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    expected = dict(load_model(tuned).named_parameters())
+    written = dict(load_model(tmp_path / "run").named_parameters())
+    assert written.keys() == expected.keys()
+    for name, parameter in expected.items():
+        torch.testing.assert_close(written[name], parameter, rtol=0, atol=1e-6)
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "Started from the weights of" in card
+    assert "| val_loss |" in card
+    assert "fingerprint of the token shards `" in card

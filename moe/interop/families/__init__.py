@@ -5,13 +5,18 @@ from __future__ import annotations
 from moe.config import ModelConfig, RouterConfig
 from moe.errors import UserError
 from moe.interop.families.base import Family
+from moe.interop.families.llama import LLAMA
 from moe.interop.families.mistral import MISTRAL
 from moe.interop.families.mixtral import MIXTRAL
+from moe.interop.families.olmoe import OLMOE
+from moe.interop.families.qwen3 import QWEN3, QWEN3_MOE
 from moe.interop.hub_config import HubConfig
 from moe.untrusted import shown
 
 # An export takes the first that can say what the model is.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MISTRAL, MIXTRAL)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (MISTRAL, LLAMA, MIXTRAL, OLMOE, QWEN3_MOE, QWEN3)
+}
 
 
 def family_of(config: HubConfig) -> Family:

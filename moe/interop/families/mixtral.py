@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe.config import Mlp, ModelConfig, RouterConfig, TopKRouterConfig
+from moe.config import Mlp, ModelConfig, RouterConfig
 from moe.errors import UserError
 from moe.interop.families.base import (
     Family,
     read_backbone,
+    read_router,
     require_all_sparse,
     require_mlp,
     require_plain_router,
     write_backbone,
+    write_router,
 )
 from moe.interop.hub_config import HubConfig
 
 
 def _read(family: Family, config: HubConfig) -> tuple[ModelConfig, RouterConfig]:
     model = read_backbone(family, config, mlp=Mlp.sparse)
-    try:
-        router = TopKRouterConfig(
-            num_experts=config.count("num_local_experts", 8),
-            top_k=config.count("num_experts_per_tok", 2),
-            aux_loss_coef=config.real("router_aux_loss_coef", 0.001),
-            jitter_noise=config.real("router_jitter_noise", 0.0),
-            z_loss_coef=0.0,
-        )
-    except UserError as error:
-        raise UserError(f"{config.path}: {error}") from error
-    return model, router
+    return model, read_router(config, "num_local_experts", family.defaults, norm=True)
 
 
 def _write(model: ModelConfig, router: RouterConfig, step: int) -> dict[str, Any]:
@@ -42,10 +34,8 @@ def _write(model: ModelConfig, router: RouterConfig, step: int) -> dict[str, Any
         "intermediate_size": model.expert_size,
         "sliding_window": model.sliding_window,
         "num_local_experts": plain.num_experts,
-        "num_experts_per_tok": top_k,
-        "router_aux_loss_coef": plain.aux_loss_coef,
         "router_jitter_noise": plain.jitter_noise,
-        "output_router_logits": False,
+        **write_router(plain, top_k),
     }
 
 
@@ -64,6 +54,9 @@ MIXTRAL = Family(
         "max_position_embeddings": 4096 * 32,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1000000.0,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
     },
     sparse_name="block_sparse_moe",
     expert_names=("w1", "w3", "w2"),

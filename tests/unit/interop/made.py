@@ -33,11 +33,19 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "max_position_embeddings": 96,
-    "initializer_range": 0.4,
+    "initializer_range": 0.25,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "llama": ("Llama", {}),
+    # A padding row of the embedding has no gradient there.
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "pad_token_id": None}),
+    "qwen3": ("Qwen3", {"head_dim": 10}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "head_dim": 10},
+    ),
 }
 
 

@@ -22,7 +22,8 @@ HARD = [
     "", " ", "  ", "   a", "a   ", "a  b   c    d" + " " * 40 + "e", "\n\n\t x\r\n", "12345 3.14159 1e-5 007",
     "Grüße 東京 \U0001f600\U0001f469\u200d\U0001f467 \u200b\u00a0\ufeff é e\u0301", "\x00\x01\x7f", "a" * 27, "-" * 33,
     "=" * 64, "<t>", "def f(x):\n    return  x + 1\n", "ŀłŁ ﬁ ﬂ ½ Ⅷ", "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d",
-    "hello" * 30, "a\u0300" * 9, *(f"a{' ' * count}" for count in range(40)), *(f"{' ' * count}b" for count in range(40)),
+    "hello" * 30, "a\u0300" * 9,
+    *(f"a{' ' * count}" for count in range(40)), *(f"{' ' * count}b" for count in range(40)),
 ]  # fmt: skip
 
 

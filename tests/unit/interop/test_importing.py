@@ -15,11 +15,25 @@ from safetensors.torch import load_file, save_file
 from moe.checkpoint.reader import read_model, resolve
 from moe.config import Mlp
 from moe.errors import UserError
+from moe.interop.families import FAMILIES
+from moe.interop.hub_config import HubConfig
 from moe.interop.hub_folder import INDEX, SINGLE, HubFolder
 from moe.interop.importing import import_model, read_hf_config
-from tests.unit.interop.made import assert_logits_equal, bytes_of, copied, edit_json, hub_folder, hub_model, tokens
+from tests.unit.interop.made import (
+    assert_logits_equal,
+    bytes_of,
+    copied,
+    edit_json,
+    hub_folder,
+    hub_model,
+    tokens,
+    transformers,
+)
 
 ROPE = {"rope_theta": 5e5, "rope_type": "default"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 CASES = [
     ("mistral", {}),
     ("mistral", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 6, "tie_word_embeddings": True}),
@@ -27,6 +41,26 @@ CASES = [
     ("mixtral", {}),
     ("mixtral", {"sliding_window": 9, "head_dim": 10, "num_local_experts": 3, "num_experts_per_tok": 3}),
     ("mixtral", {"tie_word_embeddings": True, "num_key_value_heads": 3, "rope_parameters": ROPE}),
+    ("llama", {"rope_parameters": ROPE | LLAMA3, "head_dim": 12}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": None, "rope_parameters": ROPE | YARN}),
+    ("mixtral", {"head_dim": 8, "rope_parameters": ROPE | YARN}),
+    ("olmoe", {}),
+    ("olmoe", {"norm_topk_prob": True, "num_key_value_heads": 3, "num_attention_heads": 6}),
+    ("qwen3_moe", {}),
+    (
+        "qwen3_moe",
+        {
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "num_key_value_heads": 3,
+            "head_dim": 14,
+        },
+    ),
+    ("qwen3_moe", {"decoder_sparse_step": 2}),
+    ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
+    ("qwen3", {"tie_word_embeddings": True}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
 ]
 
 
@@ -41,6 +75,31 @@ def test_equals_transformers(family: str, settings: dict[str, Any], tmp_path: Pa
         ours, theirs = model(ids).logits_BSV, hub_model(family, **settings)(ids).logits
     assert ours is not None
     assert_logits_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("mixtral", {"head_dim": 8, "rope_parameters": ROPE | YARN}),
+        ("llama", {"rope_parameters": ROPE | LLAMA3}),
+        ("olmoe", {"num_key_value_heads": 3}),
+        ("qwen3_moe", {"norm_topk_prob": True, "head_dim": 14, "mlp_only_layers": [1]}),
+    ],
+)
+def test_gradients_equal_transformers(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    import_model(hub_folder(tmp_path / "hub", family, **settings), tmp_path / "run")
+    model, theirs, ids = read_model(resolve(tmp_path / "run")).train(), hub_model(family, **settings), tokens(2, 40)
+    labels = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)
+    loss = model(ids, labels_BS=labels).lm_loss_sum
+    assert loss is not None
+    (loss / (labels != -100).sum()).backward()
+    theirs(ids, labels=ids).loss.backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        expected = gradients[name].grad
+        assert expected.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("save_original_format", [True, False])
@@ -82,14 +141,9 @@ def test_what_config_json_says(tmp_path: Path) -> None:
     assert read_hf_config(folder)[0].rope_theta == 77.0
 
 
-@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_transformers(family: str, tmp_path: Path) -> None:
     """A config.json that leaves keys out means what transformers' class means."""
-    import transformers
-
-    from moe.interop.families import FAMILIES
-    from moe.interop.hub_config import HubConfig
-
     theirs = getattr(transformers, FAMILIES[family].architecture.replace("ForCausalLM", "Config"))()
     one = FAMILIES[family]
     model, router = one.read(one, HubConfig(tmp_path, {"model_type": family}))
@@ -97,10 +151,14 @@ def test_defaults_are_transformers(family: str, tmp_path: Path) -> None:
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "sliding_window", "tie_word_embeddings",
     ):  # fmt: skip
-        assert getattr(model, name) == getattr(theirs, name), name
+        assert getattr(model, name) == getattr(theirs, name, None), name
+    assert model.head_size == getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert model.rope_theta == theirs.rope_parameters["rope_theta"]
     if model.mlp is Mlp.sparse:
-        assert (router.num_experts, router.top_k) == (theirs.num_experts, theirs.num_experts_per_tok)  # type: ignore[attr-defined]
+        assert router.num_experts == theirs.num_experts
+        for ours, name in (("top_k", "num_experts_per_tok"), ("aux_loss_coef", "router_aux_loss_coef")):
+            assert getattr(router, ours) == getattr(theirs, name)
+        assert getattr(router, "norm_topk_prob", None) == getattr(theirs, "norm_topk_prob", True)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +293,8 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"partial_rotary_factor": 0.5},
     {"is_encoder_decoder": True},
     {"head_dim": 7},
+    {"rope_scaling": {"type": "yarn", "factor": 0.5}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}},
     {"sliding_window": 0},
 ]
 

@@ -40,6 +40,31 @@ def test_table_is_transformers(start):
     assert torch.equal(table.sin_S1D[:, 0].abs(), sin[0].abs())
 
 
+SCALED = [
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 20, "beta_slow": 2},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5, "truncate": False},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=str)
+def test_scaled_table_is_transformers(scaling):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {**scaling, "original_max_position_embeddings": 64}
+    config = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=2, rope_parameters={**scaling, "rope_theta": 5e5}
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(30, 330)[None])
+    table = rotary_table(30, 300, 64, 5e5, CPU, torch.float32, scaling)
+    plain = rotary_table(30, 300, 64, 5e5, CPU, torch.float32)
+    torch.testing.assert_close(table.cos_S1D[:, 0], cos[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(table.sin_S1D[:, 0].abs(), sin[0].abs(), rtol=0, atol=1e-6)
+    assert (table.cos_S1D - plain.cos_S1D).abs().max() > 0.1
+
+
 def test_back_undoes_it():
     x = torch.randn(1, 9, 2, 6, dtype=torch.float64)
     table = rotary_table(3, 9, 6, 1e4, CPU, torch.float64)

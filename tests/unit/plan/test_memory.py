@@ -48,6 +48,8 @@ def test_counts_equal_the_model(mlp, tied, top_k):
         (["router=expert_choice", "router.capacity_factor=3.0"], 6),
         (["router.layers.1.top_k=5"], 7),
         (["router.schedules.top_k={0:4,10:2}"], 8),
+        (["model.qk_norm=projection", "model.head_dim=24"], 4),
+        (["model.qk_norm=head"], 4),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -104,6 +106,9 @@ KEPT = [  # what decides which tensors are kept
     ["train.sequence_length=256", "model.sliding_window=96"],
     ["train.sequence_length=128", "router.top_k=1", "router.norm_topk_prob=false", "router.num_experts=4"],
     ["train.sequence_length=128", "experts.backend=loop"],
+    ["train.sequence_length=320", "model.sliding_window=null", "model.qk_norm=head"],
+    ["train.sequence_length=320", "model.sliding_window=null", "model.qk_norm=projection", "model.mlp=dense"],
+    ["train.sequence_length=256", "model.sliding_window=96", "model.qk_norm=head"],
 ]
 
 
