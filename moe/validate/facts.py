@@ -80,7 +80,7 @@ def estimates(validation: Validation) -> list[tuple[str, str]]:
     lines = [
         ("sequences", f"{sequences:,} of {length} tokens to train on, {held_out:,} held out; {padding:.1%} padding"),
         ("steps", f"{steps:,} an epoch with train.global_batch_size={train.global_batch_size}"),
-        ("run", f"{total:,} steps, {epochs:.2g} epochs"),
+        ("run", f"{total:,} steps, {epochs:,.1f} epochs"),
         ("time", f"at least {_time(steps * per_step)} an epoch, {_time(total * per_step)} in all ({on})"),
         ("memory", f"{size(plan.needed_gb * 1e9)} of {hardware.memory_gb:g} GB on each rank{fits}"),
     ]
@@ -92,8 +92,8 @@ def estimates(validation: Validation) -> list[tuple[str, str]]:
 def _time(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.2g} s"
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
 
 
 def sample_tokens(validation: Validation, found: Findings) -> list[tuple[str, list[Token], int]]:

@@ -95,7 +95,7 @@ def test_the_numbers_are_those_of_the_shards(tmp_path):
 
 def test_the_run_is_the_stated_one(tmp_path):
     path = write(tmp_path / "rows.jsonl", map(json.dumps, GOOD))
-    for override, run in (("train.steps=30", "30 steps, "), ("train.epochs=3", "steps, 3 epochs")):
+    for override, run in (("train.steps=30", "30 steps, "), ("train.epochs=3", "steps, 3.")):
         validation = validate(config(path, override, "train.global_batch_size=5", "train.micro_batch_size=1"))
         lines = dict(estimates(validation))
         sequences = validation.findings[0].sequences["train"]
