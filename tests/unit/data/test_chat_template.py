@@ -6,11 +6,13 @@ import random
 
 import pytest
 
-from moe.config import TemplateName, TokenizerConfig, TokenizerKind
+from moe.config import RecordKind, SourceConfig, TemplateName, TokenizerConfig, TokenizerKind
 from moe.data.chat_template import ChatTemplate, open_template
 from moe.data.chat_templates import CHATML, MISTRAL
 from moe.data.readers import DataError
 from moe.data.record_encoding import encode_segments
+from moe.data.records import parse, shape_of
+from moe.data.tables import TableRow
 from moe.data.tokenizer import open_tokenizer
 
 MARKS = [
@@ -289,6 +291,30 @@ def test_our_templates_are_rendered_alike_by_transformers(mistral):
         messages = chat(dice)
         text = compiled.render(messages=messages, bos_token="<s>", eos_token="</s>")
         assert text == "".join(segment.text for segment in template.segments(messages, None, "row 1"))
+
+
+def test_no_conversation_escapes_the_rules(mistral, byte_level):
+    """Random messages of every form: segments or a DataError, never another exception."""
+    dice, good, call = random.Random(7), 0, {"function": {"name": "f", "arguments": {"a": [1, None]}}}
+    other = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    templates = [open_template(TemplateName.mistral, mistral), open_template(TemplateName.tokenizer, other)]
+    refused = []
+    extras = [("name", "f"), ("tool_calls", [call]), ("x", {"</s>": 1.5})]
+    for _ in range(400):
+        turns = []
+        for _ in range(dice.randrange(1, 6)):
+            turn = {"role": dice.choice(["system", "user", "assistant", "tool"]), "content": content(dice)}
+            turns.append(turn | dict(dice.sample(extras, dice.choice([0, 0, 0, 1]))))
+        row = TableRow("row 1", {"messages": [*turns, {"role": "assistant", "content": content(dice)}]})
+        for template in templates:
+            try:
+                record = parse(row, shape_of(row, "data", SourceConfig(), RecordKind.auto))
+                segments = template.segments(record.messages, None, "row 1")
+                good += any(segment.turn >= 0 for segment in segments)
+            except DataError as error:
+                refused.append(str(error))
+    assert all(message.startswith("row 1: ") for message in refused)
+    assert good > 100
 
 
 PUBLISHED = {  # the forms of well-known families, shortened; and what ends a turn
