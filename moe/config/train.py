@@ -216,3 +216,8 @@ class TrainConfig:
         )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
         is_seed("train", self, "seed")
+        default = type(self).__dataclass_fields__["steps"].default
+        require(
+            self.epochs is None or self.steps == default,
+            f"train.epochs={self.epochs} and train.steps={self.steps} both say how long: leave one out",
+        )

@@ -86,7 +86,7 @@ def _in_steps(config: Config, samples: int) -> Config:
     if config.train.epochs is None:
         return config
     steps = max(1, math.ceil(config.train.epochs * samples / config.train.global_batch_size))
-    return replace(config, train=replace(config.train, steps=steps))
+    return replace(config, train=replace(config.train, steps=steps, epochs=None))
 
 
 def watch(

@@ -65,7 +65,7 @@ def test_a_metric_that_is_not_there_names_those_that_are(corpus: list[str], tmp_
 
 
 def test_epochs(corpus: list[str], tmp_path: Path) -> None:
-    overrides = [*corpus, *SMALL, "train.eval_every=100", "train.epochs=0.25", "optim.warmup_steps=null"]
+    overrides = [*corpus, *SMALL, "train.eval_every=100", "train.epochs=0.25", "train.steps=300", "optim.warmup_steps=null"]
     (done,) = moe_ranks("train", f"run_dir={tmp_path / 'run'}", *overrides)
     assert done.code == 0, done.err
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
