@@ -189,9 +189,8 @@ class _Hiding:
 
     @classmethod
     def of(cls, messages: Any, tools: Any, pattern: re.Pattern[str], place: str) -> _Hiding:
-        texts = [text for message in messages if len(message) == 2 for text in message.values()]
-        if tools is None and len(texts) == 2 * len(messages):  # roles and contents alone
-            joined = "\0".join(texts)
+        if tools is None and all(message.keys() == {"role", "content"} for message in messages):
+            joined = "\0".join(message["content"] for message in messages)
             if pattern.search(joined) is None and (joined.isascii() or HIDDEN.search(joined) is None):
                 return cls({}, pattern)
         found: set[str] = set()

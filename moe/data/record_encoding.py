@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moe.config import DataConfig, LongRows, LossOn
 from moe.data.chat_template import ChatTemplate, Segment, open_template
-from moe.data.readers import DataError
+from moe.data.readers import Chunk, DataError
 from moe.data.records import DataRecord
 from moe.data.tokenizer_base import Tokenizer
 
 FORMAT = 1  # of what is made of a row; part of the fingerprint
-BATCH_CHARACTERS, BATCH_ROWS = 4 << 20, 4096  # encoded at once
+BATCH_BYTES, BATCH_ROWS = 4 << 20, 4096  # encoded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +162,17 @@ def _joined(pieces: list[list[tuple[list[int], int]]]) -> tuple[np.ndarray, np.n
     return ids_T, turns_T
 
 
-def in_batches(records: Iterable[DataRecord]) -> Iterator[list[DataRecord]]:
-    """Records in groups that are encoded at once."""
-    batch: list[DataRecord] = []
+T = TypeVar("T")
+
+
+def in_batches(items: Iterable[T], record: Callable[[T], Chunk]) -> Iterator[list[T]]:
+    """Items in groups whose records are encoded at once."""
+    batch: list[T] = []
     size = 0
-    for record in records:
-        batch.append(record)
-        size += len(record.data)
-        if size >= BATCH_CHARACTERS or len(batch) == BATCH_ROWS:
+    for item in items:
+        batch.append(item)
+        size += len(record(item).data)
+        if size >= BATCH_BYTES or len(batch) == BATCH_ROWS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -35,7 +35,7 @@ def encode_records(
     bins = {split: Bins(recipe.sequence_length, _Sequences(writers[split], recipe)) for split in SPLITS}
     content, counts, rows = hashlib.sha256(), Counter[str](), 0
     try:
-        for batch in in_batches(cast("Iterator[DataRecord]", source.chunks())):
+        for batch in in_batches(cast("Iterator[DataRecord]", source.chunks()), lambda record: record):
             for record, row in zip(batch, recipe.encode(batch), strict=True):
                 number = hash_of(record)
                 content.update(content_bytes(record, number))

@@ -193,8 +193,8 @@ def _message(turn: Any) -> Message:
         raise DataError(f"role={_shown(role)} must be one of {', '.join(ROLES)}")
     message = {key: value for key, value in turn.items() if value is not None}  # Parquet fills missing keys with null
     calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise DataError(f"tool_calls must be a list of objects, is {kind_of(calls)}")
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
+        raise DataError("tool_calls must be a list of objects, each with a name, or a function that has one")
     if not (calls and message.get("content") is None):
         message["content"] = _string("content", turn.get("content"))
     if role == "assistant" and not calls:
@@ -202,6 +202,11 @@ def _message(turn: Any) -> Message:
     if calls == []:
         del message["tool_calls"]
     return message
+
+
+def _is_call(call: Any) -> bool:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(inner, dict) and isinstance(inner.get("name"), str)
 
 
 def _sharegpt_message(turn: Any) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,15 +70,18 @@ def estimates(validation: Validation) -> list[tuple[str, str]]:
     if not sequences:
         return []
     steps, per_step = -(-sequences // train.global_batch_size), plan.times.overlapped
-    epochs, padding = train.steps * train.global_batch_size / sequences, 1 - filled / everything
+    padding, total = 1 - filled / everything, train.steps
+    if train.epochs is not None:
+        total = max(1, math.ceil(train.epochs * sequences / train.global_batch_size))
+    epochs = total * train.global_batch_size / sequences
     hardware = config.hardware
     on = f"{hardware.name}, {hardware.world_size} × {hardware.peak_tflops:g} TFLOP/s"
     fits = "" if plan.fits else ": does not fit; `moe plan` with the same keys says what would"
     lines = [
         ("sequences", f"{sequences:,} of {length} tokens to train on, {held_out:,} held out; {padding:.1%} padding"),
         ("steps", f"{steps:,} an epoch with train.global_batch_size={train.global_batch_size}"),
-        ("epochs", f"{epochs:.2g} with train.steps={train.steps:,}"),
-        ("time", f"at least {_time(steps * per_step)} an epoch, {_time(train.steps * per_step)} in all ({on})"),
+        ("run", f"{total:,} steps, {epochs:,.1f} epochs"),
+        ("time", f"at least {_time(steps * per_step)} an epoch, {_time(total * per_step)} in all ({on})"),
         ("memory", f"{size(plan.needed_gb * 1e9)} of {hardware.memory_gb:g} GB on each rank{fits}"),
     ]
     if padding > WORTH_A_LINE:
@@ -88,8 +92,8 @@ def estimates(validation: Validation) -> list[tuple[str, str]]:
 def _time(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.2g} s"
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
 
 
 def sample_tokens(validation: Validation, found: Findings) -> list[tuple[str, list[Token], int]]:

@@ -18,7 +18,7 @@ import numpy as np
 from moe.config.validate import ValidateConfig
 from moe.data.bins import Bins
 from moe.data.readers import DataError
-from moe.data.record_encoding import BATCH_CHARACTERS, BATCH_ROWS, EncodedRow, Recipe
+from moe.data.record_encoding import EncodedRow, Recipe, in_batches
 from moe.data.records import DataRecord, Shape, parse
 from moe.data.sources import Source
 from moe.data.survey import hash_of
@@ -108,7 +108,7 @@ def examine(
     """Reads a source whose `tables` are known. `keep` gets each good row as a line of JSON."""
     found = Findings(source.name, source.description)
     counted = {split: Bins(recipe.sequence_length, _counter(found, split)) for split in found.sequences}
-    for batch in _batches(good_rows(source, found)):
+    for batch in in_batches(good_rows(source, found), lambda pair: pair[1]):
         segments, records = [], []
         for row, record in batch:
             try:
@@ -163,16 +163,3 @@ def good_rows(source: Source, found: Findings) -> Iterator[tuple[TableRow, DataR
         except DataError as error:
             found.rows += 1
             found.problems.append(f"{error} (the rest of the file isn't read)")
-
-
-def _batches(rows: Iterator[tuple[TableRow, DataRecord]]) -> Iterator[list[tuple[TableRow, DataRecord]]]:
-    batch: list[tuple[TableRow, DataRecord]] = []
-    size = 0
-    for row, record in rows:
-        batch.append((row, record))
-        size += len(record.data)
-        if size >= BATCH_CHARACTERS or len(batch) == BATCH_ROWS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -137,7 +137,8 @@ def test_a_file_is_a_preset(own: Path):
 @pytest.mark.parametrize("group", groups())
 def test_every_group_takes_a_copy_of_its_presets(own: Path, group: str):
     for name, path in presets(group).items():
-        needed = {"files": ["data.path=x"], "mistral": ["model.vocab_size=32000"]}
+        needed = {name: ["data.path=x"] for name in ("files", "sft")}
+        needed |= {"mistral": ["model.vocab_size=32000"], "lora": ["init_from=x"]}
         needed |= {kind: ["tokenizer.path=x", "model.vocab_size=9"] for kind in ("model_file", "huggingface")}
         copied = write(own / f"{name}_copy.yaml", path.read_text(encoding="utf-8"))
         composed_as = ("sweep", SweepConfig) if group == "sweep" else ("train", Config)

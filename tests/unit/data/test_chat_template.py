@@ -6,11 +6,13 @@ import random
 
 import pytest
 
-from moe.config import TemplateName, TokenizerConfig, TokenizerKind
+from moe.config import RecordKind, SourceConfig, TemplateName, TokenizerConfig, TokenizerKind
 from moe.data.chat_template import ChatTemplate, open_template
 from moe.data.chat_templates import CHATML, MISTRAL
 from moe.data.readers import DataError
 from moe.data.record_encoding import encode_segments
+from moe.data.records import parse, shape_of
+from moe.data.tables import TableRow
 from moe.data.tokenizer import open_tokenizer
 
 MARKS = [
@@ -289,3 +291,86 @@ def test_our_templates_are_rendered_alike_by_transformers(mistral):
         messages = chat(dice)
         text = compiled.render(messages=messages, bos_token="<s>", eos_token="</s>")
         assert text == "".join(segment.text for segment in template.segments(messages, None, "row 1"))
+
+
+def test_no_conversation_escapes_the_rules(mistral, byte_level):
+    """Random messages of every form: segments or a DataError, never another exception."""
+    dice, good, call = random.Random(7), 0, {"function": {"name": "f", "arguments": {"a": [1, None]}}}
+    other = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    templates = [open_template(TemplateName.mistral, mistral), open_template(TemplateName.tokenizer, other)]
+    refused = []
+    extras = [("name", "f"), ("tool_calls", [call]), ("x", {"</s>": 1.5})]
+    for _ in range(400):
+        turns = []
+        for _ in range(dice.randrange(1, 6)):
+            turn = {"role": dice.choice(["system", "user", "assistant", "tool"]), "content": content(dice)}
+            turns.append(turn | dict(dice.sample(extras, dice.choice([0, 0, 0, 1]))))
+        row = TableRow("row 1", {"messages": [*turns, {"role": "assistant", "content": content(dice)}]})
+        for template in templates:
+            try:
+                record = parse(row, shape_of(row, "data", SourceConfig(), RecordKind.auto))
+                segments = template.segments(record.messages, None, "row 1")
+                good += any(segment.turn >= 0 for segment in segments)
+            except DataError as error:
+                refused.append(str(error))
+    assert all(message.startswith("row 1: ") for message in refused)
+    assert good > 100
+
+
+PUBLISHED = {  # the forms of well-known families, shortened; and what ends a turn
+    "llama3": (
+        "{% for m in messages %}{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | "
+        "trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        "<|eot_id|>",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% set role = 'model' if m.role == 'assistant' else "
+        "m.role %}{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        "<end_of_turn>",
+    ),
+    "zephyr": (
+        "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\n' + m.content + eos_token }}\n"
+        "{% else %}\n{{ '<|assistant|>\n' + m.content + eos_token }}\n{% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+        "</s>",
+    ),
+    "llama2": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_forms_are_masked(mistral, family):
+    class Marked:
+        def __getattr__(self, name):
+            return getattr(mistral, name)
+
+        def special_tokens(self):
+            names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>")
+            return mistral.special_tokens() | {name: number for number, name in enumerate(names, 100)}
+
+    source, end = PUBLISHED[family]
+    template = ChatTemplate(source, Marked(), family)
+    dice = random.Random(6)
+    for _ in range(20):
+        messages = [message for message in chat(dice) if message["role"] != "system"]
+        segments = template.segments(messages, None, "row 1")
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        for turn, answer in enumerate(answers):
+            own = [segment for segment in segments if segment.turn == turn]
+            assert own[-1].text == end
+            assert own[-1].token is not None
+            assert "".join(segment.text for segment in own[:-1]).strip() == answer.strip()
+        text = "".join(segment.text for segment in template.prompt(messages[:-1]))
+        assert "".join(segment.text for segment in segments).startswith(text)
+        assert not any(segment.turn == len(answers) - 1 for segment in template.prompt(messages[:-1]))
+    if family == "gemma":
+        with pytest.raises(DataError, match="row 7: gemma: roles must alternate"):
+            template.segments([USER, USER, {"role": "assistant", "content": "x"}], None, "row 7")

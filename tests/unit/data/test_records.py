@@ -78,7 +78,7 @@ def user(content):
         ({"messages": [Q]}, "messages has no assistant turn (user): nothing to learn; remove the row"),
         ({"messages": [Q, A, Q]}, "ends with a turn of role user, which nothing answers"),
         ({"messages": [Q, A], "tools": "{"}, "tools is text, but no JSON"),
-        ({"messages": [Q, A | {"tool_calls": "f"}]}, "messages[1]: tool_calls must be a list of objects"),
+        ({"messages": [Q, A | {"tool_calls": "f"}]}, "messages[1]: tool_calls must be a list of objects, each"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from=alien must be one of human"),
         ({"conversations": [Q, A]}, "conversations[0]: has no from; it has role, content: for role and content set"),
         ({"instruction": "a", "output": "b", "input": 3}, "input must be text, is a number"),

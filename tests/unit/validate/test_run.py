@@ -14,6 +14,7 @@ from moe.cli.verbs import load
 from moe.config.validate import ValidateConfig
 from moe.data.prepare import prepare
 from moe.errors import UserError
+from moe.validate.facts import estimates
 from moe.validate.page import page
 from moe.validate.run import run_validate, validate
 
@@ -90,6 +91,16 @@ def test_the_numbers_are_those_of_the_shards(tmp_path):
     assert found.long["truncate"] == sum(length > 64 for length in found.lengths)
     assert len(found.lengths) == 307
     assert np.percentile(found.lengths, 100) == max(found.lengths)
+
+
+def test_the_run_is_the_stated_one(tmp_path):
+    path = write(tmp_path / "rows.jsonl", map(json.dumps, GOOD))
+    for override, run in (("train.steps=30", "30 steps, "), ("train.epochs=3", "steps, 3.")):
+        validation = validate(config(path, override, "train.global_batch_size=5", "train.micro_batch_size=1"))
+        lines = dict(estimates(validation))
+        sequences = validation.findings[0].sequences["train"]
+        assert run in lines["run"]
+        assert lines["steps"].startswith(f"{-(-sequences // 5)} an epoch")
 
 
 def test_a_file_whose_end_cant_be_read_and_one_of_rows(tmp_path):
