@@ -29,7 +29,7 @@ def load(overrides: list[str], name: str = "train", composed_as: type = Config) 
 
 
 def _read_source(init_from: str, run_dir: str | None) -> Any:
-    from moe.checkpoint.source import read_source
+    from moe.interop.source import read_source
 
     return read_source(init_from, run_dir)
 

@@ -174,10 +174,12 @@ class Precision(Enum):
 
 
 class ExportFormat(Enum):
-    """What `moe export` writes: a Hugging Face folder, or a GGUF file for llama.cpp."""
+    """What `moe export` writes: a model folder as transformers has it, a GGUF file for llama.cpp, or an adapter alone,
+    as peft has it."""
 
     huggingface = "huggingface"
     gguf = "gguf"
+    peft = "peft"
 
 
 class ExportDtype(Enum):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.checkpoint.base import find_base
 from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.reader import resolve, tokenizer_folder
 from moe.checkpoint.state import TrainState, read_state
@@ -29,11 +30,13 @@ from moe.interop.families.base import DiskTensor
 from moe.interop.gguf_file import FILE, check_gguf, gguf_tensors, require_gguf, write_gguf
 from moe.interop.hub_folder import INDEX
 from moe.interop.hub_tokenizer import hub_tokenizer_files
+from moe.interop.merged import open_checkpoint
 from moe.interop.model_card import model_card, run_metrics
 from moe.interop.model_folder import in_files
 from moe.interop.new_folder import new_folder
+from moe.interop.peft_adapter import export_adapter
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
-from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint
+from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw
 
 GB = 10**9
 SHARD_GB = 5.0
@@ -58,6 +61,10 @@ def run_export(config: ExportConfig, warn: Callable[[str], None]) -> str:
     path = Path(config.path).expanduser()
     saved: Config = read_config(folder / CONFIG)
     state = read_state(folder)
+    if config.format is ExportFormat.peft:
+        if not saved.adapter.trains_adapter:
+            raise UserError(f"format=peft: {folder} holds a whole model, no adapter: leave format out")
+        return export_adapter(folder, saved, find_base(folder, state), path)
     model = (open_checkpoint(folder, saved), saved, load_saved(tokenizer_folder(folder)))
     options: dict[str, Any] = {"state": state, "family": config.family, "dtype": config.dtype}
     options["metrics"] = run_metrics(folder, state.step)

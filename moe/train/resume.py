@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from moe.adapters.attach import attach, reset_magnitudes
 from moe.checkpoint import reader
 from moe.checkpoint.base import fill_base, find_base, model_fingerprint
-from moe.checkpoint.layout import CONFIG
+from moe.checkpoint.layout import CONFIG, MANIFEST
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
 from moe.config.compose import read_config
@@ -19,9 +20,13 @@ from moe.data.corpus import Corpus
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine
 from moe.errors import UserError
+from moe.interop.hub_folder import is_hub_folder
+from moe.interop.importing import import_model
 from moe.model.transformer import Transformer
 from moe.train import run_directory
 from moe.train.progress import Display
+
+BASE = "base"  # folder in the run directory: an adapter's frozen weights, where they came from another program
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +47,16 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
     if resumed is not None:
         changes = mesh.agree(lambda: _changes(resumed, corpus, config), "resume")
         return Start(resumed, None, changes, _base_of(resumed, mesh) if config.adapter.trains_adapter else None)
+    if mesh.from_main((folder / MANIFEST).is_file()):
+        raise UserError(
+            f"run_dir={folder}: holds a model, not a run, which a run's files would damage: init_from={folder} and "
+            "another run_dir train it"
+        )
     if config.init_from is None:
         return Start(None, None, [])
     path = Path(config.init_from).expanduser()
+    if mesh.from_main(is_hub_folder(path)):
+        path = _imported(path, folder, mesh, display)
     found = mesh.agree(lambda: reader.candidates(path, "init_from"), "init_from")
     weights = mesh.from_main(found[0])
     reason = reader.damage(weights, mesh)
@@ -53,6 +65,21 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
     reader.warn_of_strays(weights, display.warn)
     changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
     return Start(None, weights, changes, weights if config.adapter.trains_adapter else None)
+
+
+def _imported(hub: Path, folder: Path, mesh: Mesh, display: Display) -> Path:
+    """A Hugging Face folder as a checkpoint in the run directory: an adapter's base, else it is removed once read."""
+    base = folder / BASE
+    display.line(f"reading {hub} into {base}")
+
+    def read() -> None:
+        if mesh.is_main:
+            if base.exists():  # of a start that was interrupted
+                shutil.rmtree(base)
+            import_model(hub, base)
+
+    mesh.agree(read, "init_from")
+    return base
 
 
 def _base_of(checkpoint: Path, mesh: Mesh) -> Path:
@@ -74,17 +101,20 @@ def add_adapter(start: Start, config: Config, model: Transformer, mesh: Mesh) ->
 
 
 def load_start(
-    start: Start, config: Config, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
+    start: Start, config: Config, folder: Path, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
 ) -> TrainState:
     """Fills the engine, prints from where, and returns the state to continue with. A collective. Raises UserError."""
     fresh = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
     if start.base is not None and start.resumed is None:
-        fresh.base = str(start.base.resolve())
-        fresh.base_fingerprint = mesh.agree(lambda: model_fingerprint(Path(fresh.base)), "init_from")
+        base, inside = start.base.resolve(), folder.resolve()
+        fresh.base = str(base.relative_to(inside) if base.is_relative_to(inside) else base)
+        fresh.base_fingerprint = mesh.agree(lambda: model_fingerprint(base), "init_from")
     if start.weights is not None:
         mesh.agree(lambda: _check_fit(start, config, engine.model, mesh), "init_from")
         reader.load_weights(start.weights, engine, mesh)
         display.line(f"starting from the weights of {start.weights}")
+        if start.weights == folder / BASE and start.base is None:
+            mesh.agree(lambda: shutil.rmtree(folder / BASE) if mesh.is_main else None, "init_from")
     if start.resumed is not None:
         state = reader.load(start.resumed, engine, mesh)
         state.data, state.versions = fresh.data, fresh.versions

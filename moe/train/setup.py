@@ -68,7 +68,7 @@ def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> Traini
     start = find_start(config, folder, data.corpus, mesh, display)
     complete = partial(add_adapter, start, config)
     mesh, engine, peak = build(config, data.corpus, mesh, display, complete)
-    state = load_start(start, config, engine, data.corpus, mesh, display)
+    state = load_start(start, config, folder, engine, data.corpus, mesh, display)
     data.loader.consumed = state.consumed
     run = watch(config, mesh, folder, display, data, engine, state, peak)
     if state.step < config.train.steps:  # a finished run stays as it is

@@ -140,6 +140,51 @@ def test_an_adapter_whose_base_changed_or_is_gone_is_refused(
     _refused(done, "an adapter of other weights than")
 
 
+@pytest.fixture(scope="module")
+def hub(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("hub") / "base"
+    (done,) = moe_ranks("export", f"checkpoint={base}", f"path={folder}")
+    assert done.code == 0, done.err
+    return folder
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(60).view(2, 30)).logits
+
+
+@pytest.mark.parametrize("options", [[], ["adapter.use_rslora=true", "adapter.rank_pattern={q_proj:2,experts:3}"]])
+def test_from_a_hugging_face_folder_to_transformers_and_peft(
+    options: list[str], hub: Path, corpus: list[str], tmp_path: Path
+) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    rest = [one for one in TUNE if "modules_to_save" not in one]
+    _run(tmp_path / "run", f"init_from={hub}", *corpus, *rest, *options, "optim.lr=0.05")
+    state = json.loads((committed(tmp_path / "run" / "checkpoints")[0] / "state.json").read_text())
+    assert state["base"] == "base", "inside the run directory, which can be moved"
+    run = (tmp_path / "run").rename(tmp_path / "moved")
+    with torch.no_grad():
+        expected = load_model(run)(torch.arange(60).view(2, 30)).logits_BSV
+    for path, more in (("merged", []), ("adapter", ["format=peft"])):
+        (done,) = moe_ranks("export", f"checkpoint={run}", f"path={tmp_path / path}", *more)
+        assert done.code == 0, done.err
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    before = read(hub, dtype=torch.float32)
+    assert (_logits(before) - expected).abs().max() > 0.05
+    bound = 1e-5 * max(1.0, expected.abs().max().item())
+    assert (_logits(read(tmp_path / "merged", dtype=torch.float32)) - expected).abs().max() <= bound
+    adapted = peft.PeftModel.from_pretrained(before, tmp_path / "adapter")
+    assert (_logits(adapted) - expected).abs().max() <= bound
+
+
+def test_what_peft_cannot_hold(tuned: Path, base: Path, tmp_path: Path) -> None:
+    for run, text in ((tuned, "format=peft: adapter.modules_to_save="), (base, "holds a whole model, no adapter")):
+        (done,) = moe_ranks("export", f"checkpoint={run}", f"path={tmp_path / 'out'}", "format=peft")
+        _refused(done, text)
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_export_is_the_merged_model(tuned: Path, tmp_path: Path) -> None:
     (done,) = moe_ranks("export", f"checkpoint={tuned}", f"path={tmp_path / 'exported'}")
     assert done.code == 0, done.err

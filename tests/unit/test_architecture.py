@@ -36,11 +36,11 @@ ROOMS: dict[str, set[str]] = {
     },
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
-    "interop": {"adapters", "plan", "data", "checkpoint", "model", "config", "untrusted", "durable", "errors"},
+    "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "train": {
-        "report", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse", "kernels",
-        "distributed", "config", "durable", "locks", "untrusted", "errors",
+        "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse",
+        "kernels", "distributed", "config", "durable", "locks", "untrusted", "errors",
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {

@@ -1,4 +1,5 @@
-"""What a run that starts from other weights takes from there: model, router and tokenizer."""
+"""What a run that starts from other weights takes from there: model, router and tokenizer; and those weights, where a
+Hugging Face folder has them."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from moe.checkpoint.layout import CHECKPOINTS, CONFIG, committed
 from moe.checkpoint.reader import candidates, tokenizer_folder
 from moe.config.migrate import migrate
 from moe.config.saved import read_saved
 from moe.config.source import SECTIONS
 from moe.errors import UserError
+from moe.interop.hub_folder import HubFolder, is_hub_folder
 
 
 def read_source(init_from: str, run_dir: str | None) -> dict[str, Mapping[str, Any]]:
@@ -19,8 +23,16 @@ def read_source(init_from: str, run_dir: str | None) -> dict[str, Mapping[str, A
     gone: a run that has checkpoints goes on without it. Raises UserError."""
     if not init_from:
         return {}  # the configuration's rules refuse it
+    given = Path(init_from).expanduser()
+    if is_hub_folder(given):
+        hub = HubFolder(given)
+        return {
+            "model": _plain(hub.model),
+            "router": _plain(hub.router),
+            "tokenizer": {"kind": "huggingface", "path": str(given.resolve())},
+        }
     try:
-        folder = candidates(Path(init_from).expanduser(), "init_from")[0]
+        folder = candidates(given, "init_from")[0]
     except UserError:
         own = committed(Path(run_dir).expanduser() / CHECKPOINTS) if run_dir else []
         if not own:
@@ -39,3 +51,9 @@ def read_source(init_from: str, run_dir: str | None) -> dict[str, Mapping[str, A
         sections[name] = section
     sections["tokenizer"] = {"kind": "huggingface", "path": str(tokenizer_folder(folder).resolve())}
     return sections
+
+
+def _plain(config: object) -> Mapping[str, Any]:
+    """A section as YAML has it."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return plain
