@@ -16,7 +16,7 @@ import torch
 from moe.checkpoint.model_writer import write_model
 from moe.checkpoint.reader import read_model, resolve
 from moe.checkpoint.state import TrainState
-from moe.config import ExportConfig, ExportDtype, ExportFormat, Mlp, ModelConfig, TopKRouterConfig
+from moe.config import ExportConfig, ExportDtype, ExportFormat, Mlp, ModelConfig, QkNorm, TopKRouterConfig
 from moe.config.generate import Sampling
 from moe.config.router import RouterConfig
 from moe.errors import UserError
@@ -98,10 +98,19 @@ def trained_run(folder: Path, mlp: Mlp, router: RouterConfig | None = None, **se
     return folder
 
 
-@pytest.mark.parametrize("mlp", list(Mlp))
-@pytest.mark.parametrize("window", [None, 6])
-def test_greedy_text_is_the_same_in_transformers(mlp: Mlp, window: int | None, tmp_path: Path) -> None:
-    run = trained_run(tmp_path / "run", mlp, sliding_window=window)
+@pytest.mark.parametrize(
+    ("mlp", "settings"),
+    [
+        (Mlp.dense, {"sliding_window": 6}),
+        (Mlp.dense, {"rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"}}),
+        (Mlp.sparse, {"sliding_window": 6}),
+        (Mlp.sparse, {"qk_norm": QkNorm.projection}),
+        (Mlp.sparse, {"qk_norm": QkNorm.head, "head_dim": 10, "sliding_window": 6, "moe_intermediate_size": 20}),
+        (Mlp.sparse, {"rope_scaling": {key: value for key, value in YARN.items() if key != "rope_theta"}}),
+    ],
+)
+def test_greedy_text_is_the_same_in_transformers(mlp: Mlp, settings: dict[str, Any], tmp_path: Path) -> None:
+    run = trained_run(tmp_path / "run", mlp, **settings)
     export(run, tmp_path / "exported")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
