@@ -1,9 +1,23 @@
 """Tests fork ranks: a fork after multi-threaded torch operations hangs, so the parent keeps to one thread. So do the
 processes it starts: on a machine that does something else too, two threads wait for each other most of the time."""
 
+import gc
 import os
 
+import pytest
 import torch
 
+from tests import forkserver
+
+gc.set_threshold(50_000, 20, 20)  # composing a configuration makes 10⁵ objects: the default collects 150 times
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-processes", action="store_true", help="start each process anew: tests/forkserver.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--real-processes"):
+        os.environ[forkserver.ALWAYS_REAL] = "1"

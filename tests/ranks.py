@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import multiprocessing
 import os
@@ -13,6 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+LIBRARIES = (
+    "torch._dynamo", "torch.distributed.checkpoint", "deepspeed", "deepspeed.moe.layer",
+    "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer", "setuptools", "numpy.ctypeslib",
+    "safetensors.torch",
+)  # fmt: skip
 
 
 def free_port() -> int:
@@ -69,6 +76,9 @@ def run_until_dead(world_size: int, function: Callable[..., Any], *arguments: An
 
 def _start(world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
     torch.set_num_threads(1)  # NOTE: without this a fork after multi-threaded torch operations hangs
+    for module in LIBRARIES:  # once, not in every rank
+        importlib.import_module(module)
+    importlib.import_module("moe.engine.deepspeed.muon").import_muon_uncompiled()
     context = multiprocessing.get_context("fork")
     port, queue = free_port(), context.Queue()
     processes = [

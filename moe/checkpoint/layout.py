@@ -2,6 +2,7 @@
 pickle; they load at any number of ranks and any expert-parallel size.
 
     RUN_DIR/checkpoints/latest                     text: the newest folder's name
+    RUN_DIR/checkpoints/best                       the same of the best one (checkpoint.metric_for_best_model)
     RUN_DIR/checkpoints/step_00000200/model/       float32 weights under transformers' names, experts stacked; buffers
                                       optimizer/   exp_avg.NAME and exp_avg_sq.NAME of the weights that train
                                       tokenizer/   what moe.data.tokenizer.load_saved reads
@@ -23,6 +24,7 @@ from moe.engine.base import ADAM_MOMENTS
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+BEST = "best"
 MODEL, OPTIMIZER = "model", "optimizer"
 PARTS = (MODEL, OPTIMIZER)  # folders of safetensors
 TOKENIZER = "tokenizer"

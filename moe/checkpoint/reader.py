@@ -12,10 +12,12 @@ from torch import nn
 from moe.adapters.merge import is_part
 from moe.checkpoint.base import fill_merged, find_base, model_part
 from moe.checkpoint.layout import (
+    BEST,
     CHECKPOINTS,
     CONFIG,
     LATEST,
     MODEL,
+    NAME,
     OPTIMIZER,
     PARTS,
     TOKENIZER,
@@ -37,6 +39,7 @@ from moe.model.build import empty_model
 from moe.model.transformer import Transformer
 from moe.plan.fit import check_model
 from moe.sparse import routers_of
+from moe.untrusted import read_small
 
 CPU = torch.device("cpu")
 
@@ -162,10 +165,16 @@ def _flaw(folder: Path, *parts: str) -> str | None:
 
 
 def candidates(path: Path, key: str) -> list[Path]:
-    """A run directory, its `checkpoints` or one checkpoint → the checkpoints there, newest first, at least one.
+    """A run directory, its `checkpoints` or one checkpoint → the checkpoints there, newest first, at least one; of
+    RUN_DIR/checkpoints/best the one that it names.
 
     Raises UserError naming the configuration's `key` for the path.
     """
+    if path.name in (BEST, LATEST) and path.is_file():
+        name = read_small(path, 100).decode(errors="replace").strip()
+        if NAME.fullmatch(name) and (path.parent / name).is_dir():
+            return [path.parent / name]
+        raise UserError(f"{key}={path}: names {name!r}, which is no checkpoint beside it")
     for folder in (path, path / CHECKPOINTS):
         if found := committed(folder):
             return found

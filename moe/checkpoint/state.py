@@ -29,7 +29,8 @@ class TrainState:
     """All that a resume needs beside the tensors. `consumed` is the loader's whole state (samples, all ranks);
     `elapsed` is in seconds of training, without the time between a stop and the resume; `recent_norms` and
     `skipped_in_a_row` are the guard's (`moe.train.guard`), `alarm` is what the alarm remembers (`moe.train.alarm`),
-    `choices` are the last evaluation's (`moe.train.held_out`). An adapter's frozen weights are those of the checkpoint
+    `choices` are the last evaluation's (`moe.train.held_out`), `best` is the best of them
+    (`moe.train.best`). An adapter's frozen weights are those of the checkpoint
     `base` (inside the run directory if the path is relative), whose `model_fingerprint` was `base_fingerprint`."""
 
     step: int = 0
@@ -41,6 +42,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     alarm: dict[str, Any] = field(default_factory=dict)
     choices: str = ""
+    best: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = ""
     data: str = ""
     base: str = ""
@@ -87,6 +89,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of finite numbers ≥ 0",
     ),
     "alarm": (lambda value: isinstance(value, dict), "a mapping"),
+    "best": (lambda value: isinstance(value, dict), "a mapping"),
     "choices": (lambda value: isinstance(value, str), "text"),
     "base": (lambda value: isinstance(value, str) and "\0" not in value, "text"),
     "base_fingerprint": (lambda value: isinstance(value, str), "text"),

@@ -57,6 +57,7 @@ class _Snapshot:
 
     folder: Path
     step: int
+    best: int | None  # the step of the best checkpoint so far, which is kept
     parts: dict[str, dict[str, Tensor]]  # {folder: {key in the file: tensor}}
     small_files: dict[str, bytes]
     file_numbers: dict[str, int]  # key in the file → which of the numbered files it goes to
@@ -158,7 +159,7 @@ class Saver:
         for kind, name in sizes:
             keys[layout.part_of(kind)].add(layout.key_in_file(kind, name))
         folder = self.folder / layout.folder_name(state.step)
-        return _Snapshot(folder, state.step, parts, small, file_numbers(sizes), keys)
+        return _Snapshot(folder, state.step, state.best.get("step"), parts, small, file_numbers(sizes), keys)
 
     def _run(self, snapshot: _Snapshot, waited: float) -> None:
         """The thread: what goes wrong is kept for `wait` to raise or count."""
@@ -210,16 +211,19 @@ class Saver:
             partial.mkdir()
 
     def _tidy(self, snapshot: _Snapshot) -> None:
-        """Updates `latest` and deletes checkpoints that are no longer kept. The new checkpoint is complete already, so
-        errors here are warnings."""
-        try:
-            write_durably(self.folder / layout.LATEST, snapshot.folder.name + "\n")
-        except OSError as error:
-            self._warn(f"{self.folder / layout.LATEST} could not be written ({error}); a resume doesn't need it")
+        """Updates `latest` and `best`, and deletes checkpoints that are no longer kept. The new checkpoint is complete
+        already, so errors here are warnings."""
+        names = [layout.LATEST, *([layout.BEST] if snapshot.best == snapshot.step else [])]
+        for name in names:
+            try:
+                write_durably(self.folder / name, snapshot.folder.name + "\n")
+            except OSError as error:
+                self._warn(f"{self.folder / name} could not be written ({error}); a resume doesn't need it")
         keep_every = self._config.keep_every
         older = [path for path in layout.committed(self.folder) if layout.step_of(path) <= snapshot.step]
         for path in older[self._config.keep :]:
-            if keep_every is None or layout.step_of(path) % keep_every:
+            step = layout.step_of(path)
+            if step != snapshot.best and (keep_every is None or step % keep_every):
                 self._remove(path)
 
     def _remove(self, folder: Path) -> None:

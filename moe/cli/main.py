@@ -9,7 +9,9 @@
     moe plan model=mistral_7b hardware=h100 train.precision=bfloat16 train.global_batch_size=64
                                                           the memory and time of a run, before it is launched
     moe prepare data.path=corpus.jsonl                    only the token shards
+    moe validate data.path=rows.jsonl                     rows for fine-tuning: what is wrong with which, what is learnt
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
+    moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
     moe import checkpoint=HF_DIR run_dir=runs/imported    a Hugging Face model as a checkpoint
     moe export checkpoint=RUN_DIR path=runs/exported      a checkpoint as a Hugging Face model
     moe upcycle checkpoint=runs/dense run_dir=runs/upcycled
@@ -74,8 +76,7 @@ def _run(arguments: list[str]) -> None:
         composed_from = schema(verb)
         if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
             raise ConfigError(
-                "--cfg: only `moe train|sweep|plan|prepare|generate|analyze|import|export|upcycle --cfg job` prints a "
-                "composed config"
+                f"--cfg: only `moe {'|'.join(one for one in VERBS if schema(one))} --cfg job` prints a composed config"
             )
         print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
         return

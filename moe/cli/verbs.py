@@ -18,6 +18,7 @@ from moe.config import (
     SweepConfig,
     TokenizerConfig,
     UpcycleConfig,
+    ValidateConfig,
 )
 from moe.config.compose import ConfigError, load_config
 
@@ -105,21 +106,48 @@ def _prepare(overrides: list[str]) -> None:
     print(corpus.describe())
 
 
+def _validate(overrides: list[str]) -> None:
+    """Check the rows of a fine-tuning run (`data=sft data.path=FILE`): every bad row, lengths, what is learnt, how long
+    it takes; `page=rows.html` writes a page, `fixed=rows.jsonl` a copy without the bad rows."""
+    config = load(overrides, "validate", ValidateConfig)
+    from moe.validate.run import run_validate
+
+    run_validate(config)
+
+
 def _generate(overrides: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
     from moe.config.generate import GenerateConfig
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
+    from moe.inference.command import run_generate
+
+    run_generate(config, *_checkpoint(config))
+
+
+def _chat(overrides: list[str]) -> None:
+    """Talk to a fine-tuned checkpoint in the terminal, or answer each line of standard input; /help lists what can be
+    said to it."""
+    from moe.config.chat import ChatConfig
+    from moe.config.overrides import quote_texts
+
+    config = load_config(quote_texts(overrides), "chat", ChatConfig)
+    from moe.inference.terminal import run_chat
+
+    run_chat(config, *_checkpoint(config))
+
+
+def _checkpoint(config: Any) -> tuple[Any, Any]:
+    """The model and the tokenizer of `config.checkpoint`. Raises UserError."""
     from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
     from moe.data.tokenizer import load_saved
-    from moe.inference.generate import run_generate
     from moe.kernels.policy import choose_device, torch_dtype
 
     device, dtype = choose_device(config.device), torch_dtype(config.dtype)
     folder = resolve(Path(config.checkpoint), lambda line: print(f"warning: {line}", file=sys.stderr))
     model = read_model(folder, device=device, dtype=dtype, check_memory=config.check_memory)
-    run_generate(config, model, load_saved(tokenizer_folder(folder)))
+    return model, load_saved(tokenizer_folder(folder))
 
 
 def _import(overrides: list[str]) -> None:
@@ -212,7 +240,9 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sweep": _sweep,
     "plan": _plan,
     "prepare": _prepare,
+    "validate": _validate,
     "generate": _generate,
+    "chat": _chat,
     "import": _import,
     "export": _export,
     "upcycle": _upcycle,
@@ -236,6 +266,8 @@ def schema(verb: str) -> tuple[str, type] | None:
         return "sweep", SweepConfig
     if verb == "prepare":
         return "prepare", PrepareConfig
+    if verb == "validate":
+        return "validate", ValidateConfig
     if verb == "plan":
         return "plan", PlanConfig
     if verb == "analyze":
@@ -250,4 +282,8 @@ def schema(verb: str) -> tuple[str, type] | None:
         from moe.config.generate import GenerateConfig
 
         return "generate", GenerateConfig
+    if verb == "chat":
+        from moe.config.chat import ChatConfig
+
+        return "chat", ChatConfig
     return None

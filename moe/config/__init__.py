@@ -60,6 +60,7 @@ from moe.config.train import (
     TrainConfig,
 )
 from moe.config.upcycle import UpcycleConfig
+from moe.config.validate import ValidateConfig
 
 __all__ = [
     "AdapterConfig",
@@ -119,4 +120,5 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "UpcycleConfig",
+    "ValidateConfig",
 ]

@@ -174,8 +174,7 @@ class Precision(Enum):
 
 
 class ExportFormat(Enum):
-    """What `moe export` writes: a model folder as transformers has it, a GGUF file for llama.cpp, or an adapter alone,
-    as peft has it."""
+    """What `moe export` writes: a Hugging Face folder, a GGUF file for llama.cpp, or an adapter alone, for peft."""
 
     huggingface = "huggingface"
     gguf = "gguf"

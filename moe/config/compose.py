@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,9 @@ def compose_dict(
     hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
     if hydras:
         raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe VERB --help` lists the keys")
-    store = ConfigStore.instance()
-    store.store(name=f"{name}_schema", node=_typed(schema, router=None))
+    _store_schema(name, schema)
     for kind in router_kinds():
-        store.store(group="router", name=f"{kind}_schema", node=registered_router(kind).schema)
+        _store_router(kind, registered_router(kind).schema)
     try:
         with composed_folder(overrides) as (folder, named), initialize_config_dir(str(folder), version_base="1.3"):
             composed = compose(name, overrides=for_hydra(named), return_hydra_config=True)
@@ -97,6 +98,16 @@ def compose_dict(
         return compose_dict([f"init_from={init_from}", *overrides], name, schema, count_pieces, read_source)
     _fill_vocabulary(composed, count_pieces)
     return composed
+
+
+@cache  # a schema is stored once in a process
+def _store_schema(name: str, schema: type) -> None:
+    ConfigStore.instance().store(name=f"{name}_schema", node=_typed(schema, router=None))
+
+
+@cache
+def _store_router(kind: str, schema: type) -> None:
+    ConfigStore.instance().store(group="router", name=f"{kind}_schema", node=schema)
 
 
 def _around(overrides: list[str], name: str, schema: type) -> DictConfig:
@@ -191,7 +202,7 @@ def load_config(
     """Compose and check. Raises as `compose_dict` does."""
     config = to_config(compose_dict(overrides, name, schema, count_pieces, read_source), overrides)
     if isinstance(config, Config):
-        _check_can_be_saved(OmegaConf.to_container(OmegaConf.structured(config), resolve=False), "")
+        _check_can_be_saved(asdict(config), "")
     return config
 
 

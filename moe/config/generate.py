@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from moe.config.choices import Precision
+from moe.config.choices import Precision, TemplateName
 from moe.config.rules import MAX_REAL, filled, is_seed, positive, require
 
 
@@ -42,14 +42,18 @@ class Sampling:
 class GenerateConfig(Sampling):
     """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8).
 
-    `device` is `cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one. `dtype` is that of weights, activations
-    and cache; the router and the choice of a token stay float32. `check_memory=false` loads a model even if it is
-    larger than the available memory.
+    With `chat` a prompt is a message, which the model answers; `system` is the system prompt, `template` the
+    tokenizer's own, which fine-tuning leaves there, or one of ours. `device` is `cpu`, `cuda`, `cuda:N`, or `auto`: the
+    GPU where there is one. `dtype` is that of weights, activations and cache; the router and the choice of a token stay
+    float32. `check_memory=false` loads a model even if it is larger than the available memory.
     """
 
     checkpoint: str = ""
     prompt: str | None = None
     prompts_file: str | None = None
+    chat: bool = False
+    system: str | None = None
+    template: TemplateName = TemplateName.tokenizer
     batch_size: int = 8
     device: str = "auto"
     dtype: Precision = Precision.float32
@@ -64,5 +68,15 @@ class GenerateConfig(Sampling):
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
         positive("", self, "batch_size")
-        known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
-        require(known is not None, f"device={self.device} must be auto, cpu, cuda or cuda:N")
+        check_device(self.device)
+        for name, value, default in (
+            ("system", self.system, None),
+            ("template", self.template, TemplateName.tokenizer),
+        ):
+            require(self.chat or value == default, f"{name}={getattr(value, 'name', value)} needs chat=true")
+
+
+def check_device(device: str) -> None:
+    """Raises UserError."""
+    known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device)
+    require(known is not None, f"device={device} must be auto, cpu, cuda or cuda:N")

@@ -7,14 +7,16 @@ import re
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+TEXTS = ("prompt", "stop", "system")
+
 
 def quote_texts(overrides: list[str]) -> list[str]:
-    """Quotes the values of `prompt=` and `stop=`, so that they are used exactly as typed.
+    """Quotes the values of `prompt=`, `stop=` and `system=`, so that they are used exactly as typed.
 
     Unquoted, Hydra trims `prompt=def ` and splits `prompt=Once, twice`. Quoted values and `null` are left as they are.
     """
     return [
-        f"{key}={_quoted(value, escape=True)}" if key in ("prompt", "stop") and not _is_quoted(value) else override
+        f"{key}={_quoted(value, escape=True)}" if key in TEXTS and not _is_quoted(value) else override
         for override in overrides
         for key, _, value in [override.partition("=")]
     ]

@@ -106,6 +106,9 @@ class CheckpointConfig:
 
     `background` writes a snapshot while training continues; after `max_failures` failed saves in a row the run stops.
     `allow_changes` allows a resume with keys that change the mathematics of the run (see `moe.train.run_directory`).
+    With `metric_for_best_model` (a metric of the evaluations, as val_loss) the step of each best evaluation so far is
+    saved and kept, and RUN_DIR/checkpoints/best names it; smaller is better unless `greater_is_better`. Training ends
+    after `early_stopping_patience` evaluations in a row that were not better.
     """
 
     every: int = 200
@@ -114,9 +117,22 @@ class CheckpointConfig:
     background: bool = True
     max_failures: int = 3
     allow_changes: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool = False
+    early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
-        positive("checkpoint", self, "every", "keep", "keep_every", "max_failures")
+        positive("checkpoint", self, "every", "keep", "keep_every", "max_failures", "early_stopping_patience")
+        filled("checkpoint", self, "metric_for_best_model")
+        for name, used in (
+            ("early_stopping_patience", self.early_stopping_patience is not None),
+            ("greater_is_better", self.greater_is_better),
+        ):
+            require(
+                not used or self.metric_for_best_model is not None,
+                f"checkpoint.{name}={str(getattr(self, name)).lower()} needs checkpoint.metric_for_best_model, as in "
+                "checkpoint.metric_for_best_model=val_loss",
+            )
         require(
             self.keep_every is None or self.keep_every % self.every == 0,
             f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: "
@@ -172,13 +188,15 @@ class AlarmConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Batch sizes are in sequences; each evaluation scores at most `eval_sequences` held-out sequences.
+    """Batch sizes are in sequences; each evaluation scores at most `eval_sequences` held-out sequences. With `epochs`
+    the number of `steps` is that of so many passes over the training data.
 
     `sample_prompt=null` uses the beginning of a held-out document (`Corpus.opening`). `peak_tflops` is a rank's peak,
     which MFU is relative to (null: a matrix product is timed at start-up).
     """
 
     steps: int = 300
+    epochs: float | None = None
     seed: int = 0
     sequence_length: int = 256
     micro_batch_size: int = 8
@@ -193,6 +211,13 @@ class TrainConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        positive("train", self, "steps", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every")
+        positive(
+            "train", self, "steps", "epochs", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every"
+        )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
         is_seed("train", self, "seed")
+        default = type(self).__dataclass_fields__["steps"].default
+        require(
+            self.epochs is None or self.steps == default,
+            f"train.epochs={self.epochs} and train.steps={self.steps} both say how long: leave one out",
+        )

@@ -1,8 +1,8 @@
 """Rows into sequences of L tokens: no row is cut, and what a sequence has left is filled up.
 
-Best fit: a row goes into the fullest open sequence that has room for it. Only so many are open at once, so memory
-doesn't grow with the data; the fullest is written when another is needed. The result depends on the rows and their
-order alone. Legend: L sequence length.
+Best fit, decreasing: of every `WINDOW` rows the longest come first, and each goes into the fullest open sequence that
+has room for it. Only so many sequences stay open between windows, the emptiest, so memory doesn't grow with the data.
+The result depends on the rows and their order alone. Legend: L sequence length.
 """
 
 from __future__ import annotations
@@ -12,22 +12,45 @@ from collections.abc import Callable
 
 from moe.data.record_encoding import EncodedRow
 
-MOST_OPEN = 512
-OPEN_TOKENS = 1 << 22  # of all open sequences together
+WINDOW = 1024  # rows
+MOST_OPEN = 512  # sequences between two windows
+OPEN_TOKENS = 1 << 22  # of all that is held, unless it is one window of the shortest rows or eight sequences
 
 
 class Bins:
-    """`write` gets the rows of each sequence that is complete, in the order they were added."""
+    """`write` gets the rows of each sequence that is complete."""
 
     def __init__(self, sequence_length: int, write: Callable[[list[EncodedRow]], None]) -> None:
         self._length, self._write = sequence_length, write
         self._most_open = max(8, min(MOST_OPEN, OPEN_TOKENS // sequence_length))
+        self._waiting: list[EncodedRow] = []
+        self._waiting_tokens = 0
         self._rows: dict[int, list[EncodedRow]] = {}
         self._open: list[tuple[int, int]] = []  # (room, number), sorted
         self._begun = 0
 
     def add(self, row: EncodedRow) -> None:
         """The row must have at most L tokens."""
+        self._waiting.append(row)
+        self._waiting_tokens += len(row.ids_T)
+        if len(self._waiting) == WINDOW or self._waiting_tokens >= OPEN_TOKENS:
+            self._end_window()
+            while len(self._open) > self._most_open:
+                self._end(self._open.pop(0)[1])
+
+    def close(self) -> None:
+        """Writes the sequences that are still open, the oldest first."""
+        self._end_window()
+        for number in sorted(number for _, number in self._open):
+            self._end(number)
+        self._open = []
+
+    def _end_window(self) -> None:
+        for row in sorted(self._waiting, key=lambda row: -len(row.ids_T)):
+            self._place(row)
+        self._waiting, self._waiting_tokens = [], 0
+
+    def _place(self, row: EncodedRow) -> None:
         size = len(row.ids_T)
         at = bisect_left(self._open, (size, 0))
         if at < len(self._open):
@@ -37,17 +60,9 @@ class Bins:
             self._begun, self._rows[number] = number + 1, []
         self._rows[number].append(row)
         if room == size:
-            self._write(self._rows.pop(number))
-            return
-        insort(self._open, (room - size, number))
-        if len(self._open) > self._most_open:
-            self._end(self._open.pop(0)[1])
-
-    def close(self) -> None:
-        """Writes the sequences that are still open, the oldest first."""
-        for number in sorted(number for _, number in self._open):
             self._end(number)
-        self._open = []
+        else:
+            insort(self._open, (room - size, number))
 
     def _end(self, number: int) -> None:
         self._write(self._rows.pop(number))

@@ -21,7 +21,7 @@ import jinja2.meta
 
 from moe.config import TemplateName
 from moe.data.chat_templates import NEEDED_TOKENS, OURS
-from moe.data.jinja_sandbox import BEGIN, END, Sandbox
+from moe.data.jinja_sandbox import BEGIN, END, Sandbox, trusted_template
 from moe.data.readers import DataError, first_line
 from moe.data.records import Message
 from moe.data.tokenizer_base import Tokenizer
@@ -57,10 +57,12 @@ class ChatTemplate:
         self._names = {"eos_token": by_id.get(tokenizer.eos_id, "")}
         has_bos = tokenizer.bos_id != tokenizer.eos_id or source in OURS.values()
         self._names["bos_token"] = by_id.get(tokenizer.bos_id, "") if has_bos else ""
-        self._sandbox = Sandbox()
+        sandbox = Sandbox()
+        self._budget = sandbox.budget
         try:
-            self._template = self._sandbox.compiled(source)
-            variables = jinja2.meta.find_undeclared_variables(self._sandbox.parse(source))
+            ours = source in OURS.values()
+            self._template = trusted_template(source) if ours else sandbox.compiled(source)
+            variables = jinja2.meta.find_undeclared_variables(sandbox.parse(source))
         except Exception as error:  # Jinja's own, and Python's of a code that is nested too deeply
             raise DataError(f"{name}: not a template that can be read: {first_line(error)}") from error
         self._knows_tools = "tools" in variables
@@ -89,9 +91,17 @@ class ChatTemplate:
         self._check_nothing_is_lost(hidden, text, place)
         return self._cut(*self._turns(hidden, None, text, place), hiding)
 
+    def answer_form(self) -> tuple[str, int | None]:
+        """What the model writes around an answer: the text before it, and the special token that ends it (None: only
+        the end of the sequence)."""
+        question, answer = {"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}
+        own = [one for one in self.segments([question, answer], None, "an example of two turns") if one.turn == 0]
+        text = next((one.text for one in own if one.token is None), "")
+        return text.partition("because")[0], own[-1].token
+
     def _render(self, messages: Any, tools: Any, place: str, *, answer: bool = False) -> str:
         size = sum(len(message.get("content") or "") for message in messages) + (len(json.dumps(tools)) if tools else 0)
-        self._sandbox.budget.refill(len(messages), size)
+        self._budget.refill(len(messages), size)
         try:
             return self._template.render(messages=messages, tools=tools, add_generation_prompt=answer, **self._names)
         except RecursionError as error:
@@ -179,6 +189,11 @@ class _Hiding:
 
     @classmethod
     def of(cls, messages: Any, tools: Any, pattern: re.Pattern[str], place: str) -> _Hiding:
+        texts = [text for message in messages if len(message) == 2 for text in message.values()]
+        if tools is None and len(texts) == 2 * len(messages):  # roles and contents alone
+            joined = "\0".join(texts)
+            if pattern.search(joined) is None and (joined.isascii() or HIDDEN.search(joined) is None):
+                return cls({}, pattern)
         found: set[str] = set()
         used: set[str] = set()
 

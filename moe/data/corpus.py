@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
 from moe.data.readers import DataError
 from moe.data.shards import TokenStream, stream_entry, token_dtype
 from moe.data.tokenizer import load_saved
@@ -39,18 +41,24 @@ class Corpus:
 
     def opening(self) -> str:
         """The beginning of the first held-out document that isn't blank, at most `OPENING_CHARACTERS` of it, cut at a
-        space if there is one: the same on every rank. Empty where every document is blank. Raises DataError."""
-        special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        space if there is one, or the whole prompt of a row: the same on every rank. Empty where every document is
+        blank. Raises DataError."""
         for stream in self.held_out:
             for index in range(stream.documents):
-                ids = [int(token) for token in stream.document(index, OPENING_TOKENS) if token not in special]
-                text = self.tokenizer.decode(ids).rstrip("\ufffd").strip()  # the last token may be part of a character
+                if prompt := self._text(stream.prompt(index, OPENING_TOKENS)):
+                    return prompt
+                text = self._text(stream.document(index, OPENING_TOKENS))
                 if len(text) > OPENING_CHARACTERS:
                     cut = text[: OPENING_CHARACTERS + 1]
                     text = cut.rpartition(" ")[0].rstrip() or cut[:-1]
                 if text:
                     return text
         return ""
+
+    def _text(self, ids_N: np.ndarray) -> str:
+        special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        text = self.tokenizer.decode([int(token) for token in ids_N if token not in special])
+        return text.rstrip("\ufffd").strip()  # the last token may be part of a character
 
     def describe(self) -> str:
         """A table for the terminal: folder, fingerprints, and what each source and split holds."""

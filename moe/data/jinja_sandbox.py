@@ -28,6 +28,9 @@ PADDING = ("format", "format_map", "ljust", "rjust", "center", "zfill", "expandt
 BEGIN, END = "\ue000", "\ue001"  # around what stands between {% generation %} and {% endgeneration %}
 
 
+DICT_METHODS = frozenset(dir(dict))
+
+
 class Budget:
     """What one render may still do."""
 
@@ -65,6 +68,25 @@ class Budget:
             yield value
 
 
+class _Generation(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+    def marked(self, caller: Any) -> str:
+        return f"{BEGIN}{caller()}{END}"
+
+
+SETTINGS: dict[str, Any] = {
+    "trim_blocks": True,
+    "lstrip_blocks": True,
+    "extensions": [_Generation, jinja2.ext.loopcontrols],
+}
+
+
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """transformers' settings and functions; `{% generation %}` puts BEGIN and END around its text."""
 
@@ -72,12 +94,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         self.budget = Budget()
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, jinja2.ext.loopcontrols],
-            finalize=self.budget.weigh,
-        )
+        super().__init__(**SETTINGS, finalize=self.budget.weigh)
         self.filters["tojson"] = _to_json
         self.filters["counted"], self.filters["weighed"] = self.budget.each, self.budget.weigh
         self.globals.update(raise_exception=_raise, strftime_now=_now, range=self._range)
@@ -103,6 +120,22 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             block.filter = _filter(block.filter, "weighed")  # type: ignore[arg-type]
         code = self.compile(tree)
         return jinja2.Template.from_code(self, code, self.make_globals(None))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As the sandbox's, which takes long, for the two types that templates ask most."""
+        if type(obj) is dict and attribute not in DICT_METHODS:
+            return self.getitem(obj, attribute)
+        if type(obj) is _PlainNamespace and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(obj) is dict and type(argument) is str and argument in obj:
+            return obj[argument]
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or (operator == "*" and not _are_numbers(left, right)):
@@ -177,13 +210,8 @@ def _refuse_underscore(name: Any) -> None:
         raise jinja2.TemplateError(f"it sets the namespace's {name}")
 
 
-class _Generation(jinja2.ext.Extension):
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
-
-    def marked(self, caller: Any) -> str:
-        return f"{BEGIN}{caller()}{END}"
+def trusted_template(source: str) -> jinja2.Template:
+    """One of our own templates, without the sandbox and the budget, which take most of the time."""
+    environment = jinja2.Environment(**SETTINGS)
+    environment.globals["raise_exception"] = _raise
+    return environment.from_string(source)

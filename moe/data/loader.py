@@ -80,6 +80,11 @@ class Loader:
         self._mixture = Mixture(corpus.weights, seed, whole_epochs=packed)
         self.consumed = 0
 
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of all sources together: one pass, if they are mixed in proportion to their tokens."""
+        return sum(self._samples)
+
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step; advances `consumed` by the global batch."""
         first = self.consumed

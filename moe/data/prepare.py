@@ -165,16 +165,14 @@ def _build(
     opener: _Opener,
 ) -> Corpus:
     started, log = time.monotonic(), opener.log
+    trained = config.kind is TokenizerKind.sentencepiece
+    tokenizer = None if trained else open_tokenizer(config)
+    recipe = _recipe(data, tokenizer, sequence_length) if tokenizer else None  # what is wrong with it is said first
     surveys = [survey_source(source, data.held_out) for source in sources]
     total = sum(survey.bytes for survey in surveys)
-    if config.kind is TokenizerKind.sentencepiece:
-        tokenizer: Tokenizer = train_tokenizer(data, config, sources, surveys, log)
-    else:
-        tokenizer = open_tokenizer(config)
-    recipe = None
-    if data.has_records:
-        assert sequence_length is not None, "rows are packed into sequences of a stated length"
-        recipe = Recipe.of(data, tokenizer, sequence_length)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(data, config, sources, surveys, log)
+        recipe = _recipe(data, tokenizer, sequence_length)
     identity = [FORMAT, tokenizer.fingerprint, data.held_out]
     identity += [recipe.identity] if recipe else []
     identity += [[source.name, survey.content] for source, survey in zip(sources, surveys, strict=True)]
@@ -201,6 +199,14 @@ def _build(
     with _cache_errors(cache):
         note.write(folder.name)
     return corpus
+
+
+def _recipe(data: DataConfig, tokenizer: Tokenizer, sequence_length: int | None) -> Recipe | None:
+    """How rows become sequences; None where no source has rows. Raises DataError."""
+    if not data.has_records:
+        return None
+    assert sequence_length is not None, "rows are packed into sequences of a stated length"
+    return Recipe.of(data, tokenizer, sequence_length)
 
 
 @contextmanager

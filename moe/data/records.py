@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ def shapes(key: str, config: SourceConfig) -> list[Shape]:
 
 
 def shape_of(row: TableRow, key: str, config: SourceConfig, stated: RecordKind) -> Shape:
-    """The kind of a source whose first row is `row`. Raises DataError where it is none, or not the stated one."""
+    """The kind of a source whose first row is `row`. Raises DataError where it is none."""
     known = shapes(key, config)
     if stated is RecordKind.auto:
         for shape in known:
@@ -81,9 +81,7 @@ def shape_of(row: TableRow, key: str, config: SourceConfig, stated: RecordKind) 
             f"the columns, or set {key}.prompt_field and {key}.completion_field, {key}.messages_field or "
             f"{key}.text_field{row.hint}"
         )
-    shape = next(shape for shape in known if shape.kind is stated)
-    _columns(row, shape)
-    return shape
+    return next(shape for shape in known if shape.kind is stated)
 
 
 def _sharegpt_under_another_name(shape: Shape, row: TableRow, known: list[Shape]) -> Shape:
@@ -101,154 +99,159 @@ def parse(row: TableRow, shape: Shape) -> DataRecord:
     """Raises DataError, one line with the row's place, where it is not of the kind `shape`."""
     try:
         if row.problem:
-            raise DataError(f"{row.place}: {row.problem}")
+            raise DataError(row.problem)
         _columns(row, shape)
-        values = [row.values[name] for name in shape.columns]
-        match shape.kind:
-            case RecordKind.text:
-                return _text(row.place, shape.columns[0], values[0])
-            case RecordKind.prompt_completion:
-                return _pair(row.place, shape.columns, *values)
-            case RecordKind.alpaca:
-                return _alpaca(row, shape, *values)
-            case _:
-                return _conversation(row, shape, values[0])
+        record = READERS[shape.kind](row, shape)
+    except DataError as error:
+        raise DataError(f"{row.place}: {error}") from error
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         wrong = f"U+{ord(error.object[error.start]):04X}"
         raise DataError(f"{row.place}: holds a lone surrogate ({wrong}), which is not text") from error
+    record.place = row.place
+    return record
 
 
 def _columns(row: TableRow, shape: Shape) -> None:
     for name in shape.columns:
         if name not in row.values:
             raise DataError(
-                f"{row.place}: no column {shown(name)!r}, which a row of kind {shape.kind.name} has; it has "
+                f"no column {shown(name)!r}, which a row of kind {shape.kind.name} has; it has "
                 f"{listed(list(row.values))}: all rows of a source are of one kind: split the file by kind, or set "
                 f"{shape.key}.records and the names of the columns{row.hint}"
             )
 
 
-def _record(place: str, messages: list[Message], tools: list[Any] | None = None) -> DataRecord:
+def _record(messages: list[Message], tools: list[Any] | None = None) -> DataRecord:
     content: Any = [messages, tools] if tools else messages
     data = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-    return DataRecord(data, place=place, messages=messages, tools=tools)
+    return DataRecord(data, messages=messages, tools=tools)
 
 
-def _text(place: str, name: str, value: Any) -> DataRecord:
-    text = _string(place, name, value)
+def _text(row: TableRow, shape: Shape) -> DataRecord:
+    name = shape.columns[0]
+    text = _string(name, row.values[name])
     if not text.strip():
-        raise DataError(f"{place}: {shown(name)} is empty: remove the row")
-    return DataRecord(text.encode(), place=place, body=text)
+        raise DataError(f"{shown(name)} is empty: remove the row")
+    return DataRecord(text.encode(), body=text)
 
 
-def _pair(place: str, names: tuple[str, ...], prompt: Any, completion: Any) -> DataRecord:
-    prompt, completion = (_string(place, name, one) for name, one in zip(names, (prompt, completion), strict=True))
-    _not_empty(place, names[1], completion)
-    return _record(place, [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+def _pair(row: TableRow, shape: Shape) -> DataRecord:
+    prompt, completion = (_string(name, row.values[name]) for name in shape.columns)
+    _not_empty(shape.columns[1], completion)
+    return _record([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
 
 
-def _alpaca(row: TableRow, shape: Shape, instruction: Any, output: Any) -> DataRecord:
-    more = row.values.get("input")
-    prompt = _string(row.place, "instruction", instruction)
-    if more is not None and (more := _string(row.place, "input", more)).strip():
-        prompt = f"{prompt}\n\n{more}"
-    return _pair(row.place, shape.columns, prompt, output)
+def _alpaca(row: TableRow, shape: Shape) -> DataRecord:
+    record, more = _pair(row, shape), row.values.get("input")
+    if more is None or not (more := _string("input", more)).strip():
+        return record
+    prompt, answer = record.messages
+    return _record([{"role": "user", "content": f"{prompt['content']}\n\n{more}"}, answer])
 
 
-def _conversation(row: TableRow, shape: Shape, turns: Any) -> DataRecord:
-    name, place = shape.columns[0], row.place
+def _conversation(row: TableRow, shape: Shape) -> DataRecord:
+    name = shape.columns[0]
+    turns = row.values[name]
     if not isinstance(turns, list):
-        raise DataError(f"{place}: {shown(name)} must be a list of messages, is {kind_of(turns)}")
+        raise DataError(f"{shown(name)} must be a list of messages, is {kind_of(turns)}")
     of_sharegpt = shape.kind is RecordKind.sharegpt
     read = _sharegpt_message if of_sharegpt else _message
-    messages = [read(f"{place}: {shown(name)}[{number}]", turn) for number, turn in enumerate(turns)]
+    messages = [_read_turn(read, name, number, turn) for number, turn in enumerate(turns)]
     if of_sharegpt and (system := row.values.get("system")):
-        messages.insert(0, {"role": "system", "content": _string(place, "system", system)})
-    _check_turns(place, name, messages)
-    return _record(place, messages, _tools(place, row.values.get("tools")))
+        messages.insert(0, {"role": "system", "content": _string("system", system)})
+    _check_turns(name, messages)
+    return _record(messages, _tools(row.values.get("tools")))
 
 
-def _check_turns(place: str, name: str, messages: list[Message]) -> None:
+def _check_turns(name: str, messages: list[Message]) -> None:
     roles = [message["role"] for message in messages]
     if not messages:
-        raise DataError(f"{place}: {shown(name)} is empty: remove the row")
+        raise DataError(f"{shown(name)} is empty: remove the row")
     if "assistant" not in roles:
         raise DataError(
-            f"{place}: {shown(name)} has no assistant turn ({', '.join(roles[:8])}): nothing to learn; remove the row"
+            f"{shown(name)} has no assistant turn ({', '.join(roles[:8])}): nothing to learn; remove the row"
         )
     if roles[-1] != "assistant":
-        raise DataError(
-            f"{place}: {shown(name)} ends with a turn of role {roles[-1]}, which nothing answers: remove that turn"
-        )
+        raise DataError(f"{shown(name)} ends with a turn of role {roles[-1]}, which nothing answers: remove that turn")
 
 
-def _message(place: str, turn: Any) -> Message:
+def _read_turn(read: Callable[[Any], Message], name: str, number: int, turn: Any) -> Message:
+    try:
+        return read(turn)
+    except DataError as error:
+        raise DataError(f"{shown(name)}[{number}]: {error}") from error
+
+
+def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"{place} must be an object with role and content, is {kind_of(turn)}")
+        raise DataError(f"must be an object with role and content, is {kind_of(turn)}")
+    role = turn.get("role")
     if "role" not in turn:
         other = ": for from and value set data.records=sharegpt" if "from" in turn else ""
-        raise DataError(f"{place} has no role; it has {listed(list(turn))}{other}")
-    role = turn["role"]
+        raise DataError(f"has no role; it has {listed(list(turn))}{other}")
     if role not in ROLES:
-        raise DataError(f"{place}: role={_shown(role)} must be one of {', '.join(ROLES)}")
+        raise DataError(f"role={_shown(role)} must be one of {', '.join(ROLES)}")
     message = {key: value for key, value in turn.items() if value is not None}  # Parquet fills missing keys with null
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise DataError(f"{place}: tool_calls must be a list of objects, is {kind_of(calls)}")
+        raise DataError(f"tool_calls must be a list of objects, is {kind_of(calls)}")
     if not (calls and message.get("content") is None):
-        message["content"] = _string(place, "content", turn.get("content"))
+        message["content"] = _string("content", turn.get("content"))
     if role == "assistant" and not calls:
-        _not_empty(place, "content", message["content"])
+        _not_empty("content", message["content"])
     if calls == []:
         del message["tool_calls"]
     return message
 
 
-def _sharegpt_message(place: str, turn: Any) -> Message:
+def _sharegpt_message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"{place} must be an object with from and value, is {kind_of(turn)}")
+        raise DataError(f"must be an object with from and value, is {kind_of(turn)}")
     for key in ("from", "value"):
         if key not in turn:
             other = ": for role and content set data.records=messages" if "role" in turn else ""
-            raise DataError(f"{place} has no {key}; it has {listed(list(turn))}{other}")
+            raise DataError(f"has no {key}; it has {listed(list(turn))}{other}")
     role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
-        raise DataError(f"{place}: from={_shown(turn['from'])} must be one of {', '.join(SHAREGPT_ROLES)}")
-    content = _string(place, "value", turn["value"])
+        raise DataError(f"from={_shown(turn['from'])} must be one of {', '.join(SHAREGPT_ROLES)}")
+    content = _string("value", turn["value"])
     if role == "assistant":
-        _not_empty(place, "value", content)
+        _not_empty("value", content)
     return {"role": role, "content": content}
 
 
-def _tools(place: str, value: Any) -> list[Any] | None:
+def _tools(value: Any) -> list[Any] | None:
     if value is None or value in ([], ""):
         return None
     if isinstance(value, str):  # as data sets store schemas of many forms
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: tools is text, but no JSON ({error})") from error
+            raise DataError(f"tools is text, but no JSON ({error})") from error
     if not isinstance(value, list):
-        raise DataError(f"{place}: tools must be a list, is {kind_of(value)}")
+        raise DataError(f"tools must be a list, is {kind_of(value)}")
     return value or None
 
 
-def _string(place: str, name: str, value: Any) -> str:
+def _string(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {shown(name)} must be text, is {kind_of(value)}")
+        raise DataError(f"{shown(name)} must be text, is {kind_of(value)}")
     return value
 
 
-def _not_empty(place: str, name: str, text: str) -> None:
+def _not_empty(name: str, text: str) -> None:
     if not text.strip():
-        raise DataError(f"{place}: {shown(name)} is empty: there is nothing to learn; remove the row, or fill it in")
+        raise DataError(f"{shown(name)} is empty: there is nothing to learn; remove the row, or fill it in")
 
 
 def _shown(value: Any) -> str:
     return shown(value) if isinstance(value, str) else kind_of(value)
 
 
-def read_records(rows: Iterator[TableRow], shape: Shape) -> Iterator[DataRecord]:
-    """Every row as a record. Raises DataError at the first bad one."""
-    for row in rows:
-        yield parse(row, shape)
+READERS: dict[RecordKind, Callable[[TableRow, Shape], DataRecord]] = {
+    RecordKind.text: _text,
+    RecordKind.prompt_completion: _pair,
+    RecordKind.alpaca: _alpaca,
+    RecordKind.messages: _conversation,
+    RecordKind.sharegpt: _conversation,
+}

@@ -235,6 +235,14 @@ class TokenStream:
         start, stop = (int(offset) for offset in self._offsets(index, 2))
         return self.read(start, min(stop, start + limit))
 
+    def prompt(self, index: int, limit: int) -> np.ndarray:
+        """[N] int64: a document's tokens before its first target, its BOS included; none where they are more than
+        `limit`, or all tokens but the first are targets. Raises as `read` does."""
+        start, stop = (int(offset) for offset in self._offsets(index, 2))
+        targets_N = self.mask(start, min(stop, start + limit + 1))
+        first = int(targets_N.argmax())
+        return self.read(start, start + (first if targets_N.any() and first > 1 else 0))
+
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """[N] int32: which document each of tokens `start` … `stop` − 1 belongs to, counted from 0 at `start`."""
         firsts = range(0, self.documents + 1, BLOCK)

@@ -44,7 +44,7 @@ class Source:
     read: Callable[[], Iterator[Chunk]]
     taken: str = ""  # of a folder or glob: one line with what is read and what is left out
     tables: Callable[[], list[Iterator[TableRow]]] | None = None  # of records: the rows of each file
-    shape: Shape | None = None  # of records: their kind
+    shape_of: Callable[[TableRow], Shape] | None = None  # of records: their kind, by the first; raises DataError
 
     @property
     def has_records(self) -> bool:
@@ -57,15 +57,24 @@ class Source:
 
 def open_sources(data: DataConfig) -> list[Source]:
     """The configured sources, located and their formats known, but not yet read. Raises DataError."""
-    sources = []
+    return [_open(*stated) for stated in _stated(data)]
+
+
+def open_tables(data: DataConfig) -> list[Source]:
+    """The configured sources as rows for fine-tuning, whose kind is not yet known. Raises DataError."""
+    for _, key, _, kind in _stated(data):
+        if kind is RecordKind.documents:
+            raise DataError(f"{key}.records=documents has no rows for fine-tuning: leave this source out here")
+    return [_open_tables(*stated) for stated in _stated(data)]
+
+
+def _stated(data: DataConfig) -> Iterator[tuple[str, str, SourceConfig, RecordKind]]:
+    """(name, key in the configuration, source, kind of its rows) of every source. Raises DataError."""
     for name, config in data.all_sources().items():
         key = "data" if data.path is not None else f"data.sources.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise DataError(f"{key}: the name {name!r} must be letters, digits, '_', '-' and '.': it names a folder")
-        kind = config.records or data.records
-        source = _open(name, key, config, kind)
-        sources.append(source)
-    return sources
+        yield name, key, config, config.records or data.records
 
 
 def stated_weights(data: DataConfig) -> dict[str, float]:
@@ -92,14 +101,15 @@ def _is_dataset(key: str, config: SourceConfig) -> bool:
 
 def _open_records(name: str, key: str, config: SourceConfig, kind: RecordKind) -> Source:
     """Rows of files or a data set, of the kind that the first one has, or the stated one."""
-    source = open_tables(name, key, config)
+    source = _open_tables(name, key, config, kind)
     assert source.tables is not None
+    assert source.shape_of is not None
     first = next((row for rows in source.tables() for row in rows), None)
     if first is None:
-        raise DataError(f"{key}.path={shown(config.path)}: is empty: it holds no row")
+        raise DataError(f"{key}.path={shown(config.path, 200)}: is empty: it holds no row")
     if first.problem:
         raise DataError(f"{first.place}: {first.problem}")
-    shape = source.shape = shape_of(first, key, config, kind)
+    shape = source.shape_of(first)
     tables = source.tables
 
     def read() -> Iterator[Chunk]:
@@ -114,13 +124,17 @@ def _open_records(name: str, key: str, config: SourceConfig, kind: RecordKind) -
     return source
 
 
-def open_tables(name: str, key: str, config: SourceConfig) -> Source:
+def _open_tables(name: str, key: str, config: SourceConfig, kind: RecordKind) -> Source:
     """A source whose rows are whole: its `tables` are known, but not the rows' kind. Raises DataError."""
+
+    def shape(row: TableRow) -> Shape:
+        return shape_of(row, key, config, kind)
+
     if config.format is not SourceFormat.stdlib and _is_dataset(key, config):
         rows = _load_dataset(key, config, expanded(f"{key}.path", config.path))
         place = f"{config.path} ({config.split})"
         source = _of_dataset(name, key, config, rows)
-        source.tables = lambda: [dataset_rows(rows, place)]
+        source.tables, source.shape_of = lambda: [dataset_rows(rows, place)], shape
         return source
     source, paths, readers = _of_files(name, key, config)
     other = next((path for path, reader in zip(paths, readers, strict=True) if reader not in ROWS), None)
@@ -130,6 +144,7 @@ def open_tables(name: str, key: str, config: SourceConfig) -> Source:
             f"Parquet, a data set): to pack it as documents, set {key}.records=documents"
         )
     source.tables = lambda: [read_rows(path, reader) for path, reader in zip(paths, readers, strict=True)]
+    source.shape_of = shape
     return source
 
 

@@ -42,7 +42,7 @@ def dataset_rows(rows: Any, place: str) -> Iterator[TableRow]:
     """Every row of a `datasets` table."""
     try:
         for number, row in enumerate(rows):
-            yield _checked(f"{place}: row {number}", row)
+            yield TableRow(f"{place}: row {number}", row)
     except DataError:
         raise
     except Exception as error:  # `datasets` lets any exception of its readers through
@@ -64,7 +64,7 @@ def _json_rows(path: Path) -> Iterator[TableRow]:
                         f"{place}: begins a JSON array, but each line must be one JSON object: "
                         f"`jq -c '.[]' {path.name} > {path.stem}.jsonl` makes such lines"
                     )
-            yield _json_row(place, line)
+            yield _json_row(place, line.rstrip(b"\r\n"))
 
 
 def _json_row(place: str, line: bytes) -> TableRow:
@@ -84,7 +84,9 @@ def _json_row(place: str, line: bytes) -> TableRow:
         return TableRow(place, problem=f"has two fields named {shown(str(error))!r}: keep one")
     if not isinstance(row, dict):
         return TableRow(place, problem=f"must be a JSON object, is {kind_of(row)}")
-    return _checked(place, row)
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _too_deep(row):
+        return TableRow(place, problem=f"nested more than {DEEPEST} levels deep")
+    return TableRow(place, row)
 
 
 class _TwiceError(Exception):
@@ -101,14 +103,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise _TwiceError(next(name for name in names if names.count(name) > 1))
     return found
-
-
-def _checked(place: str, values: dict[str, Any]) -> TableRow:
-    return (
-        TableRow(place, problem=f"nested more than {DEEPEST} levels deep")
-        if _too_deep(values)
-        else TableRow(place, values)
-    )
 
 
 def _too_deep(value: Any) -> bool:
@@ -145,7 +139,7 @@ def _parquet_rows(path: Path) -> Iterator[TableRow]:
                 raise DataError(f"{path}: has {names.count(twice)} fields named {shown(twice)!r}: rename all but one")
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for values in batch.to_pylist():
-                    yield _checked(f"{path}: row {number}", values)
+                    yield TableRow(f"{path}: row {number}", values)
                     number += 1
     except DataError:
         raise

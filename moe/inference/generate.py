@@ -1,8 +1,5 @@
 """Generates text: a batch of prompts, a rolling cache, and the usual ways to pick the next token.
 
-    moe generate checkpoint=runs/tiny-stdlib prompt='def '
-    moe generate checkpoint=runs/tiny-stdlib prompts_file=prompts.txt temperature=0     # one JSON object a line
-
 Prompts of different lengths are padded on the left; the padding is a document of its own, which no prompt sees. A
 prompt's random numbers come from (seed, its index), so its text depends on no other prompt.
 Legend: B prompts, P longest prompt, V vocabulary.
@@ -11,17 +8,13 @@ Legend: B prompts, P longest prompt, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from moe.config.generate import GenerateConfig, Sampling
+from moe.config.generate import Sampling
 from moe.config.rules import require
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
@@ -53,11 +46,18 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: list[str], setti
 
 
 def stream(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[str], settings: Sampling, *, all_steps: bool = False
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[int]],
+    settings: Sampling,
+    *,
+    ends: frozenset[int] = frozenset(),
+    all_steps: bool = False,
 ) -> Iterator[TextPiece]:
     """The continuations as they come. Raises UserError when the tokenizer or the lengths don't fit the model, and
     NotFiniteError.
 
+    A prompt is a text, which begins a document, or the token ids of a beginning; the tokens of `ends` end a text too.
     `all_steps` makes exactly `max_new_tokens` passes even when every text has ended: ranks that share experts must pass
     equally often, and rounding could make one rank's text end before another's.
     """
@@ -71,7 +71,8 @@ def stream(
         tokenizer.vocab_size <= config.vocab_size,
         f"the tokenizer's {tokenizer.vocab_size} pieces must be ≤ model.vocab_size={config.vocab_size}",
     )
-    texts = [_Text(tokenizer, index, prompt, settings) for index, prompt in enumerate(prompts)]
+    ends |= {tokenizer.eos_id}
+    texts = [_Text(tokenizer, index, prompt, settings, ends) for index, prompt in enumerate(prompts)]
     width = max(len(text.ids) for text in texts)
     total = width + settings.max_new_tokens
     require(
@@ -127,10 +128,12 @@ def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
 class _Text:
     """One prompt and its continuation so far."""
 
-    def __init__(self, tokenizer: Tokenizer, index: int, prompt: str, settings: Sampling) -> None:
-        self.tokenizer, self.index, self.settings = tokenizer, index, settings
-        prompt_ids = tokenizer.encode(prompt)
-        self.ids = [tokenizer.bos_id, *prompt_ids]
+    def __init__(
+        self, tokenizer: Tokenizer, index: int, prompt: str | list[int], settings: Sampling, ends: frozenset[int]
+    ) -> None:
+        self.index, self.settings, self.ends = index, settings, ends
+        prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        self.ids = [tokenizer.bos_id, *prompt_ids] if isinstance(prompt, str) else prompt
         self.seen = set(self.ids)
         self.decoder = IncrementalDecoder(tokenizer, prompt_ids)
         self.held_back, self.done = "", False  # the end of the text, which may be the beginning of the stop text
@@ -142,9 +145,9 @@ class _Text:
 
     def add(self, token: int, last: bool) -> TextPiece | None:
         """Appends the next token; returns the text that can be shown now."""
-        self.done = last or token == self.tokenizer.eos_id
+        self.done = last or token in self.ends
         text = self.held_back
-        if token != self.tokenizer.eos_id:
+        if token not in self.ends:
             self.seen.add(token)
             text += self.decoder.add(token)
         if self.done:
@@ -168,38 +171,3 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: i
     """The greedy continuation of `prompt`, to look at while training. Ranks that share experts call it together."""
     settings = Sampling(max_new_tokens=tokens, temperature=0.0)
     return "".join(piece.text for piece in stream(model, tokenizer, [prompt], settings, all_steps=True))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 file that aren't blank. Raises UserError naming the file (and the byte)."""
-    try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"prompts_file={path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts_file={path}: byte {error.start} isn't UTF-8; save the file as UTF-8") from error
-    prompts = [line for line in lines if line.strip()]
-    require(bool(prompts), f"prompts_file={path}: has no prompt; write one a line")
-    return prompts
-
-
-def run_generate(config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, out: TextIO | None = None) -> None:
-    """`moe generate`: one prompt's text is streamed; a file's prompts give one JSON object a line, in the file's order.
-
-    Writes to `out`, or to standard output.
-    """
-    sink: TextIO = sys.stdout if out is None else out
-    if config.prompt is not None:
-        sink.write(config.prompt)
-        for piece in stream(model, tokenizer, [config.prompt], config):
-            sink.write(piece.text)
-            sink.flush()
-        sink.write("\n")
-        return
-    assert config.prompts_file is not None
-    prompts = read_prompts(Path(config.prompts_file))
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        for prompt, text in zip(batch, generate(model, tokenizer, batch, config), strict=True):
-            sink.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-        sink.flush()

@@ -21,6 +21,7 @@ from moe.checkpoint.reader import resolve, tokenizer_folder
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config, ExportConfig, ExportDtype, ExportFormat
 from moe.config.compose import read_config
+from moe.config.rules import require
 from moe.data.tokenizer import load_saved
 from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync
@@ -30,13 +31,12 @@ from moe.interop.families.base import DiskTensor
 from moe.interop.gguf_file import FILE, check_gguf, gguf_tensors, require_gguf, write_gguf
 from moe.interop.hub_folder import INDEX
 from moe.interop.hub_tokenizer import hub_tokenizer_files
-from moe.interop.merged import open_checkpoint
 from moe.interop.model_card import model_card, run_metrics
 from moe.interop.model_folder import in_files
 from moe.interop.new_folder import new_folder
 from moe.interop.peft_adapter import export_adapter
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
-from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw
+from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint
 
 GB = 10**9
 SHARD_GB = 5.0
@@ -62,8 +62,9 @@ def run_export(config: ExportConfig, warn: Callable[[str], None]) -> str:
     saved: Config = read_config(folder / CONFIG)
     state = read_state(folder)
     if config.format is ExportFormat.peft:
-        if not saved.adapter.trains_adapter:
-            raise UserError(f"format=peft: {folder} holds a whole model, no adapter: leave format out")
+        require(
+            saved.adapter.trains_adapter, f"format=peft: {folder} holds a whole model, no adapter: leave format out"
+        )
         return export_adapter(folder, saved, find_base(folder, state), path)
     model = (open_checkpoint(folder, saved), saved, load_saved(tokenizer_folder(folder)))
     options: dict[str, Any] = {"state": state, "family": config.family, "dtype": config.dtype}

@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moe.adapters.merge import is_part, merged
+from moe.checkpoint.base import find_base
 from moe.checkpoint.layout import MODEL
 from moe.checkpoint.manifest import read_manifest, shards_of
-from moe.config import ExpertsConfig, ModelConfig, RouterConfig
+from moe.checkpoint.state import read_state
+from moe.config import AdapterConfig, Config, ExpertsConfig, ModelConfig, RouterConfig
 from moe.errors import UserError
 from moe.interop.tensor_files import StoredTensor, TensorInfo, read_header
 from moe.model.transformer import Transformer
@@ -100,6 +103,34 @@ class CheckpointTensors:
         for first, stored in parts:
             stored.read_into(whole[first : first + stored.shape[0]])
         return whole
+
+
+class MergedTensors:
+    """The model of an adapter's checkpoint: its base's tensors with the adapter added, and those trained in full."""
+
+    def __init__(self, base: TensorSource, trained: TensorSource, config: AdapterConfig) -> None:
+        self._base, self._trained, self._config = base, trained, config
+        saved = trained.infos()
+        self._own = {name: info for name, info in saved.items() if not is_part(name)}
+        self._parts = saved.keys() - self._own.keys()
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return self._base.infos() | self._own
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        if name in self._own:
+            return self._trained.read(name, expert)
+        weight = self._base.read(name, expert)
+        return merged(name, weight, self._parts, lambda part: self._trained.read(part, expert), self._config)
+
+
+def open_checkpoint(folder: Path, config: Config) -> TensorSource:
+    """The tensors of the whole model of a checkpoint that `resolve` has verified and `config` describes, an adapter
+    merged. Raises UserError, OSError."""
+    own = CheckpointTensors(folder)
+    if not config.adapter.trains_adapter:
+        return own
+    return MergedTensors(CheckpointTensors(find_base(folder, read_state(folder))), own, config.adapter)
 
 
 def header_flaw(folder: Path) -> str | None:

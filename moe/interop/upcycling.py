@@ -25,10 +25,9 @@ from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.interop.hub_folder import HubFolder, is_hub_folder
 from moe.interop.importing import model_config, read_hf_tokenizer
-from moe.interop.merged import open_checkpoint
 from moe.interop.model_folder import write_model_folder
 from moe.interop.tensor_files import TensorInfo
-from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw
+from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint
 from moe.plan.counts import count_parameters
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
+from torch.overrides import TorchFunctionMode
 
 from moe.config import Config
 from moe.kernels.policy import exact_float32
@@ -15,6 +20,16 @@ def build_model(config: Config, device: torch.device, expert_group: ProcessGroup
     model = empty_model(config, device, expert_group)
     model.init_weights(config.train.seed)
     return model
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """`init.normal_` does nothing. On the meta device torch would load its compiler for it, in half a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        return keywords["tensor"] if func is nn.init.normal_ else func(*args, **keywords)
 
 
 def empty_model(
@@ -30,7 +45,7 @@ def empty_model(
     A module with buffers must set them in `reset_buffers()`, which its constructor calls too.
     """
     exact_float32(device)
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
     model.to(dtype).to_empty(device=device)
     model.tie_weights()

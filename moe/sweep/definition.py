@@ -106,6 +106,10 @@ def define(settings: SweepSettings, overrides: list[str], load: Load) -> Definit
         require(one.key != "train.seed", "sweep.space.train.seed: seeds are not searched: sweep.seeds=N trains N each")
         require(one.key != "run_dir", "sweep.space.run_dir: each trial has its own under the sweep's run_dir")
     definition = Definition(settings, dimensions, fixed, load(fixed))
+    require(
+        definition.base.train.epochs is None,
+        f"train.epochs={definition.base.train.epochs}: a sweep plans its trials in steps: give train.steps instead",
+    )
     if settings.sampler is Sampler.points:
         for name in settings.points:
             _tried(lambda name=name: load(definition.overrides({POINT: name}, 0)), f"sweep.points.{name}")

@@ -44,7 +44,10 @@ def train(config: Config) -> None:
         held = mesh.agree(lambda: RunLock(folder) if mesh.is_main else None, "run_dir")
         try:
             run = set_up(config, mesh, folder, display)
-            if run.state.step >= config.train.steps:
+            if run.best.stops:
+                display.line(f"{folder} is finished: it ended early at step {run.state.step}, {run.best.line()}")
+                return
+            if run.state.step >= run.config.train.steps:
                 display.line(f"{folder} is finished at step {run.state.step}; a larger train.steps goes on from there")
                 return
             with run.stop, run.watchdog:
@@ -68,9 +71,11 @@ def _loop(run: TrainingRun, held: RunLock | None) -> None:
                 held.check(state.step)
             state.elapsed = time.monotonic() - began
             metrics |= {"time": time.time(), "elapsed": state.elapsed}  # Unix seconds; seconds of training
-            last = state.step == train.steps
+            last, best = state.step == train.steps, False
             if state.step % train.eval_every == 0 or last:
                 metrics |= _evaluate(run)
+                best = run.best.judge(metrics)
+                last |= run.best.stops
             metrics |= run.alarm.judge(metrics, not_finite)
             if run.tracker is not None:
                 run.tracker.log(metrics)
@@ -80,12 +85,15 @@ def _loop(run: TrainingRun, held: RunLock | None) -> None:
                 break
             if (state.step % train.sample_every == 0 or last) and _transformer(run).is_causal:
                 _sample(run)
-            if state.step % config.checkpoint.every == 0 or last or run.stop.agreed is not None:
+            if state.step % config.checkpoint.every == 0 or best or last or run.stop.agreed is not None:
                 run.watchdog.beat(state.step, "the save", long=True)
                 run.saver.save(run.engine, run.state, to_yaml(run.config))
+            if run.best.stops:
+                run.display.line(f"step {state.step}: ends early, {run.best.line()}")
+                break
         run.watchdog.beat(state.step, "the end of the last save", long=True)
         saved = run.saver.wait()
-        stopped_itself = run.guard.exhausted or run.alarm.stops
+        stopped_itself = run.guard.exhausted or run.alarm.stops or run.best.stops
         finished = run.stop.agreed is None or state.step >= train.steps or stopped_itself
         if run.mesh.is_main and finished:
             _written(run, lambda: _report(run))

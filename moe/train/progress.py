@@ -26,7 +26,7 @@ class Display:
         self._console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self._errors = Console(stderr=True, quiet=not is_main, highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal and is_main
-        self._steps, self._log_every = steps, log_every
+        self.steps, self._log_every = steps, log_every
         self._bar: Progress | None = None
         self._started, self._first_step = time.perf_counter(), 0
 
@@ -51,7 +51,7 @@ class Display:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            bar.add_task("train", total=self._steps, completed=first_step, metrics="")
+            bar.add_task("train", total=self.steps, completed=first_step, metrics="")
             bar.start()
             self._bar = bar
 
@@ -66,14 +66,14 @@ class Display:
             text += f" · dropped {metrics['dropped_fraction']:.1%}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, metrics=text)
-        elif step % self._log_every == 0 or step in (self._first_step + 1, self._steps):
+        elif step % self._log_every == 0 or step in (self._first_step + 1, self.steps):
             done = step - self._first_step
-            remaining = (time.perf_counter() - self._started) / done * (self._steps - step)
-            self.line(f"step {step}/{self._steps} · {text} · {duration(remaining)} left")
+            remaining = (time.perf_counter() - self._started) / done * (self.steps - step)
+            self.line(f"step {step}/{self.steps} · {text} · {duration(remaining)} left")
         if "val_loss" in metrics:
             gap = metrics["val_unigram_entropy"] - metrics["val_loss"]
             self.line(
-                f"step {step}/{self._steps} · validation loss {metrics['val_loss']:.4f} nats"
+                f"step {step}/{self.steps} · validation loss {metrics['val_loss']:.4f} nats"
                 f" ({gap:+.2f} under the unigram entropy) · {metrics['val_bits_per_byte']:.3f} bits per byte"
             )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moe.model.transformer import Transformer
 from moe.plan import count_parameters, flops_per_token
 from moe.sparse import SparseMLP
 from moe.train.alarm import Alarm
+from moe.train.best import Best
 from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
@@ -52,6 +54,7 @@ class TrainingRun:
     state: TrainState
     guard: Guard
     alarm: Alarm
+    best: Best
     collective_timing: CollectiveTiming
     straggler: Straggler
     hosts: list[str]  # by rank
@@ -65,6 +68,8 @@ class TrainingRun:
 def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> TrainingRun:
     """A fresh run, or one that goes on from the newest whole checkpoint. A collective. Raises UserError."""
     data = open_data(config, mesh, display)
+    config = _in_steps(config, data.loader.epoch_samples)
+    display.steps = config.train.steps
     start = find_start(config, folder, data.corpus, mesh, display)
     complete = partial(add_adapter, start, config)
     mesh, engine, peak = build(config, data.corpus, mesh, display, complete)
@@ -74,6 +79,14 @@ def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> Traini
     if state.step < config.train.steps:  # a finished run stays as it is
         mesh.agree(lambda: _write_run_files(run, resumed=start.resumed is not None), "run_dir")
     return run
+
+
+def _in_steps(config: Config, samples: int) -> Config:
+    """`train.epochs` as `train.steps`. Raises UserError where the schedule then doesn't fit."""
+    if config.train.epochs is None:
+        return config
+    steps = max(1, math.ceil(config.train.epochs * samples / config.train.global_batch_size))
+    return replace(config, train=replace(config.train, steps=steps, epochs=None))
 
 
 def watch(
@@ -107,6 +120,7 @@ def watch(
         state=state,
         guard=Guard(config.guard, state, mesh, display.warn),
         alarm=Alarm(config.alarm, state, _sparse_layers(engine), display.warn),
+        best=Best(config.checkpoint, state),
         collective_timing=CollectiveTiming(mesh, enabled=config.guard.name_stragglers),
         straggler=Straggler(hosts, display.warn),
         hosts=hosts,

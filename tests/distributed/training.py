@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import atexit
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +33,9 @@ from tests.bias_router.router import install
 
 install()  # router=bias
 
-# DeepSpeed imports it when an engine is made: seconds, which every forked rank would spend.
-importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+COMPOSED = Path(tempfile.mkdtemp(prefix="configs-"))  # of this process of tests and the ranks that it forks
+OWNER = os.getpid()
+atexit.register(lambda: os.getpid() == OWNER and shutil.rmtree(COMPOSED, ignore_errors=True))
 
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
@@ -49,7 +58,16 @@ class Training:
 
 
 def config_of(overrides: list[str]) -> Config:
-    return load_config([*SMALL, *overrides])
+    """Composed once for all ranks and tests, since that takes as long as the steps of most tests."""
+    name = hashlib.sha256(json.dumps(overrides).encode()).hexdigest()
+    with (COMPOSED / name).open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if content := file.read():
+            return pickle.loads(content)
+        config = load_config([*SMALL, *overrides])
+        file.write(pickle.dumps(config))
+    return config
 
 
 def micro_batches(config: Config, step: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""The command line as users run it: real processes, real torchrun, a small corpus."""
+"""The command line as users run it: real processes (tests/forkserver.py), real torchrun, a small corpus."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests import forkserver
 
 SMALL = [
     "model.vocab_size=512", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
@@ -47,12 +49,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def moe() -> Run:
-    """`moe(*overrides, ranks=N)` runs the command, under torchrun if N > 1, and returns the finished process."""
+    """`moe(*overrides, ranks=N)` runs the command, under torchrun if N > 1, and returns the finished process.
+
+    `anew`: Python starts anew, as for a user; otherwise it is forked.
+    """
 
     def run(
-        *overrides: str, ranks: int = 1, timeout: float = 120, more: dict[str, str] | None = None
+        *overrides: str, ranks: int = 1, timeout: float = 120, more: dict[str, str] | None = None, anew: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return (subprocess if anew else forkserver).run(
             command(overrides, ranks),
             capture_output=True,
             text=True,

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
+
 
 def doctor(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moe", "doctor", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return forkserver.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def test_json_holds_every_check(tmp_path: Path) -> None:

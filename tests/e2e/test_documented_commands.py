@@ -10,7 +10,9 @@ import csv
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -20,6 +22,8 @@ from moe.cli.verbs import MULTIRUN, load, schema
 from moe.config import PlanConfig
 from moe.config.compose import load_config
 from moe.config.multirun import expand
+from tests import forkserver
+from tests.e2e.conftest import environment
 from tests.e2e.documented import DOCUMENTS, ROOT, Command, commands
 from tests.faults.forked import Finished, moe_ranks
 
@@ -47,6 +51,7 @@ SHORT = [
     "train.steps=1", "train.micro_batch_size=1", "train.global_batch_size=2", "train.eval_sequences=3",
     "train.sample_tokens=2", "train.peak_tflops=0.1", "tracking.backend=none",
 ]  # fmt: skip
+SWEEP: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 200}  # its trials are forked too
 PLAIN_RUN = "runs/tiny-stdlib"  # of `moe train`; what RUN and RUN_DIR stand for
 EXPORTED = "exported"  # a Hugging Face folder, of `moe export`; what HF_DIR stands for
 
@@ -78,7 +83,11 @@ class Desk:
                     rest.append(f"run_dir=runs/{len(self._done)}")
             if verb == "analyze":
                 rest += [f"data.cache_dir={self._folder / 'cache'}", "analyze.sequences=6", "analyze.permutations=5"]
-            self._done[command] = moe_ranks(verb, *rest, ranks=command.ranks or 1, timeout=200)
+            if verb == "sweep":
+                done = forkserver.run([sys.executable, "-m", "moe", verb, *rest], **SWEEP, env=environment())
+                self._done[command] = [Finished(done.returncode, done.stdout, done.stderr)]
+            else:
+                self._done[command] = moe_ranks(verb, *rest, ranks=command.ranks or 1, timeout=200)
         return self._done[command]
 
     def _prepare(self, verb: str, words: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from tests.e2e.conftest import SMALL, Run, command, environment, read_metrics
 
 KEYS = {
@@ -27,7 +28,7 @@ TIMED = {"tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_
 def whole(moe: Run, corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 40 steps in one process."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = moe("train", f"run_dir={folder}", *corpus, *SMALL)
+    done = moe("train", f"run_dir={folder}", *corpus, *SMALL, anew=True)
     assert done.returncode == 0, done.stderr
     assert "experts: 4, 2 a token, grouped_mm" in done.stdout
     assert "validation loss" in done.stdout
@@ -104,7 +105,7 @@ def test_the_same_command_resumes_after_a_kill_and_the_curve_is_bitwise_the_same
 ) -> None:
     overrides = ("train", f"run_dir={tmp_path}", *corpus, *SMALL)
     metrics = tmp_path / "metrics.jsonl"
-    with subprocess.Popen(command(overrides), env=environment(), stdout=subprocess.DEVNULL) as process:
+    with forkserver.Popen(command(overrides), env=environment(), stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 12):
             assert process.poll() is None, "the run ended before it could be killed"
@@ -123,12 +124,16 @@ def test_the_same_command_resumes_after_a_kill_and_the_curve_is_bitwise_the_same
 
 
 @pytest.mark.parametrize(
-    "overrides", [["parallel.expert_parallel_size=1"], ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]]
+    ("overrides", "anew"),
+    [
+        (["parallel.expert_parallel_size=1"], False),
+        (["parallel.expert_parallel_size=2", "parallel.zero_stage=2"], True),
+    ],
 )
 def test_two_ranks_give_the_same_curve(
-    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, overrides: list[str]
+    moe: Run, corpus: list[str], whole: Path, tmp_path: Path, overrides: list[str], anew: bool
 ) -> None:
-    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *overrides, ranks=2)
+    done = moe("train", f"run_dir={tmp_path}", *corpus, *SMALL, *overrides, ranks=2, anew=anew)
     assert done.returncode == 0, done.stderr
     _same_curve(tmp_path, whole, 1e-6)
     assert done.stdout.count("validation loss") == 2, "only rank 0 prints"

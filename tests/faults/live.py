@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from tests import forkserver
 from tests.e2e.conftest import SMALL, environment, read_metrics
 
 OVERRIDES = ["train", *SMALL, "train.steps=60", "train.eval_every=30", "train.sample_every=30"]
@@ -26,10 +27,17 @@ class Live:
     """`with Live(…) as run:` starts a process in its own session; its output goes to a file beside the run directory.
 
     `overrides` start with the verb; `launcher` goes before `-m moe` (or before the overrides, for a shell script).
+    `anew`: Python starts anew, as for a user; otherwise it is forked, and so are torchrun's ranks.
     """
 
     def __init__(
-        self, run_dir: Path, overrides: list[str], launcher: tuple[str, ...] = (), more: dict[str, str] | None = None
+        self,
+        run_dir: Path,
+        overrides: list[str],
+        launcher: tuple[str, ...] = (),
+        more: dict[str, str] | None = None,
+        *,
+        anew: bool = False,
     ) -> None:
         self.run_dir = run_dir
         module = [] if launcher == TORCHRUN_SH else ["-m", "tests.faults.inject" if more and "FAULT" in more else "moe"]
@@ -37,7 +45,7 @@ class Live:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self._out = run_dir.with_name(run_dir.name + ".out")
         with self._out.open("ab") as out:
-            self.process = subprocess.Popen(
+            self.process = (subprocess if anew else forkserver).Popen(
                 command, stdout=out, stderr=out, env=environment(more), cwd=ROOT, start_new_session=True
             )
 

@@ -28,6 +28,7 @@ from moe.engine.base import SkipReason
 from moe.engine.deepspeed.engine import DeepSpeedEngine
 from moe.train.guard import Guard
 from moe.train.objective import training_step
+from tests import forkserver
 from tests.distributed.training import build, config_of, micro_batches
 from tests.e2e.conftest import SMALL, command, environment, read_metrics
 from tests.faults.inject import inject
@@ -42,7 +43,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "spike": {"kind": "spike", "factor": 1e4},
 }
 Setup = tuple[str, int, int]  # precision, ZeRO stage, expert-parallel size
-QUICK: tuple[Setup, ...] = (("float32", 1, 1), ("float32", 2, 2), ("bfloat16", 1, 2), ("bfloat16", 2, 1))
+QUICK: tuple[Setup, ...] = (("float32", 2, 1), ("bfloat16", 1, 2))  # both of DeepSpeed's optimizer classes
 SLOW: tuple[Setup, ...] = tuple(set(itertools.product(["float32", "bfloat16"], [1, 2], [1, 2])) - set(QUICK))
 NAME = "{0[0]}, ZeRO-{0[1]}, EP {0[2]}".format
 every_setup = pytest.mark.parametrize(
@@ -273,4 +274,4 @@ def _injected(fault: dict[str, Any], overrides: list[str], ranks: int = 1) -> su
     started = command(tuple(overrides), ranks)
     started[started.index("moe")] = "tests.faults.inject"
     more = environment({"FAULT": json.dumps(fault)})
-    return subprocess.run(started, capture_output=True, text=True, timeout=120, env=more, check=False)
+    return forkserver.run(started, capture_output=True, text=True, timeout=120, env=more, check=False)

@@ -23,7 +23,7 @@ def test_torchrun_restarts_a_killed_rank(
     corpus: list[str], undisturbed: Callable[..., Path], tmp_path: Path, outcome: Outcome, rank: int
 ) -> None:
     overrides = [*OVERRIDES, *corpus, f"run_dir={tmp_path / 'run'}"]
-    with Live(tmp_path / "run", overrides, (*TORCHRUN, "--max-restarts", "1")) as run:
+    with Live(tmp_path / "run", overrides, (*TORCHRUN, "--max-restarts", "1"), anew=rank == 0) as run:
         run.until_step(12)
         before = run.ranks()
         send(before[rank], signal.SIGKILL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from tests.e2e.conftest import SMALL, environment
 from tests.faults.forked import Finished, moe_ranks
 
@@ -86,7 +86,7 @@ def test_a_run_that_fails(corpus: list[str], tmp_path: Path, outcome: Callable[[
 def test_the_stacks_of_a_hang(corpus: list[str], tmp_path: Path, outcome: Callable[[str], None]) -> None:
     fault = {"FAULT": json.dumps({"kind": "sleep", "seconds": 60, "steps": [3]})}
     overrides = ["train", f"run_dir={tmp_path}", *corpus, *SHORT, "tracking=none", "guard.hang_seconds=3"]
-    hung = subprocess.run(
+    hung = forkserver.run(
         [sys.executable, "-m", "tests.faults.inject", *overrides],
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ import pytest
 from tests.faults.forked import moe_ranks
 from tests.faults.live import OVERRIDES, TORCHRUN, Live, assert_same_run, gone, send
 
+SHORT = "train.steps=15"
 Outcome = Callable[[str], None]
 SHARDS = ("train/00000.bin", "train/documents.bin", "held_out/00000.bin", "held_out/documents.bin")
 
@@ -39,13 +40,13 @@ def test_changed_bytes_are_named_and_the_corpus_is_prepared_again(
         path.write_bytes(bytes([good[0] ^ 1, *good[1:-1], good[-1] ^ 1]))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         run_dir = tmp_path / name.replace("/", "-")
-        done = moe_ranks(*OVERRIDES, *mine, f"run_dir={run_dir}", ranks=2)
+        done = moe_ranks(*OVERRIDES, SHORT, *mine, f"run_dir={run_dir}", ranks=2)
         assert [one.code for one in done] == [0, 0], done[0].err
         lines = [line for one in done for line in (one.out + one.err).splitlines() if "preparing again" in line]
         assert len(lines) == 1, lines
         assert f"warning: {path}: " in lines[0]
         assert path.read_bytes() == good
-        assert_same_run(run_dir, undisturbed(2))
+        assert_same_run(run_dir, undisturbed(2, SHORT))
     outcome(
         f"bytes changed at equal size, in {len(SHARDS)} files: each found before the first step and named in one line "
         "by one of two ranks, prepared again, bitwise equal"

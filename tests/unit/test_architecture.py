@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "inference": {"model", "data", "config", "errors"},
     "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
+    "validate": {"report", "plan", "data", "config", "durable", "errors", "__init__"},
     "train": {
         "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse",
         "kernels", "distributed", "config", "durable", "locks", "untrusted", "errors",
@@ -52,8 +53,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "analysis", "sweep", "train", "report", "interop", "inference", "plan", "data", "checkpoint",
-        "distributed", "kernels", "config", "errors",
+        "doctor", "bench", "analysis", "sweep", "train", "validate", "report", "interop", "inference", "plan", "data",
+        "checkpoint", "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},
     "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},

@@ -37,6 +37,7 @@ from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
 from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, check_version, require_meaning
+from moe.engine.deepspeed.muon import import_muon_uncompiled
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.engine.deepspeed.shortcuts import Shortcuts
 from moe.engine.deepspeed.skip import NormLimit
@@ -164,6 +165,7 @@ class DeepSpeedEngine:
             eps=config.optim.eps,
             fused=True,
         )
+        import_muon_uncompiled()
         engine, zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from moe.bench import BENCHMARKS, peers, run_bench
 from moe.bench.stepper import batch_of
 from moe.model.transformer import Transformer
+from tests import forkserver
 
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
@@ -69,7 +69,7 @@ def test_sides_that_differ_are_not_compared(name: str) -> None:
 def test_peers_runs_and_ends_with_the_ratio() -> None:
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "moe", "bench", "peers", "rounds=2", "steps=1", *SMALL]
-    done = subprocess.run(
+    done = forkserver.run(
         command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,18 @@
 """Completion, in a real bash: verbs, groups with presets, keys, and the values of choices."""
 
 import subprocess
+from functools import cache
 
 import pytest
 
 from moe.cli.completion import completion_script
 
+script_of_all_verbs = cache(completion_script)  # the same for every line, and a second's work
+
 
 def complete(line: str) -> list[str]:
     """What bash offers after `line`."""
-    script = f"{completion_script()}\nCOMP_LINE={line!r} COMP_POINT={len(line)}\ncompopt() {{ :; }}\n_moe\n"
+    script = f"{script_of_all_verbs()}\nCOMP_LINE={line!r} COMP_POINT={len(line)}\ncompopt() {{ :; }}\n_moe\n"
     script += 'printf "%s\\n" "${COMPREPLY[@]}"'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
     assert done.stderr == ""

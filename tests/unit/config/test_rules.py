@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -44,6 +45,11 @@ def numeric_keys(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, type
 
 
 def composed(verb: str) -> DictConfig:
+    return copy.deepcopy(_composed_once(verb))
+
+
+@cache
+def _composed_once(verb: str) -> DictConfig:
     name, schema, given = VERBS[verb]
     return compose_dict(given, name, schema)
 

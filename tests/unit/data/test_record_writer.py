@@ -232,6 +232,19 @@ def test_rows_that_leave_a_split_empty_are_refused(tmp_path):
         make(path, tmp_path / "cache")
 
 
+def test_the_opening_is_the_first_held_out_prompt(chats, tmp_path):
+    corpus = make(chats, tmp_path, 256)
+    rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    opening = corpus.opening()
+    assert opening.startswith("[INST]")
+    assert opening.endswith("[/INST]")
+    assert any(row[0]["content"].strip() in opening for row in rows)
+    text = make(
+        write(tmp_path / "text.jsonl", [{"text": f"number {i} of many"} for i in range(40)]), tmp_path / "cache"
+    )
+    assert text.opening().startswith("number ")
+
+
 def test_the_template_is_saved_with_the_tokenizer(chats, tmp_path):
     corpus = make(chats, tmp_path)
     assert "[INST]" in corpus.tokenizer.chat_template

@@ -54,7 +54,7 @@ def test_a_bad_line_of_json_is_a_problem_and_the_next_one_is_read(tmp_path):
     assert [row.place.rpartition(":")[2] for row in found] == ["1", "2", "3", "4", "5", "6", "7", "10", "11", "12"]
     assert [row.values for row in found if not row.problem][::2] == [{"a": 1}, {"a": 2}]
     problems = [row.problem for row in found if row.problem]
-    rules = ["broken JSON at column 1", "must be a JSON object, is a list", "has two fields named 'a'",
+    rules = ["broken JSON at column 2", "must be a JSON object, is a list", "has two fields named 'a'",
              "byte 7 of the line (0xff) is not UTF-8", "must be a JSON object, is a number", "nested too deeply",
              "nested more than 64 levels deep"]  # fmt: skip
     assert len(problems) == len(rules)

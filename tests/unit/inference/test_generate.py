@@ -10,7 +10,8 @@ from moe.config import ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.config.compose import ConfigError, load_config
 from moe.config.generate import GenerateConfig, Sampling
 from moe.config.overrides import quote_texts
-from moe.inference.generate import generate, read_prompts, run_generate, sample_text, stream
+from moe.inference.command import read_prompts, run_generate
+from moe.inference.generate import generate, sample_text, stream
 from moe.inference.sampling import pick
 from moe.model.transformer import Transformer
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +56,17 @@ def test_other_dtypes_get_the_same_values_rounded() -> None:
     model.init_weights(config.train.seed)
     for one, other in zip(model.parameters(), wide.parameters(), strict=True):
         assert torch.equal(one, other.bfloat16())
+
+
+def test_building_a_model_loads_no_compiler() -> None:
+    program = (
+        "import sys, torch\n"
+        "from moe.config.compose import load_config\n"
+        "from moe.model.build import build_model\n"
+        f"build_model(load_config({SMALL!r}), torch.device('cpu'))\n"
+        "assert not {'torch._dynamo', 'torch._inductor.compile_fx'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=100, check=True)
 
 
 class WithBuffer(nn.Module):
