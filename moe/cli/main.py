@@ -12,9 +12,10 @@
     moe validate data.path=rows.jsonl                     rows for fine-tuning: what is wrong with which, what is learnt
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
-    moe import checkpoint=HF_DIR run_dir=RUN_DIR          a Hugging Face model as a checkpoint
-    moe export checkpoint=RUN_DIR path=DIR                a checkpoint as a Hugging Face model
-    moe upcycle checkpoint=DENSE run_dir=RUN_DIR          a dense model's layers as experts of a sparse one
+    moe import checkpoint=HF_DIR run_dir=runs/imported    a Hugging Face model as a checkpoint
+    moe export checkpoint=RUN_DIR path=runs/exported      a checkpoint as a Hugging Face model
+    moe upcycle checkpoint=runs/dense run_dir=runs/upcycled
+                                                          a sparse model of a dense one: experts are copies
     moe report RUN_DIR                                    one HTML page about a run, or about a sweep
     moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'

@@ -48,7 +48,11 @@ class ExportConfig:
         require(bool(self.path.strip()), "path='' must name a new folder")
         filled("", self, "family")
         positive("", self, "max_shard_gb")
-        require(
-            self.max_shard_gb is None or self.format is ExportFormat.huggingface,
-            f"max_shard_gb={self.max_shard_gb} needs format=huggingface: a GGUF file is one file",
-        )
+        default = ExportConfig.__dataclass_fields__
+        unused = {ExportFormat.gguf: ("max_shard_gb",), ExportFormat.peft: ("max_shard_gb", "family", "dtype")}
+        for name in unused.get(self.format, ()):
+            value = getattr(self, name)
+            require(
+                value == default[name].default,
+                f"{name}={getattr(value, 'name', value)} has no effect with format={self.format.name}: leave it out",
+            )

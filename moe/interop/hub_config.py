@@ -40,7 +40,7 @@ class HubConfig:
         try:
             values = read_json(path)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: a model's folder has one") from error
+            raise UserError(f"{path}: {error.strerror}: a Hugging Face model folder has one") from error
         if not isinstance(values, dict):
             raise UserError(f"{path}: must be a JSON object, not {shown(values)}")
         return cls(folder, values)

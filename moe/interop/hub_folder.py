@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe.checkpoint.layout import CHECKPOINTS, MODEL
 from moe.config import Mlp, ModelConfig, RouterConfig
 from moe.errors import UserError
 from moe.interop.families import family_of
@@ -46,6 +47,8 @@ class HubFolder:
         self.path = path
         if not path.is_dir():
             raise UserError(f"checkpoint={path}: no such folder; it must hold config.json and safetensors files")
+        if not is_hub_folder(path) and (path / MODEL).is_dir() | (path / CHECKPOINTS).is_dir():
+            raise UserError(f"checkpoint={path}: is a checkpoint already, which generate, analyze and init_from read")
         config = HubConfig.read(path)
         self.family: Family = family_of(config)
         model, router = self.family.read(self.family, config)

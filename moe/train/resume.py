@@ -11,7 +11,7 @@ from torch import nn
 from moe.adapters.attach import attach, reset_magnitudes
 from moe.checkpoint import reader
 from moe.checkpoint.base import fill_base, find_base, model_fingerprint
-from moe.checkpoint.layout import CONFIG
+from moe.checkpoint.layout import CONFIG, MANIFEST
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
 from moe.config.compose import read_config
@@ -47,6 +47,11 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
     if resumed is not None:
         changes = mesh.agree(lambda: _changes(resumed, corpus, config), "resume")
         return Start(resumed, None, changes, _base_of(resumed, mesh) if config.adapter.trains_adapter else None)
+    if mesh.from_main((folder / MANIFEST).is_file()):
+        raise UserError(
+            f"run_dir={folder}: holds a model, not a run, which a run's files would damage: init_from={folder} and "
+            "another run_dir train it"
+        )
     if config.init_from is None:
         return Start(None, None, [])
     path = Path(config.init_from).expanduser()

@@ -53,6 +53,7 @@ SHORT = [
 ]  # fmt: skip
 SWEEP: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 200}  # its trials are forked too
 PLAIN_RUN = "runs/tiny-stdlib"  # of `moe train`; what RUN and RUN_DIR stand for
+EXPORTED = "exported"  # a Hugging Face folder, of `moe export`; what HF_DIR stands for
 
 
 class Desk:
@@ -67,7 +68,7 @@ class Desk:
         """Results by rank. Must be called in the folder."""
         assert command.arguments is not None
         if command not in self._done:
-            verb, *rest = (re.sub(r"(^|=)(RUN|RUN_DIR)$", rf"\1{PLAIN_RUN}", word) for word in command.arguments)
+            verb, *rest = (_named(word) for word in command.arguments)
             self._prepare(verb, rest)
             if verb == "sweep":
                 rest += ["sweep.trials=1", "train.steps=2"]
@@ -94,7 +95,7 @@ class Desk:
             self._write(path, _value(words, "data.text_field") or "text")
         for path in (_value(words, "checkpoint"), _value(words, "init_from"), *words[: verb == "report"]):
             if path and not Path(path).exists():
-                self.run(next(one for one in COMMANDS if _run_dir(one) == path))
+                self.run(next(one for one in COMMANDS if _makes(one) == path))
 
     def _write(self, path: str, field: str) -> None:
         """Text in the format that the path says, unless it is there."""
@@ -123,6 +124,20 @@ class Desk:
 
 def _value(words: list[str], key: str) -> str:
     return next((word.removeprefix(f"{key}=") for word in words if word.startswith(f"{key}=")), "")
+
+
+def _named(word: str) -> str:
+    """A word of a command with folders of the desk in place of those that it leaves open."""
+    word = re.sub(r"(^|=)(RUN|RUN_DIR)$", rf"\1{PLAIN_RUN}", word)
+    return re.sub(r"=HF_DIR$", f"={EXPORTED}", word)
+
+
+def _makes(command: Command) -> str:
+    """The folder that a command writes and another one reads."""
+    words = list(command.arguments or ())
+    if words[:1] == ["export"]:
+        return _value(words, "path")
+    return _value(words, "run_dir") if words[:1] in (["import"], ["upcycle"]) else _run_dir(command)
 
 
 def _run_dir(command: Command) -> str:

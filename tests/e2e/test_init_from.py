@@ -172,6 +172,13 @@ def test_a_run_with_checkpoints_of_its_own_goes_on_from_them(
     _refused(refused, "a model without its optimizer: init_from=")
 
 
+def test_a_models_folder_is_no_run_directory(model_folder: Path, corpus: list[str], tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (done,) = moe_ranks("train", f"run_dir={folder}", *corpus, *STILL)
+    _refused(done, f"run_dir={folder}: holds a model, not a run", f"init_from={folder}")
+    assert verify(folder) is None
+
+
 def test_what_init_from_cannot_be(trained: Path, corpus: list[str], tmp_path: Path) -> None:
     (other,) = (tmp_path / "other.txt",)
     other.write_text("entirely other text, again and again\n" * 400)

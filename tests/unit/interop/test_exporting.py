@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from moe.checkpoint.model_writer import write_model
 from moe.checkpoint.reader import read_model, resolve
 from moe.checkpoint.state import TrainState
-from moe.config import ExportConfig, ExportDtype, Mlp, ModelConfig, TopKRouterConfig
+from moe.config import ExportConfig, ExportDtype, ExportFormat, Mlp, ModelConfig, QkNorm, TopKRouterConfig
 from moe.config.generate import Sampling
 from moe.config.router import RouterConfig
 from moe.errors import UserError
@@ -97,10 +98,19 @@ def trained_run(folder: Path, mlp: Mlp, router: RouterConfig | None = None, **se
     return folder
 
 
-@pytest.mark.parametrize("mlp", list(Mlp))
-@pytest.mark.parametrize("window", [None, 6])
-def test_greedy_text_is_the_same_in_transformers(mlp: Mlp, window: int | None, tmp_path: Path) -> None:
-    run = trained_run(tmp_path / "run", mlp, sliding_window=window)
+@pytest.mark.parametrize(
+    ("mlp", "settings"),
+    [
+        (Mlp.dense, {"sliding_window": 6}),
+        (Mlp.dense, {"rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"}}),
+        (Mlp.sparse, {"sliding_window": 6}),
+        (Mlp.sparse, {"qk_norm": QkNorm.projection}),
+        (Mlp.sparse, {"qk_norm": QkNorm.head, "head_dim": 10, "sliding_window": 6, "moe_intermediate_size": 20}),
+        (Mlp.sparse, {"rope_scaling": {key: value for key, value in YARN.items() if key != "rope_theta"}}),
+    ],
+)
+def test_greedy_text_is_the_same_in_transformers(mlp: Mlp, settings: dict[str, Any], tmp_path: Path) -> None:
+    run = trained_run(tmp_path / "run", mlp, **settings)
     export(run, tmp_path / "exported")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -153,6 +163,46 @@ def test_the_value_of_a_scheduled_option_is_that_of_the_last_step() -> None:
     router = TopKRouterConfig(schedules={"top_k": {0: 4, 10: 2}})
     for step, top_k in ((0, 4), (10, 4), (11, 2)):
         assert family_for(ModelConfig(), router, step, None)[1]["num_experts_per_tok"] == top_k
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"format": ExportFormat.gguf, "max_shard_gb": 1.0}, "max_shard_gb=1.0 has no effect with format=gguf"),
+        ({"format": ExportFormat.peft, "family": "llama"}, "family=llama has no effect with format=peft"),
+        ({"format": ExportFormat.peft, "dtype": ExportDtype.float16}, "dtype=float16 has no effect with format=peft"),
+        ({"max_shard_gb": 0.0}, "max_shard_gb=0.0 must be > 0"),
+        ({"path": " "}, "path='' must name a new folder"),
+    ],
+)
+def test_options(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(text)):
+        ExportConfig(**{"checkpoint": "a", "path": "b"} | given)
+
+
+def test_the_model_card(tmp_path: Path) -> None:
+    run = trained_run(tmp_path / "run" / "checkpoints" / "step_00000003", Mlp.sparse).parents[1]
+    rows = [
+        {"step": 2, "val_loss": 3.0},
+        {"step": 3, "lm_loss": 2.5, "max_violation": 0.5},
+        {"step": 4, "lm_loss": 9.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lm')
+    export(run, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for line in (
+        "| val_loss | 3 |",
+        "| lm_loss | 2.5 |",
+        "| max_violation | 0.5 |",
+        "- 3 steps, 0 tokens",
+        "hidden_size: 24",
+    ):
+        assert line in card
+    assert small_tokenizer().fingerprint in card
+    import_model(tmp_path / "exported", tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "exported2")
+    assert "Not trained here" in (tmp_path / "exported2" / "README.md").read_text()
 
 
 def test_a_destination_that_exists(tmp_path: Path) -> None:

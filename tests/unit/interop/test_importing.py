@@ -330,6 +330,11 @@ def test_a_destination_that_exists(whole: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run.partial").exists()
 
 
+def test_a_checkpoint_is_not_imported_again(whole: Path, tmp_path: Path) -> None:
+    import_model(whole, tmp_path / "run")
+    _refused(tmp_path / "run", tmp_path / "run2", ["run: is a checkpoint already"])
+
+
 def test_the_hubs_cache_has_links(whole: Path, tmp_path: Path) -> None:
     blobs, folder = copied(whole, tmp_path / "blobs"), tmp_path / "snapshot"
     folder.mkdir()
