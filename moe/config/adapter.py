@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -65,12 +65,12 @@ class AdapterConfig:
             )
 
     def _require_unused(self) -> None:
-        default = type(self).__dataclass_fields__
-        for name in ("use_rslora", "use_dora", "lora_dropout"):
-            value = getattr(self, name)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            default = one.default_factory() if callable(one.default_factory) else one.default
             require(
-                value == default[name].default,
-                f"adapter.{name}={str(value).lower()} is read with an adapter only: add adapter=lora",
+                value == default,
+                f"adapter.{one.name}={str(value).lower()} is read with an adapter only: add adapter=lora",
             )
 
     @property

@@ -69,7 +69,7 @@ class Tensors:
 
     @property
     def largest(self) -> int:
-        return max(size for _, size in self.sizes)
+        return max((size for _, size in self.sizes), default=0)
 
 
 def local_tensors(config: Config, world_size: int) -> Tensors:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe.config import Config
 from moe.plan.activations import Shapes, evaluation_memory, head_memory, kept_by_layers, layer_backward
 from moe.plan.gradients import MemoryBlock, Sharded, flat
-from moe.plan.trained import trained_shapes
+from moe.plan.trained import HEADS, trained_shapes, trains_all
 
 KINDS: tuple[str, ...] = (
     "weights",
@@ -101,7 +101,7 @@ def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
     head, layers = shapes.vocab * shapes.hidden, shapes.config.model.num_hidden_layers
     piece = max(4 * head, shapes.stream)
     loss = [MemoryBlock("activations", kept, piece), MemoryBlock("working", working, piece)]
-    head_trains = "lm_head.weight" in trained_shapes(shapes.config) or shapes.config.model.tie_word_embeddings
+    head_trains = trains_all(shapes.config) or not {*HEADS}.isdisjoint(trained_shapes(shapes.config))
     others = shapes.s * max(0, sharded.tensors.local - (2 * head if head_trains else 0)) // layers
     arrived = (
         []

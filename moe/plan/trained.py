@@ -11,8 +11,11 @@ from fnmatch import fnmatchcase
 
 from moe.config import Config, QkNorm
 from moe.config.adapter import WITH_DROPOUT, fits
+from moe.config.rules import require
 
 EXPERTS = ".experts"
+HEADS = ("lm_head.weight", "model.embed_tokens.weight")
+MOST_LAYERS = 10_000  # whose parameters are told apart by name
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -54,7 +57,9 @@ def _swiglu(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[i
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what trains, adapters included."""
+    """{name: shape} of what trains, adapters included. Raises UserError for more than MOST_LAYERS layers."""
+    layers = config.model.num_hidden_layers
+    require(layers <= MOST_LAYERS, f"model.num_hidden_layers={layers} must be ≤ {MOST_LAYERS} where a part trains")
     adapter, everything = config.adapter, parameter_shapes(config)
     trained = everything
     if adapter.trains_adapter:

@@ -56,8 +56,10 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
     zero = f" (ZeRO-{config.parallel.zero_stage})" if config.engine is EngineKind.deepspeed else ""
     engine = config.engine.name + zero
     stated = "measured" if train.peak_tflops is None else "stated"
-    trains = count_trained(config)
-    frozen = "" if trains_all(config) else f"; {trains:,} train ({100 * trains / total:.2g} %)"
+    frozen = ""
+    if not trains_all(config):
+        trains = count_trained(config)
+        frozen = f"; {trains:,} train ({100 * trains / total:.2g} %)"
     return [
         f"model: {total:,} parameters, {active:,} active per token, "
         f"{flops_per_token(config) / 1e6:,.0f} MFLOP per token in training{frozen}",
