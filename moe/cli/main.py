@@ -9,7 +9,7 @@
     moe plan model=mistral_7b hardware=h100 train.precision=bfloat16 train.global_batch_size=64
                                                           the memory and time of a run, before it is launched
     moe prepare data.path=corpus.jsonl                    only the token shards
-    moe validate data.path=rows.jsonl                     rows for fine-tuning: what is wrong with which, what is learnt
+    moe validate data.path=chats.jsonl                    rows for fine-tuning: what is wrong with which, what is learnt
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
     moe import checkpoint=HF_DIR run_dir=runs/imported    a Hugging Face model as a checkpoint
