@@ -183,6 +183,8 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
     if verb in ("train", "prepare") and "--cfg" not in rest and "--help" not in rest:
         composed_from = schema(verb)
         assert composed_from is not None
+        if _value(rest, "init_from"):
+            desk._prepare(verb, rest)
         jobs = expand([word for word in rest if word not in MULTIRUN]) if verb == "train" else [rest]
         config = [load(job, *composed_from) for job in jobs][-1]
         if not command.sketch and verb == "train":

@@ -109,7 +109,7 @@ def test_a_model_too_large_to_train_is_refused_before_anything_is_built(
     ranks: int, corpus: list[str], tmp_path: Path
 ) -> None:
     overrides = [*corpus, *TOO_LARGE, f"run_dir={tmp_path / 'run'}", f"parallel.expert_parallel_size={ranks}"]
-    done = moe_ranks("train", *overrides, f"init_from={tmp_path}", ranks=ranks)
+    done = moe_ranks("train", *overrides, ranks=ranks)
     assert [one.code for one in done] == [2] * ranks, done[0].err
     (line,) = done[0].err.splitlines()
     assert "check_memory=true: " in line

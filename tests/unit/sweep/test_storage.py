@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import optuna
@@ -71,7 +73,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     user: dict[str, object] = {}
     if os.getuid() == 0:  # it refuses to run as root
         user = {"user": "postgres", "group": "postgres", "extra_groups": []}
-        for place in (folder, folder.parent, folder.parent.parent):
+        for place in takewhile(lambda place: place != Path(tempfile.gettempdir()), (folder, *folder.parents)):
             place.chmod(0o755)
         shutil.chown(folder, "postgres", "postgres")
     with socket.socket() as free:
