@@ -53,8 +53,8 @@ def _source(validation: Validation, found: Findings) -> str:
             for name, values in percentiles(found)
         )
         text += f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        text += '<p class="note">Samples: <span class="row"><span class="learnt">learnt</span> <span>not learnt</span> '
-        text += '<span class="special">special token</span></span></p>'
+        text += '<h3>Samples</h3><div class="row"><span class="learnt">learnt</span> <span>not learnt</span> '
+        text += '<span class="special">special token</span></div>'
     for place, tokens, more in sample_tokens(validation, found):
         rest = f" … {more:,} tokens more" if more else ""
         text += f'<h3>{escape(place)}</h3><div class="row">{"".join(map(_token, tokens))}{rest}</div>'
