@@ -93,7 +93,10 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [*LORA, "adapter.use_dora=true", "adapter.lora_dropout=0.1", "model.recompute=block", ZERO_2],
         [],
     ),
-    "LoRA, all experts of a rank idle, ZeRO-2": ([*LORA, "optim.lr=1e-3", ZERO_2], [2, 3]),
+    "LoRA, all experts of a rank idle, ZeRO-2": (  # B begins at 0: Adam divides its first, tiny gradients by themselves
+        [*LORA, "optim.lr=1e-3", "optim.eps=1e-5", ZERO_2],
+        [2, 3],
+    ),
     "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*gate*,lm_head*,*embed*]"], []),
     "settings per layer": (
         ["router.layers.1.top_k=3", "router.layers.0.aux_loss_coef=0.2", "router.layers.1.bias_update=sign"],
