@@ -94,7 +94,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [],
     ),
     "LoRA, all experts of a rank idle, ZeRO-2": (  # B begins at 0: Adam divides its first, tiny gradients by themselves
-        [*LORA, "optim.lr=1e-3", "optim.eps=1e-5", ZERO_2],
+        [*LORA, "optim.eps=1e-3", ZERO_2],
         [2, 3],
     ),
     "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*gate*,lm_head*,*embed*]"], []),
