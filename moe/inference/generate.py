@@ -19,8 +19,8 @@ from moe.config.rules import require
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.inference.decoding import IncrementalDecoder
+from moe.inference.lean_decoder import open_decoder
 from moe.inference.sampling import pick
-from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 
 
@@ -80,11 +80,11 @@ def stream(
         f"{width} prompt tokens + max_new_tokens={settings.max_new_tokens} must be ≤ "
         f"model.max_position_embeddings={config.max_position_embeddings}",
     )
-    cache = KVCache(config, len(texts), total, model.device, model.dtype)
     was_training = model.training
     model.eval()
     try:
-        logits_BV = _prefill(model, cache, [text.ids for text in texts], settings.prefill_chunk, tokenizer.bos_id)
+        decoder = open_decoder(model, len(texts), total)
+        logits_BV = decoder.prefill([text.ids for text in texts], settings.prefill_chunk, tokenizer.bos_id)
         for step in range(settings.max_new_tokens):
             rows_BV = logits_BV[:, : tokenizer.vocab_size].float().cpu()
             if not rows_BV.isfinite().all():
@@ -99,30 +99,9 @@ def stream(
                     yield piece
             if last or (not all_steps and all(text.done for text in texts)):
                 return
-            logits_BV = _step(model, cache, torch.tensor(chosen)[:, None])
+            logits_BV = decoder.step(chosen)
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], chunk: int, filler: int) -> Tensor:
-    """Feeds the prompts into the cache; the logits [B, V] that follow their last tokens."""
-    width = max(map(len, prompts))
-    ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts])
-    documents_BP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    logits = None
-    for ids, documents in zip(ids_BP.split(chunk, 1), documents_BP.split(chunk, 1), strict=True):
-        logits = model(ids.to(model.device), document_ids_BS=documents.to(model.device), cache=cache).logits_BSV
-    assert logits is not None
-    return logits[:, -1]
-
-
-@torch.no_grad()
-def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
-    documents_B1 = torch.ones_like(ids_B1, device=model.device)
-    logits_B1V = model(ids_B1.to(model.device), document_ids_BS=documents_B1, cache=cache).logits_BSV
-    assert logits_B1V is not None
-    return logits_B1V[:, -1]
 
 
 class _Text:

@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
         "__init__",
     },
     "data": {"config", "errors", "untrusted", "durable"},
-    "inference": {"model", "data", "config", "errors"},
+    "inference": {"model", "sparse", "kernels", "data", "config", "errors"},
     "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "validate": {"report", "plan", "data", "config", "durable", "errors", "__init__"},
