@@ -59,9 +59,9 @@ class Round:
     peak: float
 
 
-def parse(overrides: list[str]) -> tuple[Rounds, Config]:
+def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, Config]:
     """`rounds=`, `steps=` and the overrides of `moe train`. Raises UserError."""
-    keys, rest = split(overrides)
+    keys, rest = split(overrides, default)
     config = load_config([*DEFAULTS, *rest])
     train = config.train
     if config.model.mlp is not Mlp.sparse:

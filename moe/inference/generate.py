@@ -92,7 +92,10 @@ def stream(
                     "the model's logits are not finite: its weights hold NaN, infinity or numbers too large for "
                     f"{str(model.dtype).removeprefix('torch.')}; use another checkpoint"
                 )
-            chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
+            if settings.temperature == 0 and settings.repetition_penalty == 1:  # `pick` of all at once
+                chosen = rows_BV.argmax(-1).tolist()
+            else:
+                chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
             last = step == settings.max_new_tokens - 1
             for text, token in zip(texts, chosen, strict=True):
                 if not text.done and (piece := text.add(token, last)) is not None:

@@ -21,7 +21,8 @@ from moe.sparse import Experts, Router, SparseMLP
 
 # Modules whose arithmetic `lean_layers` repeats, and containers; a router computes its choices itself.
 KNOWN = (
-    Transformer, Backbone, Block, Attention, DenseMLP, RMSNorm, SparseMLP, Experts, nn.Linear, nn.Embedding, nn.ModuleList,
+    Transformer, Backbone, Block, Attention, DenseMLP, RMSNorm, SparseMLP, Experts,
+    nn.Linear, nn.Embedding, nn.ModuleList,
 )  # fmt: skip
 
 

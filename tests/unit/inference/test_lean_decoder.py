@@ -10,8 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import (
-    ExpertsConfig, GroupLimitedRouterConfig, GumbelRouterConfig, Initializer, Mlp, ModelConfig, NoisyTopKRouterConfig,
-    QkNorm, RouterConfig, TopKRouterConfig,
+    ExpertsConfig,
+    GroupLimitedRouterConfig,
+    GumbelRouterConfig,
+    Initializer,
+    Mlp,
+    ModelConfig,
+    NoisyTopKRouterConfig,
+    QkNorm,
+    RouterConfig,
+    TopKRouterConfig,
 )  # fmt: skip
 from moe.config.choices import BiasUpdate, ScoringFunction
 from moe.inference.decoder import Decoder
