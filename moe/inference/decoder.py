@@ -19,7 +19,7 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, batch: int, max_length: int) -> None:
-        self.model = model
+        self.model, self.padded = model, False
         self.cache = KVCache(model.config, batch, max_length, model.device, model.dtype)
 
     @torch.no_grad()
@@ -27,6 +27,7 @@ class Decoder:
         """Feeds the prompts into the empty cache, at most `chunk` tokens of each at once; the logits [B, V] that follow
         their last tokens. `filler` is any token's id."""
         width, device = max(map(len, prompts)), self.model.device
+        self.padded = any(len(ids) < width for ids in prompts)
         ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)
         documents_BP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         logits_BV = None
@@ -42,6 +43,7 @@ class Decoder:
         return self._logits(ids_B1, torch.ones_like(ids_B1))
 
     def _logits(self, ids_BC: Tensor, documents_BC: Tensor) -> Tensor:
-        output = self.model(ids_BC, document_ids_BS=documents_BC, cache=self.cache, logits_to_keep=1)
+        documents = documents_BC if self.padded else None  # one document a text needs no mask
+        output = self.model(ids_BC, document_ids_BS=documents, cache=self.cache, logits_to_keep=1)
         assert output.logits_BSV is not None
         return output.logits_BSV[:, -1]

@@ -65,11 +65,6 @@ class LeanDecoder(Decoder):
         self._norm = LeanNorm(model.model.norm)  # type: ignore[arg-type]
         self._head_HV = model.lm_head.weight.detach().t()
         self._buffers = Buffers(model.config, batch, model.dtype)
-        self._padded = False
-
-    def prefill(self, prompts: list[list[int]], chunk: int, filler: int) -> Tensor:
-        self._padded = len(set(map(len, prompts))) > 1
-        return super().prefill(prompts, chunk, filler)
 
     @torch.no_grad()
     def step(self, ids_B: list[int]) -> Tensor:
@@ -77,7 +72,7 @@ class LeanDecoder(Decoder):
         torch.index_select(self._embedding_VH, 0, torch.tensor(ids_B), out=to.x_BH)
         table = self.model.model._rotary_tables(position, 1, to.x_BH.device, to.x_BH.dtype)
         slots, mask_B11K = self.cache.one_more(), None
-        if self._padded:
+        if self.padded:
             mask_B11K = torch.zeros(slots.seen_B11K.shape, dtype=to.x_BH.dtype)
             mask_B11K.masked_fill_(~slots.seen_B11K, -torch.inf)
         first, second = table.sin_S1D.chunk(2, -1)
