@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,6 +15,8 @@ from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.readers import DataError
 from moe.data.tokenizer import open_tokenizer
 from moe.data.tokenizer_base import Tokenizer
+from moe.interop.hub_tokenizer import hub_tokenizer_files
+from tests.unit.interop.made import transformers
 
 
 def tokenizer(folder: Path) -> Tokenizer:
@@ -87,3 +90,20 @@ def test_expressions_are_distinct_and_of_one_side() -> None:
 )
 def test_working(cut: tuple[int, str, int, int], text: str) -> None:
     assert expressions.worked(*cut)[1] == text
+
+
+@pytest.mark.parametrize(("module", "text"), [(numbers, "1 2 3 50"), (expressions, "(12*34)-5=48+360=408;403")])
+def test_transformers_reads_an_exported_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, text: str
+) -> None:
+    """The same ids, and no token more: a closed vocabulary has no unknown token."""
+    monkeypatch.setattr(expressions, "EPOCH", 10)  # rows are not what this is about
+    module.write(tmp_path)
+    own = tokenizer(tmp_path)
+    (tmp_path / "exported").mkdir()
+    for name, content in hub_tokenizer_files(own, 64).items():
+        (tmp_path / "exported" / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert len(theirs) == own.vocab_size
+    assert theirs(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+    assert theirs.decode(own.encode(text)) == text
