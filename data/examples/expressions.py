@@ -3,14 +3,14 @@
     python -m data.examples.expressions rows FOLDER   # train.jsonl, direct.jsonl, held_out.jsonl, tokenizer/
     python -m data.examples.expressions page FOLDER PAGE   # the page, from the answers in FOLDER
 
-The model writes its working, then the value: `(12*34)-5=` → `48+360=408;403`. What follows the last `=` or `;` is the
-answer, and alone is scored. A product by a number of two digits is the sum of two: by its ones, by its tens.
+The model writes its working, one operation after the other: `(12*34)-5=` → `12*34=48+360=408;408-5=403`. What follows
+the last `=` is the answer, and alone is scored. A product by a number of two digits is the sum of two: by its ones, by
+its tens.
 """
 
 from __future__ import annotations
 
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -43,16 +43,16 @@ def expression(generator: random.Random) -> Row:
 
 
 def worked(left: int, sign: str, right: int, cut: int) -> tuple[int, str]:
-    """(value, its working): `12*34` with cut=34 → `48+360=408`. `cut` is the operand that a product is cut by."""
+    """(value, its working): `12*34=48+360=408` with cut=34. `cut` is the operand that a product is cut by."""
     value = SIGNS[sign](left, right)
     if sign != "*" or cut < 10:
-        return value, str(value)
+        return value, f"{left}{sign}{right}={value}"
     whole = value // cut
-    return value, f"{whole * (cut % 10)}{whole * (cut // 10 * 10):+d}={value}"
+    return value, f"{left}{sign}{right}={whole * (cut % 10)}{whole * (cut // 10 * 10):+d}={value}"
 
 
 def answer(text: str) -> str:
-    return re.split("[=;]", text)[-1]
+    return text.rpartition("=")[2]
 
 
 def draw(count: int, seed: int, held_out: bool) -> list[Row]:

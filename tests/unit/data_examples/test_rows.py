@@ -64,8 +64,8 @@ def test_expressions_and_their_working() -> None:
     for row in rows:
         assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
         assert expressions.answer(row["completion"]) == row["answer"]
-        for step in re.findall(r"(-?\d+)([+-]\d+)=(-?\d+)", row["completion"]):
-            assert int(step[0]) + int(step[1]) == int(step[2])
+        for step in row["completion"].split(";"):
+            assert len({eval(side) for side in step.split("=")}) == 1, step
     assert {row["prompt"].count("(") for row in rows} == {1}
     assert {re.sub(r"\d+", "", row["prompt"]) for row in rows} == {
         shape.format(first, second) for shape in ("({}){}=", "{}({})=") for first in "+-*" for second in "+-*"
@@ -81,18 +81,20 @@ def test_expressions_are_distinct_and_of_one_side() -> None:
 @pytest.mark.parametrize(
     ("cut", "text"),
     [
-        ((12, "*", 34, 34), "48+360=408"),
-        ((-37, "*", 35, 35), "-185-1110=-1295"),
-        ((30, "*", 12, 30), "0+360=360"),
-        ((30, "*", 7, 7), "210"),
-        ((3, "-", 40, 40), "-37"),
+        ((12, "*", 34, 34), "12*34=48+360=408"),
+        ((-37, "*", 35, 35), "-37*35=-185-1110=-1295"),
+        ((30, "*", 12, 30), "30*12=0+360=360"),
+        ((30, "*", 7, 7), "30*7=210"),
+        ((3, "-", 40, 40), "3-40=-37"),
     ],
 )
 def test_working(cut: tuple[int, str, int, int], text: str) -> None:
     assert expressions.worked(*cut)[1] == text
 
 
-@pytest.mark.parametrize(("module", "text"), [(numbers, "1 2 3 50"), (expressions, "(12*34)-5=48+360=408;403")])
+@pytest.mark.parametrize(
+    ("module", "text"), [(numbers, "1 2 3 50"), (expressions, "(12*34)-5=12*34=48+360=408;408-5=403")]
+)
 def test_transformers_reads_an_exported_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, text: str
 ) -> None:
