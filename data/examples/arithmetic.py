@@ -122,8 +122,8 @@ A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − �
 
 - **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of sign, smaller and larger operand. Where 7*8
   is held out, 8*7 is too, so that no answer can be had by swapping.
-- **Training rows** have operands up to {TRAINED}; half of them have operands up to {ASKED}. The larger ones are there so
-  that sums and differences can't be learnt by heart.
+- **Training rows** have operands up to {TRAINED}; half of them have operands up to {ASKED}. The larger ones are there
+  so that sums and differences can't be learnt by heart.
 - **Products by a number of two digits are worked out**: `17*13=` → `51+170=221`, the ones and the tens of the second
   operand. What follows the last `=` is the answer, and alone is scored.
 - `direct` does without both: operands up to {ASKED}, and the value alone.""",
