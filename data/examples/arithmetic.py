@@ -1,4 +1,4 @@
-"""a∘b with + − ×: trained on operands up to 50, asked about held-out problems with operands from 1 to 20.
+"""a∘b with + − ×: trained on operands up to 99, asked about held-out problems with operands from 1 to 20.
 
     python -m data.examples.arithmetic rows FOLDER        # train.jsonl, direct.jsonl, held_out.jsonl, tokenizer/, …
     python -m data.examples.arithmetic page FOLDER PAGE   # the page, from the answers in FOLDER
@@ -21,10 +21,10 @@ from data.examples.splits import Row, leaks, split, write_rows
 from data.examples.training import active_parameters, final_metrics, runs
 from data.examples.vocabulary import write_tokenizer
 
-ASKED, TRAINED = 20, 50  # the largest operand
+ASKED, TRAINED = 20, 99  # the largest operand
 SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 HELD_OUT = 0.1  # of the pairs
-EPOCH, EPOCHS = 10_000, 20  # rows; half of them with operands up to ASKED
+EPOCH, EPOCHS = 10_000, 20  # rows of an epoch, other draws in each; half of them with operands up to ASKED
 KINDS = {"worked": f"operands to {TRAINED}, products worked out", "direct": f"operands to {ASKED}, value alone"}
 TESTS = {"held_out": f"held out, 1 to {ASKED}", "seen": f"seen, 1 to {ASKED}", "larger": f"held out, to {TRAINED}"}
 
@@ -80,9 +80,10 @@ def write(folder: Path) -> None:
     train, held_out = split(problems(TRAINED), HELD_OUT, pair)
     assert not leaks(train, held_out, pair)
     small, large = ([row for row in train if is_small(row) is side] for side in (True, False))
+    count = EPOCH * EPOCHS
     sets = {
-        "train": drawn(small, EPOCH // 2, seed=0) + drawn(large, EPOCH // 2, seed=1),
-        "direct": [row | {"completion": row["answer"]} for row in drawn(small, EPOCH, seed=0)],
+        "train": drawn(small, count // 2, seed=0) + drawn(large, count // 2, seed=1),
+        "direct": [row | {"completion": row["answer"]} for row in drawn(small, count, seed=0)],
     }
     for name, rows in sets.items():
         random.Random(2).shuffle(rows)
@@ -118,7 +119,7 @@ def page(folder: Path) -> Page:
         title="Arithmetic",
         shows=f"""
 A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − ×, digit by digit, from {EPOCHS} epochs of
-{EPOCH:,} rows. It is asked about problems with operands from 1 to {ASKED}, of which there are {len(small):,}.
+{EPOCH:,} drawn rows. It is asked about problems with operands from 1 to {ASKED}, of which there are {len(small):,}.
 
 - **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of sign, smaller and larger operand. Where 7*8
   is held out, 8*7 is too, so that no answer can be had by swapping.

@@ -107,8 +107,8 @@ no more active parameters. Which expressions were used where 80 % was reported i
 - **the model writes its working**, one operation after the other: `(12*34)-5=` → `12*34=48+360=408;408-5=403`. A product
   by a number of two digits is the sum of two, by its ones and by its tens. What follows the last `=` is the answer, and
   alone is scored. `direct` is the same dense model that writes the value alone;
-- {HELD_OUT:.0%} of all distinct expressions, by the hash of their text, are held out, and {TESTED:,} of them, drawn the same way,
-  are asked. No training row is one of them, nor any row seen twice in an epoch.""",
+- {HELD_OUT:.0%} of all distinct expressions, by the hash of their text, are held out; {TESTED:,} of them, drawn the same
+  way, are asked. The {EPOCH:,} training rows are distinct, and the same in each epoch.""",
         script=script_of("expressions"),
         bars=[
             Bar(

@@ -40,21 +40,27 @@ def test_numbers(tmp_path: Path) -> None:
         tokens.encode("50 51")
 
 
-@pytest.mark.parametrize(("name", "key"), [("problems", asked), ("pairs", arithmetic.pair)])
-def test_arithmetic(tmp_path: Path, name: str, key: arithmetic.Key) -> None:
+def test_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "EPOCH", 500)
     arithmetic.write(tmp_path)
-    train, seen, held_out = (read_rows(tmp_path / name / f"{side}.jsonl") for side in ("train", "seen", "held_out"))
-    assert len(train) == 10_000
-    assert not leaks(train, held_out, key)
-    assert {asked(row) for row in train} == {asked(row) for row in seen}
+    train, direct, seen, held_out, larger = (
+        read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "direct", "seen", "held_out", "larger")
+    )
+    assert len(train) == len(direct) == 20 * 500
+    assert {asked(row) for row in direct} == {asked(row) for row in seen}
+    assert sum(arithmetic.is_small(row) for row in train) == len(train) / 2
+    for rows in (train, direct, seen):
+        assert not leaks(rows, held_out + larger, arithmetic.pair)
     assert len(seen) + len(held_out) == len({asked(row) for row in seen + held_out}) == 1_200
     tokens = tokenizer(tmp_path)
-    for row in seen + held_out:
-        assert eval(row["prompt"].removesuffix("=")) == int(row["completion"])
+    for row in seen + held_out + larger:
+        value = eval(row["prompt"].removesuffix("="))
+        assert (str(value), arithmetic.answer(row["completion"])) == (row["answer"], row["answer"])
+        assert {eval(side) for side in row["completion"].split("=")} == {value}
         assert tokens.decode(tokens.encode(row["prompt"] + row["completion"])) == row["prompt"] + row["completion"]
 
 
-def test_pairs_hold_both_orders_together() -> None:
+def test_both_orders_of_a_pair_are_on_one_side() -> None:
     assert arithmetic.pair({"prompt": "13*7="}) == arithmetic.pair({"prompt": "7*13="}) == "* 7 13"
 
 
