@@ -99,16 +99,16 @@ def page(folder: Path) -> Page:
     return Page(
         title="Expressions",
         shows=f"""
-Small models of 3 layers and hidden size 64 learn to evaluate expressions of three operands from 1 to 50 with brackets,
-digit by digit, from {epochs:g} epochs of {EPOCH:,} rows: a dense model, and one whose MLPs are 8 experts, 2 a token, with
-no more active parameters. Which expressions were used where 80 % was reported isn't known; here
+Small models of 3 layers and hidden size 64 learn to evaluate expressions of three operands from 1 to 50 with
+brackets, digit by digit, from {epochs:g} epochs of {EPOCH:,} rows: a dense model, and one whose MLPs are 8 experts,
+2 a token, with no more active parameters. Which expressions were used where 80 % was reported isn't known; here
 
 - operands, the signs + − ×, and the two bracketings, `(a∘b)∘c` and `a∘(b∘c)`, are drawn uniformly and independently;
-- **the model writes its working**, one operation after the other: `(12*34)-5=` → `12*34=48+360=408;408-5=403`. A product
-  by a number of two digits is the sum of two, by its ones and by its tens. What follows the last `=` is the answer, and
-  alone is scored. `direct` is the same dense model that writes the value alone;
-- {HELD_OUT:.0%} of all distinct expressions, by the hash of their text, are held out; {TESTED:,} of them, drawn the same
-  way, are asked. The {EPOCH:,} training rows are distinct, and the same in each epoch.""",
+- **the model writes its working**, one operation after the other: `(12*34)-5=` → `12*34=48+360=408;408-5=403`. A
+  product by a number of two digits is the sum of two, by its ones and by its tens. What follows the last `=` is the
+  answer, and alone is scored. `direct` is the same dense model that writes the value alone;
+- {HELD_OUT:.0%} of all distinct expressions, by the hash of their text, are held out; {TESTED:,} of them, drawn the
+  same way, are asked. The {EPOCH:,} training rows are distinct, and the same in each epoch.""",
         script=script_of("expressions"),
         bars=[
             Bar(
