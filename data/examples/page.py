@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -117,9 +116,11 @@ def script_of(name: str) -> Path:
 
 
 def elapsed(folder: Path) -> float | None:
-    """Seconds since the script made FOLDER/began; None without it."""
-    began = folder / "began"
-    return time.time() - began.stat().st_mtime if began.exists() else None
+    """Seconds from when the script made FOLDER/began to the last answer below FOLDER/runs; None without either."""
+    began, answers = folder / "began", [*(folder / "runs").glob("*/*.jsonl")]
+    if not began.exists() or not answers:
+        return None
+    return max(path.stat().st_mtime for path in answers) - began.stat().st_mtime
 
 
 def commands(script: Path) -> str:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Sample, Table, commands, percent
+from data.examples.page import Bar, Page, Sample, Table, commands, elapsed, percent
 
 SCRIPT = """#!/usr/bin/env bash
 # What it does.
@@ -40,3 +41,16 @@ def test_page_has_figures_samples_commands_and_place(tmp_path: Path) -> None:
 def test_commands_of_a_script_without_the_usual_head(tmp_path: Path) -> None:
     (tmp_path / "x.sh").write_text("#!/bin/sh\necho 1\n")
     assert commands(tmp_path / "x.sh") == "echo 1"
+
+
+def test_time_is_from_the_beginning_to_the_last_answer(tmp_path: Path) -> None:
+    assert elapsed(tmp_path) is None
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    for path, when in (
+        (tmp_path / "began", 100),
+        (tmp_path / "runs/a/x.jsonl", 160),
+        (tmp_path / "runs/a/y.jsonl", 130),
+    ):
+        path.touch()
+        os.utime(path, (when, when))
+    assert elapsed(tmp_path) == 60
