@@ -194,10 +194,12 @@ def table(config: Config, rounds: list[Round], names: dict[str, str]) -> list[st
         lines.append(
             f"{name:44}{speed:>10,.0f}{step_tokens / speed * 1e3:>10,.0f}{speed * flops / 1e9:>10,.1f}{share:>12.1%}"
         )
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
     lines += [
         f"{f'matrix product ({config.train.precision.value})':44}{'':>20}{peak / 1e9:>10,.1f}",
-        f"medians of {len(rounds)} alternating rounds, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
-        f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); ours has MaxVio {rounds[-1].max_violation:.2f}",
+        f"medians of {len(rounds)} alternating rounds, {threads} threads, load {load:.1f}",
+        f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); "
+        f"ours has MaxVio {rounds[-1].max_violation:.2f}",
     ]
     for side in list(names)[:0:-1]:
         ratios = [each.speeds["ours"] / each.speeds[side] for each in rounds]
