@@ -20,7 +20,9 @@ from moe.config import (
     UpcycleConfig,
     ValidateConfig,
 )
+from moe.config.chat import ChatConfig
 from moe.config.compose import ConfigError, load_config
+from moe.config.generate import GenerateConfig
 
 
 def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
@@ -117,7 +119,6 @@ def _validate(overrides: list[str]) -> None:
 
 def _generate(overrides: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
-    from moe.config.generate import GenerateConfig
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
@@ -129,7 +130,6 @@ def _generate(overrides: list[str]) -> None:
 def _chat(overrides: list[str]) -> None:
     """Talk to a fine-tuned checkpoint in the terminal, or answer each line of standard input; /help lists what can be
     said to it."""
-    from moe.config.chat import ChatConfig
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "chat", ChatConfig)
@@ -259,31 +259,22 @@ MULTIRUN = ("-m", "--multirun")
 OPTIONS = {"doctor": ("--json",), "train": MULTIRUN}
 
 
+# What a verb composes, from configs/VERB.yaml.
+SCHEMAS: dict[str, type] = {
+    "train": Config,
+    "sweep": SweepConfig,
+    "prepare": PrepareConfig,
+    "validate": ValidateConfig,
+    "plan": PlanConfig,
+    "analyze": AnalyzeConfig,
+    "import": ImportConfig,
+    "export": ExportConfig,
+    "upcycle": UpcycleConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+}
+
+
 def schema(verb: str) -> tuple[str, type] | None:
-    if verb == "train":
-        return "train", Config
-    if verb == "sweep":
-        return "sweep", SweepConfig
-    if verb == "prepare":
-        return "prepare", PrepareConfig
-    if verb == "validate":
-        return "validate", ValidateConfig
-    if verb == "plan":
-        return "plan", PlanConfig
-    if verb == "analyze":
-        return "analyze", AnalyzeConfig
-    if verb == "import":
-        return "import", ImportConfig
-    if verb == "upcycle":
-        return "upcycle", UpcycleConfig
-    if verb == "export":
-        return "export", ExportConfig
-    if verb == "generate":
-        from moe.config.generate import GenerateConfig
-
-        return "generate", GenerateConfig
-    if verb == "chat":
-        from moe.config.chat import ChatConfig
-
-        return "chat", ChatConfig
-    return None
+    """(name of the YAML, dataclass); None for a verb that composes nothing."""
+    return (verb, SCHEMAS[verb]) if verb in SCHEMAS else None
