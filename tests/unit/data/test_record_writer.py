@@ -84,7 +84,9 @@ def test_a_prompts_own_answers_are_not_learnt(chats, tmp_path):
     said = sorted(row[-1]["content"] for row in rows)
     for template in (TemplateName.mistral, TemplateName.plain):
         corpus = make(pairs, tmp_path, 256, template=template)
-        found = sorted(text for stream in (*corpus.train, *corpus.held_out) for text in answers(stream, corpus.tokenizer))
+        found = sorted(
+            text for stream in (*corpus.train, *corpus.held_out) for text in answers(stream, corpus.tokenizer)
+        )
         assert found == said
 
 
