@@ -1,9 +1,9 @@
 """FLOPs of a token in training: forward, and backward as far as something trains.
 
-A product with n weights is 2·n FLOPs forward (a multiply-add is 2), 2·n for the gradient of its weights, unless they are
-frozen, and 2·n for the gradient of its input, unless nothing before it trains. The backward pass of attention's scores
-is whole or none. Counts only what the mathematics needs: one document per sequence, no dropped choices, no masked
-scores, no recomputation, and no norms or softmax.
+A product with n weights is 2·n FLOPs forward (a multiply-add is 2), 2·n for the gradient of its weights, unless they
+are frozen, and 2·n for the gradient of its input, unless nothing before it trains. The backward pass of attention's
+scores is whole or none. Counts only what the mathematics needs: one document per sequence, no dropped choices, no
+masked scores, no recomputation, and no norms or softmax.
 """
 
 from __future__ import annotations
