@@ -115,7 +115,7 @@ def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], dict
     mesh = prepare(config, mesh)
     ours = build_model(config, mesh.device)
     weights = {name: value.detach().clone() for name, value in ours.state_dict().items()}
-    batches = _batches(config, mesh.device)
+    batches = batches_of(config, mesh.device)
     reference = peer_model(config).to(mesh.device)
     reference.load_state_dict(weights)
     gap = loss_gap(ours, reference, ids := batches())
@@ -210,7 +210,7 @@ def table(config: Config, rounds: list[Round], names: dict[str, str]) -> list[st
     return lines
 
 
-def _batches(config: Config, device: torch.device) -> Callable[[], Tensor]:
+def batches_of(config: Config, device: torch.device) -> Callable[[], Tensor]:
     """A function that returns random token ids [B, S], the same sequence of batches in every run."""
     train, generator = config.train, torch.Generator().manual_seed(config.train.seed)
     shape = (train.micro_batch_size, train.sequence_length)
