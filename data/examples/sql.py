@@ -3,8 +3,8 @@
     query     = "SELECT " [aggregate " "] column " FROM table" [" WHERE " condition {" AND " condition}]
     condition = column " " operator " " value;   operator = "=" | ">" | "<";   aggregate = MAX | MIN | COUNT | SUM | AVG
 
-Columns and values stand without quotes. A condition's column ends at the first operator between spaces, its value at the
-next " AND " or at the end; so a text has one reading at most.
+Columns and values stand without quotes. A condition's column ends at the first operator between spaces, its value at
+the next " AND " or at the end; so a text has one reading at most.
 """
 
 from __future__ import annotations

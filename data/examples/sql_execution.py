@@ -1,8 +1,8 @@
 """Queries in SQLite, and whether two of them give the same on made tables.
 
-There are no real tables with the rows, and a query's own would say little: nearly every wrong condition selects nothing. A
+The rows come without tables, and a real table would say little: nearly every wrong condition selects nothing there. A
 made table has the columns of both queries, and rows around every value that either compares with: equal, above, below,
-other, missing. So two queries that differ give different results on some row, whatever tables they were written for.
+other, missing. So queries that differ give different results, whatever table they were written for.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def columns_of(*queries: Query) -> list[str]:
 def is_prepared(query: Query) -> bool:
     """Whether SQLite compiles the query, for a table with its columns."""
     try:
-        _results(query, dict.fromkeys(columns_of(query), []))
+        _results(query, {name: [] for name in columns_of(query)})
     except sqlite3.Error:
         return False
     return True

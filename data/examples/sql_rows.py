@@ -1,6 +1,6 @@
 """Questions and their SQL: training rows with exchanged values, and held-out rows.
 
-    python -m data.examples.sql_rows wikisql_train.jsonl FOLDER   # train.jsonl, held_out.jsonl, questions.txt
+    python -m data.examples.sql_rows wikisql_train.jsonl FOLDER   # train.jsonl, held_out.jsonl, held_out.txt
 
 A training row is there once as it is and then with other values in its question and its query alike, which teaches to
 copy a value rather than to remember it. Values come from the training side only, from conditions on the same column.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from data.examples.score import write_prompts
 from data.examples.splits import Row, asked, read_rows, split, write_rows
 from data.examples.sql import Query, parse
 
@@ -80,8 +81,7 @@ def main(source: Path, folder: Path) -> None:
     made = [row for row in training_rows(train, COPIES, SEED) if asked(row) not in held]
     write_rows(folder / "train.jsonl", made)
     write_rows(folder / "held_out.jsonl", held_out)
-    questions = "".join(f"{row['prompt']}\n" for row in held_out)
-    (folder / "questions.txt").write_text(questions, encoding="utf-8")
+    write_prompts(folder / "held_out.txt", held_out)
 
 
 if __name__ == "__main__":
