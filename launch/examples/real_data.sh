@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the examples that read rows which other people wrote: real_data FILE WHERE_FROM sets `rows` to the file's path.
 # It is looked for in MOE_EXAMPLES_DATA (a folder, or the file itself; default ../shared/data).
 
