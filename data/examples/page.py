@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 import moe
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece")
+ROOT = Path(__file__).resolve().parents[2]
 SHOWN = 60  # lines of a sample that a page shows
 
 
@@ -108,6 +110,20 @@ class Page:
             except PackageNotFoundError:
                 continue
         return _table(("", ""), rows)
+
+
+def script_of(name: str) -> Path:
+    return ROOT / "launch" / "examples" / f"{name}.sh"
+
+
+def page_of(name: str) -> Path:
+    return ROOT / "docs" / "examples" / f"{name}.md"
+
+
+def elapsed(folder: Path) -> float | None:
+    """Seconds since the script made FOLDER/began; None without it."""
+    began = folder / "began"
+    return time.time() - began.stat().st_mtime if began.exists() else None
 
 
 def commands(script: Path) -> str:
