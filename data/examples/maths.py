@@ -17,6 +17,7 @@ from data.examples.score import scored, write_prompts
 from data.examples.splits import Row, asked, write_rows
 from data.examples.training import active_parameters, final_metrics
 from moe.config import DataConfig, RecordKind
+from moe.data.records import DataRecord
 from moe.data.sources import open_sources
 from moe.data.survey import hash_of, survey_source
 
@@ -28,23 +29,21 @@ def once(lines: list[str]) -> list[str]:
     """The JSONL lines without those whose first user turn asks what an earlier one asks."""
     seen: dict[str, str] = {}
     for line in lines:
-        seen.setdefault(asked({"prompt": question(json.loads(line)["messages"])}), line)
+        seen.setdefault(asked({"prompt": turn(json.loads(line)["messages"], "user")}), line)
     return list(seen.values())
 
 
-def question(messages: list[dict[str, Any]]) -> str:
-    return next(str(one["content"]) for one in messages if one["role"] == "user")
+def turn(messages: list[dict[str, Any]], role: str) -> str:
+    """The first content of a role."""
+    return next(str(one["content"]) for one in messages if one["role"] == role)
 
 
 def held_out(path: Path, share: float) -> list[Row]:
     """The rows that `data.held_out=share` keeps from training, as prompt and completion (first question and answer)."""
     (source,) = open_sources(DataConfig(path=str(path), records=RecordKind.messages))
     threshold = survey_source(source, share).threshold
-    kept = [json.loads(chunk.data) for chunk in source.chunks() if hash_of(chunk) < threshold]
-    answers = [next(turn["content"] for turn in row["messages"] if turn["role"] == "assistant") for row in kept]
-    return [
-        {"prompt": question(row["messages"]), "completion": answer} for row, answer in zip(kept, answers, strict=True)
-    ]
+    kept = [one for one in source.chunks() if isinstance(one, DataRecord) and hash_of(one) < threshold]
+    return [{"prompt": turn(one.messages, "user"), "completion": turn(one.messages, "assistant")} for one in kept]
 
 
 def write(source: Path, folder: Path) -> None:
