@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from moe.config.choices import Precision, Schedule, TrackingBackend
-from moe.config.rules import filled, is_seed, not_negative, positive, require
+from moe.config.rules import default_of, filled, is_seed, not_negative, positive, require
 
 MAX_TAG = 64  # characters that W&B takes
 # The first step is given twice as long, which must stay below moe.distributed.rendezvous.COLLECTIVE_TIMEOUT.
@@ -216,8 +217,11 @@ class TrainConfig:
         )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
         is_seed("train", self, "seed")
-        default = type(self).__dataclass_fields__["steps"].default
         require(
-            self.epochs is None or self.steps == default,
+            self.epochs is None or self.steps == default_of(self, "steps"),
             f"train.epochs={self.epochs} and train.steps={self.steps} both say how long: leave one out",
         )
+
+    def steps_for(self, samples: int) -> int:
+        """Optimizer steps of the run, where one pass over the training data has so many samples."""
+        return self.steps if self.epochs is None else max(1, math.ceil(self.epochs * samples / self.global_batch_size))

@@ -24,7 +24,7 @@ from moe.config.compose import read_config
 from moe.config.rules import require
 from moe.data.tokenizer import load_saved
 from moe.data.tokenizer_base import Tokenizer
-from moe.durable import fsync
+from moe.durable import fsync, new_folder
 from moe.errors import UserError
 from moe.interop.families import Family, family_for
 from moe.interop.families.base import DiskTensor
@@ -33,7 +33,6 @@ from moe.interop.hub_folder import INDEX
 from moe.interop.hub_tokenizer import hub_tokenizer_files
 from moe.interop.model_card import model_card, run_metrics
 from moe.interop.model_folder import in_files
-from moe.interop.new_folder import new_folder
 from moe.interop.peft_adapter import export_adapter
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
 from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint

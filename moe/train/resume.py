@@ -89,28 +89,27 @@ def _base_of(checkpoint: Path, mesh: Mesh) -> Path:
     )
 
 
-def add_adapter(start: Start, config: Config, model: Transformer, mesh: Mesh) -> None:
-    """With `adapter=lora`: gives a new model its frozen weights and its adapters. A collective. Raises UserError."""
-    if start.base is None:
-        return
-    mesh.agree(lambda: attach(model, config.adapter, config.train.seed), "adapter")
+def complete_model(start: Start, config: Config, model: Transformer, mesh: Mesh) -> None:
+    """Checks that the weights of `init_from` fit a new model, and gives it, with `adapter=lora`, its adapters and its
+    frozen weights. A collective. Raises UserError."""
+    if start.base is not None:
+        mesh.agree(lambda: attach(model, config.adapter, config.train.seed), "adapter")
     if start.weights is not None:
         mesh.agree(lambda: _check_fit(start, config, model, mesh), "init_from")
-    fill_base(start.base, model, mesh)
-    reset_magnitudes(model)
+    if start.base is not None:
+        fill_base(start.base, model, mesh)
+        reset_magnitudes(model)
 
 
-def load_start(
-    start: Start, config: Config, folder: Path, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display
-) -> TrainState:
-    """Fills the engine, prints from where, and returns the state to continue with. A collective. Raises UserError."""
+def load_start(start: Start, folder: Path, engine: Engine, corpus: Corpus, mesh: Mesh, display: Display) -> TrainState:
+    """Fills the engine, prints from where, and returns the state to continue with; `folder` is the run directory. A
+    collective. Raises UserError."""
     fresh = TrainState(tokenizer=corpus.tokenizer.fingerprint, data=corpus.fingerprint)
     if start.base is not None and start.resumed is None:
         base, inside = start.base.resolve(), folder.resolve()
         fresh.base = str(base.relative_to(inside) if base.is_relative_to(inside) else base)
         fresh.base_fingerprint = mesh.agree(lambda: model_fingerprint(base), "init_from")
     if start.weights is not None:
-        mesh.agree(lambda: _check_fit(start, config, engine.model, mesh), "init_from")
         reader.load_weights(start.weights, engine, mesh)
         display.line(f"starting from the weights of {start.weights}")
         if start.weights == folder / BASE and start.base is None:

@@ -40,7 +40,7 @@ atexit.register(lambda: os.getpid() == OWNER and shutil.rmtree(COMPOSED, ignore_
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
     "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=8", "optim.lr=3e-3",
-    "optim.max_grad_norm=0.5", "router.num_experts=4", "model.initializer_range=0.2",
+    "optim.max_grad_norm=0.5", "router.num_experts=4", "model.initializer=normal", "model.initializer_range=0.2",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def test_a_tokens_first_row_is_its_first_expert_and_a_token_without_rows_has_non
 def _model(router: str) -> Transformer:
     config = load_config([f"router={router}", "model.hidden_size=32", "model.num_hidden_layers=2",
                           "model.vocab_size=300", "tokenizer.vocab_size=300",
-                          "model.initializer_range=0.3"])  # fmt: skip
+                          "model.initializer=normal", "model.initializer_range=0.3"])  # fmt: skip
     model = Transformer(config.model, config.router, config.experts)
     model.init_weights(0)
     return model.double()
