@@ -1,7 +1,7 @@
 """a∘b for operands 1–20 and + − ×: 1,200 problems, of which some are held out.
 
     python -m data.examples.arithmetic rows FOLDER   # FOLDER/problems and FOLDER/pairs: rows, prompts, tokenizer
-    python -m data.examples.arithmetic page FOLDER   # docs/examples/arithmetic.md, from the answers in FOLDER
+    python -m data.examples.arithmetic page FOLDER PAGE   # the page, from the answers in FOLDER
 
 Two splits. `problems`: each problem by itself, so that the training rows may have 7*8 where 8*7 is held out. `pairs`:
 the harder one, where sums and products of the same two numbers are on one side in both orders, and so are differences.
@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Table, elapsed, page_of, percent, script_of
+from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
 from data.examples.score import Scored, scored, write_prompts
 from data.examples.splits import Key, Row, asked, leaks, split, write_rows
 from data.examples.training import final_metrics, runs
@@ -129,7 +129,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["rows", folder]:
             write(Path(folder))
-        case ["page", folder]:
-            page(Path(folder)).write(page_of("arithmetic"))
+        case ["page", folder, path]:
+            page(Path(folder)).write(Path(path))
         case _:
             sys.exit(__doc__)

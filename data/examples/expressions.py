@@ -1,7 +1,7 @@
 """Bracketed expressions of three operands from 1 to 50 with + − ×, in both bracketings.
 
     python -m data.examples.expressions rows FOLDER   # train.jsonl, direct.jsonl, held_out.jsonl, tokenizer/
-    python -m data.examples.expressions page FOLDER   # docs/examples/expressions.md, from the answers in FOLDER
+    python -m data.examples.expressions page FOLDER PAGE   # the page, from the answers in FOLDER
 
 The model writes its working, then the value: `(12*34)-5=` → `48+360=408;403`. What follows the last `=` or `;` is the
 answer, and alone is scored. A product by a number of two digits is the sum of two: by its ones, by its tens.
@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Table, elapsed, page_of, percent, script_of
+from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
 from data.examples.score import Scored, scored, write_prompts
 from data.examples.splits import Row, is_held_out, leaks, write_rows
 from data.examples.training import active_parameters, final_metrics, runs
@@ -124,7 +124,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["rows", folder]:
             write(Path(folder))
-        case ["page", folder]:
-            page(Path(folder)).write(page_of("expressions"))
+        case ["page", folder, path]:
+            page(Path(folder)).write(Path(path))
         case _:
             sys.exit(__doc__)

@@ -1,7 +1,7 @@
 """Runs of whole numbers: a few are given, the model writes the rest, up to 50.
 
     python -m data.examples.numbers rows FOLDER   # train.jsonl, held_out.jsonl, starts.jsonl, tokenizer/
-    python -m data.examples.numbers page FOLDER   # docs/examples/numbers.md, from the answers in FOLDER
+    python -m data.examples.numbers page FOLDER PAGE   # the page, from the answers in FOLDER
 
 51 tokens: the numbers 1 to 50, and the end of a row.
 """
@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Table, elapsed, page_of, percent, script_of
+from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
 from data.examples.score import scored, write_prompts
 from data.examples.splits import Row, leaks, split, write_rows
 from data.examples.training import final_metrics, runs
@@ -97,7 +97,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["rows", folder]:
             write(Path(folder))
-        case ["page", folder]:
-            page(Path(folder)).write(page_of("numbers"))
+        case ["page", folder, path]:
+            page(Path(folder)).write(Path(path))
         case _:
             sys.exit(__doc__)

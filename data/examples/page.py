@@ -116,10 +116,6 @@ def script_of(name: str) -> Path:
     return ROOT / "launch" / "examples" / f"{name}.sh"
 
 
-def page_of(name: str) -> Path:
-    return ROOT / "docs" / "examples" / f"{name}.md"
-
-
 def elapsed(folder: Path) -> float | None:
     """Seconds since the script made FOLDER/began; None without it."""
     began = folder / "began"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains models to add, subtract and multiply, and writes docs/examples/arithmetic.md:
 #   bash launch/examples/arithmetic.sh [FOLDER]
-# FOLDER (runs/examples/arithmetic) gets rows, runs and answers.
+# FOLDER (runs/examples/arithmetic) gets rows, runs and answers; PAGE is another place for the page.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/environment.sh
@@ -27,4 +27,4 @@ for split_seed in problems_0 problems_1 problems_2 pairs_0; do
     done
 done
 
-python -m data.examples.arithmetic page "$folder"
+python -m data.examples.arithmetic page "$folder" "${PAGE:-docs/examples/arithmetic.md}"

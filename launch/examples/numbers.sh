@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains models of 51 tokens to count, and writes docs/examples/numbers.md:
 #   bash launch/examples/numbers.sh [FOLDER]
-# FOLDER (runs/examples/numbers) gets rows, runs and answers.
+# FOLDER (runs/examples/numbers) gets rows, runs and answers; PAGE is another place for the page.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/environment.sh
@@ -26,4 +26,4 @@ for seed in 0 1 2; do
     done
 done
 
-python -m data.examples.numbers page "$folder"
+python -m data.examples.numbers page "$folder" "${PAGE:-docs/examples/numbers.md}"
