@@ -2,7 +2,7 @@
 
 python -m data.examples.maths rows gsm8k_train.jsonl FOLDER   # rows.jsonl; held_out.jsonl and held_out.txt: some of
                                                               # the rows that `moe train data.held_out=0.1` holds out
-python -m data.examples.maths page FOLDER                     # docs/examples/maths_chat.md
+python -m data.examples.maths page FOLDER PAGE                # the page, from the answers in FOLDER
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data.examples.page import Bar, Page, Table, elapsed, page_of, script_of
+from data.examples.cost import time_bars
+from data.examples.page import Bar, Page, Table, elapsed, script_of
 from data.examples.score import scored, write_prompts
 from data.examples.splits import Row, asked, write_rows
 from data.examples.training import active_parameters, final_metrics
@@ -59,7 +60,6 @@ def page(folder: Path) -> Page:
     base, chat = (final_metrics(folder / "runs" / name) for name in ("base_on_rows", "chat"))
     trained = final_metrics(folder / "runs/base")
     better = chat["val_loss"] < base["val_loss"]
-    seconds = elapsed(folder)
     evaluations = [
         json.loads(line) for line in (folder / "runs/chat/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -82,11 +82,7 @@ loss is measured on the same held-out rows with the same template and mask, by o
                 f"{chat['val_loss']:.3f}",
                 better,
             ),
-            *(
-                [Bar("time", "≤ 10 minutes on 2 cores", f"{seconds / 60:.1f} minutes", seconds <= 600)]
-                if seconds is not None
-                else []
-            ),
+            *time_bars(folder, 10),
         ],
         tables=[
             Table(
@@ -115,7 +111,7 @@ are not. Sequences hold several rows, each of which sees itself only.
 {validated}
 ```
 """,
-        seconds=seconds,
+        seconds=elapsed(folder),
     )
 
 
@@ -123,7 +119,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["rows", source, folder]:
             write(Path(source), Path(folder))
-        case ["page", folder]:
-            page(Path(folder)).write(page_of("maths_chat"))
+        case ["page", folder, path]:
+            page(Path(folder)).write(Path(path))
         case _:
             sys.exit(__doc__)

@@ -2,7 +2,7 @@
 
 python -m data.examples.upcycle rows FOLDER      # train.jsonl, held_out.jsonl, asked.txt, tasks/parity.yaml
 python -m data.examples.upcycle compare FOLDER   # comparison.json: the export in transformers, the run here
-python -m data.examples.upcycle page FOLDER      # docs/examples/upcycle.md
+python -m data.examples.upcycle page FOLDER PAGE # the page, from what is in FOLDER
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from data.examples.page import Bar, Page, Table, elapsed, page_of, script_of
+from data.examples.cost import time_bars
+from data.examples.page import Bar, Page, Table, elapsed, script_of
 from data.examples.score import scored, write_prompts
 from data.examples.splits import Row, leaks, split, write_rows
 from data.examples.training import active_parameters, final_metrics
@@ -106,7 +107,6 @@ def page(folder: Path) -> Page:
     steps = sorted(losses["upcycled", SEEDS[0]])
     lower = all(losses["upcycled", seed][step] < losses["scratch", seed][step] for seed in SEEDS for step in steps)
     tokens = final_metrics(folder / "runs" / f"from_scratch_{SEEDS[0]}")["tokens"]
-    seconds = elapsed(folder)
     return Page(
         title="Upcycle, fine-tune, export",
         shows=f"""
@@ -140,11 +140,7 @@ the hash of the prompt), is evaluated by lm-evaluation-harness, exported with th
                 ),
                 lower,
             ),
-            *(
-                [Bar("time of everything", "≤ 10 minutes on 2 cores", f"{seconds / 60:.1f} minutes", seconds <= 600)]
-                if seconds is not None
-                else []
-            ),
+            *time_bars(folder, 10),
         ],
         tables=[
             Table(
@@ -162,7 +158,7 @@ top for the upcycled one: this is what a checkpoint that exists already saves. I
             )
         ],
         samples=scored(folder / "asked.jsonl", folder / "answers.jsonl").shown(4),
-        seconds=seconds,
+        seconds=elapsed(folder),
     )
 
 
@@ -179,7 +175,7 @@ if __name__ == "__main__":
         case ["compare", folder]:
             path = Path(folder, "comparison.json")
             path.write_text(json.dumps(compare(Path(folder)), indent=1) + "\n", encoding="utf-8")
-        case ["page", folder]:
-            page(Path(folder)).write(page_of("upcycle"))
+        case ["page", folder, path]:
+            page(Path(folder)).write(Path(path))
         case _:
             sys.exit(__doc__)

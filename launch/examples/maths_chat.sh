@@ -29,4 +29,5 @@ moe train "${tune[@]}" run_dir="$folder/runs/chat" train.steps=150 optim.lr=2e-3
 
 moe generate checkpoint="$folder/runs/chat" chat=true temperature=0 max_new_tokens=160 batch_size=4 \
     prompts_file="$folder/held_out.txt" >"$folder/runs/chat/held_out.jsonl"
-python -m data.examples.maths page "$folder"
+times >"$folder/times"
+python -m data.examples.maths page "$folder" "${PAGE:-docs/examples/maths_chat.md}"

@@ -31,4 +31,5 @@ first=$!
 learn 1
 wait "$first"
 
-python -m data.examples.sql_page "$folder"
+times >"$folder/times"
+python -m data.examples.sql_page "$folder" "${PAGE:-docs/examples/sql.md}"

@@ -42,4 +42,5 @@ for seed in 0 1; do
     moe train "${more[@]}" init_from="$folder/runs/upcycled" run_dir="$folder/runs/from_upcycled_$seed"
     moe train "${more[@]}" model.sliding_window=null model.initializer=equal_output run_dir="$folder/runs/from_scratch_$seed"
 done
-python -m data.examples.upcycle page "$folder"
+times >"$folder/times"
+python -m data.examples.upcycle page "$folder" "${PAGE:-docs/examples/upcycle.md}"
