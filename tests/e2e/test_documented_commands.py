@@ -31,6 +31,7 @@ COMMANDS = commands()
 EXCEPTIONS = {  # beginning of a command that isn't one of `moe` → why it isn't run here
     "bash launch/quickstart.sh": "installs and trains for minutes; the commands in it are tested here",
     "bash launch/test.sh": "runs all tests, this one too",
+    "bash launch/examples/": "trains for minutes; tests/e2e/test_examples.py runs one",
     "bash launch/gpu_report.sh": "tests/unit/bench/test_gpu.py runs it with --dry-run",
     "bash launch/gpu_wheels.sh": "downloads packages",
     "python -m moe.bench.gpu.page": "needs a GPU's report; tests/unit/bench/test_gpu.py writes the page of a made one",
