@@ -92,15 +92,10 @@ def test_rolling_log_likelihoods_with_one_beginning(exported: tuple[Path, Path])
 
 def test_texts(exported: tuple[Path, Path]) -> None:
     run, out = exported
-    ways = [
-        {"until": ["\n"], "max_gen_toks": 20},
-        {"until": [], "max_gen_toks": 5},
-        {"until": ["e", "self"], "max_gen_toks": 12},
-    ]
+    ways = [(["\n"], 20), ([], 5), (["e", "self"], 12)]
+    stated = [{"until": until, "max_gen_toks": most} for until, most in ways]
     prompts = ["def ", "import json\n", "x", LONG]
-    requests = asked(
-        "generate_until", *[(p, {"until": until, "max_gen_toks": most}) for until, most in ways for p in prompts]
-    )
+    requests = asked("generate_until", *[(prompt, dict(one)) for one in stated for prompt in prompts])
     found = ours(run).generate_until(requests)
     assert found == theirs(out).generate_until(requests)
     assert len(set(found)) > 5

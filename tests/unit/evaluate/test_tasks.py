@@ -119,8 +119,11 @@ def test_a_data_set_of_the_hub_without_a_network(desk: Path, monkeypatch: pytest
 
 
 def test_names_that_are_not_there(desk: Path) -> None:
-    with pytest.raises(UserError, match=r"tasks=sumz: no task sumz; did you mean sums\? own has sums"):
-        loaded("sumz")
+    write("capitals")
+    with pytest.raises(
+        UserError, match=r"tasks=capitels: no task capitels; did you mean capitals\? own has capitals, sums"
+    ):
+        loaded("capitels")
     Path("own/torn.yaml").write_text("task: torn\n  x: [\n")
     with pytest.raises(UserError, match=r"own/torn.yaml:2: not valid YAML"):
         loaded("torn", include_path="own/torn.yaml")
