@@ -7,12 +7,17 @@ while tasks are loaded and run; each is checked to be there.
 
 from __future__ import annotations
 
+import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub.constants
 import lm_eval
 import lm_eval.api.task
 import lm_eval.tasks._yaml_loader
@@ -29,6 +34,7 @@ BORROWED = (
     (lm_eval.api.task, "datasets"),
 )
 READERS = ("json", "csv", "parquet", "arrow", "text")  # of `datasets`, for local files; some others unpickle
+CONNECT_SECONDS = 5.0
 TRUST = "trust_task_code=true runs it, as your own code"
 
 
@@ -101,15 +107,28 @@ class _Datasets(ModuleType):
         for file in _texts(files):
             if "://" not in file and not any(sign in file for sign in "*?[") and not Path(file).is_file():
                 raise UserError(f"data_files={file}: no such file; a task's paths are relative to {Path.cwd()}")
+        on_hub = files is None and path not in READERS and not Path(path).exists()
+        if on_hub:
+            self._use_cache_where_unreachable()
         try:
             return self._datasets.load_dataset(path, name, **kwargs)
         except (OSError, ValueError, ImportError) as error:
-            if files is None and path not in READERS:
+            if on_hub:
                 raise UserError(
                     f"dataset_path={path}: not read from the Hugging Face Hub ({_first(error)}): is the name right, "
                     "and the network there? Local files: `dataset_path: json`, and data_files"
                 ) from error
             raise UserError(f"dataset_path={path}: {_first(error)}") from error
+
+    def _use_cache_where_unreachable(self) -> None:
+        """Without a network, data sets come from the cache or fail at once, instead of after a minute of retries."""
+        host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        if urllib.request.getproxies() or host.hostname is None:
+            return
+        try:
+            socket.create_connection((host.hostname, host.port or 443), timeout=CONNECT_SECONDS).close()
+        except OSError:
+            self._datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _texts(value: Any) -> Iterator[str]:

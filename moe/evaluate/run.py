@@ -1,6 +1,5 @@
 """`moe evaluate`: the harness's tasks on a checkpoint; a table, and a JSON file.
 
-moe evaluate checkpoint=runs/tuned tasks=arc_easy,hellaswag batch_size=16
 moe evaluate checkpoint=runs/tuned tasks=sums include_path=tasks limit=100
 """
 
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
@@ -32,6 +32,7 @@ from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
 from moe.checkpoint.state import read_state
 from moe.config import EvaluateConfig
 from moe.config.flat import flatten
+from moe.config.rules import require
 from moe.data.tokenizer import load_saved
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
@@ -52,13 +53,13 @@ def run_evaluate(config: EvaluateConfig) -> None:
     try:
         began = time.monotonic()
         with _quiet(mesh), guarded(config.trust_task_code):
-            tasks = mesh.agree(lambda: load_tasks(config), "tasks")
             folder = mesh.agree(lambda: resolve(Path(config.checkpoint).expanduser(), _warn), "checkpoint")
+            path = mesh.agree(lambda: _output(config, folder), "output")
+            tasks = mesh.agree(lambda: load_tasks(config), "tasks")
             lm = mesh.agree(lambda: _load(config, folder, mesh), "checkpoint")
             results = _evaluate(config, lm, tasks, mesh)
         if mesh.is_main:
             results |= _facts(config, folder, mesh) | {"seconds": time.monotonic() - began}
-            path = _output(config, folder)
             write_durably(
                 path, json.dumps(results, indent=1, ensure_ascii=False, default=handle_non_serializable) + "\n"
             )
@@ -122,10 +123,14 @@ def _facts(config: EvaluateConfig, folder: Path, mesh: Mesh) -> dict[str, Any]:
 def _output(config: EvaluateConfig, folder: Path) -> Path:
     if config.output is not None:
         path = Path(config.output).expanduser()
+        require(not path.is_dir(), f"output={path}: is a folder; name a file in it, as in output={path}/results.json")
     else:
         run = folder.resolve().parent.parent if folder.resolve().parent.name == CHECKPOINTS else folder
         path = run / FOLDER / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={path}: {error.strerror}: name another file") from error
     return path
 
 
@@ -134,15 +139,22 @@ def _quiet(mesh: Mesh) -> Iterator[None]:
     """The harness's warnings on one rank alone; what it prints goes to stderr; no processes of its own."""
     logger = logging.getLogger("lm_eval")
     level, processes = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    lm_eval.api.task.eval_logger.addFilter(_says_more_than_defaults)
     logger.setLevel(logging.WARNING if mesh.is_main else logging.CRITICAL)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        lm_eval.api.task.eval_logger.removeFilter(_says_more_than_defaults)
         logger.setLevel(level)
         if processes is None:
             del os.environ["DISABLE_MULTIPROC"]
+
+
+def _says_more_than_defaults(record: logging.LogRecord) -> bool:
+    """Not that a metric is aggregated as it is by default, two lines for each."""
+    return "is not. using default" not in record.getMessage()
 
 
 def _warn(line: str) -> None:

@@ -35,7 +35,8 @@ def load_tasks(config: EvaluateConfig) -> Any:
     except UserError as error:
         raise UserError(f"tasks={config.tasks}: {error}") from error
     except Exception as error:  # of a task that isn't what the harness takes
-        raise UserError(f"tasks={config.tasks}: {_said(error)}") from error
+        absent = " (a split, column or key that isn't there)" if isinstance(error, KeyError) else ""
+        raise UserError(f"tasks={config.tasks}: the harness can't use the task: {_said(error)}{absent}") from error
     for name, task in loaded["tasks"].items():
         if config.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 there means: never
             task.set_config("num_fewshot", config.num_fewshot)

@@ -19,6 +19,7 @@ from moe.config.rules import require
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.inference.decoding import IncrementalDecoder
+from moe.inference.kept_cache import KeptCache
 from moe.inference.sampling import pick
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
@@ -54,6 +55,7 @@ def stream(
     ends: frozenset[int] = frozenset(),
     all_steps: bool = False,
     joined: bool = True,
+    kept: KeptCache | None = None,
 ) -> Generator[TextPiece, None, None]:
     """The continuations as they come. Raises UserError when the tokenizer or the lengths don't fit the model, and
     NotFiniteError.
@@ -61,7 +63,8 @@ def stream(
     A prompt is a text, which begins a document, or the token ids of a beginning; the tokens of `ends` end a text too.
     `all_steps` makes exactly `max_new_tokens` passes even when every text has ended: ranks that share experts must pass
     equally often, and rounding could make one rank's text end before another's. Unless `joined`, a continuation is
-    decoded as a text of its own: some tokenizers then leave out the space before it.
+    decoded as a text of its own: some tokenizers then leave out the space before it. With `kept`, which takes one
+    prompt, only tokens that differ from its last text's are computed.
     """
     config = model.config
     require(
@@ -82,11 +85,15 @@ def stream(
         f"{width} prompt tokens + max_new_tokens={settings.max_new_tokens} must be ≤ "
         f"model.max_position_embeddings={config.max_position_embeddings}",
     )
-    cache = KVCache(config, len(texts), total, model.device, model.dtype)
-    was_training = model.training
+    if kept is None:
+        cache = KVCache(config, len(texts), total, model.device, model.dtype)
+    else:
+        cache = kept.begin(model, texts[0].ids, total)
+    was_training, fed = model.training, list(texts[0].ids)
     model.eval()
     try:
-        logits_BV = _prefill(model, cache, [text.ids for text in texts], settings.prefill_chunk, tokenizer.bos_id)
+        prompt_ids = [text.ids[cache.length :] for text in texts]
+        logits_BV = _prefill(model, cache, prompt_ids, settings.prefill_chunk, tokenizer.bos_id)
         for step in range(settings.max_new_tokens):
             rows_BV = logits_BV[:, : tokenizer.vocab_size].float().cpu()
             if not rows_BV.isfinite().all():
@@ -102,8 +109,11 @@ def stream(
             if last or (not all_steps and all(text.done for text in texts)):
                 return
             logits_BV = _step(model, cache, torch.tensor(chosen)[:, None])
+            fed.append(chosen[0])
     finally:
         model.train(was_training)
+        if kept is not None and cache.length:
+            kept.end(cache, fed)
 
 
 @torch.no_grad()
