@@ -116,8 +116,8 @@ def page(folder: Path) -> Page:
 A model of {active_parameters(every[0]) / 1e6:.1f} M parameters learns from scratch, tokenizer included, to answer
 questions of WikiSQL with a query: {len(rounds[0]) // COPIES:,} questions to train on, {len(rows):,} held out (the
 hash of a question decides, {HELD_OUT:.0%}; no seed). Training sees each question {passes} times in {len(ROUNDS)}
-rounds: in each once as it is, then with other values in question and query, taken from other training rows. All held-out
-rows are scored, greedy, one answer each.
+rounds: in each once as it is, then with other values in question and query, taken from other training rows. All
+held-out rows are scored, greedy, one answer each.
 
 The prompt is the question alone, without the table's columns, so a name that the question words differently can only be
 guessed: {percent(sum(knowable), len(knowable))} of the held-out queries have only columns that training rows have or
