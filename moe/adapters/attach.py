@@ -5,15 +5,15 @@ An adapter's initial values are a function of (seed, name, global expert) alone,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from torch import nn
 
 from moe.adapters.low_rank import LoRAExperts, LoRALinear, LowRank
 from moe.config import AdapterConfig, ExpertBackend
-from moe.config.adapter import WITH_DROPOUT, fits
+from moe.config.adapter import WITH_DROPOUT, fits, fits_parameter
 from moe.errors import UserError
+from moe.model.initialize import expert_seed
 from moe.model.transformer import Transformer
 from moe.sparse import Experts, Router
 
@@ -55,12 +55,12 @@ def _targets(model: nn.Module, config: AdapterConfig) -> Iterator[tuple[str, nn.
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in can}))}"
             )
     for name, module in can.items():
-        if any(fits(pattern, name) for pattern in config.target_modules):
+        if config.adapts(name):
             yield name, module
 
 
 def _adapt(model: nn.Module, name: str, module: nn.Module, config: AdapterConfig, seed: int) -> None:
-    rank = next((rank for pattern, rank in config.rank_pattern.items() if fits(pattern, name)), config.r)
+    rank = config.rank_of(name)
     scale = config.scale(rank)
     if isinstance(module, Experts):
         if module.config.backend is ExpertBackend.megablocks:
@@ -84,13 +84,8 @@ def _adapt(model: nn.Module, name: str, module: nn.Module, config: AdapterConfig
 def _low_rank(name: str, weight: nn.Parameter, rank: int, scale: float, seed: int, first_expert: int = 0) -> LowRank:
     low_rank = LowRank(weight.shape, rank, scale, weight.device).to(weight.dtype)
     experts = weight.shape[0] if weight.ndim == 3 else 1
-    low_rank.draw([_seed(seed, name, first_expert + local) for local in range(experts)])
+    low_rank.draw([expert_seed(seed, name, "lora", first_expert + local) for local in range(experts)])
     return low_rank
-
-
-def _seed(seed: int, name: str, expert: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}.lora/{expert}".encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -101,7 +96,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _train_in_full(model: nn.Module, config: AdapterConfig) -> None:
     names = dict(model.named_parameters())
     for pattern in config.modules_to_save:
-        found = [one for one in names if fits(pattern, one) or fits(pattern, one.rpartition(".")[0])]
+        found = [one for one in names if fits_parameter(pattern, one)]
         if not found:
             raise UserError(
                 f"adapter.modules_to_save={pattern}: no parameter of this model fits; its names are like "

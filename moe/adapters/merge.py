@@ -21,6 +21,12 @@ def is_part(name: str) -> bool:
     return name.endswith(PARTS)
 
 
+def adapted(part: str) -> str:
+    """The name of the weight that a tensor of an adapter belongs to."""
+    stem = part.removesuffix(".magnitude").removesuffix(".A").removesuffix(".B")
+    return stem.removesuffix("_lora") if stem.endswith("_lora") else f"{stem.removesuffix('.lora')}.weight"
+
+
 def merged(
     name: str, weight: Tensor, names: Collection[str], read: Callable[[str], Tensor], config: AdapterConfig
 ) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.adapters.merge import is_part, merged
-from moe.checkpoint.layout import MODEL
+from moe.adapters.merge import adapted, is_part, merged
+from moe.checkpoint.layout import MODEL, OPTIMIZER
 from moe.checkpoint.manifest import read_manifest, shards_of, verify
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.shards import ShardReader
@@ -24,19 +25,20 @@ from moe.model.transformer import Transformer
 
 def model_part(folder: Path, part: str = MODEL) -> ShardReader:
     """Reads the files of `part` that the manifest lists. Raises UserError."""
+    names = [Path(name).name for name in shards_of(_manifest(folder), part)]
+    return ShardReader(folder / part, names)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        names = [Path(name).name for name in shards_of(read_manifest(folder), part)]
+        return read_manifest(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: damaged checkpoint ({error})") from error
-    return ShardReader(folder / part, names)
 
 
 def model_fingerprint(folder: Path) -> str:
     """SHA-256 over names and hashes of the files that hold the model. Raises UserError."""
-    try:
-        manifest = read_manifest(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: damaged checkpoint ({error})") from error
+    manifest = _manifest(folder)
     files = [[name, manifest[name]["sha256"]] for name in shards_of(manifest, MODEL)]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -51,7 +53,7 @@ def find_base(checkpoint: Path, state: TrainState) -> Path:
             f"{checkpoint}: an adapter of the weights in {base}, which are not there: put them back (the adapter alone "
             "is no model)"
         )
-    if (reason := verify(base, without="optimizer")) is not None:
+    if (reason := verify(base, without=OPTIMIZER)) is not None:
         raise UserError(f"{base}: damaged checkpoint, {reason}; {checkpoint} is an adapter of it")
     if model_fingerprint(base) != state.base_fingerprint:
         raise UserError(f"{checkpoint}: an adapter of other weights than {base} holds now: put the earlier ones back")
@@ -59,10 +61,10 @@ def find_base(checkpoint: Path, state: TrainState) -> Path:
 
 
 def fill_base(folder: Path, model: Transformer, mesh: Mesh) -> None:
-    """The frozen weights (`Transformer.base_names`) of this rank. Raises UserError."""
+    """The frozen weights (`Transformer.base_names`) of this rank. A collective. Raises UserError."""
     experts = ExpertSharding(expert_names(model), mesh)
     tensors = {name: value.detach() for name, value in model.named_parameters() if name in model.base_names}
-    model_part(folder).fill(experts.sharded(tensors))  # in place
+    mesh.agree(lambda: model_part(folder).fill(experts.sharded(tensors)), "init_from")  # in place
 
 
 def fill_merged(model: Transformer, base: Path, checkpoint: Path, config: Config) -> None:
@@ -80,5 +82,5 @@ def fill_merged(model: Transformer, base: Path, checkpoint: Path, config: Config
         reader.fill(into)
         return into[name]
 
-    for name, weight in parameters.items():
-        weight.copy_(merged(name, weight.cpu(), names, read, config.adapter))
+    for name in parameters.keys() & map(adapted, names):
+        parameters[name].copy_(merged(name, parameters[name].cpu(), names, read, config.adapter))

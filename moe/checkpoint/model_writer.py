@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from moe.checkpoint.ownership import file_numbers
 from moe.checkpoint.state import TrainState
 from moe.config import Config
 from moe.config.compose import to_yaml
-from moe.durable import PARTIAL, fsync
+from moe.durable import fsync, new_folder
 from moe.errors import UserError
 
 
@@ -35,20 +34,10 @@ def write_model(
     persistent = model.state_dict().keys()
     tensors |= {name: buffer.cpu().contiguous() for name, buffer in model.named_buffers() if name in persistent}
     numbers = file_numbers({(UNTRAINED, name): tensor.nbytes for name, tensor in tensors.items()})
-    partial = folder.with_name(folder.name + PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder, "folder") as partial:
         write_tensors(partial / MODEL, tensors, numbers, written := [])
         manifest = {}
         for path in written:
             fsync(path)
             manifest[str(path.relative_to(partial))] = entry(path)
-        fsync(partial / MODEL)
         write_small_files(partial, small_files(state, to_yaml(config), tokenizer), manifest)
-        partial.rename(folder)
-        fsync(folder.parent)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -11,6 +11,7 @@ from moe.cli.limits import require_address_space, require_open_files
 from moe.config import (
     AnalyzeConfig,
     Config,
+    EvaluateConfig,
     ExportConfig,
     ImportConfig,
     PlanConfig,
@@ -20,7 +21,9 @@ from moe.config import (
     UpcycleConfig,
     ValidateConfig,
 )
+from moe.config.chat import ChatConfig
 from moe.config.compose import ConfigError, load_config
+from moe.config.generate import GenerateConfig
 
 
 def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
@@ -117,7 +120,6 @@ def _validate(overrides: list[str]) -> None:
 
 def _generate(overrides: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
-    from moe.config.generate import GenerateConfig
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "generate", GenerateConfig)
@@ -129,13 +131,25 @@ def _generate(overrides: list[str]) -> None:
 def _chat(overrides: list[str]) -> None:
     """Talk to a fine-tuned checkpoint in the terminal, or answer each line of standard input; /help lists what can be
     said to it."""
-    from moe.config.chat import ChatConfig
     from moe.config.overrides import quote_texts
 
     config = load_config(quote_texts(overrides), "chat", ChatConfig)
     from moe.inference.terminal import run_chat
 
     run_chat(config, *_checkpoint(config))
+
+
+def _evaluate(overrides: list[str]) -> None:
+    """Score a checkpoint on tasks of EleutherAI's lm-evaluation-harness, its own or yours (`include_path=FOLDER`); a
+    table, and a JSON file."""
+    config: EvaluateConfig = load_config(overrides, "evaluate", EvaluateConfig)
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise ConfigError("moe evaluate needs lm_eval: pip install 'moe-train[evaluate]', or 'lm_eval>=0.4.13,<0.5'")
+    from moe.evaluate.run import run_evaluate
+
+    run_evaluate(config)
 
 
 def _checkpoint(config: Any) -> tuple[Any, Any]:
@@ -243,6 +257,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "validate": _validate,
     "generate": _generate,
     "chat": _chat,
+    "evaluate": _evaluate,
     "import": _import,
     "export": _export,
     "upcycle": _upcycle,
@@ -259,31 +274,23 @@ MULTIRUN = ("-m", "--multirun")
 OPTIONS = {"doctor": ("--json",), "train": MULTIRUN}
 
 
+# What a verb composes, from configs/VERB.yaml.
+SCHEMAS: dict[str, type] = {
+    "train": Config,
+    "sweep": SweepConfig,
+    "prepare": PrepareConfig,
+    "validate": ValidateConfig,
+    "plan": PlanConfig,
+    "analyze": AnalyzeConfig,
+    "import": ImportConfig,
+    "export": ExportConfig,
+    "upcycle": UpcycleConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
 def schema(verb: str) -> tuple[str, type] | None:
-    if verb == "train":
-        return "train", Config
-    if verb == "sweep":
-        return "sweep", SweepConfig
-    if verb == "prepare":
-        return "prepare", PrepareConfig
-    if verb == "validate":
-        return "validate", ValidateConfig
-    if verb == "plan":
-        return "plan", PlanConfig
-    if verb == "analyze":
-        return "analyze", AnalyzeConfig
-    if verb == "import":
-        return "import", ImportConfig
-    if verb == "upcycle":
-        return "upcycle", UpcycleConfig
-    if verb == "export":
-        return "export", ExportConfig
-    if verb == "generate":
-        from moe.config.generate import GenerateConfig
-
-        return "generate", GenerateConfig
-    if verb == "chat":
-        from moe.config.chat import ChatConfig
-
-        return "chat", ChatConfig
-    return None
+    """(name of the YAML, dataclass); None for a verb that composes nothing."""
+    return (verb, SCHEMAS[verb]) if verb in SCHEMAS else None

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from moe.config.choices import AdapterKind
-from moe.config.rules import positive, require, share
+from moe.config.rules import default_of, positive, require, share
 
 # Linear layers by the last part of their name; `gate` is the router and `experts` are a sparse layer's stacked experts.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "experts")
@@ -18,6 +18,11 @@ MAX_RANK = 4096
 def fits(pattern: str, name: str) -> bool:
     """Whether a module's whole name is meant: by its last parts, as peft reads `target_modules`, or as a pattern."""
     return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+
+
+def fits_parameter(pattern: str, name: str) -> bool:
+    """Whether a parameter is meant, by its own name or its module's."""
+    return fits(pattern, name) or fits(pattern, name.rpartition(".")[0])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,15 +72,21 @@ class AdapterConfig:
     def _require_unused(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            default = one.default_factory() if callable(one.default_factory) else one.default
             require(
-                value == default,
+                value == default_of(self, one.name),
                 f"adapter.{one.name}={str(value).lower()} is read with an adapter only: add adapter=lora",
             )
 
     @property
     def trains_adapter(self) -> bool:
         return self.kind is not AdapterKind.none
+
+    def adapts(self, module: str) -> bool:
+        """Whether the module of this whole name gets an adapter."""
+        return any(fits(pattern, module) for pattern in self.target_modules)
+
+    def rank_of(self, module: str) -> int:
+        return next((rank for pattern, rank in self.rank_pattern.items() if fits(pattern, module)), self.r)
 
     def scale(self, rank: int) -> float:
         """s of an adapter of this rank."""

@@ -38,45 +38,54 @@ class Sampling:
         require(self.stop != "", "stop='' must have a character: null means no stop text")
 
 
-@dataclass(kw_only=True, slots=True)
-class GenerateConfig(Sampling):
-    """`checkpoint` is a run directory or one of its checkpoints; `prompts_file` has one prompt a line (UTF-8).
+def check_source(checkpoint: str, device: str) -> None:
+    """Raises UserError unless a checkpoint is named, and the device is one that `choose_device` knows."""
+    require(bool(checkpoint.strip()), "checkpoint='' must name a run directory or one of its checkpoints")
+    known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device)
+    require(known is not None, f"device={device} must be auto, cpu, cuda or cuda:N")
 
-    With `chat` a prompt is a message, which the model answers; `system` is the system prompt, `template` the
-    tokenizer's own, which fine-tuning leaves there, or one of ours. `device` is `cpu`, `cuda`, `cuda:N`, or `auto`: the
-    GPU where there is one. `dtype` is that of weights, activations and cache; the router and the choice of a token stay
-    float32. `check_memory=false` loads a model even if it is larger than the available memory.
+
+@dataclass(kw_only=True, slots=True)
+class Answering(Sampling):
+    """`checkpoint` is a run directory or one of its checkpoints. In a conversation `system` is the system prompt, and
+    `template` the tokenizer's own, which fine-tuning leaves there, or one of ours.
+
+    `device` is `cpu`, `cuda`, `cuda:N`, or `auto`: the GPU where there is one. `dtype` is that of weights, activations
+    and cache; the router and the choice of a token stay float32. `check_memory=false` loads a model even if it is
+    larger than the available memory.
     """
 
     checkpoint: str = ""
-    prompt: str | None = None
-    prompts_file: str | None = None
-    chat: bool = False
     system: str | None = None
     template: TemplateName = TemplateName.tokenizer
-    batch_size: int = 8
     device: str = "auto"
     dtype: Precision = Precision.float32
     check_memory: bool = True
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)  # slots=True creates a new class, in which a bare super() fails
-        require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
+        check_source(self.checkpoint, self.device)
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(Answering):
+    """`prompts_file` has one prompt a line (UTF-8). With `chat` a prompt is a message, which the model answers."""
+
+    prompt: str | None = None
+    prompts_file: str | None = None
+    chat: bool = False
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        Answering.__post_init__(self)
         filled("", self, "prompts_file")
         given = (self.prompt is not None) + (self.prompts_file is not None)
         require(
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"
         )
         positive("", self, "batch_size")
-        check_device(self.device)
         for name, value, default in (
             ("system", self.system, None),
             ("template", self.template, TemplateName.tokenizer),
         ):
             require(self.chat or value == default, f"{name}={getattr(value, 'name', value)} needs chat=true")
-
-
-def check_device(device: str) -> None:
-    """Raises UserError."""
-    known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device)
-    require(known is not None, f"device={device} must be auto, cpu, cuda or cuda:N")

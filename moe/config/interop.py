@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe.config.choices import ExportDtype, ExportFormat
-from moe.config.rules import filled, positive, require
+from moe.config.rules import default_of, filled, positive, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,11 +48,10 @@ class ExportConfig:
         require(bool(self.path.strip()), "path='' must name a new folder")
         filled("", self, "family")
         positive("", self, "max_shard_gb")
-        default = ExportConfig.__dataclass_fields__
         unused = {ExportFormat.gguf: ("max_shard_gb",), ExportFormat.peft: ("max_shard_gb", "family", "dtype")}
         for name in unused.get(self.format, ()):
             value = getattr(self, name)
             require(
-                value == default[name].default,
+                value == default_of(self, name),
                 f"{name}={getattr(value, 'name', value)} has no effect with format={self.format.name}: leave it out",
             )

@@ -2,7 +2,7 @@
 
 A run directory may be older than the code. Its config.yaml has `config_version`, and `migrate` applies the renamings of
 every later version. To rename a key, increment `CONFIG_VERSION` and add the old name to `RENAMED`. A new key needs no
-entry if its default is the previous behaviour.
+entry if its default is the previous behaviour; else the value that stands for it goes into `PREVIOUS`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any
 from moe.config.rules import require
 from moe.errors import UserError
 
-CONFIG_VERSION = 2  # configurations without config_version are version 0
+CONFIG_VERSION = 3  # configurations without config_version are version 0
 
 # {version that renamed the key: {old key: new key}}
 RENAMED: dict[int, dict[str, str]] = {
     1: {"parallel.expert": "parallel.expert_parallel_size"},
     2: {"checkpoint.init_from": "init_from"},
 }
+# {version that changed the default: {key: what a saved section without the key meant before}}
+PREVIOUS: dict[int, dict[str, Any]] = {3: {"model.initializer": "normal"}}
 
 # Removed groups and presets: pattern of the override → equivalent overrides ("": it is the default now).
 _REPLACED: list[tuple[str, Callable[[re.Match[str]], str]]] = [
@@ -50,6 +52,12 @@ def migrate(config: dict[str, Any]) -> dict[str, Any]:
         if version < since:
             for old, new in keys.items():
                 config = _renamed(config, old, new)
+    for since, values in PREVIOUS.items():
+        if version < since:
+            for key, value in values.items():
+                section, name = key.split(".")
+                if name not in (there := config.get(section) or {name: value}):
+                    config = {**config, section: {**there, name: value}}
     return {**config, "config_version": CONFIG_VERSION}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe.config.choices import AttentionBackend, ExpertBackend, Initializer, Mlp, QkNorm, Recompute
 from moe.config.rope import check_rope_scaling
-from moe.config.rules import not_negative, positive, require, share
+from moe.config.rules import default_of, not_negative, positive, require, share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
-    initializer: Initializer = Initializer.normal
+    initializer: Initializer = Initializer.equal_output
     initializer_range: float = 0.02
     hidden_dropout: float = 0.0
     mlp: Mlp = Mlp.sparse
@@ -58,6 +58,12 @@ class ModelConfig:
         not_negative("model", self, "n_shared_experts")
         positive("model", self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
         positive("model", self, "rope_theta", "rms_norm_eps", "initializer_range")
+        require(
+            self.initializer in (Initializer.normal, Initializer.depth_scaled)
+            or self.initializer_range == default_of(self, "initializer_range"),
+            f"model.initializer_range={self.initializer_range} has no effect with model.initializer="
+            f"{self.initializer.name}: add model.initializer=normal (or depth_scaled)",
+        )
         share("model", self, "hidden_dropout")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from moe.errors import UserError
 
@@ -47,6 +48,12 @@ def share(prefix: str, owner: object, *names: str) -> None:
 def is_seed(prefix: str, owner: object, *names: str) -> None:
     """Requires fields to be in [0, 2**64)."""
     _numbers(prefix, owner, names, lambda value: value >= 0, "≥ 0", MAX_SEED)
+
+
+def default_of(owner: Any, name: str) -> object:
+    """The default of a dataclass's field."""
+    one = owner.__dataclass_fields__[name]
+    return one.default_factory() if callable(one.default_factory) else one.default
 
 
 def _numbers(

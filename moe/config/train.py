@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from moe.config.choices import Precision, Schedule, TrackingBackend
-from moe.config.rules import filled, is_seed, not_negative, positive, require
+from moe.config.rules import default_of, filled, is_seed, not_negative, positive, require
 
 MAX_TAG = 64  # characters that W&B takes
 # The first step is given twice as long, which must stay below moe.distributed.rendezvous.COLLECTIVE_TIMEOUT.
@@ -192,7 +193,8 @@ class TrainConfig:
     the number of `steps` is that of so many passes over the training data.
 
     `sample_prompt=null` uses the beginning of a held-out document (`Corpus.opening`). `peak_tflops` is a rank's peak,
-    which MFU is relative to (null: a matrix product is timed at start-up).
+    which MFU is relative to (null: a matrix product is timed at start-up). `neftune_noise_alpha` adds
+    noise to the embeddings in training (arXiv 2310.05914); null: none.
     """
 
     steps: int = 300
@@ -209,15 +211,20 @@ class TrainConfig:
     sample_tokens: int = 64
     log_every: int = 10
     peak_tflops: float | None = None
+    neftune_noise_alpha: float | None = None
 
     def __post_init__(self) -> None:
         positive(
             "train", self, "steps", "epochs", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every"
         )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
+        positive("train", self, "neftune_noise_alpha")
         is_seed("train", self, "seed")
-        default = type(self).__dataclass_fields__["steps"].default
         require(
-            self.epochs is None or self.steps == default,
+            self.epochs is None or self.steps == default_of(self, "steps"),
             f"train.epochs={self.epochs} and train.steps={self.steps} both say how long: leave one out",
         )
+
+    def steps_for(self, samples: int) -> int:
+        """Optimizer steps of the run, where one pass over the training data has so many samples."""
+        return self.steps if self.epochs is None else max(1, math.ceil(self.epochs * samples / self.global_batch_size))

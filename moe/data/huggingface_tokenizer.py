@@ -40,7 +40,7 @@ class HuggingFaceTokenizer:
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
         self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.vocabulary().values()) + 1
         self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
         decoder = json.dumps(self._json.get("decoder"))
         self._byte_level = '"ByteLevel"' in decoder
@@ -94,9 +94,13 @@ class HuggingFaceTokenizer:
     def special_tokens(self) -> dict[str, int]:
         return {content: token_id for token_id, (content, special) in self._added.items() if special}
 
+    def vocabulary(self) -> dict[str, int]:
+        """{piece: id}, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def token_bytes(self) -> np.ndarray:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+        for piece, token_id in self.vocabulary().items():
             if token_id in self._added:
                 content, special = self._added[token_id]
                 sizes[token_id] = 0 if special else len(content.encode())

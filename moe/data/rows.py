@@ -32,14 +32,18 @@ def read_jsonl(path: Path, key: str, field: str) -> Iterator[Chunk]:
                 continue
             rows += 1
             if rows == 1 and text.removeprefix("\ufeff").lstrip().startswith("["):
-                raise DataError(
-                    f"{path}:{number}: begins a JSON array, but each line must be one JSON object: "
-                    f"`jq -c '.[]' {path.name} > {path.stem}.jsonl` makes such lines"
-                )
+                raise json_array(path, number)
             value = _value(text, f"{path}:{number}", key, field)
             text = ""
             chunk, value = as_chunk(value, field, f"{path}:{number}"), None
             yield chunk
+
+
+def json_array(path: Path, line: int) -> DataError:
+    return DataError(
+        f"{path}:{line}: begins a JSON array, but each line must be one JSON object: "
+        f"`jq -c '.[]' {path.name} > {path.stem}.jsonl` makes such lines"
+    )
 
 
 def _value(text: str, place: str, key: str, field: str) -> Any:
@@ -145,10 +149,14 @@ def read_parquet(path: Path, key: str, field: str) -> Iterator[Chunk]:
         raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: row {number}: field {field!r} is not UTF-8: {error.reason}") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or f'not readable as Parquet: {first_line(error)}'}") from error
     except Exception as error:  # damaged metadata ends in exceptions of any kind
-        raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from error
+        raise not_parquet(path, error) from error
+
+
+def not_parquet(path: Path, error: Exception) -> DataError:
+    """The message for what the Parquet reader raised."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return DataError(f"{path}: {reason or f'not readable as Parquet: {first_line(error)}'}")
 
 
 def column(rows: Iterable[Any], field: str, place: str) -> Iterator[Any]:

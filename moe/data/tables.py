@@ -11,7 +11,7 @@ from typing import Any
 
 from moe.config import SourceFormat
 from moe.data.readers import DataError, first_line, opened
-from moe.data.rows import DELIMITERS, csv_lines, kind_of, other_delimiter, wrong_width
+from moe.data.rows import DELIMITERS, csv_lines, json_array, kind_of, not_parquet, other_delimiter, wrong_width
 from moe.errors import shown
 
 PARQUET_ROWS = 256  # read at once
@@ -60,10 +60,7 @@ def _json_rows(path: Path) -> Iterator[TableRow]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.lstrip().startswith(b"["):
-                    raise DataError(
-                        f"{place}: begins a JSON array, but each line must be one JSON object: "
-                        f"`jq -c '.[]' {path.name} > {path.stem}.jsonl` makes such lines"
-                    )
+                    raise json_array(path, number)
             yield _json_row(place, line.rstrip(b"\r\n"))
 
 
@@ -115,11 +112,16 @@ def _too_deep(value: Any) -> bool:
     return True
 
 
+def _each_once(names: list[str], place: str) -> None:
+    """Raises DataError for columns of one name."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{place}: has {names.count(twice)} fields named {shown(twice)!r}: rename all but one")
+
+
 def _csv_rows(path: Path, delimiter: str) -> Iterator[TableRow]:
     rows = csv_lines(path, delimiter)
     place, header = next(rows, ("", []))
-    if twice := next((name for name in header if header.count(name) > 1), None):
-        raise DataError(f"{place}: has {header.count(twice)} fields named {shown(twice)!r}: rename all but one")
+    _each_once(header, place)
     hint = other_delimiter(header, delimiter)
     for place, row in rows:
         if len(row) == len(header):
@@ -135,8 +137,7 @@ def _parquet_rows(path: Path) -> Iterator[TableRow]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise DataError(f"{path}: has {names.count(twice)} fields named {shown(twice)!r}: rename all but one")
+            _each_once(names, str(path))
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for values in batch.to_pylist():
                     yield TableRow(f"{path}: row {number}", values)
@@ -145,7 +146,5 @@ def _parquet_rows(path: Path) -> Iterator[TableRow]:
         raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: row {number} or one behind it is not UTF-8: {error.reason}") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or f'not readable as Parquet: {first_line(error)}'}") from error
     except Exception as error:  # damaged metadata ends in exceptions of any kind
-        raise DataError(f"{path}: not readable as Parquet: {first_line(error)}") from error
+        raise not_parquet(path, error) from error

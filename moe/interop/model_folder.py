@@ -14,7 +14,7 @@ from moe.checkpoint.ownership import FILE_BYTES, file_numbers
 from moe.checkpoint.state import TrainState
 from moe.config import Config
 from moe.config.compose import to_yaml
-from moe.interop.new_folder import new_folder
+from moe.durable import new_folder
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
 from moe.interop.tensor_source import TensorSource, pieces
 

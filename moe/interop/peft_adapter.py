@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moe.adapters.merge import is_part
 from moe.config import Config
+from moe.durable import new_folder
 from moe.errors import UserError
-from moe.interop.new_folder import new_folder
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
 from moe.interop.tensor_source import CheckpointTensors
 

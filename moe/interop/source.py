@@ -15,7 +15,8 @@ from moe.config.migrate import migrate
 from moe.config.saved import read_saved
 from moe.config.source import SECTIONS
 from moe.errors import UserError
-from moe.interop.hub_folder import HubFolder, is_hub_folder
+from moe.interop.hub_folder import is_hub_folder
+from moe.interop.importing import read_hf_config
 
 
 def read_source(init_from: str, run_dir: str | None) -> dict[str, Mapping[str, Any]]:
@@ -25,10 +26,10 @@ def read_source(init_from: str, run_dir: str | None) -> dict[str, Mapping[str, A
         return {}  # the configuration's rules refuse it
     given = Path(init_from).expanduser()
     if is_hub_folder(given):
-        hub = HubFolder(given)
+        model, router = read_hf_config(given)
         return {
-            "model": _plain(hub.model),
-            "router": _plain(hub.router),
+            "model": _plain(model),
+            "router": _plain(router),
             "tokenizer": {"kind": "huggingface", "path": str(given.resolve())},
         }
     try:

@@ -8,7 +8,6 @@ Legend: E experts, F feed-forward of the dense layer, G granularity, f = F / G, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from moe.interop.importing import model_config, read_hf_tokenizer
 from moe.interop.model_folder import write_model_folder
 from moe.interop.tensor_files import TensorInfo
 from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint
+from moe.model.initialize import seed_of
 from moe.plan.counts import count_parameters
 
 
@@ -134,5 +134,4 @@ class UpcycledTensors:
         return part_FH
 
     def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._options.seed}/upcycle/{name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.Generator().manual_seed(seed_of(self._options.seed, f"upcycle/{name}"))

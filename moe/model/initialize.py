@@ -53,7 +53,7 @@ def _draws(model: nn.Module, config: ModelConfig, seed: int) -> Iterator[tuple[T
             sparse[prefix] = _SparseScale(module, config)
         if isinstance(module, Experts):
             scale = sparse.get(prefix.rpartition(".")[0])
-            for name, weight, one in module.draws(partial(_expert_seed, seed, prefix)):
+            for name, weight, one in module.draws(partial(expert_seed, seed, prefix)):
                 std = _std(config, name, weight.shape[-1])
                 if scale is not None and name in RESIDUAL:
                     std = scale.routed
@@ -71,7 +71,7 @@ def _draws(model: nn.Module, config: ModelConfig, seed: int) -> Iterator[tuple[T
                 scale = sparse.get(prefix.rpartition(".shared_experts.")[0])
                 if scale is not None and inner in RESIDUAL:
                     std = scale.shared
-                yield parameter, std, _seed(seed, name)
+                yield parameter, std, seed_of(seed, name)
 
 
 def _std(config: ModelConfig, name: str, fan_in: float) -> float:
@@ -132,9 +132,9 @@ def _threads() -> int:
     return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def _seed(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
 
 
-def _expert_seed(seed: int, prefix: str, name: str, expert: int) -> int:
-    return _seed(seed, f"{prefix}.{name}/{expert}")
+def expert_seed(seed: int, prefix: str, name: str, expert: int) -> int:
+    return seed_of(seed, f"{prefix}.{name}/{expert}")

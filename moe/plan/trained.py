@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from moe.config import Config, QkNorm
-from moe.config.adapter import WITH_DROPOUT, fits
+from moe.config.adapter import WITH_DROPOUT, fits_parameter
 from moe.config.rules import require
 
 EXPERTS = ".experts"
@@ -66,14 +66,19 @@ def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         saved = {
             name: shape
             for name, shape in everything.items()
-            if any(fits(one, name) or fits(one, name.rpartition(".")[0]) for one in adapter.modules_to_save)
+            if any(fits_parameter(pattern, name) for pattern in adapter.modules_to_save)
         }
-        trained = saved | dict(_low_rank(config, everything))
+        trained = saved | adapter_shapes(config, everything)
     return {
         name: shape
         for name, shape in trained.items()
         if not any(fnmatchcase(name, pattern) for pattern in config.optim.freeze)
     }
+
+
+def adapter_shapes(config: Config, everything: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the adapters' parameters; {} without an adapter. `everything` is `parameter_shapes`."""
+    return dict(_low_rank(config, everything)) if config.adapter.trains_adapter else {}
 
 
 def _low_rank(config: Config, everything: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -83,9 +88,9 @@ def _low_rank(config: Config, everything: dict[str, tuple[int, ...]]) -> Iterato
         last = module.rpartition(".")[2]
         if len(shape) < 2 or last in ("embed_tokens", "lm_head"):
             continue
-        if not any(fits(pattern, module) for pattern in adapter.target_modules):
+        if not adapter.adapts(module):
             continue
-        rank = next((rank for pattern, rank in adapter.rank_pattern.items() if fits(pattern, module)), adapter.r)
+        rank = adapter.rank_of(module)
         *experts, out_size, in_size = shape
         prefix = f"{name}_lora" if experts else f"{module}.lora"
         yield f"{prefix}.A", (*experts, rank, in_size)

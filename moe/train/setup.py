@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
 from moe.train.progress import Display
-from moe.train.resume import add_adapter, find_start, load_start
+from moe.train.resume import complete_model, find_start, load_start
 from moe.train.signals import StopSignals
 from moe.train.startup import choose_backends
 from moe.train.straggler import Straggler
@@ -68,25 +67,17 @@ class TrainingRun:
 def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> TrainingRun:
     """A fresh run, or one that goes on from the newest whole checkpoint. A collective. Raises UserError."""
     data = open_data(config, mesh, display)
-    config = _in_steps(config, data.loader.epoch_samples)
-    display.steps = config.train.steps
+    steps = config.train.steps_for(data.loader.epoch_samples)
+    config = replace(config, train=replace(config.train, steps=steps, epochs=None))
+    display.steps = steps
     start = find_start(config, folder, data.corpus, mesh, display)
-    complete = partial(add_adapter, start, config)
-    mesh, engine, peak = build(config, data.corpus, mesh, display, complete)
-    state = load_start(start, config, folder, engine, data.corpus, mesh, display)
+    mesh, engine, peak = build(config, data.corpus, mesh, display, partial(complete_model, start, config))
+    state = load_start(start, folder, engine, data.corpus, mesh, display)
     data.loader.consumed = state.consumed
     run = watch(config, mesh, folder, display, data, engine, state, peak)
     if state.step < config.train.steps:  # a finished run stays as it is
         mesh.agree(lambda: _write_run_files(run, resumed=start.resumed is not None), "run_dir")
     return run
-
-
-def _in_steps(config: Config, samples: int) -> Config:
-    """`train.epochs` as `train.steps`. Raises UserError where the schedule then doesn't fit."""
-    if config.train.epochs is None:
-        return config
-    steps = max(1, math.ceil(config.train.epochs * samples / config.train.global_batch_size))
-    return replace(config, train=replace(config.train, steps=steps, epochs=None))
 
 
 def watch(

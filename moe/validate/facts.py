@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,9 +69,7 @@ def estimates(validation: Validation) -> list[tuple[str, str]]:
     if not sequences:
         return []
     steps, per_step = -(-sequences // train.global_batch_size), plan.times.overlapped
-    padding, total = 1 - filled / everything, train.steps
-    if train.epochs is not None:
-        total = max(1, math.ceil(train.epochs * sequences / train.global_batch_size))
+    padding, total = 1 - filled / everything, train.steps_for(sequences)
     epochs = total * train.global_batch_size / sequences
     hardware = config.hardware
     on = f"{hardware.name}, {hardware.world_size} × {hardware.peak_tflops:g} TFLOP/s"

@@ -24,7 +24,7 @@ OVERRIDES = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
     f"train.sequence_length={LENGTH}", f"train.micro_batch_size={BATCH}",
     f"train.global_batch_size={BATCH * MICRO_BATCHES}",
-    "router.num_experts=4", "model.initializer_range=0.2", "optim.lr=1e-2",
+    "router.num_experts=4", "model.initializer=normal", "model.initializer_range=0.2", "optim.lr=1e-2",
 ]  # fmt: skip
 
 

@@ -37,6 +37,10 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config", "errors", "untrusted", "durable"},
     "inference": {"model", "data", "config", "errors"},
     "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
+    "evaluate": {
+        "inference", "data", "checkpoint", "distributed", "model", "sparse", "kernels", "config", "untrusted",
+        "durable", "errors", "__init__",
+    },
     "report": {"config", "errors", "untrusted", "durable", "__init__"},
     "validate": {"report", "plan", "data", "config", "durable", "errors", "__init__"},
     "train": {
@@ -53,8 +57,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"bench", "train", "plan", "kernels", "distributed", "config", "errors"},
     "cli": {
-        "doctor", "bench", "analysis", "sweep", "train", "validate", "report", "interop", "inference", "plan", "data",
-        "checkpoint", "distributed", "kernels", "config", "errors",
+        "doctor", "bench", "analysis", "sweep", "train", "validate", "report", "evaluate", "interop", "inference",
+        "plan", "data", "checkpoint", "distributed", "kernels", "config", "errors",
     },
     "__main__": {"cli"},
     "api": {"inference", "data", "checkpoint", "model", "sparse", "kernels", "config", "errors"},
@@ -67,6 +71,7 @@ ONLY_IN = {
     "datasets": "data/",
     "megablocks": "kernels/megablocks.py",
     "optuna": "sweep/",
+    "lm_eval": "evaluate/",
 }
 # Packages that importing a room must not load, not even indirectly.
 NEVER_LOADED = {
@@ -76,7 +81,7 @@ NEVER_LOADED = {
     "plan": {"hydra", "deepspeed", "wandb", "datasets", "transformers"},
     "report": {"hydra", "deepspeed", "wandb", "datasets", "transformers", "torch"},
     "sweep": {"deepspeed", "wandb", "datasets", "transformers", "torch"},
-    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch", "optuna"},
+    "cli": {"deepspeed", "wandb", "datasets", "transformers", "torch", "optuna", "lm_eval"},
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe.config import (
     BiasUpdate,
+    Initializer,
     Mlp,
     ModelConfig,
     QkNorm,
@@ -107,6 +108,7 @@ def read_backbone(family: Family, config: HubConfig, **more: Any) -> ModelConfig
         "head_dim": config.optional_count("head_dim", default.get("head_dim")),
         "max_position_embeddings": positions,
         "rms_norm_eps": config.real("rms_norm_eps", default["rms_norm_eps"]),
+        "initializer": Initializer.normal,
         "initializer_range": config.real("initializer_range", 0.02),
         "tie_word_embeddings": config.flag("tie_word_embeddings", False),
         "sliding_window": read_window(family, config),

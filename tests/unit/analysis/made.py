@@ -10,7 +10,15 @@ from torch import Tensor
 
 from moe.analysis.observe import LayerChoices, Observed
 from moe.analysis.text import TextSequence
-from moe.config import DataConfig, ExpertsConfig, ModelConfig, TokenizerConfig, TokenizerKind, TopKRouterConfig
+from moe.config import (
+    DataConfig,
+    ExpertsConfig,
+    Initializer,
+    ModelConfig,
+    TokenizerConfig,
+    TokenizerKind,
+    TopKRouterConfig,
+)
 from moe.data.corpus import Corpus
 from moe.data.packing import NO_TARGET
 from moe.data.prepare import prepare
@@ -93,6 +101,7 @@ def model(layers: int = 2, experts: int = 4, top_k: int = 2) -> Transformer:
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
+        initializer=Initializer.normal,
         initializer_range=0.3,
     )
     made = Transformer(config, TopKRouterConfig(num_experts=experts, top_k=top_k), ExpertsConfig())

@@ -135,13 +135,17 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_version_0_is_read_as_todays(run_dir: Path) -> None:
-    today = load_config(["parallel.expert_parallel_size=2", "tracking=none", "run_dir=runs/before"])
+    today = load_config(
+        ["parallel.expert_parallel_size=2", "tracking=none", "run_dir=runs/before", "model.initializer=normal"]
+    )
     assert read_config(run_dir / "config.yaml") == today
     assert yaml.safe_load(to_yaml(today))["config_version"] == CONFIG_VERSION
 
 
 def test_a_run_of_version_0_goes_on_with_nothing_changed(run_dir: Path) -> None:
-    today = load_config(["parallel.expert_parallel_size=2", "tracking=none", "run_dir=runs/before"])
+    today = load_config(
+        ["parallel.expert_parallel_size=2", "tracking=none", "run_dir=runs/before", "model.initializer=normal"]
+    )
     assert check_resumable(run_dir, today, ("fingerprint", "fingerprint")) == []
 
 
@@ -216,3 +220,9 @@ def test_every_renaming_ends_at_a_key_of_today() -> None:
             assert now is not None
             for part in now.split("."):
                 node = node[part]
+
+
+def test_a_configuration_of_before_a_default_changed_keeps_what_it_meant() -> None:
+    assert migrate({"config_version": 2, "model": {"hidden_size": 64}})["model"]["initializer"] == "normal"
+    assert migrate({"config_version": 2, "model": {"initializer": "fan_in"}})["model"]["initializer"] == "fan_in"
+    assert "model" not in migrate({"config_version": CONFIG_VERSION})

@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, ModelConfig, TemplateName, TokenizerConfig, TokenizerKind, TopKRouterConfig
+from moe.config import (
+    ExpertsConfig,
+    Initializer,
+    ModelConfig,
+    TemplateName,
+    TokenizerConfig,
+    TokenizerKind,
+    TopKRouterConfig,
+)
 from moe.config.generate import Sampling
 from moe.data.tokenizer import open_tokenizer
 from moe.errors import UserError
@@ -25,7 +33,7 @@ def tokenizer():
 def model(tokenizer):
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        initializer_range=0.3, max_position_embeddings=96,
+        initializer=Initializer.normal, initializer_range=0.3, max_position_embeddings=96,
     )  # fmt: skip
     made = Transformer(config, TopKRouterConfig(), ExpertsConfig())
     made.init_weights(0)

@@ -125,7 +125,7 @@ def test_weights_that_hold_nan_give_one_line() -> None:
 
 SMALL_MODEL = [
     "model.vocab_size=300", "tokenizer.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48",
-    "model.num_hidden_layers=2", "model.initializer_range=0.3", "model.sliding_window=8",
+    "model.num_hidden_layers=2", "model.initializer=normal", "model.initializer_range=0.3", "model.sliding_window=8",
 ]  # fmt: skip
 
 

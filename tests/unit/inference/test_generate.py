@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
+from moe.config import ExpertsConfig, Initializer, Mlp, ModelConfig, TopKRouterConfig
 from moe.config.compose import ConfigError, load_config
 from moe.config.generate import GenerateConfig, Sampling
 from moe.config.overrides import quote_texts
@@ -41,6 +41,7 @@ def build(mlp=Mlp.sparse, window=None, **settings) -> Transformer:
         intermediate_size=48,
         num_hidden_layers=2,
         sliding_window=window,
+        initializer=Initializer.normal,
         initializer_range=0.3,
         **settings,
     )

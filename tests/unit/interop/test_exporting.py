@@ -16,7 +16,7 @@ import torch
 from moe.checkpoint.model_writer import write_model
 from moe.checkpoint.reader import read_model, resolve
 from moe.checkpoint.state import TrainState
-from moe.config import ExportConfig, ExportDtype, ExportFormat, Mlp, ModelConfig, QkNorm, TopKRouterConfig
+from moe.config import ExportConfig, ExportDtype, ExportFormat, Initializer, Mlp, ModelConfig, QkNorm, TopKRouterConfig
 from moe.config.generate import Sampling
 from moe.config.router import RouterConfig
 from moe.errors import UserError
@@ -92,7 +92,14 @@ def trained_run(folder: Path, mlp: Mlp, router: RouterConfig | None = None, **se
         "num_key_value_heads": 3,
         **settings,
     }
-    model = ModelConfig(mlp=mlp, intermediate_size=36, num_hidden_layers=2, initializer_range=0.3, **shape)
+    model = ModelConfig(
+        mlp=mlp,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        initializer=Initializer.normal,
+        initializer_range=0.3,
+        **shape,
+    )
     config = model_config(model, router or TopKRouterConfig(num_experts=3), folder)
     write_model(folder, build_model(config, torch.device("cpu")), small_tokenizer(), config, TrainState(step=3))
     return folder

@@ -16,7 +16,13 @@ from moe.model.build import build_model, empty_model
 from moe.model.transformer import Transformer
 
 CPU = torch.device("cpu")
-SMALL = ["model=tiny", "model.vocab_size=300", "tokenizer.vocab_size=300", "model.num_hidden_layers=2"]
+SMALL = [
+    "model=tiny",
+    "model.vocab_size=300",
+    "tokenizer.vocab_size=300",
+    "model.num_hidden_layers=2",
+    "model.initializer=normal",
+]
 
 
 def config_of(*overrides: str) -> Config:

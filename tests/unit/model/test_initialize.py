@@ -88,7 +88,8 @@ def test_the_scale_of_an_mlp_is_that_of_attention_whatever_the_width_and_depth()
 def test_standard_deviations_are_those_of_the_formula(
     initializer: str, inner: float, into_residual: float, embedding: float
 ) -> None:
-    model = built(initializer, "model.initializer_range=0.05", "model.intermediate_size=256")
+    drawn = ["model.initializer_range=0.05"] if initializer in ("normal", "depth_scaled") else []
+    model = built(initializer, *drawn, "model.intermediate_size=256")
     block = model.model.layers[0]
     experts = block.mlp.experts
     assert isinstance(experts, Experts)
