@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -116,11 +117,12 @@ def script_of(name: str) -> Path:
 
 
 def elapsed(folder: Path) -> float | None:
-    """Seconds from when the script made FOLDER/began to the last answer below FOLDER/runs; None without either."""
-    began, answers = folder / "began", [*(folder / "runs").glob("*/*.jsonl")]
-    if not began.exists() or not answers:
+    """Seconds between the files `began` and `ended` of a script's folder, which it touches; to now without `ended`, so
+    that a page can be written again later. None without `began`."""
+    began, ended = folder / "began", folder / "ended"
+    if not began.exists():
         return None
-    return max(path.stat().st_mtime for path in answers) - began.stat().st_mtime
+    return (ended.stat().st_mtime if ended.exists() else time.time()) - began.stat().st_mtime
 
 
 def commands(script: Path) -> str:

@@ -27,4 +27,5 @@ for name in worked_0 worked_1 worked_2 direct_0; do
     done
 done
 
+touch "$folder/ended"
 python -m data.examples.arithmetic page "$folder" "${PAGE:-docs/examples/arithmetic.md}"

@@ -41,4 +41,5 @@ for name in sparse_0 dense_0 sparse_1 dense_1 sparse_2 dense_2 direct_0; do
 done
 for job in $(jobs -p); do wait "$job"; done
 
+touch "$folder/ended"
 python -m data.examples.expressions page "$folder" "${PAGE:-docs/examples/expressions.md}"

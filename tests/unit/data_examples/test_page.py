@@ -43,14 +43,9 @@ def test_commands_of_a_script_without_the_usual_head(tmp_path: Path) -> None:
     assert commands(tmp_path / "x.sh") == "echo 1"
 
 
-def test_time_is_from_the_beginning_to_the_last_answer(tmp_path: Path) -> None:
+def test_time_is_from_began_to_ended(tmp_path: Path) -> None:
     assert elapsed(tmp_path) is None
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    for path, when in (
-        (tmp_path / "began", 100),
-        (tmp_path / "runs/a/x.jsonl", 160),
-        (tmp_path / "runs/a/y.jsonl", 130),
-    ):
-        path.touch()
-        os.utime(path, (when, when))
+    for name, when in (("began", 100), ("ended", 160)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (when, when))
     assert elapsed(tmp_path) == 60
