@@ -180,6 +180,7 @@ TESTS = Path(__file__).resolve().parent
 ABOUT_SEVERAL = {  # room → tests of more than one of its modules
     "bench": {"gpu"},
     "config": {"presets"},
+    "data_examples": {"rows"},
     "kernels": {"cuda_fake", "devices"},
     "model": {"recompute"},
     "sparse/routers": {"published"},
@@ -191,5 +192,6 @@ def test_a_modules_test_is_where_its_name_says() -> None:
         room = path.parent.relative_to(TESTS)
         name = path.stem.removeprefix("test_")
         if room.parts and name not in ABOUT_SEVERAL.get(str(room), ()):
-            module = PACKAGE / room / name
-            assert module.is_dir() or module.with_suffix(".py").is_file(), f"{path}: there is no moe/{room}/{name}.py"
+            folder = PACKAGE.parent / "data/examples" if str(room) == "data_examples" else PACKAGE / room
+            module = folder / name
+            assert module.is_dir() or module.with_suffix(".py").is_file(), f"{path}: there is no {module}.py"
