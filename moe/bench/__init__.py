@@ -15,6 +15,7 @@ BENCHMARKS = {
     "attention": "windowed attention: work and time per token at several sequence lengths",
     "diagnostics": "what the routers' diagnostics cost a training step",
     "memory": "the plan's memory beside that of real steps",
+    "memory_peers": "the peak memory of our step's process beside transformers'",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }
 

@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.bench.peers import IMPLEMENTATIONS, parse, peer_model
+from moe.bench.peer import IMPLEMENTATIONS, peer_model
+from moe.bench.peers import parse
 from moe.bench.settings import Rounds
-from moe.config import Config
+from moe.config import Config, Precision
 from moe.config.generate import Sampling
 from moe.errors import UserError
 from moe.inference.generate import stream
 from moe.inference.lean_decoder import obstacle, open_decoder
 from moe.model.build import build_model
+from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 
 DEFAULTS = ["train.sequence_length=32"]
@@ -87,6 +89,8 @@ class Operations(TorchDispatchMode):
 def run(overrides: list[str]) -> None:
     """Prints a table for each batch; the last line is `ratio tokens/s N.NN`, of one prompt. Raises UserError."""
     keys, config = parse([*DEFAULTS, *overrides], Rounds(rounds=7, steps=64))
+    if config.train.precision is not Precision.float32:
+        raise UserError(f"train.precision={config.train.precision.value} must be float32: both sides generate in it")
     if importlib.util.find_spec("transformers") is None:
         raise UserError("bench decode needs transformers: pip install 'moe-train[dev]'")
     if config.model.vocab_size > MOST_IDS:
@@ -177,7 +181,8 @@ def best_implementation(peer: Any, prompts_BP: Tensor, config: Config) -> str:
 
 def our_operations(model: Transformer, prompts_BP: Tensor) -> int:
     """Operations of one decoded token of each prompt."""
-    decoder = open_decoder(model, len(prompts_BP), prompts_BP.shape[1] + 2)
+    batch, width = prompts_BP.shape
+    decoder = open_decoder(model, KVCache(model.config, batch, width + 2, model.device, model.dtype))
     decoder.prefill(prompts_BP.tolist(), 512, 0)
     decoder.step([0] * len(prompts_BP))  # the first one may compute the rotary table
     with Operations() as operations:

@@ -35,6 +35,7 @@ from moe.config.choices import (
     TrackingBackend,
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe.config.evaluate import EvaluateConfig
 from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
@@ -76,6 +77,7 @@ __all__ = [
     "DeviceKind",
     "DropPolicy",
     "EngineKind",
+    "EvaluateConfig",
     "ExpertBackend",
     "ExpertChoiceRouterConfig",
     "ExpertsConfig",

@@ -193,7 +193,8 @@ class TrainConfig:
     the number of `steps` is that of so many passes over the training data.
 
     `sample_prompt=null` uses the beginning of a held-out document (`Corpus.opening`). `peak_tflops` is a rank's peak,
-    which MFU is relative to (null: a matrix product is timed at start-up).
+    which MFU is relative to (null: a matrix product is timed at start-up). `neftune_noise_alpha` adds
+    noise to the embeddings in training (arXiv 2310.05914); null: none.
     """
 
     steps: int = 300
@@ -210,12 +211,14 @@ class TrainConfig:
     sample_tokens: int = 64
     log_every: int = 10
     peak_tflops: float | None = None
+    neftune_noise_alpha: float | None = None
 
     def __post_init__(self) -> None:
         positive(
             "train", self, "steps", "epochs", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every"
         )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
+        positive("train", self, "neftune_noise_alpha")
         is_seed("train", self, "seed")
         require(
             self.epochs is None or self.steps == default_of(self, "steps"),

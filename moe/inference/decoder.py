@@ -13,19 +13,18 @@ from moe.model.transformer import Transformer
 
 
 class Decoder:
-    """The next token's logits for B texts, which get at most `max_length` tokens. The model is in evaluation mode.
+    """The next token's logits for the B texts whose keys and values are in `cache`. The model is in evaluation mode.
 
     Prompts of different lengths are padded on the left; the padding is a document of its own, which no text sees.
     """
 
-    def __init__(self, model: Transformer, batch: int, max_length: int) -> None:
-        self.model, self.padded = model, False
-        self.cache = KVCache(model.config, batch, max_length, model.device, model.dtype)
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache, self.padded = model, cache, False
 
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]], chunk: int, filler: int) -> Tensor:
-        """Feeds the prompts into the empty cache, at most `chunk` tokens of each at once; the logits [B, V] that follow
-        their last tokens. `filler` is any token's id."""
+        """Feeds the prompts, or what the cache doesn't hold of one, at most `chunk` tokens of each at once; the logits
+        [B, V] that follow their last tokens. `filler` is any token's id."""
         width, device = max(map(len, prompts)), self.model.device
         self.padded = any(len(ids) < width for ids in prompts)
         ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts], device=device)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from moe.inference.decoder import Decoder
 from moe.inference.lean_layers import Buffers, LeanBlock, LeanNorm, Pass
 from moe.model.attention import Attention
+from moe.model.cache import KVCache
 from moe.model.mlp import DenseMLP
 from moe.model.norm import RMSNorm
 from moe.model.transformer import Block, Transformer
@@ -26,9 +27,9 @@ KNOWN = (
 )  # fmt: skip
 
 
-def open_decoder(model: Transformer, batch: int, max_length: int) -> Decoder:
+def open_decoder(model: Transformer, cache: KVCache) -> Decoder:
     """The fastest decoder that can run `model`, which is in evaluation mode, with its weights of now."""
-    return (Decoder if obstacle(model) else LeanDecoder)(model, batch, max_length)
+    return (Decoder if obstacle(model) else LeanDecoder)(model, cache)
 
 
 def obstacle(model: Transformer) -> str | None:
@@ -58,13 +59,13 @@ def obstacle(model: Transformer) -> str | None:
 class LeanDecoder(Decoder):
     """The decoder for models without an `obstacle`. Holds a joined copy of the weights of q, k and v."""
 
-    def __init__(self, model: Transformer, batch: int, max_length: int) -> None:
-        super().__init__(model, batch, max_length)
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        super().__init__(model, cache)
         self._embedding_VH = model.model.embed_tokens.weight.detach()
         self._blocks = [LeanBlock(block) for block in model.model.layers]  # type: ignore[arg-type]
         self._norm = LeanNorm(model.model.norm)  # type: ignore[arg-type]
         self._head_HV = model.lm_head.weight.detach().t()
-        self._buffers = Buffers(model.config, batch, model.dtype)
+        self._buffers = Buffers(model.config, cache.batch, model.dtype)
 
     @torch.no_grad()
     def step(self, ids_B: list[int]) -> Tensor:

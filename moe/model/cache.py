@@ -39,7 +39,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.max_length, self.length = max_length, 0
+        self.config, self.max_length, self.length = config, max_length, 0
         window = config.sliding_window  # the widest of all layers
         self.slots = max_length if window is None else min(window, max_length)
         # A head's keys lie side by side, as attention reads them.
@@ -48,16 +48,44 @@ class KVCache:
         self._positions_L = torch.full((self.slots,), -1, device=device)
         self._documents_BL = torch.zeros(batch, self.slots, dtype=torch.int64, device=device)
         self._masks: dict[int | None, Tensor] = {}
+        self._in_pass = False  # a forward pass has begun; it stays so where it was interrupted
 
     @property
     def nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def batch(self) -> int:
+        return self._documents_BL.shape[0]
+
+    def rewind(self, length: int) -> bool:
+        """Forgets all positions from `length` on; False, with nothing changed, where keys that its next token would see
+        have been overwritten, or the last forward pass was interrupted."""
+        if self._in_pass or self.length > max(self.slots, length + 1):
+            return False
+        self._positions_L[self._positions_L >= length] = -1
+        self.length = min(length, self.length)
+        return True
+
+    def grown(self, max_length: int) -> KVCache:
+        """A cache for at least `max_length` positions, with what is in this one; twice as many as this one has where
+        those aren't enough."""
+        if max_length <= self.max_length:
+            return self
+        device, dtype = self._keys.device, self._keys.dtype
+        most = max(max_length, min(2 * self.max_length, self.config.max_position_embeddings))
+        larger = KVCache(self.config, self._keys.shape[1], most, device, dtype)
+        larger.length, used = self.length, self.slots
+        larger._keys[:, :, :used], larger._values[:, :, :used] = self._keys, self._values
+        larger._positions_L[:used], larger._documents_BL[:, :used] = self._positions_L, self._documents_BL
+        return larger
 
     def begin(self, count: int, document_ids_BC: Tensor | None) -> None:
         """Starts a forward pass over `count` new tokens. Raises ValueError past max_length."""
         end = self.length + count
         if end > self.max_length:
             raise ValueError(f"cache holds max_length={self.max_length} positions, position {end - 1} doesn't fit")
+        self._in_pass = True
         device, batch = self._positions_L.device, self._documents_BL.shape[0]
         new_C = torch.arange(self.length, end, device=device)
         documents_BC = torch.zeros(batch, count, dtype=torch.int64, device=device)
@@ -107,6 +135,7 @@ class KVCache:
         position = self.length
         if not 0 < position < self.max_length:
             raise ValueError(f"cache with {position} of max_length={self.max_length} positions can't take one more")
+        self._in_pass = True
         slot, used = position % self.slots, min(position + 1, self.slots)
         self._positions_L[slot] = position
         newest_B1 = self._documents_BL[:, (position - 1) % self.slots, None].clone()
@@ -121,5 +150,6 @@ class KVCache:
         )
 
     def commit(self) -> None:
+        self._in_pass = False
         self.length += self._count
         self._masks = {}

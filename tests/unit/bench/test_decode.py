@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe.bench import decode, run_bench
-from moe.bench.peers import parse, peer_model
+from moe.bench.peer import peer_model
+from moe.bench.peers import parse
 from moe.model.build import build_model
 from tests.unit.bench.test_peers import SMALL
 
@@ -62,6 +63,7 @@ def test_the_ratio_is_taken_inside_each_round() -> None:
     ("overrides", "text"),
     [
         (["rounds=0"], "rounds=0 must be ≥ 1"),
+        (["precision=bfloat16"], "train.precision=bfloat16 must be float32"),
         (["model=mistral_7b"], "model.mlp=dense must be sparse"),
         (["model.vocab_size=40000"], "model.vocab_size=40000 must be ≤ 35328"),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe.bench import BENCHMARKS, peers, run_bench
+from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, loss_gap, peer_model, targets_of
 from moe.bench.stepper import batch_of
 from moe.model.transformer import Transformer
 from tests import forkserver
@@ -40,13 +41,13 @@ def test_both_sides_have_the_same_loss_and_gradients() -> None:
     _, config = peers.parse([*SMALL, "router.z_loss_coef=0", "router.aux_loss_coef=0"])
     ours = Transformer(config.model, config.router, config.experts)
     ours.init_weights(0)
-    peer = peers.peer_model(config)
-    peer.load_state_dict(ours.state_dict())
+    other = peer_model(config)
+    other.load_state_dict(ours.state_dict())
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
-    assert peers.loss_gap(ours, peer, ids, config) <= 1e-6
-    peer(input_ids=ids, labels=ids).loss.backward()
-    (ours(ids, labels_BS=batch_of(ids).labels_BS).lm_loss_sum / peers._targets(ids)).backward()
-    theirs = dict(peer.named_parameters())
+    assert loss_gap(ours, other, ids) <= 1e-6
+    other(input_ids=ids, labels=ids).loss.backward()
+    (ours(ids, labels_BS=batch_of(ids).labels_BS).lm_loss_sum / targets_of(ids)).backward()
+    theirs = dict(other.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -57,48 +58,83 @@ def test_sides_that_differ_are_not_compared(name: str) -> None:
     _, config = peers.parse(SMALL)
     ours = Transformer(config.model, config.router, config.experts)
     ours.init_weights(0)
-    peer = peers.peer_model(config)
-    peer.load_state_dict(ours.state_dict())
+    other = peer_model(config)
+    other.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        peer.get_parameter(name).mul_(2)
+        other.get_parameter(name).mul_(2)
     ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match="compute different things"):
-        peers.loss_gap(ours, peer, ids, config)
+        loss_gap(ours, other, ids)
 
 
-def test_peers_runs_and_ends_with_the_ratio() -> None:
+def run_peers(*overrides: str) -> list[str]:
     pytest.importorskip("transformers")
-    command = [sys.executable, "-m", "moe", "bench", "peers", "rounds=2", "steps=1", *SMALL]
+    command = [sys.executable, "-m", "moe", "bench", "peers", "rounds=2", "steps=1", *SMALL, *overrides]
     done = forkserver.run(
         command, capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def speed_of(lines: list[str], start: str) -> float:
+    return float(next(line for line in lines if line.startswith(start))[44:].split()[0].replace(",", ""))
+
+
+def ratio(line: str) -> float:
+    *words, number = line.split()
+    assert words == ["ratio", "tokens/s"]
+    return float(number)
+
+
+def test_peers_runs_and_ends_with_the_ratio() -> None:
+    lines = run_peers()
     assert [line.split(":")[0] for line in lines if line.startswith("peer's experts")] == [
-        f"peer's experts, {name}" for name in peers.IMPLEMENTATIONS
+        f"peer's experts, {name}" for name in IMPLEMENTATIONS
     ]
-    rows = {line[:32].strip(): line[32:].split() for line in lines}
-    ours = rows["ours, DeepSpeed ZeRO-1"]
-    theirs = next(cells for name, cells in rows.items() if name.startswith("transformers, "))
-    assert float(ours[0].replace(",", "")) > 0
-    assert float(theirs[0].replace(",", "")) > 0
-    last = lines[-1].split()
-    assert last[:2] == ["ratio", "tokens/s"]
-    assert len(last) == 3
-    assert float(last[2]) > 0
+    assert speed_of(lines, "ours, DeepSpeed ZeRO-1") > 0
+    assert speed_of(lines, "transformers, ") > 0
+    assert ratio(lines[-1]) > 0
+
+
+def test_in_bfloat16_the_peer_keeps_float32_master_weights_and_its_float32_step_is_there_too() -> None:
+    lines = run_peers("precision=bfloat16")
+    tried = [line.split(":")[0] for line in lines if line.startswith("peer's experts")]
+    for name in ("eager, autocast", "eager, bfloat16 weights", "eager"):
+        assert f"peer's experts, {name}" in tried
+    assert any(line.startswith("first loss in bfloat16: ours is ") for line in lines)
+    assert any(line.startswith("ratio to float32 ") for line in lines)
+    assert ratio(lines[-1]) > 0
+
+
+def test_a_step_with_master_weights_is_adamws() -> None:
+    """Weights after a step: the rounded float32 copies, which moved by float32 AdamW on the bfloat16 gradients."""
+    pytest.importorskip("transformers")
+    _, config = peers.parse([*SMALL, "precision=bfloat16", "optim.max_grad_norm=1e9"])
+    weights = {name: value.detach().clone() for name, value in peer_model(config).state_dict().items()}
+    side = Peer(weights, config, Arithmetic.master, "eager", torch.device("cpu"))
+    twin = peer_model(config)
+    twin.load_state_dict(weights)
+    twin.to(torch.bfloat16)
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    twin(input_ids=ids, labels=ids).loss.backward()
+    side(ids)
+    for name, parameter in twin.named_parameters():
+        decay = 1 - config.optim.lr * config.optim.weight_decay * (parameter.ndim >= 2)
+        gradient = parameter.grad.float()
+        moved = weights[name] * decay - config.optim.lr * gradient / (gradient.abs() + config.optim.eps)
+        torch.testing.assert_close(side.model.get_parameter(name), moved.bfloat16(), atol=1e-5, rtol=1e-2, msg=name)
 
 
 def test_table_takes_the_ratio_inside_each_round() -> None:
     _, config = peers.parse([])
     # The machine's speed changes tenfold between rounds; ours is always 1.5, 2 and 3 times the peer.
-    rounds = [
-        peers.Round(ours=300, peer=100, peak=1e12),
-        peers.Round(ours=15, peer=10, peak=1e11),
-        peers.Round(ours=2000, peer=1000, peak=1e12),
-    ]
-    lines = peers.table(config, rounds, "grouped_mm")
+    speeds = [{"ours": 300.0, "peer": 100.0}, {"ours": 15.0, "peer": 10.0}, {"ours": 2000.0, "peer": 1000.0}]
+    rounds = [peers.Round(each, peak=1e12, max_violation=0.5) for each in speeds]
+    lines = peers.table(config, rounds, {"ours": "ours", "peer": "transformers"})
     assert lines[-1] == "ratio tokens/s 2.00"
-    assert "ratio per round 1.50 to 3.00" in lines[-2]
+    assert lines[-2] == "beside transformers: ratio per round 1.50 to 3.00; the rounds disagree: the machine is busy"
+    assert "ours has MaxVio 0.50" in lines[-3]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +149,7 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
         (["peers", "router.capacity_factor=1.0"], "router.capacity_factor=1.0 must be null"),
         (["peers", "router=lossfree"], "router.scoring_func=sigmoid must be softmax: the peer is a Mixtral"),
         (["peers", "model.n_shared_experts=1"], "model.n_shared_experts=1 must be 0: the peer is a Mixtral"),
-        (["peers", "train.precision=bfloat16"], "train.precision=bfloat16 must be float32"),
+        (["peers", "precision=float16"], "train.precision=float16 must be one of"),
         (["peers", "train.global_batch_size=8"], "train.micro_batch_size=4 must equal train.global_batch_size=8"),
         (
             ["peers", "parallel.expert_parallel_size=2"],
@@ -133,3 +169,22 @@ def test_missing_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'moe-train\[dev\]'"):
         run_bench(["peers", *SMALL])
+
+
+@pytest.mark.slow  # up to seven processes that import both libraries
+@pytest.mark.parametrize(("overrides", "peers_tried"), [([], 3), (["precision=bfloat16"], 6)], ids=str)
+def test_memory_of_both_sides_is_that_of_processes_of_their_own(overrides: list[str], peers_tried: int) -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "moe", "bench", "memory_peers", "rounds=1", "steps=1", *SMALL, *overrides]
+    done = forkserver.run(
+        command, capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[3]
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, told, last = done.stdout.splitlines()
+    peaks = {row[:48].strip(): float(row[48:].split()[0].replace(",", "")) for row in rows}
+    assert len(peaks) == 1 + peers_tried
+    assert all(peak > 100 for peak in peaks.values())  # torch alone has more
+    ours, *theirs = peaks.values()
+    assert told.startswith("medians of 1 rounds of 1 steps, beside transformers, ")
+    assert last.startswith("ratio peak memory ")
+    assert float(last.split()[-1]) == pytest.approx(ours / min(theirs), abs=0.01)

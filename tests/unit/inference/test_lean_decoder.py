@@ -24,6 +24,7 @@ from moe.config import (
 from moe.config.choices import BiasUpdate, ScoringFunction
 from moe.inference.decoder import Decoder
 from moe.inference.lean_decoder import LeanDecoder, obstacle, open_decoder
+from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 from moe.sparse import routers_of
 from tests.bias_router.router import BiasRouterConfig
@@ -51,6 +52,10 @@ def build(router: RouterConfig | None = None, **settings: Any) -> Transformer:
             if buffer.is_floating_point():
                 buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()).view_as(buffer))
     return model.eval()
+
+
+def cache_of(model: Transformer, batch: int, max_length: int) -> KVCache:
+    return KVCache(model.config, batch, max_length, model.device, model.dtype)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -88,7 +93,7 @@ def hold(model: Transformer, prompts: list[list[int]], chunk: int = 512, rtol: f
     """Both decoders get the same tokens, the plain one's best; logits may differ by `rtol`."""
     assert obstacle(model) is None
     total = max(map(len, prompts)) + STEPS
-    plain, lean = Decoder(model, len(prompts), total), LeanDecoder(model, len(prompts), total)
+    plain, lean = (kind(model, cache_of(model, len(prompts), total)) for kind in (Decoder, LeanDecoder))
     expected, got = (one.prefill(prompts, chunk, 0) for one in (plain, lean))
     tokens = set()
     for _ in range(STEPS):
@@ -122,7 +127,8 @@ def test_a_context_beyond_the_rotary_table() -> None:
 
 def test_bfloat16_is_as_near_to_float32_as_the_model_is() -> None:
     exact, model = build(), build().bfloat16()
-    runs = [Decoder(exact, 3, 20), Decoder(model, 3, 20), LeanDecoder(model, 3, 20)]
+    kinds: list[tuple[type[Decoder], Transformer]] = [(Decoder, exact), (Decoder, model), (LeanDecoder, model)]
+    runs = [kind(one, cache_of(one, 3, 20)) for kind, one in kinds]
     for run in runs:
         run.prefill(THREE, 512, 0)
     gaps = [0.0, 0.0]
@@ -145,7 +151,8 @@ def test_operations_a_layer(prompts: list[list[int]], most: int) -> None:
     """What a layer adds to a decoded token, never timings. The model's own pass takes 143 and 160."""
     counts = []
     for layers in (1, 3):
-        decoder = open_decoder(build(num_hidden_layers=layers), len(prompts), 40)
+        model = build(num_hidden_layers=layers)
+        decoder = open_decoder(model, cache_of(model, len(prompts), 40))
         decoder.prefill(prompts, 512, 0)
         with Operations() as operations:
             decoder.step([1] * len(prompts))
@@ -164,7 +171,7 @@ def test_what_it_does_not_know_goes_through_the_model() -> None:
 
     def same(model: Transformer, reason: str) -> None:
         assert obstacle(model) == reason
-        decoder = open_decoder(model, 1, total)
+        decoder = open_decoder(model, cache_of(model, 1, total))
         decoder.prefill(prompts, 512, 0)
         whole = model(torch.tensor([[*prompts[0], 3]])).logits_BSV
         torch.testing.assert_close(decoder.step([3]), whole[:, -1], rtol=0, atol=1e-5)
@@ -186,14 +193,15 @@ def test_what_it_does_not_know_goes_through_the_model() -> None:
 def test_weights_are_those_of_now() -> None:
     """A sample while training: the decoder is opened anew, so no weight is stale."""
     model = build()
-    LeanDecoder(model, 1, 20).prefill(ONE, 512, 0)
+    LeanDecoder(model, cache_of(model, 1, 20)).prefill(ONE, 512, 0)
     for parameter in model.parameters():
         parameter.data.mul_(1.1)
     hold(model, ONE)
 
 
 def test_a_full_cache_takes_no_token() -> None:
-    decoder = LeanDecoder(build(), 1, 6)
+    model = build()
+    decoder = LeanDecoder(model, cache_of(model, 1, 6))
     with pytest.raises(ValueError, match="cache with 0 of max_length=6"):
         decoder.step([1])
     decoder.prefill(ONE, 512, 0)

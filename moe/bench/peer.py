@@ -1,0 +1,175 @@
+"""transformers' MixtralForCausalLM with our weights, trained by plain PyTorch: the other side of `moe bench peers`.
+
+Float32, and two ways to train in bfloat16 with float32 master weights:
+
+    autocast  float32 weights, torch.autocast around the forward pass
+    master    bfloat16 weights; AdamW updates a float32 copy of them with float32 copies of the gradients
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.bench.stepper import batch_of
+from moe.config import Config, ModelConfig, TopKRouterConfig
+from moe.model.transformer import ModelOutput, Transformer
+
+# transformers has two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+# What a Mixtral has no setting for.
+NOT_MIXTRAL = ("sparse_layers", "moe_intermediate_size", "n_shared_experts")
+SAME_LOSS = 1e-4  # nats, between the two sides' first losses in float32
+ROUNDED = 0.02  # nats, between a bfloat16 step's first loss and the float32 one
+
+Step = Callable[[Tensor], float]  # token ids [B, S] → the step's loss
+
+
+class Arithmetic(Enum):
+    float32 = "float32"
+    autocast = "autocast"
+    master = "bfloat16 weights"
+
+
+class Peer:
+    """The peer's training step. Raises RuntimeError where this machine's torch can't compute it."""
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        config: Config,
+        arithmetic: Arithmetic,
+        implementation: str,
+        device: torch.device,
+    ) -> None:
+        self.name = implementation if arithmetic is Arithmetic.float32 else f"{implementation}, {arithmetic.value}"
+        self._config, self._arithmetic, self._device = config, arithmetic, device
+        self.model = peer_model(config, implementation).to(device)
+        self.model.load_state_dict(weights)
+        if arithmetic is Arithmetic.master:
+            self.model.to(torch.bfloat16)
+            self._trained = [nn.Parameter(one.detach().float()) for one in self.model.parameters()]
+        else:
+            self._trained = list(self.model.parameters())
+        self._optimizer = _adamw(self._trained, config)
+
+    def __call__(self, ids_BS: Tensor) -> float:
+        """One optimizer step; returns its loss."""
+        with self._context():
+            loss = self.model(input_ids=ids_BS, labels=ids_BS).loss
+        loss.backward()
+        if self._arithmetic is Arithmetic.master:
+            for master, parameter in zip(self._trained, self.model.parameters(), strict=True):
+                assert parameter.grad is not None
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+        nn.utils.clip_grad_norm_(self._trained, self._config.optim.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._arithmetic is Arithmetic.master:
+            with torch.no_grad():
+                for master, parameter in zip(self._trained, self.model.parameters(), strict=True):
+                    parameter.copy_(master)
+        return loss.item()
+
+    @torch.no_grad()
+    def lm_loss(self, ids_BS: Tensor) -> float:
+        """Nats per target, without the balance loss."""
+        with self._context():
+            output = self.model(input_ids=ids_BS, labels=ids_BS)
+        return float(output.loss) - self.model.config.router_aux_loss_coef * float(output.aux_loss)
+
+    def _context(self) -> AbstractContextManager[Any]:
+        if self._arithmetic is Arithmetic.autocast:
+            return torch.autocast(self._device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def _adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.AdamW:
+    parameters, optim = list(parameters), config.optim
+    decayed = [one for one in parameters if one.ndim >= 2]
+    others = [one for one in parameters if one.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=optim.lr,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        fused=True,
+    )
+
+
+def peer_model(config: Config, implementation: str = "eager") -> Any:
+    """transformers' Mixtral in our shape, with SDPA attention and its balance loss; weights as it initialises them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model, router = config.model, config.router
+    assert isinstance(router, TopKRouterConfig)
+    shapes = MixtralConfig(
+        **_shared(model),
+        num_local_experts=router.num_experts,
+        num_experts_per_tok=router.top_k,
+        output_router_logits=True,
+        router_aux_loss_coef=router.aux_loss_coef / router.top_k,  # theirs is top_k when uniform, ours 1
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        use_cache=False,
+        pad_token_id=None,
+    )
+    peer = MixtralForCausalLM._from_config(
+        shapes, attn_implementation="sdpa", experts_implementation=implementation, dtype=torch.float32
+    )
+    return peer.train()
+
+
+def _shared(model: ModelConfig) -> dict[str, Any]:
+    ours_only = ("mlp", "attention", "recompute", "hidden_dropout", "rope_theta", *NOT_MIXTRAL)
+    return {name: getattr(model, name) for name in ModelConfig.__slots__ if name not in ours_only}
+
+
+@torch.no_grad()
+def loss_gap(ours: Transformer, peer: Any, ids_BS: Tensor) -> float:
+    """Largest difference between the two sides' losses on one batch, in nats. Raises RuntimeError above `SAME_LOSS`:
+    a speed ratio between different computations would mean nothing.
+
+    transformers averages router statistics over layers before multiplying them, ours averages the layers' losses. So
+    its formula is applied to our routers' outputs.
+    """
+    output = ours(ids_BS, labels_BS=batch_of(ids_BS).labels_BS)
+    theirs = peer(input_ids=ids_BS, labels=ids_BS)
+    nats = float(output.lm_loss_sum) / targets_of(ids_BS)
+    aux = float(theirs.aux_loss)
+    pooled = float(_pooled_balance(output))
+    gaps = abs(nats - (float(theirs.loss) - peer.config.router_aux_loss_coef * aux)), abs(pooled - aux)
+    if not max(gaps) <= SAME_LOSS:
+        raise RuntimeError(
+            f"the two sides compute different things: losses differ by {gaps[0]:.1e}, balance by {gaps[1]:.1e}"
+        )
+    return max(gaps)
+
+
+def _pooled_balance(output: ModelOutput) -> Tensor:
+    counts_E = torch.stack([each.counts_E for each in output.routers]).sum(0)
+    probs_E = torch.cat([each.probs_TE for each in output.routers]).mean(0)
+    rows = sum(each.probs_TE.shape[0] for each in output.routers)
+    return probs_E.numel() * torch.dot(counts_E / rows, probs_E)
+
+
+def targets_of(ids_BS: Tensor) -> int:
+    return ids_BS.shape[0] * (ids_BS.shape[1] - 1)
+
+
+def copied_too_large(config: Config) -> str | None:
+    """Why batched_mm is left out: it copies an expert's weights for every choice and keeps the copies for the backward
+    pass."""
+    model, train = config.model, config.train
+    choices = train.micro_batch_size * train.sequence_length * config.router.experts_per_token
+    needed = 4 * choices * 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"it copies {needed / 1e9:.0f} GB of expert weights a step" if needed > free / 2 else None
