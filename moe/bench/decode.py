@@ -50,7 +50,7 @@ Generate = Callable[[Tensor, int], Tensor]  # prompts [B, P], number of new toke
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class Generated:
     """Seconds of both sides for one batch of prompts: to the last token, and to the first."""
 
     ours: float
@@ -201,18 +201,18 @@ def peer_operations(peer: Any, prompts_BP: Tensor) -> int:
     return operations.count
 
 
-def measure(keys: Rounds, sides: dict[str, Generate], prompts_BP: Tensor) -> Iterator[Round]:
+def measure(keys: Rounds, sides: dict[str, Generate], prompts_BP: Tensor) -> Iterator[Generated]:
     """Alternating rounds of both sides."""
     for index in range(keys.rounds):
         whole, first = {}, {}
         for name in sorted(sides, reverse=bool(index % 2)):
             first[name] = _seconds(sides[name], prompts_BP, 1)
             whole[name] = _seconds(sides[name], prompts_BP, keys.steps)
-        yield Round(whole["ours"], whole["peer"], first["ours"], first["peer"])
+        yield Generated(whole["ours"], whole["peer"], first["ours"], first["peer"])
 
 
 def table(
-    rounds: list[Round], batch: int, steps: int, implementation: str, operations: tuple[int, int]
+    rounds: list[Generated], batch: int, steps: int, implementation: str, operations: tuple[int, int]
 ) -> tuple[list[str], float]:
     """Lines to print, and the median of the rounds' ratios of tokens per second."""
     ratios = [each.peer / each.ours for each in rounds]

@@ -12,7 +12,7 @@ from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
 
 
-class Decoder:
+class ModelDecoder:
     """The next token's logits for the B texts whose keys and values are in `cache`. The model is in evaluation mode.
 
     Prompts of different lengths are padded on the left; the padding is a document of its own, which no text sees.

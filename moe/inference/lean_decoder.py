@@ -10,26 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from moe.inference.decoder import Decoder
+from moe.inference.decoder import ModelDecoder
 from moe.inference.lean_layers import Buffers, LeanBlock, LeanNorm, Pass
 from moe.model.attention import Attention
 from moe.model.cache import KVCache
 from moe.model.mlp import DenseMLP
 from moe.model.norm import RMSNorm
-from moe.model.transformer import Block, Transformer
-from moe.model.transformer import Decoder as Backbone
+from moe.model.transformer import Block, Decoder, Transformer
 from moe.sparse import Experts, Router, SparseMLP
 
 # Modules whose arithmetic `lean_layers` repeats, and containers; a router computes its choices itself.
 KNOWN = (
-    Transformer, Backbone, Block, Attention, DenseMLP, RMSNorm, SparseMLP, Experts,
+    Transformer, Decoder, Block, Attention, DenseMLP, RMSNorm, SparseMLP, Experts,
     nn.Linear, nn.Embedding, nn.ModuleList,
 )  # fmt: skip
 
 
-def open_decoder(model: Transformer, cache: KVCache) -> Decoder:
+def open_decoder(model: Transformer, cache: KVCache) -> ModelDecoder:
     """The fastest decoder that can run `model`, which is in evaluation mode, with its weights of now."""
-    return (Decoder if obstacle(model) else LeanDecoder)(model, cache)
+    return (ModelDecoder if obstacle(model) else LeanDecoder)(model, cache)
 
 
 def obstacle(model: Transformer) -> str | None:
@@ -56,7 +55,7 @@ def obstacle(model: Transformer) -> str | None:
     return None
 
 
-class LeanDecoder(Decoder):
+class LeanDecoder(ModelDecoder):
     """The decoder for models without an `obstacle`. Holds a joined copy of the weights of q, k and v."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:

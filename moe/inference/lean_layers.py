@@ -76,7 +76,9 @@ class LeanNorm:
 
 class LeanAttention:
     def __init__(self, module: Attention) -> None:
-        self.layer, self.qk_norm, self.module = module.layer, module.qk_norm, module
+        self.layer, self.qk_norm = module.layer, module.qk_norm
+        if self.qk_norm is not QkNorm.none:
+            self.q_norm, self.k_norm = LeanNorm(module.q_norm), LeanNorm(module.k_norm)  # type: ignore[arg-type]
         projections = (module.q_proj.weight, module.k_proj.weight, module.v_proj.weight)
         self.qkv_HP = torch.cat([weight.detach() for weight in projections]).t()
         self.out_PH = module.o_proj.weight.detach().t()
@@ -96,12 +98,11 @@ class LeanAttention:
         to.x_BH.addmm_(y_BGnD.reshape(len(to.x_BH), -1), self.out_PH)
 
     def _normed(self, to: Buffers) -> None:
-        q_norm, k_norm = self.module.q_norm, self.module.k_norm
-        q, k = (to.queries_P, to.keys_P)
+        q, k = to.queries_P, to.keys_P
         if self.qk_norm is QkNorm.head:
             q, k = (one.unflatten(1, (-1, to.rotated.shape[-1])) for one in (q, k))
-        q.copy_(rms_norm_reference(q, q_norm.weight, q_norm.eps))
-        k.copy_(rms_norm_reference(k, k_norm.weight, k_norm.eps))
+        q.copy_(rms_norm_reference(q, self.q_norm.weight_H, self.q_norm.eps))
+        k.copy_(rms_norm_reference(k, self.k_norm.weight_H, self.k_norm.eps))
 
 
 class LeanMLP:

@@ -76,7 +76,7 @@ class KVCache:
         most = max(max_length, min(2 * self.max_length, self.config.max_position_embeddings))
         larger = KVCache(self.config, self._keys.shape[1], most, device, dtype)
         larger.length, used = self.length, self.slots
-        larger._keys[:, :, :used], larger._values[:, :, :used] = self._keys, self._values
+        larger._keys[:, :, :, :used], larger._values[:, :, :, :used] = self._keys, self._values
         larger._positions_L[:used], larger._documents_BL[:, :used] = self._positions_L, self._documents_BL
         return larger
 

@@ -49,9 +49,9 @@ def test_sides_that_generate_other_tokens_are_not_compared() -> None:
 
 def test_the_ratio_is_taken_inside_each_round() -> None:
     rounds = [
-        decode.Round(ours=1, peer=2, our_first=1, peer_first=1),
-        decode.Round(ours=10, peer=30, our_first=1, peer_first=2),
-        decode.Round(ours=1, peer=4, our_first=1, peer_first=3),
+        decode.Generated(ours=1, peer=2, our_first=1, peer_first=1),
+        decode.Generated(ours=10, peer=30, our_first=1, peer_first=2),
+        decode.Generated(ours=1, peer=4, our_first=1, peer_first=3),
     ]
     lines, ratio = decode.table(rounds, 1, 10, "eager", (10, 20))
     assert ratio == 3

@@ -22,7 +22,7 @@ from moe.config import (
     TopKRouterConfig,
 )  # fmt: skip
 from moe.config.choices import BiasUpdate, ScoringFunction
-from moe.inference.decoder import Decoder
+from moe.inference.decoder import ModelDecoder
 from moe.inference.lean_decoder import LeanDecoder, obstacle, open_decoder
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
@@ -93,7 +93,7 @@ def hold(model: Transformer, prompts: list[list[int]], chunk: int = 512, rtol: f
     """Both decoders get the same tokens, the plain one's best; logits may differ by `rtol`."""
     assert obstacle(model) is None
     total = max(map(len, prompts)) + STEPS
-    plain, lean = (kind(model, cache_of(model, len(prompts), total)) for kind in (Decoder, LeanDecoder))
+    plain, lean = (kind(model, cache_of(model, len(prompts), total)) for kind in (ModelDecoder, LeanDecoder))
     expected, got = (one.prefill(prompts, chunk, 0) for one in (plain, lean))
     tokens = set()
     for _ in range(STEPS):
@@ -127,7 +127,11 @@ def test_a_context_beyond_the_rotary_table() -> None:
 
 def test_bfloat16_is_as_near_to_float32_as_the_model_is() -> None:
     exact, model = build(), build().bfloat16()
-    kinds: list[tuple[type[Decoder], Transformer]] = [(Decoder, exact), (Decoder, model), (LeanDecoder, model)]
+    kinds: list[tuple[type[ModelDecoder], Transformer]] = [
+        (ModelDecoder, exact),
+        (ModelDecoder, model),
+        (LeanDecoder, model),
+    ]
     runs = [kind(one, cache_of(one, 3, 20)) for kind, one in kinds]
     for run in runs:
         run.prefill(THREE, 512, 0)
