@@ -1,9 +1,9 @@
 """Questions and their SQL: training rows with exchanged values, and held-out rows.
 
-    python -m data.examples.sql_rows wikisql_train.jsonl FOLDER   # train.jsonl, held_out.jsonl, held_out.txt
+    python -m data.examples.sql_rows wikisql_train.jsonl FOLDER   # train, train_again, held_out .jsonl, held_out.txt
 
-A training row is there once as it is and then with other values in its question and its query alike, which teaches to
-copy a value rather than to remember it. Values come from the training side only, from conditions on the same column.
+Each training file has a row once as it is and then with other values in its question and its query alike, which teaches
+to copy a value rather than to remember it. Values come from the training side only, from conditions on the same column.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from data.examples.splits import Row, asked, read_rows, split, write_rows
 from data.examples.sql import Query, parse
 
 HELD_OUT = 0.1  # of the questions
-COPIES = 4  # of each training row, the row itself included
-SEED = 0
+COPIES = 4  # of each training row in each round, the row itself included
+ROUNDS = ("train", "train_again")  # files; each has other exchanged values
 Pool = dict[tuple[str, bool], list[str]]
 
 
@@ -78,8 +78,9 @@ def _replaced(question: str, value: str, other: str) -> str:
 def main(source: Path, folder: Path) -> None:
     train, held_out = split(read_rows(source), HELD_OUT)
     held = {asked(row) for row in held_out}
-    made = [row for row in training_rows(train, COPIES, SEED) if asked(row) not in held]
-    write_rows(folder / "train.jsonl", made)
+    for seed, name in enumerate(ROUNDS):
+        made = training_rows(train, COPIES, seed)
+        write_rows(folder / f"{name}.jsonl", [row for row in made if asked(row) not in held])
     write_rows(folder / "held_out.jsonl", held_out)
     write_prompts(folder / "held_out.txt", held_out)
 

@@ -15,7 +15,7 @@ quiet=(engine=plain tracking=none data.cache_dir="$folder/cache" train.global_ba
 
 # A dense model as a Hugging Face folder: what a published checkpoint is.
 moe train "${quiet[@]}" run_dir="$folder/runs/dense" model.mlp=dense model.sliding_window=null \
-    model.initializer=equal_output optim.lr=2e-3 train.steps=300
+    model.initializer=equal_output optim.lr=2e-3 train.steps=200
 moe export checkpoint="$folder/runs/dense" path="$folder/published"
 
 # In, and sparse: 8 copies of each feed-forward, 2 of them for a token.
@@ -38,7 +38,7 @@ python -m data.examples.upcycle compare "$folder"
 
 # What the copies are worth: the same tokens once more, from the upcycled model and from scratch.
 for seed in 0 1; do
-    more=("${quiet[@]}" optim.lr=2e-3 train.steps=100 train.eval_every=25 train.seed="$seed")
+    more=("${quiet[@]}" optim.lr=2e-3 train.steps=60 train.eval_every=15 train.seed="$seed")
     moe train "${more[@]}" init_from="$folder/runs/upcycled" run_dir="$folder/runs/from_upcycled_$seed"
     moe train "${more[@]}" model.sliding_window=null model.initializer=equal_output run_dir="$folder/runs/from_scratch_$seed"
 done

@@ -56,7 +56,7 @@ def test_numbers(tmp_path: Path) -> None:
 def test_upcycle_with_few_steps(tmp_path: Path) -> None:
     whole = (ROOT / "launch/examples/upcycle.sh").read_text()
     short, count = re.subn(r"train\.steps=\d+", "train.steps=12", whole)
-    short = short.replace("train.eval_every=25", "train.eval_every=6")
+    short = short.replace("train.eval_every=15", "train.eval_every=6")
     short = short.replace('cd "$(dirname "$0")/../.."', f"cd {ROOT}")
     assert count == 3
     script = tmp_path / "upcycle.sh"

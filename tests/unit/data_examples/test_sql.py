@@ -147,7 +147,9 @@ def test_the_sides_share_no_question_and_no_value_pool(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [*rows, {**rows[0], "prompt": rows[0]["prompt"].upper()}])
     main(tmp_path / "rows.jsonl", tmp_path)
     train, held_out = read_rows(tmp_path / "train.jsonl"), read_rows(tmp_path / "held_out.jsonl")
-    assert not {asked(row) for row in train} & {asked(row) for row in held_out}
+    again = read_rows(tmp_path / "train_again.jsonl")
+    assert not {asked(row) for row in train + again} & {asked(row) for row in held_out}
+    assert {asked(row) for row in train} != {asked(row) for row in again}
     originals = [row for row in rows if asked(row) not in {asked(one) for one in held_out}]
     assert all(row in train for row in originals)
     assert len(train) <= COPIES * (len(originals) + 1)
