@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,8 @@ def our_operations(model: Transformer, prompts_BP: Tensor) -> int:
 def peer_operations(peer: Any, prompts_BP: Tensor) -> int:
     """The same of the peer's forward pass, without what its `generate` adds."""
     cache = peer(prompts_BP, use_cache=True).past_key_values
-    with Operations() as operations:
+    with warnings.catch_warnings(), Operations() as operations:
+        warnings.simplefilter("ignore", FutureWarning)  # of a keyword's new name
         peer(prompts_BP[:, :1], past_key_values=cache, use_cache=True)
     return operations.count
 
