@@ -114,7 +114,8 @@ class LoadedRun:
         where configured, take their numbers from (train.seed, `step`, row)."""
         rows_B = torch.arange(len(ids_BS), device=ids_BS.device)
         randomness = Randomness.of(self.config.train.seed, step, rows_B) if self.model.training else None
-        output = self.model(ids_BS[:, :-1], labels_BS=ids_BS[:, 1:], randomness=randomness)
+        noise = self.config.train.neftune_noise_alpha
+        output = self.model(ids_BS[:, :-1], labels_BS=ids_BS[:, 1:], randomness=randomness, neftune_noise_alpha=noise)
         assert output.lm_loss_sum is not None
         loss = output.lm_loss_sum / ids_BS[:, 1:].numel()
         return loss + balance_loss(output.routers) if output.routers else loss

@@ -9,11 +9,13 @@ from moe.errors import UserError
 # Name → what it measures. The module of that name has `run(overrides)`.
 BENCHMARKS = {
     "peers": "our training step beside transformers' MixtralForCausalLM",
+    "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
     "diagnostics": "what the routers' diagnostics cost a training step",
     "memory": "the plan's memory beside that of real steps",
+    "memory_peers": "the peak memory of our step's process beside transformers'",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }
 

@@ -96,7 +96,7 @@ def measure(overrides: list[str]) -> Measured:
         gc.collect()
         base = _reset(mesh.device)
         imbalance = _steps(config, mesh)
-        measured = _peak(mesh.device) - base
+        measured = peak_bytes(mesh.device) - base
     finally:
         rendezvous.stop()
     plan = plan_memory(config, world_size, device=mesh.device.type, imbalance=imbalance)
@@ -132,7 +132,7 @@ def _reset(device: torch.device) -> int:
     return _resident("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
 
 

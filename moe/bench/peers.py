@@ -67,9 +67,9 @@ class Round:
     max_violation: float
 
 
-def parse(overrides: list[str]) -> tuple[Rounds, Config]:
+def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, Config]:
     """`rounds=`, `steps=`, `precision=` (train.precision) and the overrides of `moe train`. Raises UserError."""
-    keys, rest = split(overrides)
+    keys, rest = split(overrides, default)
     rest = [f"train.{one}" if one.startswith("precision=") else one for one in rest]
     config = load_config([*DEFAULTS, *rest])
     train = config.train
@@ -115,7 +115,7 @@ def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], dict
     mesh = prepare(config, mesh)
     ours = build_model(config, mesh.device)
     weights = {name: value.detach().clone() for name, value in ours.state_dict().items()}
-    batches = _batches(config, mesh.device)
+    batches = batches_of(config, mesh.device)
     reference = peer_model(config).to(mesh.device)
     reference.load_state_dict(weights)
     gap = loss_gap(ours, reference, ids := batches())
@@ -194,10 +194,12 @@ def table(config: Config, rounds: list[Round], names: dict[str, str]) -> list[st
         lines.append(
             f"{name:44}{speed:>10,.0f}{step_tokens / speed * 1e3:>10,.0f}{speed * flops / 1e9:>10,.1f}{share:>12.1%}"
         )
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
     lines += [
         f"{f'matrix product ({config.train.precision.value})':44}{'':>20}{peak / 1e9:>10,.1f}",
-        f"medians of {len(rounds)} alternating rounds, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
-        f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); ours has MaxVio {rounds[-1].max_violation:.2f}",
+        f"medians of {len(rounds)} alternating rounds, {threads} threads, load {load:.1f}",
+        f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); "
+        f"ours has MaxVio {rounds[-1].max_violation:.2f}",
     ]
     for side in list(names)[:0:-1]:
         ratios = [each.speeds["ours"] / each.speeds[side] for each in rounds]
@@ -208,7 +210,7 @@ def table(config: Config, rounds: list[Round], names: dict[str, str]) -> list[st
     return lines
 
 
-def _batches(config: Config, device: torch.device) -> Callable[[], Tensor]:
+def batches_of(config: Config, device: torch.device) -> Callable[[], Tensor]:
     """A function that returns random token ids [B, S], the same sequence of batches in every run."""
     train, generator = config.train, torch.Generator().manual_seed(config.train.seed)
     shape = (train.micro_batch_size, train.sequence_length)

@@ -12,6 +12,8 @@
     moe validate data.path=chats.jsonl                    rows for fine-tuning: what is wrong with which, what is learnt
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
+    moe evaluate checkpoint=RUN_DIR tasks=sums include_path=tasks
+                                                          tasks of lm-evaluation-harness, its own or yours
     moe import checkpoint=HF_DIR run_dir=runs/imported    a Hugging Face model as a checkpoint
     moe export checkpoint=RUN_DIR path=runs/exported      a checkpoint as a Hugging Face model
     moe upcycle checkpoint=runs/dense run_dir=runs/upcycled

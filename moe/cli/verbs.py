@@ -11,6 +11,7 @@ from moe.cli.limits import require_address_space, require_open_files
 from moe.config import (
     AnalyzeConfig,
     Config,
+    EvaluateConfig,
     ExportConfig,
     ImportConfig,
     PlanConfig,
@@ -138,6 +139,19 @@ def _chat(overrides: list[str]) -> None:
     run_chat(config, *_checkpoint(config))
 
 
+def _evaluate(overrides: list[str]) -> None:
+    """Score a checkpoint on tasks of EleutherAI's lm-evaluation-harness, its own or yours (`include_path=FOLDER`); a
+    table, and a JSON file."""
+    config: EvaluateConfig = load_config(overrides, "evaluate", EvaluateConfig)
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise ConfigError("moe evaluate needs lm_eval: pip install 'moe-train[evaluate]', or 'lm_eval>=0.4.13,<0.5'")
+    from moe.evaluate.run import run_evaluate
+
+    run_evaluate(config)
+
+
 def _checkpoint(config: Any) -> tuple[Any, Any]:
     """The model and the tokenizer of `config.checkpoint`. Raises UserError."""
     from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
@@ -243,6 +257,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "validate": _validate,
     "generate": _generate,
     "chat": _chat,
+    "evaluate": _evaluate,
     "import": _import,
     "export": _export,
     "upcycle": _upcycle,
@@ -272,6 +287,7 @@ SCHEMAS: dict[str, type] = {
     "upcycle": UpcycleConfig,
     "generate": GenerateConfig,
     "chat": ChatConfig,
+    "evaluate": EvaluateConfig,
 }
 
 

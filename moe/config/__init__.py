@@ -9,6 +9,7 @@ from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
     AdapterKind,
+    AnswerMetric,
     AttentionBackend,
     BiasUpdate,
     DeviceKind,
@@ -35,6 +36,7 @@ from moe.config.choices import (
     TrackingBackend,
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
+from moe.config.evaluate import EvaluateConfig
 from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
@@ -68,6 +70,7 @@ __all__ = [
     "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",
+    "AnswerMetric",
     "AttentionBackend",
     "BiasUpdate",
     "CheckpointConfig",
@@ -76,6 +79,7 @@ __all__ = [
     "DeviceKind",
     "DropPolicy",
     "EngineKind",
+    "EvaluateConfig",
     "ExpertBackend",
     "ExpertChoiceRouterConfig",
     "ExpertsConfig",

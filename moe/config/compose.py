@@ -25,7 +25,7 @@ from moe.config.overrides import for_hydra
 from moe.config.presets import composed_folder
 from moe.config.router import registered_router, router_kinds, saved_kind
 from moe.config.saved import INTERPOLATION, read_saved
-from moe.config.source import ReadSource, source_presets, stated
+from moe.config.source import ReadSource, source_presets, stated, stated_keys
 from moe.config.suggest import dotted_keys, no_such_key, of_other_routers
 from moe.errors import UserError
 
@@ -58,7 +58,10 @@ def compose_dict(
     if read_source is not None and (init_from := stated(overrides, "init_from")):
         sections = read_source(init_from, stated(overrides, "run_dir"))
         with source_presets(init_from, sections, overrides) as presets:
-            return compose_dict([*presets, *overrides], name, schema, count_pieces)
+            composed = compose_dict([*presets, *overrides], name, schema, count_pieces)
+        if not {"model", "model.vocab_size"} & stated_keys(overrides):
+            _grow_vocabulary(composed, count_pieces)
+        return composed
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
@@ -156,12 +159,23 @@ def _fill_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None
         # An invalid size is not copied, so that the error names tokenizer.vocab_size, not model.vocab_size.
         node.model.vocab_size = stated if stated is not None and stated > 0 else ModelConfig().vocab_size
         return
-    try:
-        existing = TokenizerConfig(**{str(key): tokenizer[key] for key in tokenizer})
-    except UserError as error:
-        raise ConfigError(str(error)) from error
+    existing = _existing(node)
     if count_pieces is not None:
         node.model.vocab_size = count_pieces(existing)
+
+
+def _grow_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None:
+    """A row of the source's embedding for each added token, where it hasn't enough. Raises as `compose_dict` does."""
+    if count_pieces is not None and node.tokenizer.add_special_tokens:
+        node.model.vocab_size = max(node.model.vocab_size, count_pieces(_existing(node)))
+
+
+def _existing(node: DictConfig) -> TokenizerConfig:
+    """The configuration of an existing tokenizer. Raises ConfigError."""
+    try:
+        return TokenizerConfig(**{str(key): node.tokenizer[key] for key in node.tokenizer})
+    except UserError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _keys(node: DictConfig | ListConfig) -> list[str]:

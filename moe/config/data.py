@@ -16,6 +16,7 @@ from moe.config.suggest import no_such_key
 from moe.errors import UserError
 
 MAX_TRAIN_BYTES = 10**12
+MAX_TOKEN = 100  # characters of a special token
 # Keys that a source has, and `data` too for the source that `data.path` names.
 OF_A_SOURCE = ("format", "text_field", "prompt_field", "completion_field", "messages_field")
 OF_RECORDS = ("prompt_field", "completion_field", "messages_field")
@@ -153,12 +154,14 @@ def _source(name: str, value: Any) -> SourceConfig:
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """`vocab_size` (pieces to train) and `train_bytes` (text sampled for it) belong to `kind=sentencepiece`; `path` to
-    the kinds that read a file or folder; `kind=mistral` needs neither (mistral-common carries its own)."""
+    the kinds that read a file or folder; `kind=mistral` needs neither (mistral-common carries its own).
+    `add_special_tokens` get the ids behind the last one of an existing tokenizer (`moe.data.added_tokens`)."""
 
     kind: TokenizerKind = TokenizerKind.mistral  # the one kind that needs no other key
     path: str | None = None
     vocab_size: int | None = None
     train_bytes: int = 2_000_000
+    add_special_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         trains, kind = self.kind is TokenizerKind.sentencepiece, self.kind.value
@@ -181,3 +184,19 @@ class TokenizerConfig:
             f"tokenizer.vocab_size={self.vocab_size} must be ≥ 300: 256 bytes, 4 special pieces and some characters "
             "(unless it is set, it is model.vocab_size)",
         )
+        self._check_added()
+
+    def _check_added(self) -> None:
+        key, tokens = "tokenizer.add_special_tokens", self.add_special_tokens
+        require(
+            not tokens or self.kind is not TokenizerKind.sentencepiece,
+            f"{key}={tokens} extends an existing tokenizer, and tokenizer.kind=sentencepiece trains one: state "
+            "another kind, or init_from",
+        )
+        for token in tokens:
+            require(
+                bool(token) and token.isprintable() and not any(map(str.isspace, token)),
+                f"{key}={token!r} must have printable characters and no spaces, as in {key}=[<|im_start|>,<|im_end|>]",
+            )
+            require(len(token) <= MAX_TOKEN, f"{key}={token[:20]}… must have at most {MAX_TOKEN} characters")
+            require(tokens.count(token) == 1, f"{key}={token} must be stated once")

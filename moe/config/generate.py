@@ -38,6 +38,13 @@ class Sampling:
         require(self.stop != "", "stop='' must have a character: null means no stop text")
 
 
+def check_source(checkpoint: str, device: str) -> None:
+    """Raises UserError unless a checkpoint is named, and the device is one that `choose_device` knows."""
+    require(bool(checkpoint.strip()), "checkpoint='' must name a run directory or one of its checkpoints")
+    known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device)
+    require(known is not None, f"device={device} must be auto, cpu, cuda or cuda:N")
+
+
 @dataclass(kw_only=True, slots=True)
 class Answering(Sampling):
     """`checkpoint` is a run directory or one of its checkpoints. In a conversation `system` is the system prompt, and
@@ -57,9 +64,7 @@ class Answering(Sampling):
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)  # slots=True creates a new class, in which a bare super() fails
-        require(bool(self.checkpoint), "checkpoint='' must name a run directory or one of its checkpoints")
-        known = re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device)
-        require(known is not None, f"device={self.device} must be auto, cpu, cuda or cuda:N")
+        check_source(self.checkpoint, self.device)
 
 
 @dataclass(kw_only=True, slots=True)

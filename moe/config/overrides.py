@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 TEXTS = ("prompt", "stop", "system")
+TEXT_LISTS = ("tokenizer.add_special_tokens",)
 
 
 def quote_texts(overrides: list[str]) -> list[str]:
@@ -32,8 +33,18 @@ def for_hydra(overrides: list[str]) -> list[str]:
     Adds new keys to mappings whose keys are the user's own, as in `router.layers.3.top_k=1`.
     """
     parser = OverridesParser.create()
-    quoted = [override if _parses(parser, override) else _with_quotes(override) for override in overrides]
+    listed = [_quoted_list(override) for override in overrides]
+    quoted = [override if _parses(parser, override) else _with_quotes(override) for override in listed]
     return [f"++{one.lstrip('+')}" if re.match(rf"\+*({'|'.join(OPEN_MAPPINGS)})[.=]", one) else one for one in quoted]
+
+
+def _quoted_list(override: str) -> str:
+    """Quotes the elements of a list of texts that Hydra's grammar has no unquoted form for."""
+    key, _, value = override.partition("=")
+    if key.lstrip("+") not in TEXT_LISTS or not re.fullmatch(r"\[[^'\"]*\]", value):
+        return override
+    elements = [one.strip() for one in value[1:-1].split(",")] if value[1:-1].strip() else []
+    return f"{key}=[{','.join(_quoted(one, escape=True) for one in elements)}]"
 
 
 def _parses(parser: OverridesParser, override: str) -> bool:

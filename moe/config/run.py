@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
-from moe.config.adapter import AdapterConfig
+from moe.config.adapter import AdapterConfig, fits
 from moe.config.choices import EngineKind, Mlp, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
@@ -100,8 +101,30 @@ class Config:
             not self.adapter.trains_adapter or self.init_from is not None or not self.starts,
             f"adapter.kind={self.adapter.kind.name} needs init_from: the run directory or model that it adapts",
         )
+        self._check_added_tokens()
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
+
+    def _check_added_tokens(self) -> None:
+        """Rows for added tokens must train: nothing else gives them a meaning."""
+        if not self.tokenizer.add_special_tokens or self.init_from is None:
+            return
+        rows = ["embed_tokens"] if self.model.tie_word_embeddings else ["embed_tokens", "lm_head"]
+        for name in ("model.embed_tokens", "lm_head")[: len(rows)]:
+            trains = not self.adapter.trains_adapter or any(
+                fits(pattern, name) or fits(pattern, f"{name}.weight") for pattern in self.adapter.modules_to_save
+            )
+            require(
+                trains,
+                f"tokenizer.add_special_tokens adds rows to {name}, which an adapter leaves as they are: set "
+                f"adapter.modules_to_save=[{','.join(rows)}]",
+            )
+            frozen = next((one for one in self.optim.freeze if fnmatchcase(f"{name}.weight", one)), None)
+            require(
+                frozen is None,
+                f"tokenizer.add_special_tokens adds rows to {name}, which optim.freeze={frozen} keeps from training: "
+                "leave that pattern out",
+            )
 
     def _check_plain_engine(self) -> None:
         parallel = self.parallel

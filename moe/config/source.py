@@ -25,10 +25,15 @@ def stated(overrides: list[str], key: str) -> str | None:
     return None if value == "null" else re.sub(r"^(['\"])(.*)\1$", r"\2", value)
 
 
+def stated_keys(overrides: list[str]) -> set[str]:
+    """Keys and groups that the overrides set."""
+    return {one.lstrip("+").partition("=")[0] for one in overrides}
+
+
 @contextmanager
 def source_presets(init_from: str, sections: Sections, overrides: list[str]) -> Iterator[list[str]]:
     """Yields overrides that choose the sections as presets, for all whose group the command doesn't choose itself."""
-    chosen = {one.lstrip("+").partition("=")[0] for one in overrides}
+    chosen = stated_keys(overrides)
     name = re.sub(r"[^\w.+-]", "-", path_name(init_from)) or "source"
     with tempfile.TemporaryDirectory(prefix="moe-init-from-") as folder:
         more = []

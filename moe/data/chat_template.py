@@ -261,6 +261,6 @@ def open_template(name: TemplateName, tokenizer: Tokenizer) -> ChatTemplate:
     if missing:
         raise DataError(
             f"data.template={name.name} needs the tokens {', '.join(missing)}, which the tokenizer doesn't have: "
-            "data.template=mistral needs none of its own"
+            f"'tokenizer.add_special_tokens=[{','.join(missing)}]' adds them, data.template=mistral needs none"
         )
     return ChatTemplate(OURS[name], tokenizer, f"data.template={name.name}")

@@ -13,10 +13,12 @@ import numpy as np
 from moe.data.long_text import SPACE, byte_level_parts
 from moe.data.readers import DataError
 from moe.data.tokenizer_base import BYTE_PIECE, PARTS, bos_and_eos, save_files, saved_files
+from moe.errors import shown
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` read by the `tokenizers` library: byte-level BPE, or SentencePiece-style with byte pieces."""
+    """A `tokenizer.json` read by the `tokenizers` library: byte-level BPE, SentencePiece-style with byte pieces, or a
+    closed vocabulary (WordLevel whose `unk_token` is none of its pieces), where text outside it is a DataError."""
 
     chat_template: str | None = None
     file_name = "tokenizer.json"
@@ -38,18 +40,33 @@ class HuggingFaceTokenizer:
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
         self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.vocabulary().values()) + 1
         self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
         decoder = json.dumps(self._json.get("decoder"))
         self._byte_level = '"ByteLevel"' in decoder
-        if not self._byte_level and '"ByteFallback"' not in decoder:
-            raise DataError(f"{where}: must be byte-level or have byte fallback: without it text would be lost")
+        if not self._byte_level and '"ByteFallback"' not in decoder and not self._is_closed():
+            raise DataError(
+                f"{where}: must be byte-level, have byte fallback, or be a WordLevel model without its unk_token among "
+                "its pieces: otherwise text would be lost"
+            )
+
+    def _is_closed(self) -> bool:
+        """Whether the library refuses text that its pieces don't cover."""
+        model = self._json["model"]
+        return model.get("type") == "WordLevel" and model.get("unk_token") not in self._backend.get_vocab()
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Raises DataError where a closed vocabulary has no pieces for it, as does `encode_many`."""
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{shown(text)}: has characters that are in none of the tokenizer's pieces") from error
 
     def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+        except Exception:
+            return [self.encode(text) for text in texts]  # raises for the text that has no pieces
 
     def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
         parts = byte_level_parts(text, self._backend, self._json)
@@ -77,9 +94,13 @@ class HuggingFaceTokenizer:
     def special_tokens(self) -> dict[str, int]:
         return {content: token_id for token_id, (content, special) in self._added.items() if special}
 
+    def vocabulary(self) -> dict[str, int]:
+        """{piece: id}, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def token_bytes(self) -> np.ndarray:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for piece, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+        for piece, token_id in self.vocabulary().items():
             if token_id in self._added:
                 content, special = self._added[token_id]
                 sizes[token_id] = 0 if special else len(content.encode())

@@ -102,6 +102,8 @@ class _Note:
             [[source.name, source.identity] for source in sources],
             list(stated_weights(data).items()) if tokenizer.kind is TokenizerKind.sentencepiece else None,
         ]
+        if tokenizer.add_special_tokens:
+            settings.append(tokenizer.add_special_tokens)
         if data.has_records:
             names = (data.template.name, data.loss_on.name, data.long_rows.name)
             settings += [RECORD_FORMAT, *names, length, *sorted(OURS.values()), jinja2.__version__]

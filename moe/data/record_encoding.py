@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any, TypeVar
 
@@ -66,11 +66,20 @@ class Recipe:
     def segments(self, record: DataRecord) -> list[Segment]:
         """Raises as `encode` does."""
         if record.messages:
-            return self.template.segments(record.messages, record.tools, record.place)
+            segments = self.template.segments(record.messages, record.tools, record.place)
+            return self._without_prompt(segments, record) if record.given else segments
         bos, eos = (
             Segment("", token, turn) for token, turn in ((self.tokenizer.bos_id, -1), (self.tokenizer.eos_id, 0))
         )
         return [bos, Segment(record.body, None, 0), eos]
+
+    def _without_prompt(self, segments: list[Segment], record: DataRecord) -> list[Segment]:
+        """The assistant turns of the messages that are given belong to no turn."""
+        given = record.messages[: record.given]
+        last = max(number for number, message in enumerate(given) if message["role"] == "assistant")
+        begun = self.template.segments(given[: last + 1], record.tools, record.place)
+        turns = 1 + max(segment.turn for segment in begun)
+        return [replace(one, turn=one.turn - turns if one.turn >= turns else -1) for one in segments]
 
     def encode_segments(self, rows: list[list[Segment]]) -> list[EncodedRow]:
         """Many rows at once, on all of this process's cores."""

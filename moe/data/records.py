@@ -3,7 +3,7 @@
 | kind | columns | becomes |
 | --- | --- | --- |
 | text | text | the text |
-| prompt_completion | prompt, completion | user, assistant |
+| prompt_completion | prompt, completion | user, assistant; lists of messages end to end; tools |
 | messages | messages (a list of role and content), tools | as it is |
 | alpaca | instruction, input (may be missing or empty), output | user (input behind a blank line), assistant |
 | sharegpt | conversations (a list of from and value), system, tools | its roles under their usual names |
@@ -33,10 +33,12 @@ SHAREGPT_ROLES = {
 @dataclass(slots=True)
 class DataRecord(Chunk):
     """A row as a conversation, or as the text `body` where there are no `messages`. `data` is its canonical JSON, which
-    its hash, and so its split, follows: the same conversation in other columns has the same."""
+    its hash, and so its split, follows: the same conversation in other columns has the same. The first `given` messages
+    are a prompt, whose assistant turns are not learnt (0 where it has none)."""
 
     place: str = ""
     messages: list[Message] = field(default_factory=list)
+    given: int = 0
     body: str = ""
     tools: list[Any] | None = None
 
@@ -62,7 +64,7 @@ def shapes(key: str, config: SourceConfig) -> list[Shape]:
     return [
         Shape(kind.messages, key, (config.messages_field or "messages",), ("tools",)),
         Shape(kind.sharegpt, key, (config.messages_field or "conversations",), ("system", "tools")),
-        Shape(kind.prompt_completion, key, (config.prompt_field, config.completion_field)),
+        Shape(kind.prompt_completion, key, (config.prompt_field, config.completion_field), ("tools",)),
         Shape(kind.alpaca, key, ("instruction", "output"), ("input",)),
         Shape(kind.text, key, (config.text_field,)),
     ]
@@ -121,10 +123,10 @@ def _columns(row: TableRow, shape: Shape) -> None:
             )
 
 
-def _record(messages: list[Message], tools: list[Any] | None = None) -> DataRecord:
-    content: Any = [messages, tools] if tools else messages
+def _record(messages: list[Message], tools: list[Any] | None = None, given: int = 0) -> DataRecord:
+    content: Any = [messages, tools, given] if given else [messages, tools] if tools else messages
     data = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-    return DataRecord(data, messages=messages, tools=tools)
+    return DataRecord(data, messages=messages, tools=tools, given=given)
 
 
 def _text(row: TableRow, shape: Shape) -> DataRecord:
@@ -133,6 +135,35 @@ def _text(row: TableRow, shape: Shape) -> DataRecord:
     if not text.strip():
         raise DataError(f"{shown(name)} is empty: remove the row")
     return DataRecord(text.encode(), body=text)
+
+
+def _prompt_completion(row: TableRow, shape: Shape) -> DataRecord:
+    """Two texts, or two lists of messages, as in TRL's conversational data sets."""
+    kinds = {name: isinstance(row.values[name], list) for name in shape.columns}
+    if not any(kinds.values()):
+        return _pair(row, shape)
+    for name, is_list in kinds.items():
+        if not is_list:
+            other = next(one for one, is_one in kinds.items() if is_one)
+            raise DataError(
+                f"{shown(name)} must be a list of messages, as {shown(other)} is, is {kind_of(row.values[name])}"
+            )
+    prompt, completion = (_messages(name, row.values[name], _message) for name in shape.columns)
+    _check_prompt_completion(shape.columns, prompt, completion)
+    given = len(prompt) if any(message["role"] == "assistant" for message in prompt) else 0
+    return _record([*prompt, *completion], _tools(row.values.get("tools")), given)
+
+
+def _check_prompt_completion(names: tuple[str, ...], prompt: list[Message], completion: list[Message]) -> None:
+    for name, messages in zip(names, (prompt, completion), strict=True):
+        if not messages:
+            raise DataError(f"{shown(name)} is empty: remove the row, or fill it in")
+    first, last = completion[0]["role"], prompt[-1]["role"]
+    if last == "assistant":
+        raise DataError(f"{shown(names[0])} ends with an assistant turn: move that turn into {shown(names[1])}")
+    if first != "assistant":
+        raise DataError(f"{shown(names[1])} begins with a turn of role {first}: move that turn into {shown(names[0])}")
+    _check_turns(names[1], completion)
 
 
 def _pair(row: TableRow, shape: Shape) -> DataRecord:
@@ -151,16 +182,18 @@ def _alpaca(row: TableRow, shape: Shape) -> DataRecord:
 
 def _conversation(row: TableRow, shape: Shape) -> DataRecord:
     name = shape.columns[0]
-    turns = row.values[name]
-    if not isinstance(turns, list):
-        raise DataError(f"{shown(name)} must be a list of messages, is {kind_of(turns)}")
     of_sharegpt = shape.kind is RecordKind.sharegpt
-    read = _sharegpt_message if of_sharegpt else _message
-    messages = [_read_turn(read, name, number, turn) for number, turn in enumerate(turns)]
+    messages = _messages(name, row.values[name], _sharegpt_message if of_sharegpt else _message)
     if of_sharegpt and (system := row.values.get("system")):
         messages.insert(0, {"role": "system", "content": _string("system", system)})
     _check_turns(name, messages)
     return _record(messages, _tools(row.values.get("tools")))
+
+
+def _messages(name: str, turns: Any, read: Callable[[Any], Message]) -> list[Message]:
+    if not isinstance(turns, list):
+        raise DataError(f"{shown(name)} must be a list of messages, is {kind_of(turns)}")
+    return [_read_turn(read, name, number, turn) for number, turn in enumerate(turns)]
 
 
 def _check_turns(name: str, messages: list[Message]) -> None:
@@ -255,7 +288,7 @@ def _shown(value: Any) -> str:
 
 READERS: dict[RecordKind, Callable[[TableRow, Shape], DataRecord]] = {
     RecordKind.text: _text,
-    RecordKind.prompt_completion: _pair,
+    RecordKind.prompt_completion: _prompt_completion,
     RecordKind.alpaca: _alpaca,
     RecordKind.messages: _conversation,
     RecordKind.sharegpt: _conversation,

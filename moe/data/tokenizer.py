@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import TokenizerConfig, TokenizerKind
+from moe.data.added_tokens import with_special_tokens
 from moe.data.find import expanded
 from moe.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moe.data.readers import DataError
@@ -80,7 +81,13 @@ def _as_template(names: dict[str, Any], folder: Path) -> str | None:
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Opens an existing tokenizer: every kind but `sentencepiece`, which is trained. Raises DataError."""
+    """Opens an existing tokenizer: every kind but `sentencepiece`, which is trained; with its added tokens. Raises
+    DataError."""
+    tokenizer = _open(config)
+    return with_special_tokens(tokenizer, config.add_special_tokens) if config.add_special_tokens else tokenizer
+
+
+def _open(config: TokenizerConfig) -> Tokenizer:
     if config.kind is TokenizerKind.mistral:
         path = _mistral_model()
     else:

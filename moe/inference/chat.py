@@ -13,6 +13,7 @@ from moe.data.records import Message
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.inference.generate import TextPiece, stream
+from moe.inference.kept_cache import KeptCache
 from moe.model.transformer import Transformer
 
 
@@ -52,13 +53,16 @@ class Asking:
         [(ids_T, _)] = encode_segments([self.template.prompt(messages)], self.tokenizer)
         return ids_T.tolist()
 
-    def answers(self, conversations: list[list[Message]], most: int | None = None) -> Iterator[TextPiece]:
-        """The answers as they come, of at most `most` tokens. Raises as `stream` and `prompt` do."""
+    def answers(
+        self, conversations: list[list[Message]], most: int | None = None, kept: KeptCache | None = None
+    ) -> Iterator[TextPiece]:
+        """The answers as they come, of at most `most` tokens; `kept` is of one conversation. Raises as `stream` and
+        `prompt` do."""
         prompts = [self.prompt(messages) for messages in conversations]
         settings = self.settings if most is None else replace(self.settings, max_new_tokens=most)
         begun = [""] * len(prompts)  # what may be the template's lead
         out = [False] * len(prompts)
-        for piece in stream(self.model, self.tokenizer, prompts, settings, ends=self.ends):
+        for piece in stream(self.model, self.tokenizer, prompts, settings, ends=self.ends, kept=kept):
             text = piece.text
             if not out[piece.prompt]:
                 text = begun[piece.prompt] + text
@@ -70,10 +74,11 @@ class Asking:
 
 
 class Conversation:
-    """Messages so far. When they don't fit the model's positions any more, the oldest turns are forgotten."""
+    """Messages so far. When they don't fit the model's positions any more, the oldest turns are forgotten. What the
+    conversation's tokens have in common with those of the last answer is not computed again."""
 
     def __init__(self, asking: Asking, system: str | None) -> None:
-        self._asking, self.system = asking, system
+        self._asking, self.system, self._kept = asking, system, KeptCache()
         self.turns: list[str] = []  # the user's and the assistant's in turn
 
     def messages(self) -> list[Message]:
@@ -103,6 +108,6 @@ class Conversation:
     def _answer(self, most: int) -> Iterator[str]:
         messages = self.messages()
         self.turns.append("")
-        for piece in self._asking.answers([messages], most):
+        for piece in self._asking.answers([messages], most, self._kept):
             self.turns[-1] += piece.text
             yield piece.text

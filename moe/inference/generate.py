@@ -8,7 +8,7 @@ Legend: B prompts, P longest prompt, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from moe.config.rules import require
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.inference.decoding import IncrementalDecoder
+from moe.inference.kept_cache import KeptCache
+from moe.inference.lean_decoder import open_decoder
 from moe.inference.sampling import pick
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
@@ -53,13 +55,17 @@ def stream(
     *,
     ends: frozenset[int] = frozenset(),
     all_steps: bool = False,
-) -> Iterator[TextPiece]:
+    joined: bool = True,
+    kept: KeptCache | None = None,
+) -> Generator[TextPiece, None, None]:
     """The continuations as they come. Raises UserError when the tokenizer or the lengths don't fit the model, and
     NotFiniteError.
 
     A prompt is a text, which begins a document, or the token ids of a beginning; the tokens of `ends` end a text too.
     `all_steps` makes exactly `max_new_tokens` passes even when every text has ended: ranks that share experts must pass
-    equally often, and rounding could make one rank's text end before another's.
+    equally often, and rounding could make one rank's text end before another's. Unless `joined`, a continuation is
+    decoded as a text of its own: some tokenizers then leave out the space before it. With `kept`, which takes one
+    prompt, only tokens that differ from its last text's are computed.
     """
     config = model.config
     require(
@@ -72,7 +78,7 @@ def stream(
         f"the tokenizer's {tokenizer.vocab_size} pieces must be ≤ model.vocab_size={config.vocab_size}",
     )
     ends |= {tokenizer.eos_id}
-    texts = [_Text(tokenizer, index, prompt, settings, ends) for index, prompt in enumerate(prompts)]
+    texts = [_Text(tokenizer, index, prompt, settings, ends, joined) for index, prompt in enumerate(prompts)]
     width = max(len(text.ids) for text in texts)
     total = width + settings.max_new_tokens
     require(
@@ -80,11 +86,16 @@ def stream(
         f"{width} prompt tokens + max_new_tokens={settings.max_new_tokens} must be ≤ "
         f"model.max_position_embeddings={config.max_position_embeddings}",
     )
-    cache = KVCache(config, len(texts), total, model.device, model.dtype)
-    was_training = model.training
+    if kept is None:
+        cache = KVCache(config, len(texts), total, model.device, model.dtype)
+    else:
+        cache = kept.begin(model, texts[0].ids, total)
+    was_training, fed = model.training, list(texts[0].ids)
     model.eval()
     try:
-        logits_BV = _prefill(model, cache, [text.ids for text in texts], settings.prefill_chunk, tokenizer.bos_id)
+        prompt_ids = [text.ids[cache.length :] for text in texts]
+        decoder = open_decoder(model, cache)
+        logits_BV = decoder.prefill(prompt_ids, settings.prefill_chunk, tokenizer.bos_id)
         for step in range(settings.max_new_tokens):
             rows_BV = logits_BV[:, : tokenizer.vocab_size].float().cpu()
             if not rows_BV.isfinite().all():
@@ -92,50 +103,41 @@ def stream(
                     "the model's logits are not finite: its weights hold NaN, infinity or numbers too large for "
                     f"{str(model.dtype).removeprefix('torch.')}; use another checkpoint"
                 )
-            chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
+            if settings.temperature == 0 and settings.repetition_penalty == 1:  # `pick` of all at once
+                chosen = rows_BV.argmax(-1).tolist()
+            else:
+                chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
             last = step == settings.max_new_tokens - 1
             for text, token in zip(texts, chosen, strict=True):
                 if not text.done and (piece := text.add(token, last)) is not None:
                     yield piece
             if last or (not all_steps and all(text.done for text in texts)):
                 return
-            logits_BV = _step(model, cache, torch.tensor(chosen)[:, None])
+            logits_BV = decoder.step(chosen)
+            fed.append(chosen[0])
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], chunk: int, filler: int) -> Tensor:
-    """Feeds the prompts into the cache; the logits [B, V] that follow their last tokens."""
-    width = max(map(len, prompts))
-    ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts])
-    documents_BP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    logits = None
-    for ids, documents in zip(ids_BP.split(chunk, 1), documents_BP.split(chunk, 1), strict=True):
-        logits = model(ids.to(model.device), document_ids_BS=documents.to(model.device), cache=cache).logits_BSV
-    assert logits is not None
-    return logits[:, -1]
-
-
-@torch.no_grad()
-def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
-    documents_B1 = torch.ones_like(ids_B1, device=model.device)
-    logits_B1V = model(ids_B1.to(model.device), document_ids_BS=documents_B1, cache=cache).logits_BSV
-    assert logits_B1V is not None
-    return logits_B1V[:, -1]
+        if kept is not None and cache.length:
+            kept.end(cache, fed)
 
 
 class _Text:
     """One prompt and its continuation so far."""
 
     def __init__(
-        self, tokenizer: Tokenizer, index: int, prompt: str | list[int], settings: Sampling, ends: frozenset[int]
+        self,
+        tokenizer: Tokenizer,
+        index: int,
+        prompt: str | list[int],
+        settings: Sampling,
+        ends: frozenset[int],
+        joined: bool,
     ) -> None:
         self.index, self.settings, self.ends = index, settings, ends
         prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self.ids = [tokenizer.bos_id, *prompt_ids] if isinstance(prompt, str) else prompt
         self.seen = set(self.ids)
-        self.decoder = IncrementalDecoder(tokenizer, prompt_ids)
+        self.decoder = IncrementalDecoder(tokenizer, prompt_ids if joined else [])
         self.held_back, self.done = "", False  # the end of the text, which may be the beginning of the stop text
         digest = hashlib.sha256(f"{settings.seed}/{index}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -19,9 +19,10 @@ from moe.checkpoint.base import find_base
 from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.reader import resolve, tokenizer_folder
 from moe.checkpoint.state import TrainState, read_state
-from moe.config import Config, ExportConfig, ExportDtype, ExportFormat
+from moe.config import Config, ExportConfig, ExportDtype, ExportFormat, TemplateName
 from moe.config.compose import read_config
 from moe.config.rules import require
+from moe.data.chat_template import open_template
 from moe.data.tokenizer import load_saved
 from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync, new_folder
@@ -100,7 +101,7 @@ def export_model(
     small = hub_tokenizer_files(tokenizer, config.model.max_position_embeddings)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     small["config.json"] = _json(hub_config | ids | {"torch_dtype": common})
-    small["generation_config.json"] = _json(ids)
+    small["generation_config.json"] = _json(ids | {"eos_token_id": _ends(tokenizer)})
     small[CARD] = model_card(config, state, chosen.architecture, metrics or {}).encode()
     total = sum(info.nbytes for info in infos.values())
     if len(files) > 1:
@@ -114,6 +115,14 @@ def export_model(
             data = _data(source, [tensors[one] for one in inside], infos)
             write_tensor_file(partial / name, inside, data)
     return Exported(chosen.architecture, len(infos), len(files), total)
+
+
+def _ends(tokenizer: Tokenizer) -> int | list[int]:
+    """The tokens that end a text: that of the sequence, and that of an answer in the tokenizer's chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_id
+    _, end = open_template(TemplateName.tokenizer, tokenizer).answer_form()
+    return tokenizer.eos_id if end in (None, tokenizer.eos_id) else [tokenizer.eos_id, end]
 
 
 def export_gguf(

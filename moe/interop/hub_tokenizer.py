@@ -53,7 +53,7 @@ def _special_names(tokenizer: Tokenizer, model: dict[str, Any]) -> dict[str, str
     by_id |= {index: piece for piece, index in _vocabulary(model).items() if index not in by_id}
     names = {"bos_token": by_id[tokenizer.bos_id], "eos_token": by_id[tokenizer.eos_id]}
     unknown = model["model"].get("unk_token")
-    return names | ({"unk_token": unknown} if isinstance(unknown, str) else {})
+    return names | ({"unk_token": unknown} if unknown in by_id.values() else {})  # a closed vocabulary has none
 
 
 def _vocabulary(model: dict[str, Any]) -> dict[str, int]:

@@ -53,6 +53,16 @@ def import_model(
 
     Tensors keep their dtype, and are read one at a time. Raises UserError, OSError; nothing is left half-done.
     """
+    hub, there = open_hub_folder(folder, tokenizer=tokenizer, ignore_keys=ignore_keys)
+    config = model_config(hub.model, hub.router, destination)
+    write_model_folder(destination, hub, there, config)
+    return config
+
+
+def open_hub_folder(
+    folder: Path, *, tokenizer: str | None = None, ignore_keys: Iterable[str] = ()
+) -> tuple[HubFolder, Tokenizer]:
+    """A model and its tokenizer. Raises UserError, OSError."""
     hub = HubFolder(folder, ignore_keys)
     there = read_hf_tokenizer(folder, tokenizer)
     if there.vocab_size > hub.model.vocab_size:
@@ -60,9 +70,7 @@ def import_model(
             f"{folder}: its tokenizer has {there.vocab_size} pieces, and vocab_size={hub.model.vocab_size} of "
             "config.json must be no fewer: give the model's own with tokenizer=FOLDER"
         )
-    config = model_config(hub.model, hub.router, destination)
-    write_model_folder(destination, hub, there, config)
-    return config
+    return hub, there
 
 
 def run_import(config: ImportConfig) -> str:

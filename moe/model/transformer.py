@@ -22,13 +22,14 @@ from moe.model.context import AFTER_ATTENTION, AFTER_MLP, ROUTER, Context
 from moe.model.initialize import fill_weights
 from moe.model.loss import head_loss
 from moe.model.mlp import DenseMLP
+from moe.model.neftune import noisy
 from moe.model.norm import build_norm
 from moe.sparse import Randomness, RouterOutput, SparseMLP, build_sparse_mlp, routers_of
 
 
 @dataclass(slots=True)
 class ModelOutput:
-    logits_BSV: Tensor | None  # None when labels are given
+    logits_BSV: Tensor | None  # of the positions asked for; None when labels are given
     lm_loss_sum: Tensor | None  # float32 sum of cross-entropy over labels ≠ −100; None without labels
     routers: list[RouterOutput]  # one per sparse layer, in order; [] for a dense model
 
@@ -115,8 +116,13 @@ class Decoder(nn.Module):
         document_ids_BS: Tensor | None,
         cache: KVCache | None,
         randomness: Randomness | None,
+        neftune_noise_alpha: float | None,
     ) -> tuple[Tensor, list[RouterOutput]]:
         x_BSH, routers = self.embed_tokens(input_ids_BS), []
+        if neftune_noise_alpha is not None and self.training:
+            if randomness is None:
+                raise ValueError(f"neftune_noise_alpha={neftune_noise_alpha} needs the batch's randomness")
+            x_BSH = noisy(x_BSH, document_ids_BS, neftune_noise_alpha, randomness)
         context = self._context(x_BSH, document_ids_BS, cache, randomness)
         for block in self.layers:
             x_BSH, routed = block(x_BSH, context)
@@ -195,15 +201,19 @@ class Transformer(nn.Module):
         labels_BS: Tensor | None = None,
         cache: KVCache | None = None,
         randomness: Randomness | None = None,
+        neftune_noise_alpha: float | None = None,
+        logits_to_keep: int | None = None,
     ) -> ModelOutput:
-        """Logits, or the summed loss if labels (already shifted, −100 for no target) are given.
+        """Logits, or the summed loss if labels (already shifted, −100 for no target) are given. `logits_to_keep` is the
+        number of last positions whose logits are computed; None: all.
 
         `document_ids_BS` must not decrease along S; tokens see only their own document (None: a row is one document).
-        With a `cache` the tokens continue those of earlier calls and are added to it. In training, dropout and jitter
-        take their random numbers from `randomness`.
+        With a `cache` the tokens continue those of earlier calls and are added to it. In training, dropout, jitter
+        and the embeddings' noise (`moe.model.neftune`) take their random numbers from `randomness`.
         """
-        x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness)
+        x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness, neftune_noise_alpha)
         if labels_BS is None:
-            return ModelOutput(self.lm_head(x_BSH), None, routers)
+            kept_BSH = x_BSH if logits_to_keep is None else x_BSH[:, -logits_to_keep:]
+            return ModelOutput(self.lm_head(kept_BSH), None, routers)
         loss = head_loss(self.lm_head, x_BSH.flatten(0, 1), labels_BS.flatten(), self.config.vocab_size)
         return ModelOutput(None, loss, routers)

@@ -1,6 +1,7 @@
 """A run's memory, FLOPs, traffic and time, computed from its configuration before anything is launched."""
 
-from moe.plan.counts import ParameterParts, count_parameters, flops_per_token, parameter_parts, visible_keys
+from moe.plan.counts import ParameterParts, count_parameters, parameter_parts, visible_keys
+from moe.plan.flops import flops_per_token
 from moe.plan.memory import MemoryPlan, estimate_memory, plan_memory
 from moe.plan.run import Plan, make_plan
 from moe.plan.traffic import ExchangeBytes, Flow, exchange_bytes, plan_traffic

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, from its configuration alone.
+"""Parameters of a model, from its configuration alone.
 
 Legend: S sequence, H hidden, F feed-forward, L layers, N query heads, G key/value heads, D head dimension, E experts,
 k choices per token, V vocabulary, W window.
@@ -61,16 +61,3 @@ def visible_keys(sequence_length: int, window: int | None) -> float:
     """Mean number of keys that a query sees, its own included: (S + 1) / 2; with a window W < S, W − W(W − 1) / 2S."""
     width = sequence_length if window is None else min(window, sequence_length)
     return width - width * (width - 1) / (2 * sequence_length)
-
-
-def flops_per_token(config: Config) -> float:
-    """Training FLOPs of one token: 6 · (active weights that are multiplied) + 12 · L · N · D · (mean visible keys).
-
-    A multiply-add is 2 FLOPs; the backward pass is twice the forward pass. Counts only what the mathematics needs: one
-    document per sequence, no dropped choices, no masked scores, no recomputation, and no norms or softmax.
-    """
-    model, parts = config.model, parameter_parts(config)
-    looked_up = 0 if model.tie_word_embeddings else parts.embedding  # a tied embedding is multiplied as the head
-    weights = parts.shared + parts.active_experts - parts.norms - looked_up
-    keys = visible_keys(config.train.sequence_length, model.sliding_window)
-    return 6 * weights + 12 * model.num_hidden_layers * model.num_attention_heads * model.head_size * keys

@@ -9,7 +9,8 @@ from typing import Any
 from moe.config import DeviceKind, Mlp, PlanConfig, Precision, Recompute
 from moe.config.flat import typed
 from moe.errors import UserError
-from moe.plan.counts import count_parameters, flops_per_token, parameter_parts
+from moe.plan.counts import count_parameters
+from moe.plan.flops import flops_by_part, flops_per_token
 from moe.plan.gradients import element_size, local_tensors
 from moe.plan.memory import MemoryPlan, plan_memory
 from moe.plan.traffic import Flow, plan_traffic
@@ -174,18 +175,19 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
 
 
 def _flops(config: PlanConfig) -> float:
-    """FLOPs of one token on the rank with most rows. Recomputation repeats a forward pass, a third of all FLOPs."""
-    model, parts, flops = config.model, parameter_parts(config), flops_per_token(config)
-    head = 6 * model.vocab_size * model.hidden_size
-    sparse = len(model.sparse_layer_numbers)
-    width = (model.num_hidden_layers - sparse) * model.intermediate_size + sparse * model.shared_size
-    mlp = 6 * (parts.active_experts + 3 * model.hidden_size * width)
-    again = {Recompute.none: 0.0, Recompute.mlp: mlp / 3, Recompute.block: (flops - head) / 3}[model.recompute]
-    fullest = 0.0
-    if model.mlp is Mlp.sparse and config.parallel.expert_parallel_size > 1:
+    """FLOPs of one token on the rank with most rows. Recomputation repeats forward passes."""
+    parts, recompute = flops_by_part(config), config.model.recompute
+    repeated = {
+        Recompute.none: (),
+        Recompute.mlp: ("experts", "mlp", "router"),
+        Recompute.block: ("experts", "mlp", "attention", "router"),
+    }[recompute]
+    again = {name: parts[name].forward if name in repeated else 0.0 for name in parts}
+    more = 0.0
+    if config.parallel.expert_parallel_size > 1:
         more = min(config.plan.imbalance, config.parallel.expert_parallel_size) - 1
-        fullest = more * 6 * parts.active_experts * (4 / 3 if model.recompute is not Recompute.none else 1)
-    return flops + again + fullest
+    fullest = more * (parts["experts"].total + again["experts"])
+    return sum(part.total for part in parts.values()) + sum(again.values()) + fullest
 
 
 def _with(config: PlanConfig, changes: dict[str, Any]) -> PlanConfig:

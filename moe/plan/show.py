@@ -19,7 +19,8 @@ from rich.text import Text
 
 from moe.config import DeviceKind, Mlp, PlanConfig
 from moe.errors import UserError
-from moe.plan.counts import count_parameters, flops_per_token
+from moe.plan.counts import count_parameters
+from moe.plan.flops import flops_per_token
 from moe.plan.gradients import local_tensors
 from moe.plan.memory import size
 from moe.plan.run import GB, Plan, make_plan

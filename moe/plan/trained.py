@@ -68,12 +68,17 @@ def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
             for name, shape in everything.items()
             if any(fits_parameter(pattern, name) for pattern in adapter.modules_to_save)
         }
-        trained = saved | dict(_low_rank(config, everything))
+        trained = saved | adapter_shapes(config, everything)
     return {
         name: shape
         for name, shape in trained.items()
         if not any(fnmatchcase(name, pattern) for pattern in config.optim.freeze)
     }
+
+
+def adapter_shapes(config: Config, everything: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the adapters' parameters; {} without an adapter. `everything` is `parameter_shapes`."""
+    return dict(_low_rank(config, everything)) if config.adapter.trains_adapter else {}
 
 
 def _low_rank(config: Config, everything: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from moe.data.loader import Batch
+from moe.data.packing import NO_TARGET
 from moe.distributed.mesh import Mesh
 from moe.sparse import RouterOutput, SparseMLP
+from moe.sparse.balance import max_violation
 from moe.sparse.diagnostics import chosen, churn, coactivation, dependence, overlap, served_by_both
 from moe.train.metrics import layered
 
@@ -48,15 +50,15 @@ class HeldOutRouting:
         self._choices: dict[int, Tensor] = {}  # by sample id: bool [positions, experts of all layers]
 
     def add(self, batch: Batch, routers: Sequence[RouterOutput]) -> None:
-        """After the forward pass of `batch` (on the CPU). Sequences that only fill up the last batch don't count."""
-        real_B = (batch.sample_ids_B >= 0).to(self._mesh.device)
+        """After the forward pass of `batch` (on the CPU). Tokens that only fill up a sequence or the last batch don't
+        count."""
+        real_T = _real(batch).flatten().to(self._mesh.device)
         length = batch.input_ids_BS.shape[1]
-        layers = [chosen(routed.choices, routed.counts_E.numel()) for routed in routers]
-        layers = [chosen_TE & real_B.repeat_interleave(length)[:, None] for chosen_TE in layers]
+        layers = [chosen(routed.choices, routed.counts_E.numel()) & real_T[:, None] for routed in routers]
         both = [*zip(layers, layers, strict=True), *pairwise(layers)]
         for sums, (one, other) in zip(self._pairs, both, strict=True):
             sums += served_by_both(one, other)
-        self._tokens += real_B.sum() * length
+        self._tokens += real_T.sum()
         for place, sample in enumerate(batch.sample_ids_B.tolist()):
             if 0 <= sample < CHURN_SEQUENCES:
                 start = place * length
@@ -78,7 +80,9 @@ class HeldOutRouting:
         tokens, within, across = float(summed[0]), pairs[:count], pairs[count:]
         lifts = [coactivation(pairs_EE, tokens) for pairs_EE in within]
         highest = torch.stack([lift_EE.nan_to_num(-math.inf).amax() for lift_EE in lifts])
-        metrics = layered("coactivation_lift", torch.where(highest > 0, highest, math.nan))
+        violation = torch.stack([max_violation(pairs_EE.diagonal()) for pairs_EE in within])
+        metrics = layered("val_max_violation", violation)
+        metrics |= layered("coactivation_lift", torch.where(highest > 0, highest, math.nan))
         if across:
             choices = [pairs_EE.diagonal().sum().item() for pairs_EE in within]
             shared = [overlap(pair, number) for pair, number in zip(across, choices[:-1], strict=True)]
@@ -88,6 +92,15 @@ class HeldOutRouting:
         after = _packed(self._mesh.gather(self._choices))
         metrics |= layered("router_churn", _churn(before, after, [len(pairs_EE) for pairs_EE in within]))
         return metrics, [lift_EE.tolist() for lift_EE in lifts], after
+
+
+def _real(batch: Batch) -> Tensor:
+    """bool [B, S]: all tokens but those of a last document without targets, which fills up its sequence, and of a
+    sequence that fills up the batch."""
+    documents_BS = batch.document_ids_BS
+    last_BS = documents_BS == documents_BS[:, -1:]
+    learnt_B = ((batch.labels_BS != NO_TARGET) & last_BS).any(1)
+    return (~last_BS | learnt_B[:, None]) & (batch.sample_ids_B >= 0)[:, None]
 
 
 @torch.no_grad()

@@ -75,12 +75,7 @@ def training_step(
         if before_micro_batch is not None:
             before_micro_batch(index)
         here = batch.to(mesh.device)
-        output = engine(
-            here.input_ids_BS,
-            document_ids_BS=here.document_ids_BS,
-            labels_BS=here.labels_BS,
-            randomness=Randomness.of(config.train.seed, step, here.sample_ids_B),
-        )
+        output = engine(here.input_ids_BS, labels_BS=here.labels_BS, **_settings(config, here, step))
         # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
         loss = output.lm_loss_sum * (micro_batches / max(1, targets))
         if sparse_layers:
@@ -98,6 +93,15 @@ def training_step(
     return TrainedStep(result, metrics, losses, totals.by_rank, totals.flags)
 
 
+def _settings(config: Config, batch: Batch, step: int) -> dict[str, Any]:
+    """What the forward pass in training takes beside token ids and labels."""
+    return {
+        "document_ids_BS": batch.document_ids_BS,
+        "randomness": Randomness.of(config.train.seed, step, batch.sample_ids_B),
+        "neftune_noise_alpha": config.train.neftune_noise_alpha,
+    }
+
+
 @torch.no_grad()
 def _count_global_batch(
     config: Config, mesh: Mesh, model: nn.Module, batches: Sequence[Batch], routers: list[Router], step: int
@@ -110,8 +114,7 @@ def _count_global_batch(
     counts: list[Tensor] = []
     for batch in batches:
         here = batch.to(mesh.device)
-        randomness = Randomness.of(config.train.seed, step, here.sample_ids_B)
-        output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS, randomness=randomness)
+        output = model(here.input_ids_BS, **_settings(config, here, step))
         mine = [routed.counts_E for routed in output.routers]
         counts = [a + b for a, b in zip(counts, mine, strict=True)] if counts else mine
     summed = mesh.sum_(torch.cat(counts)).split([len(counts_E) for counts_E in counts])

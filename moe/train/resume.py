@@ -15,18 +15,17 @@ from moe.checkpoint.layout import CONFIG, MANIFEST
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
 from moe.config.compose import read_config
-from moe.config.rules import require
 from moe.data.corpus import Corpus
 from moe.distributed.mesh import Mesh
 from moe.engine.base import Engine
 from moe.errors import UserError
 from moe.interop.hub_folder import is_hub_folder
-from moe.interop.importing import import_model
+from moe.interop.start_model import must_be_written, write_start_model
 from moe.model.transformer import Transformer
 from moe.train import run_directory
 from moe.train.progress import Display
 
-BASE = "base"  # folder in the run directory: an adapter's frozen weights, where they came from another program
+BASE = "base"  # folder in the run directory: the model that it starts from, where no checkpoint has it as it is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +53,40 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
         )
     if config.init_from is None:
         return Start(None, None, [])
-    path = Path(config.init_from).expanduser()
-    if mesh.from_main(is_hub_folder(path)):
-        path = _imported(path, folder, mesh, display)
+    weights = _whole_model(Path(config.init_from).expanduser(), config, folder, mesh, display)
+    changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
+    return Start(None, weights, changes, weights if config.adapter.trains_adapter else None)
+
+
+def _whole_model(path: Path, config: Config, folder: Path, mesh: Mesh, display: Display) -> Path:
+    """The checkpoint to start from: that of `path`, or one in the run directory, which is made of it, where the run
+    needs other tensors; it is removed once read, unless an adapter is trained on it."""
+    source = path if mesh.from_main(is_hub_folder(path)) else _undamaged(path, mesh, display)
+    tokens = config.tokenizer.add_special_tokens
+    needed = mesh.agree(lambda: mesh.is_main and must_be_written(source, tokens), "init_from")
+    if not mesh.from_main(needed):
+        return source
+    base = folder / BASE
+    display.line(f"reading {path} into {base}")
+
+    def write() -> None:
+        if mesh.is_main:
+            if base.exists():  # of a start that was interrupted
+                shutil.rmtree(base)
+            write_start_model(source, base, tokens, config.model.vocab_size)
+
+    mesh.agree(write, "init_from")
+    return _undamaged(base, mesh, display)
+
+
+def _undamaged(path: Path, mesh: Mesh, display: Display) -> Path:
     found = mesh.agree(lambda: reader.candidates(path, "init_from"), "init_from")
     weights = mesh.from_main(found[0])
     reason = reader.damage(weights, mesh)
     if reason is not None:
         raise UserError(f"init_from={path}: {weights} is damaged: {reason}")
     reader.warn_of_strays(weights, display.warn)
-    changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
-    return Start(None, weights, changes, weights if config.adapter.trains_adapter else None)
-
-
-def _imported(hub: Path, folder: Path, mesh: Mesh, display: Display) -> Path:
-    """A Hugging Face folder as a checkpoint in the run directory: an adapter's base, else it is removed once read."""
-    base = folder / BASE
-    display.line(f"reading {hub} into {base}")
-
-    def read() -> None:
-        if mesh.is_main:
-            if base.exists():  # of a start that was interrupted
-                shutil.rmtree(base)
-            import_model(hub, base)
-
-    mesh.agree(read, "init_from")
-    return base
+    return weights
 
 
 def _base_of(checkpoint: Path, mesh: Mesh) -> Path:
@@ -137,11 +144,6 @@ def _model_changes(checkpoint: Path, corpus: Corpus, config: Config) -> list[str
     fix = "use the tokenizer of init_from or other weights"
     _check_tokenizer(read_state(checkpoint), corpus, checkpoint, fix)
     there: Config = read_config(checkpoint / CONFIG)
-    require(
-        not there.adapter.trains_adapter,
-        f"init_from={config.init_from}: {checkpoint} is an adapter of {read_state(checkpoint).base}: export it, which "
-        "merges both, and start from the export",
-    )
     changed = run_directory.model_differences(there, config)
     return [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
 

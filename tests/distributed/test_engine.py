@@ -26,6 +26,7 @@ STEPS = 20
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
 ZERO_2, NO_CLIP = "parallel.zero_stage=2", "optim.max_grad_norm=1e9"
 LORA = ["adapter=lora", "init_from=unread", "adapter.r=4"]
+ROWS = ["data=sft", "data.path=unread"]
 VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     # name → (overrides, experts that the router passes over)
     "clipping": ([], []),
@@ -97,7 +98,13 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [*LORA, "optim.eps=1e-3", ZERO_2],
         [2, 3],
     ),
-    "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*gate*,lm_head*,*embed*]"], []),
+    "packed rows of questions and answers": (ROWS, []),
+    "packed rows, NEFTune, ZeRO-2": ([*ROWS, "train.neftune_noise_alpha=5", ZERO_2], []),
+    "packed rows, LoRA, capacity, recompute mlp": (
+        [*ROWS, *LORA, "router.capacity_factor=1.0", "model.recompute=mlp"],
+        [],
+    ),
+    "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*.gate.*,lm_head*,*embed*]"], []),
     "settings per layer": (
         ["router.layers.1.top_k=3", "router.layers.0.aux_loss_coef=0.2", "router.layers.1.bias_update=sign"],
         [],
@@ -108,6 +115,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     ),
 }  # fmt: skip
 QUICK = (
+    "packed rows, NEFTune, ZeRO-2",
     "LoRA on attention, router and experts",
     "clipping",
     "no clipping, ZeRO-2",
@@ -242,6 +250,24 @@ def test_the_loss_free_bias_moved() -> None:
     buffers = reference("lossfree, shared experts, every other layer sparse").buffers
     assert buffers.keys() == {"model.layers.1.mlp.gate.e_score_correction_bias"}
     assert all(buffer.count_nonzero() > 0 for buffer in buffers.values())
+
+
+@pytest.mark.slow
+def test_all_but_the_experts_stay_as_they_are() -> None:
+    found = reference("all but the experts frozen").state["weights"]
+    assert len(found) == 4  # two layers' gate_up_proj and down_proj
+    assert all(".mlp.experts." in name for name in found)
+
+
+def test_rows_are_packed() -> None:
+    batch = micro_batches(config_of(ROWS), 0)[0]
+    assert int(batch.document_ids_BS.max()) >= 2
+    learnt_BS = batch.labels_BS != -100
+    assert 0.1 < learnt_BS.float().mean() < 0.5
+    for ids, labels, documents in zip(batch.input_ids_BS, batch.labels_BS, batch.document_ids_BS, strict=True):
+        (places,) = (labels != -100).nonzero(as_tuple=True)
+        assert torch.equal(labels[places], ids[places + 1])
+        assert torch.equal(documents[places], documents[places + 1])
 
 
 def test_another_seed_would_be_seen() -> None:

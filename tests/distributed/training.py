@@ -26,6 +26,7 @@ from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
+from moe.engine.parameters import freeze
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.train.objective import training_step
@@ -72,7 +73,8 @@ def config_of(overrides: list[str]) -> Config:
 
 def micro_batches(config: Config, step: int) -> list[Batch]:
     """All of a step's micro-batches in global order; a fifth of the targets is masked, and the whole last micro-batch:
-    on four ranks one rank has no target at all."""
+    on four ranks one rank has no target at all. With rows for fine-tuning sequences are packed: a question without
+    targets and its answer, again, and what fills the rest."""
     generator = torch.Generator().manual_seed(step)
     train = config.train
     count, batches = train.global_batch_size // train.micro_batch_size, []
@@ -80,11 +82,30 @@ def micro_batches(config: Config, step: int) -> list[Batch]:
         shape = (train.micro_batch_size, train.sequence_length)
         ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
         labels = torch.where(torch.rand(shape, generator=generator) < 0.2, -100, ids.roll(-1, 1))
+        documents = torch.zeros_like(ids, dtype=torch.int32)
+        if config.data.has_records:
+            labels, documents = _packed(ids, generator)
         labels = torch.full_like(labels, -100) if index == count - 1 else labels
         first = step * train.global_batch_size + index * train.micro_batch_size
         samples_B = torch.arange(first, first + train.micro_batch_size)
-        batches.append(Batch(ids, labels, torch.zeros_like(ids, dtype=torch.int32), samples_B, samples_B * 0))
+        batches.append(Batch(ids, labels, documents, samples_B, samples_B * 0))
     return batches
+
+
+def _packed(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(labels, document ids) of rows of 3 to 6 tokens end to end, of which the first half is a question; the last
+    row fills the sequence and has no targets."""
+    labels, documents = torch.full_like(ids, -100), torch.zeros_like(ids, dtype=torch.int32)
+    for sequence in range(len(ids)):
+        start = row = 0
+        while start + 6 <= ids.shape[1]:
+            end = start + int(torch.randint(3, 7, (), generator=generator))
+            documents[sequence, start:end] = row
+            learnt = slice((start + end) // 2, end - 1)
+            labels[sequence, learnt] = ids[sequence, 1:][learnt]
+            start, row = end, row + 1
+        documents[sequence, start:] = row
+    return labels, documents
 
 
 def starve(model: Transformer, idle: list[int]) -> None:
@@ -107,6 +128,7 @@ def build(
     if config.adapter.trains_adapter:
         attach(model, config.adapter, config.train.seed)
         reset_magnitudes(model)
+    freeze(model, config.optim.freeze)
     starve(model, idle or []) if idle else None
     change(model) if change else None
     return mesh, build_engine(model, config, mesh)

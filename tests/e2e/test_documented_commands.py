@@ -31,6 +31,7 @@ COMMANDS = commands()
 EXCEPTIONS = {  # beginning of a command that isn't one of `moe` → why it isn't run here
     "bash launch/quickstart.sh": "installs and trains for minutes; the commands in it are tested here",
     "bash launch/test.sh": "runs all tests, this one too",
+    "bash launch/examples/": "trains for minutes; tests/e2e/test_examples.py runs one",
     "bash launch/gpu_report.sh": "tests/unit/bench/test_gpu.py runs it with --dry-run",
     "bash launch/gpu_wheels.sh": "downloads packages",
     "python -m moe.bench.gpu.page": "needs a GPU's report; tests/unit/bench/test_gpu.py writes the page of a made one",
@@ -91,11 +92,22 @@ class Desk:
         return self._done[command]
 
     def _prepare(self, verb: str, words: list[str]) -> None:
+        if folder := _value(words, "include_path"):
+            self._write_task(Path(folder))
         if path := _value(words, "data.path"):
             self._write(path, _value(words, "data.text_field") or "text")
         for path in (_value(words, "checkpoint"), _value(words, "init_from"), *words[: verb == "report"]):
             if path and not Path(path).exists():
                 self.run(next(one for one in COMMANDS if _makes(one) == path))
+
+    def _write_task(self, folder: Path) -> None:
+        """The task that docs/evaluation.md shows, with rows."""
+        shown = re.search(r"(?s)```yaml\n(.*?)```", (ROOT / "docs/evaluation.md").read_text(encoding="utf-8"))
+        assert shown is not None
+        folder.mkdir(exist_ok=True)
+        (folder / "sums.yaml").write_text(shown[1])
+        rows = [{"question": f"{one} + 3 =", "answer": str(one + 3)} for one in range(3)]
+        (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _write(self, path: str, field: str) -> None:
         """Text in the format that the path says, unless it is there."""

@@ -86,6 +86,23 @@ def test_the_same_losses_on_two_ranks_and_after_a_resume(
     assert [row["lm_loss"] for row in read_metrics(tmp_path / "two")] == pytest.approx(expected, rel=2e-6)
 
 
+def test_a_run_starts_from_an_adapters_merged_weights(tuned: Path, corpus: list[str], tmp_path: Path) -> None:
+    still = [f"init_from={tuned}", *corpus, "train.steps=1", "optim.lr=1e-30", "optim.warmup_steps=0"]
+    sizes = [one for one in TUNE if "adapter" not in one and not one.startswith(("train.steps", "optim."))]
+    merged = dict(load_model(tuned).named_parameters())
+    _run(tmp_path / "full", *sizes, *still)
+    assert not (tmp_path / "full" / "base").exists()
+    _run(tmp_path / "two", *sizes, *still, "adapter=lora", "parallel.expert_parallel_size=2", ranks=2)
+    state = json.loads((committed(tmp_path / "two" / "checkpoints")[0] / "state.json").read_text())
+    assert state["base"] == "base"
+    moved = (tmp_path / "two").rename(tmp_path / "moved")
+    for run in (tmp_path / "full", moved):
+        found = dict(load_model(run).named_parameters())
+        assert found.keys() == merged.keys()
+        for name, weight in found.items():
+            assert torch.equal(weight, merged[name]), name
+
+
 def _refused(done: Finished, *texts: str) -> None:
     assert done.code == 2, done.out + done.err
     (line,) = [line for line in done.err.splitlines() if line.startswith("moe:")]
@@ -103,7 +120,6 @@ def test_mistakes(base: Path, tuned: Path, corpus: list[str], tmp_path: Path) ->
         ],
         "adapter.modules_to_save=*.nothing: no parameter": [*start, "adapter.modules_to_save=['*.nothing']"],
         "adapter.use_dora=true is read with an adapter only": [f"init_from={base}", *corpus, "adapter.use_dora=true"],
-        "is an adapter of": [f"init_from={tuned}", *corpus, *TUNE],
         "adapter.r=2, but the checkpoint": [f"run_dir={tuned}", *start, "adapter.r=2"],
         "optim.freeze=*: leaves nothing to train": [
             f"init_from={base}", *corpus, *(one for one in TUNE if "adapter" not in one), "optim.freeze=['*']",

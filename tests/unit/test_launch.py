@@ -290,7 +290,7 @@ def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) 
     )
 
 
-# skypilot.yaml, pytorchjob.yaml
+# skypilot.yaml, skypilot_serve.yaml, pytorchjob.yaml
 
 
 def _check_overrides(overrides: str, ranks: int) -> None:
@@ -326,6 +326,21 @@ def test_skypilot(stubs: dict[str, str]) -> None:
         f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id sky-1 --rdzv-backend c10d "
         "--rdzv-endpoint 10.0.0.4:29500 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
         f"--local-addr 10.0.0.5 -m moe {task['envs']['ARGUMENTS']}\n"
+    )
+
+
+def test_skypilot_serve(stubs: dict[str, str], tmp_path: Path) -> None:
+    """A server of the trained volume's export, which answers to those who have the key."""
+    task, training = (yaml.safe_load((LAUNCH / name).read_text()) for name in ("skypilot_serve.yaml", "skypilot.yaml"))
+    assert task["volumes"] == training["volumes"]
+    assert task["envs"]["MODEL"].startswith(f"{next(iter(task['volumes']))}/")
+    assert task["secrets"] == {"VLLM_API_KEY": None}
+    _parses(task["setup"])
+    _write(tmp_path / "vllm/bin/vllm", '#!/bin/bash\necho "vllm $*"\n')
+    more = {"HOME": str(tmp_path), "SKYPILOT_NUM_GPUS_PER_NODE": "2"}
+    assert _render(task["run"], stubs | task["envs"] | more) == (
+        "vllm serve /shared/exported --served-model-name moe --dtype bfloat16 --max-model-len 4096 "
+        "--tensor-parallel-size 2 --host 0.0.0.0 --port 8000\n"
     )
 
 

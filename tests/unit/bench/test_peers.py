@@ -140,8 +140,8 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["speed"], "no such benchmark; one of peers, expert_parallel, saving, attention"),
-        ([], "no such benchmark; one of peers, expert_parallel, saving, attention"),
+        (["speed"], "no such benchmark; one of peers, decode, expert_parallel, saving, attention"),
+        ([], "no such benchmark; one of peers, decode, expert_parallel, saving, attention"),
         (["peers", "rounds=0"], "rounds=0 must be ≥ 1"),
         (["peers", "steps=x"], "steps=x must be a whole number"),
         (["peers", "train.sequenc_length=4"], "train.sequenc_length=4: no such key"),
@@ -169,3 +169,22 @@ def test_missing_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'moe-train\[dev\]'"):
         run_bench(["peers", *SMALL])
+
+
+@pytest.mark.slow  # up to seven processes that import both libraries
+@pytest.mark.parametrize(("overrides", "peers_tried"), [([], 3), (["precision=bfloat16"], 6)], ids=str)
+def test_memory_of_both_sides_is_that_of_processes_of_their_own(overrides: list[str], peers_tried: int) -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "moe", "bench", "memory_peers", "rounds=1", "steps=1", *SMALL, *overrides]
+    done = forkserver.run(
+        command, capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[3]
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, told, last = done.stdout.splitlines()
+    peaks = {row[:48].strip(): float(row[48:].split()[0].replace(",", "")) for row in rows}
+    assert len(peaks) == 1 + peers_tried
+    assert all(peak > 100 for peak in peaks.values())  # torch alone has more
+    ours, *theirs = peaks.values()
+    assert told.startswith("medians of 1 rounds of 1 steps, beside transformers, ")
+    assert last.startswith("ratio peak memory ")
+    assert float(last.split()[-1]) == pytest.approx(ours / min(theirs), abs=0.01)

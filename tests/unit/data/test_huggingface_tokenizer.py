@@ -1,6 +1,10 @@
-"""A tokenizer.json with a changed value ends in one line where it is opened, or works."""
+"""A tokenizer.json with a changed value ends in one line where it is opened, or works; a closed vocabulary refuses what
+its pieces don't cover."""
 
+import json
 import random
+
+import pytest
 
 from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.readers import DataError
@@ -32,3 +36,40 @@ def test_a_changed_value_is_one_line_or_works(tmp_path):
             victim.write_bytes(files[victim])
     assert opened > 20
     assert not any("\n" in message for message in messages)
+
+
+def closed_folder(folder, unknown="<unk>", **model):
+    """Words of one digit each; `unknown` is no piece unless `model` says otherwise."""
+    end = {"id": 0, "content": "</s>", "special": True} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False
+    )
+    vocabulary = {piece: index for index, piece in enumerate(["</s>", *"0123456789"])}
+    content = {
+        "version": "1.0",
+        "added_tokens": [end],
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown} | model,
+    }
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder))
+
+
+def test_a_closed_vocabulary(tmp_path):
+    tokenizer = open_tokenizer(closed_folder(tmp_path / "digits"))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (11, 0)
+    assert tokenizer.decode(tokenizer.encode("9012")) == "9012"
+    for texts in (["1+1"], ["12", "1\n2"], ["</s>"]):
+        with pytest.raises(DataError, match="has characters that are in none of the tokenizer's pieces") as error:
+            tokenizer.encode_many(texts, threads=1)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"^1\+1: has characters"):
+        tokenizer.encode("1+1")
+
+
+@pytest.mark.parametrize(("unknown", "model"), [("0", {}), ("<unk>", {"type": "BPE", "merges": [], "unk_token": None})])
+def test_a_vocabulary_that_would_lose_text_is_refused(tmp_path, unknown, model):
+    with pytest.raises(DataError, match="must be byte-level, have byte fallback, or be a WordLevel model"):
+        open_tokenizer(closed_folder(tmp_path / "digits", unknown, **model))

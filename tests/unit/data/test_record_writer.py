@@ -78,6 +78,18 @@ def test_targets_are_the_assistants_turns_and_their_ends(chats, tmp_path):
     )
 
 
+def test_a_prompts_own_answers_are_not_learnt(chats, tmp_path):
+    rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    said = sorted(row[-1]["content"] for row in rows)
+    for template in (TemplateName.mistral, TemplateName.plain):
+        corpus = make(pairs, tmp_path, 256, template=template)
+        found = sorted(
+            text for stream in (*corpus.train, *corpus.held_out) for text in answers(stream, corpus.tokenizer)
+        )
+        assert found == said
+
+
 def test_packing_changes_no_rows_loss(chats, tmp_path):
     """Against each row alone, in a sequence of its own length, through the real model."""
     corpus = make(chats, tmp_path, loss_on=LossOn.completion)

@@ -22,6 +22,7 @@ def record(values, kind=RecordKind.auto, **keys):
     [
         ({"prompt": "why?", "completion": "because"}, {}),
         ({"question": "why?", "sql": "because", "id": 7}, {"prompt_field": "question", "completion_field": "sql"}),
+        ({"prompt": [Q], "completion": [A]}, {}),
         ({"messages": [Q, A]}, {}),
         ({"messages": [Q | {"tool_calls": None, "name": None}, A], "prompt": "x", "completion": "y"}, {}),
         ({"dialog": [Q, A]}, {"messages_field": "dialog"}),
@@ -51,6 +52,14 @@ def test_other_parts_of_a_row():
     assert record({"messages": [Q, A], "tools": []}).tools is None
 
 
+def test_a_prompt_of_messages_is_given():
+    row = {"prompt": [Q, A, Q], "completion": [A], "tools": [{"name": "f"}]}
+    found = record(row)
+    assert (found.messages, found.given, found.tools) == ([Q, A, Q, A], 3, [{"name": "f"}])
+    assert found.data != record({"messages": [Q, A, Q, A], "tools": row["tools"]}).data  # learns less
+    assert record({"prompt": [Q], "completion": [A]}).given == 0
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -65,6 +74,15 @@ def user(content):
         ({"prompt": 3, "completion": "b"}, "prompt must be text, is a number"),
         ({"prompt": "a", "completion": None}, "completion must be text, is null"),
         ({"prompt": "\ud800", "completion": "b"}, "holds a lone surrogate (U+D800), which is not text"),
+        ({"prompt": [Q], "completion": "b"}, "completion must be a list of messages, as prompt is, is a str"),
+        ({"prompt": "a", "completion": [A]}, "prompt must be a list of messages, as completion is, is a str"),
+        ({"prompt": [], "completion": [A]}, "prompt is empty: remove the row"),
+        ({"prompt": [Q], "completion": []}, "completion is empty: remove the row"),
+        ({"prompt": [Q, A], "completion": [A]}, "prompt ends with an assistant turn: move that turn into completion"),
+        ({"prompt": [Q], "completion": [Q, A]}, "completion begins with a turn of role user: move that turn into prom"),
+        ({"prompt": [Q], "completion": [A, Q]}, "completion ends with a turn of role user, which nothing answers"),
+        ({"prompt": [{"role": "usr", "content": "a"}], "completion": [A]}, "prompt[0]: role=usr must be one of"),
+        ({"instruction": [Q], "output": [A]}, "instruction must be text, is a list"),
         ({"text": " "}, "text is empty: remove the row"),
         ({"messages": "hello"}, "messages must be a list of messages, is a str"),
         ({"messages": []}, "messages is empty"),

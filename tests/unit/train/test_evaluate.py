@@ -16,6 +16,7 @@ from moe.model.transformer import Transformer
 from moe.sparse import routers_of
 from moe.sparse.routers import Choices, RouterOutput
 from moe.train.evaluate import Evaluation, _first_experts
+from moe.train.held_out import HeldOutRouting
 
 
 def _routed(tokens: list[int], experts: list[int], count: int) -> RouterOutput:
@@ -48,6 +49,31 @@ def _evaluated(model: Transformer) -> dict[str, Any]:
     corpus: Any = SimpleNamespace(tokenizer=tokenizer, source_names=["text"])
     mesh = Mesh(0, 1, 0, 1, 1, torch.device("cpu"))
     return Evaluation(corpus, [batch], mesh, 300)(model, lambda name: None).metrics
+
+
+def test_held_out_balance_leaves_out_what_only_fills_sequences() -> None:
+    model, mesh = _model("topk").eval(), Mesh(0, 1, 0, 1, 1, torch.device("cpu"))
+    ids = torch.randint(0, 300, (3, 24), generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros_like(ids, dtype=torch.int32)
+    documents[0, 10:], documents[1, 5:] = 1, 1
+    labels = ids.roll(-1, 1)
+    labels[0, 10:] = -100  # fills the sequence; the second sequence's last document is learnt from
+    labels[1, :8] = -100
+    batch = Batch(ids, labels, documents, torch.tensor([0, 1, -1]), torch.zeros(3, dtype=torch.int64))
+    held_out = HeldOutRouting(model, mesh)
+    with torch.no_grad():
+        routers = model(ids, document_ids_BS=documents).routers
+    held_out.add(batch, routers)
+    held_out.close()
+    expected = []
+    for routed in routers:
+        chosen = torch.zeros(3, 24, 8)
+        tokens_N, experts_N = routed.choices.tokens_N, routed.choices.experts_N
+        chosen[tokens_N // 24, tokens_N % 24, experts_N] = 1
+        counts_E = chosen[0, :10].sum(0) + chosen[1].sum(0)
+        expected.append((counts_E.max() / counts_E.mean() - 1).item())
+    found, _, _ = held_out.metrics("")
+    assert found["val_max_violation_layers"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_only_routers_that_look_ahead_are_scored_twice() -> None:

@@ -1,0 +1,1 @@
+"""Rows, scores and pages of the worked examples (docs/fine-tuning.md); started by launch/examples/NAME.sh."""

@@ -1,0 +1,92 @@
+"""`moe bench memory_peers`: the peak memory of our training step's process beside transformers'.
+
+    moe bench memory_peers                                  # the shape of `moe bench peers`
+    moe bench memory_peers rounds=5 precision=bfloat16      # any key of `moe bench peers`
+
+Each side trains `steps` optimizer steps in a process of its own, from the same weights and tokens; its peak is the
+largest resident set (VmHWM), libraries included. Rounds alternate which side goes first. The peer is measured with each
+of its experts implementations (and, in bfloat16, each arithmetic of `moe.bench.peer`); the smallest peak counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+
+from moe.bench import peers
+from moe.bench.memory import peak_bytes
+from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, copied_too_large
+from moe.bench.stepper import Stepper
+from moe.config import Config, Precision
+from moe.distributed import rendezvous
+from moe.errors import UserError
+from moe.model.build import build_model
+
+OURS = "ours, DeepSpeed ZeRO-1"
+
+
+def run(overrides: list[str]) -> None:
+    """Prints each side's peak; the last line is `ratio peak memory N.NN`. Raises UserError."""
+    keys, config = peers.parse(overrides)
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("bench memory_peers needs transformers: pip install 'moe-train[dev]'")
+    sides = [OURS, *_peers_of(config)]
+    peaks: dict[str, list[int]] = {side: [] for side in sides}
+    for index in range(keys.rounds):
+        for side in sides[:: -1 if index % 2 else 1]:
+            peaks[side].append(_apart(side, overrides))
+    middle = {side: statistics.median(values) for side, values in peaks.items()}
+    for side, peak in middle.items():
+        spread = f"{min(peaks[side]) / 2**20:,.0f} to {max(peaks[side]) / 2**20:,.0f}"
+        print(f"{side:48}{peak / 2**20:>8,.0f} MiB ({spread})")
+    least = min(sides[1:], key=lambda side: middle[side])
+    print(f"medians of {keys.rounds} rounds of {keys.steps} steps, beside {least}")
+    print(f"ratio peak memory {middle[OURS] / middle[least]:.2f}")
+
+
+def _peers_of(config: Config) -> dict[str, tuple[Arithmetic, str]]:
+    """{what it is: how the peer computes}."""
+    mixed = [Arithmetic.autocast, Arithmetic.master]
+    arithmetics = [Arithmetic.float32] if config.train.precision is Precision.float32 else mixed
+    return {
+        f"transformers, {implementation}, {arithmetic.value}": (arithmetic, implementation)
+        for arithmetic, implementation in itertools.product(arithmetics, IMPLEMENTATIONS)
+        if implementation != "batched_mm" or copied_too_large(config) is None
+    }
+
+
+def _apart(side: str, overrides: list[str]) -> int:
+    command = [sys.executable, "-m", "moe.bench.memory_peers", side, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(side: str, overrides: list[str]) -> int:
+    """This process's peak, in bytes, after the side's steps."""
+    keys, config = peers.parse(overrides)
+    mesh = rendezvous.start(1)
+    try:
+        if side == OURS:
+            step = Stepper(config, mesh)
+            for _ in range(keys.steps):
+                step()
+        else:
+            weights = build_model(config, mesh.device).state_dict()
+            peer = Peer(weights, config, *_peers_of(config)[side], mesh.device)
+            del weights
+            batches = peers.batches_of(config, mesh.device)
+            for _ in range(keys.steps):
+                peer(batches())
+        return peak_bytes(mesh.device)
+    finally:
+        rendezvous.stop()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2:])))
