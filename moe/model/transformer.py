@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         document_ids_BS: Tensor | None,
         cache: KVCache | None,
         randomness: Randomness | None,
-        neftune_noise_alpha: float | None,
+        neftune_noise_alpha: float | None = None,
     ) -> tuple[Tensor, list[RouterOutput]]:
         x_BSH, routers = self.embed_tokens(input_ids_BS), []
         if neftune_noise_alpha is not None and self.training:
