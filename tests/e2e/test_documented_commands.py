@@ -117,6 +117,8 @@ class Desk:
         texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
         rows = [{field: part} for text in texts for part in re.split(r"\n(?=#)", text)]
         place.parent.mkdir(parents=True, exist_ok=True)
+        if place.name == "questions.jsonl":
+            rows = [{"prompt": f"{one} + 3 =", "completion": str(one + 3)} for one in range(200)]
         if place.suffix == ".jsonl":
             place.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif place.suffix == ".csv":
