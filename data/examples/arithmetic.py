@@ -1,10 +1,11 @@
-"""a∘b for operands 1–20 and + − ×: 1,200 problems, of which some are held out.
+"""a∘b with + − ×: trained on operands up to 50, asked about held-out problems with operands from 1 to 20.
 
-    python -m data.examples.arithmetic rows FOLDER   # FOLDER/problems and FOLDER/pairs: rows, prompts, tokenizer
+    python -m data.examples.arithmetic rows FOLDER        # worked.jsonl, direct.jsonl, held_out.jsonl, …
     python -m data.examples.arithmetic page FOLDER PAGE   # the page, from the answers in FOLDER
 
-Two splits. `problems`: each problem by itself, so that the training rows may have 7*8 where 8*7 is held out. `pairs`:
-the harder one, where sums and products of the same two numbers are on one side in both orders, and so are differences.
+Held out are pairs of operands, by the hash of the problem with its smaller operand first: where 7*8 is held out, 8*7 is
+too. A product by a number of two digits is written as the sum of two, by its ones and by its tens: `17*13=` →
+`51+170=221`. What follows the last `=` is the answer, and alone is scored.
 """
 
 from __future__ import annotations
@@ -16,31 +17,36 @@ from pathlib import Path
 
 from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
 from data.examples.score import Scored, scored, write_prompts
-from data.examples.splits import Key, Row, asked, leaks, split, write_rows
-from data.examples.training import final_metrics, runs
+from data.examples.splits import Row, leaks, split, write_rows
+from data.examples.training import active_parameters, final_metrics, runs
 from data.examples.vocabulary import write_tokenizer
 
-OPERANDS = range(1, 21)
+ASKED, TRAINED = 20, 50  # the largest operand
 SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-HELD_OUT = 0.1  # of the distinct problems
-EPOCH, EPOCHS = 10_000, 20  # rows
-TOLD = {"problems": "each problem by itself", "pairs": "both orders of a pair together"}
+HELD_OUT = 0.1  # of the pairs
+EPOCH, EPOCHS = 10_000, 20  # rows of an epoch, other draws in each; a quarter of them with operands up to ASKED
+KINDS = {"worked": f"operands to {TRAINED}, products worked out", "direct": f"operands to {ASKED}, value alone"}
+TESTS = {"held_out": f"held out, 1 to {ASKED}", "seen": f"seen, 1 to {ASKED}", "larger": f"held out, to {TRAINED}"}
 
 
-def problems() -> list[Row]:
-    """All 1,200, each once."""
-    return [
-        {"prompt": f"{a}{sign}{b}=", "completion": str(compute(a, b))}
-        for sign, compute in SIGNS.items()
-        for a in OPERANDS
-        for b in OPERANDS
-    ]
+def worked(left: int, sign: str, right: int, cut: int) -> tuple[int, str]:
+    """(value, how it is written): `12*34` with cut=34 → `48+360=408`. `cut` is the operand that a product is cut by."""
+    value = SIGNS[sign](left, right)
+    if sign != "*" or cut < 10:
+        return value, str(value)
+    whole = value // cut
+    return value, f"{whole * (cut % 10)}{whole * (cut // 10 * 10):+d}={value}"
 
 
-def pair(row: Row) -> str:
-    """The sign and the two operands, the smaller one first."""
-    a, sign, b = parts(row["prompt"])
-    return f"{sign} {min(a, b)} {max(a, b)}"
+def problem(a: int, sign: str, b: int) -> Row:
+    value, text = worked(a, sign, b, cut=b)
+    return {"prompt": f"{a}{sign}{b}=", "completion": text, "answer": str(value)}
+
+
+def problems(largest: int) -> list[Row]:
+    """Each once: three signs, all pairs of operands."""
+    operands = range(1, largest + 1)
+    return [problem(a, sign, b) for sign in SIGNS for a in operands for b in operands]
 
 
 def parts(prompt: str) -> tuple[int, str, int]:
@@ -49,26 +55,43 @@ def parts(prompt: str) -> tuple[int, str, int]:
     return int(found[1]), found[2], int(found[3])
 
 
-KEYS: dict[str, Key] = {"problems": asked, "pairs": pair}
+def pair(row: Row) -> str:
+    """The sign and the two operands, the smaller one first."""
+    a, sign, b = parts(row["prompt"])
+    return f"{sign} {min(a, b)} {max(a, b)}"
+
+
+def is_small(row: Row) -> bool:
+    a, _, b = parts(row["prompt"])
+    return max(a, b) <= ASKED
+
+
+def answer(text: str) -> str:
+    return text.rpartition("=")[2]
 
 
 def drawn(rows: list[Row], count: int, seed: int) -> list[Row]:
-    """`count` rows: all of them as often as it goes, then a random part, in random order."""
-    generator = random.Random(seed)
+    """`count` rows: all of them as often as it goes, then a random part."""
     whole, rest = divmod(count, len(rows))
-    chosen = rows * whole + generator.sample(rows, rest)
-    generator.shuffle(chosen)
-    return chosen
+    return rows * whole + random.Random(seed).sample(rows, rest)
 
 
 def write(folder: Path) -> None:
-    for name, key in KEYS.items():
-        train, held_out = split(problems(), HELD_OUT, key)
-        assert not leaks(train, held_out, key)
-        write_rows(folder / name / "train.jsonl", drawn(train, EPOCH, seed=0))
-        for side, rows in (("seen", train), ("held_out", held_out)):
-            write_rows(folder / name / f"{side}.jsonl", rows)
-            write_prompts(folder / name / f"{side}.txt", rows)
+    train, held_out = split(problems(TRAINED), HELD_OUT, pair)
+    assert not leaks(train, held_out, pair)
+    small, large = ([row for row in train if is_small(row) is side] for side in (True, False))
+    count = EPOCH * EPOCHS
+    sets = {
+        "worked": drawn(small, count // 4, seed=0) + drawn(large, count - count // 4, seed=1),
+        "direct": [row | {"completion": row["answer"]} for row in drawn(small, count, seed=0)],
+    }
+    for name, rows in sets.items():
+        random.Random(2).shuffle(rows)
+        write_rows(folder / f"{name}.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    larger = [row for row in held_out if not is_small(row)]
+    for name, rows in (("held_out", [row for row in held_out if is_small(row)]), ("seen", small), ("larger", larger)):
+        write_rows(folder / f"{name}.jsonl", rows)
+        write_prompts(folder / f"{name}.txt", rows)
     write_tokenizer(folder / "tokenizer", "0123456789+-*=")
 
 
@@ -81,46 +104,48 @@ def by_sign(found: Scored) -> list[str]:
 
 
 def page(folder: Path) -> Page:
-    rows, found = [], {name: list[Scored]() for name in KEYS}
-    for name, each in found.items():
-        for run in runs(folder, f"{name}_*"):
-            each.append(scored(folder / name / "held_out.jsonl", run / "held_out.jsonl"))
-            seen = scored(folder / name / "seen.jsonl", run / "seen.jsonl")
+    rows, found = [], {kind: list[Scored]() for kind in KINDS}
+    for kind, each in found.items():
+        for run in runs(folder, f"{kind}_*"):
+            tests = [scored(folder / f"{name}.jsonl", run / f"{name}.jsonl", answer) for name in TESTS]
+            each.append(tests[0])
             metrics = final_metrics(run)
-            all_held = percent(each[-1].right, each[-1].of)
+            shares = [percent(one.right, one.of) for one in tests]
             rows.append(
-                (run.name, f"{metrics['lm_loss']:.4f}", percent(seen.right, seen.of), all_held, *by_sign(each[-1]))
+                (run.name, f"{active_parameters(run):,}", f"{metrics['lm_loss']:.4f}", *shares, *by_sign(tests[0]))
             )
+    small = [row for row in problems(ASKED)]
     return Page(
         title="Arithmetic",
         shows=f"""
-A dense model of 3 layers and hidden size 64 learns a∘b for whole numbers from 1 to 20 and the signs + − ×, digit by
-digit, without intermediate results, from {EPOCHS} epochs of {EPOCH:,} rows. There are {len(problems()):,} problems:
-{HELD_OUT:.0%} of them, by the hash of their text, are held out, and the rows of an epoch are draws from the others.""",
+A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − ×, digit by digit, from {EPOCHS} epochs of
+{EPOCH:,} drawn rows. It is asked about problems with operands from 1 to {ASKED}, of which there are {len(small):,}.
+
+- **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of sign, smaller and larger operand. Where 7*8
+  is held out, 8*7 is too, so that no answer can be had by swapping.
+- **Training rows** have operands up to {TRAINED}; a quarter of them, up to {ASKED}. The larger ones are there
+  so that sums and differences can't be learnt by heart.
+- **Products by a number of two digits are worked out**: `17*13=` → `51+170=221`, the ones and the tens of the second
+  operand. What follows the last `=` is the answer, and alone is scored.
+- `direct` does without both: operands up to {ASKED}, and the value alone.""",
         script=script_of("arithmetic"),
         bars=[
             Bar(
-                f"held-out problems, {TOLD[name]}, exact",
-                "≥ 99 %" if name == "problems" else "reported",
+                f"held-out problems, exact value: {KINDS[kind]}",
+                "≥ 99 %" if kind == "worked" else "(to compare)",
                 " / ".join(percent(one.right, one.of) for one in each),
-                name != "problems" or all(one.share >= 0.99 for one in each),
+                kind != "worked" or all(one.share >= 0.99 for one in each),
             )
-            for name, each in found.items()
+            for kind, each in found.items()
         ],
         tables=[
             Table(
-                "By split and seed",
-                (
-                    "run",
-                    "training loss, last step",
-                    "seen problems",
-                    "held out",
-                    *(f"held out, {one}" for one in SIGNS),
-                ),
+                "By seed",
+                ("run", "parameters", "loss, last step", *TESTS.values(), *(f"held out, {sign}" for sign in SIGNS)),
                 rows,
             )
         ],
-        samples=found["problems"][0].shown(10) + found["pairs"][0].shown(5),
+        samples=found["worked"][0].shown(10) + found["direct"][0].shown(3),
         seconds=elapsed(folder),
     )
 

@@ -3,14 +3,14 @@
     python -m data.examples.expressions rows FOLDER   # train.jsonl, direct.jsonl, held_out.jsonl, tokenizer/
     python -m data.examples.expressions page FOLDER PAGE   # the page, from the answers in FOLDER
 
-The model writes its working, then the value: `(12*34)-5=` → `48+360=408;403`. What follows the last `=` or `;` is the
-answer, and alone is scored. A product by a number of two digits is the sum of two: by its ones, by its tens.
+The model writes its working, one operation after the other: `(12*34)-5=` → `12*34=48+360=408;408-5=403`. What follows
+the last `=` is the answer, and alone is scored. A product by a number of two digits is the sum of two: by its ones, by
+its tens.
 """
 
 from __future__ import annotations
 
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from data.examples.score import Scored, scored, write_prompts
 from data.examples.splits import Row, is_held_out, leaks, write_rows
 from data.examples.training import active_parameters, final_metrics, runs
 from data.examples.vocabulary import write_tokenizer
+from moe.config.compose import read_config
 
 OPERANDS = range(1, 51)
 SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -43,16 +44,16 @@ def expression(generator: random.Random) -> Row:
 
 
 def worked(left: int, sign: str, right: int, cut: int) -> tuple[int, str]:
-    """(value, its working): `12*34` with cut=34 → `48+360=408`. `cut` is the operand that a product is cut by."""
+    """(value, its working): `12*34=48+360=408` with cut=34. `cut` is the operand that a product is cut by."""
     value = SIGNS[sign](left, right)
     if sign != "*" or cut < 10:
-        return value, str(value)
+        return value, f"{left}{sign}{right}={value}"
     whole = value // cut
-    return value, f"{whole * (cut % 10)}{whole * (cut // 10 * 10):+d}={value}"
+    return value, f"{left}{sign}{right}={whole * (cut % 10)}{whole * (cut // 10 * 10):+d}={value}"
 
 
 def answer(text: str) -> str:
-    return re.split("[=;]", text)[-1]
+    return text.rpartition("=")[2]
 
 
 def draw(count: int, seed: int, held_out: bool) -> list[Row]:
@@ -82,6 +83,7 @@ def write(folder: Path) -> None:
 
 
 def page(folder: Path) -> Page:
+    epochs = read_config(runs(folder)[0] / "config.yaml").train.epochs or 0
     rows, found = [], {kind: list[Scored]() for kind in KINDS}
     for kind, each in found.items():
         for run in runs(folder, f"{kind}_*"):
@@ -96,7 +98,17 @@ def page(folder: Path) -> Page:
             )
     return Page(
         title="Expressions",
-        shows="",
+        shows=f"""
+Small models of 3 layers and hidden size 64 learn to evaluate expressions of three operands from 1 to 50 with
+brackets, digit by digit, from {epochs:g} epochs of {EPOCH:,} rows: a dense model, and one whose MLPs are 8 experts,
+2 a token, with no more active parameters. Which expressions were used where 80 % was reported isn't known; here
+
+- operands, the signs + − ×, and the two bracketings, `(a∘b)∘c` and `a∘(b∘c)`, are drawn uniformly and independently;
+- **the model writes its working**, one operation after the other: `(12*34)-5=` → `12*34=48+360=408;408-5=403`. A
+  product by a number of two digits is the sum of two, by its ones and by its tens. What follows the last `=` is the
+  answer, and alone is scored. `direct` is the same dense model that writes the value alone;
+- {HELD_OUT:.0%} of all distinct expressions, by the hash of their text, are held out; {TESTED:,} of them, drawn the
+  same way, are asked. The {EPOCH:,} training rows are distinct, and the same in each epoch.""",
         script=script_of("expressions"),
         bars=[
             Bar(

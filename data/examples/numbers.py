@@ -87,8 +87,11 @@ puts there; the others are held out. An answer counts when the whole of it is ri
                 all(one.is_right for one in shown),
             ),
         ],
-        tables=[Table("By seed", ("run", "steps", "training loss, last step", "held out", "starting points"), rows)],
-        samples=[*held[0].shown(3), *shown[: len(SHOWN)]],
+        tables=[
+            Table("By seed", ("run", "steps", "training loss, last step", "held out", "starting points"), rows),
+            Table("Continued", ("prompt", "answer"), [(one.prompt, one.answer.strip()) for one in shown[: len(SHOWN)]]),
+        ],
+        samples=held[0].shown(5),
         seconds=elapsed(folder),
     )
 

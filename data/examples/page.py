@@ -117,9 +117,12 @@ def script_of(name: str) -> Path:
 
 
 def elapsed(folder: Path) -> float | None:
-    """Seconds since the script made FOLDER/began; None without it."""
-    began = folder / "began"
-    return time.time() - began.stat().st_mtime if began.exists() else None
+    """Seconds between the files `began` and `ended` of a script's folder, which it touches; to now without `ended`, so
+    that a page can be written again later. None without `began`."""
+    began, ended = folder / "began", folder / "ended"
+    if not began.exists():
+        return None
+    return (ended.stat().st_mtime if ended.exists() else time.time()) - began.stat().st_mtime
 
 
 def commands(script: Path) -> str:

@@ -26,4 +26,5 @@ for seed in 0 1 2; do
     done
 done
 
+touch "$folder/ended"
 python -m data.examples.numbers page "$folder" "${PAGE:-docs/examples/numbers.md}"

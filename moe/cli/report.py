@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe.config.compose import ConfigError, load_config
+from moe.config.compose import ConfigError
 from moe.report.page import write_report
 from moe.report.sweep_markdown import Size, write_sweep_markdown
 from moe.report.sweep_page import is_sweep, write_sweep_report
@@ -40,9 +40,10 @@ def run_report(overrides: list[str]) -> None:
 
 
 def _size(row: TrialRow) -> Size:
+    from moe.cli.verbs import load
     from moe.plan import count_parameters  # which imports torch
 
-    config = load_config(row.command)
+    config = load(row.command)
     train = config.train
     total, active = count_parameters(config)
     return Size(total, active, train.steps * train.global_batch_size * train.sequence_length)

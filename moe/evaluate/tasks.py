@@ -78,7 +78,7 @@ def _all_tasks(config: EvaluateConfig) -> TaskManager:
 
 
 def _unknown(name: str, config: EvaluateConfig, own: TaskManager, manager: TaskManager) -> str:
-    near = closest(name, manager.all_tasks)
+    near = closest(name, own.all_tasks) or closest(name, manager.all_tasks)
     text = f"tasks={config.tasks}: no task {name}" + (f"; did you mean {near}?" if near else "")
     if config.include_path is None:
         return f"{text} (include_path=FOLDER adds tasks of your own)" if not near else text

@@ -24,7 +24,10 @@ from moe.config import ExpertBackend, ExpertsConfig
 from moe.errors import UserError
 from moe.kernels import megablocks
 from moe.kernels.grouped_products import GroupedProducts, torch_products
+from moe.kernels.padded_rows import PaddedRows
 from moe.kernels.policy import wide_dtype
+
+WIDENED_ROWS = 64  # rows that a CPU widens to float32 at a time, so that they stay in a core's cache
 
 
 def resolve_backend(
@@ -148,53 +151,45 @@ class GroupedSwiGLU(torch.autograd.Function):
 class PerExpertSwiGLU(torch.autograd.Function):
     """One matrix product per expert. On a CPU `F.grouped_mm` loops over experts too; here each expert's activations are
     still in the cache when the element-wise part and the next product read them, and the next expert reuses their
-    memory."""
+    memory. `PaddedRows` says where rows are padded."""
 
     @staticmethod
     def forward(ctx: Any, x_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int]) -> Tensor:
-        x_NH = x_NH.contiguous()
-        gate_up_NG = x_NH.new_empty(x_NH.shape[0], gate_up_proj.shape[1])
-        y_NH = torch.empty_like(x_NH)
-        act_MF = x_NH.new_empty(max(counts, default=0), down_proj.shape[2])
-        for expert, rows in _groups(counts):
-            gate_up = gate_up_NG[rows]
-            torch.mm(x_NH[rows], gate_up_proj[expert].t(), out=gate_up)
+        padding = PaddedRows.of(counts, x_NH.device, x_NH.dtype)
+        x_PH = padding.spread(x_NH.contiguous())
+        gate_up_PG = x_PH.new_empty(x_PH.shape[0], gate_up_proj.shape[1])
+        y_PH = torch.empty_like(x_PH)
+        act_MF = x_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
+        for expert, rows in padding.groups():
+            gate_up = gate_up_PG[rows]
+            torch.mm(x_PH[rows], gate_up_proj[expert].t(), out=gate_up)
             gate, up = gate_up.chunk(2, dim=1)
-            act = torch.ops.aten.silu.out(gate, out=act_MF[: counts[expert]]).mul_(up)
-            torch.mm(act, down_proj[expert].t(), out=y_NH[rows])
-        ctx.save_for_backward(x_NH, gate_up_proj, down_proj, gate_up_NG)
-        ctx.counts = counts
-        return y_NH
+            act = torch.ops.aten.silu.out(gate, out=act_MF[: padding.sizes[expert]]).mul_(up)
+            torch.mm(act, down_proj[expert].t(), out=y_PH[rows])
+        ctx.save_for_backward(x_PH, gate_up_proj, down_proj, gate_up_PG)
+        ctx.padding = padding
+        return padding.collect(y_PH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x_NH, gate_up_proj, down_proj, gate_up_NG = ctx.saved_tensors
-        dy_NH = dy_NH.contiguous()
-        dx_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
+        x_PH, gate_up_proj, down_proj, gate_up_PG = ctx.saved_tensors
+        padding: PaddedRows = ctx.padding
+        dy_PH = padding.spread(dy_NH.contiguous())
+        dx_PH = torch.empty_like(x_PH) if ctx.needs_input_grad[0] else None
         dgate_up, ddown = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
-        _zero_idle(ctx.counts, dgate_up, ddown)
-        dact_MF = x_NH.new_empty(max(ctx.counts, default=0), down_proj.shape[2])
-        scratch = torch.empty_like(dact_MF), x_NH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
-        for expert, rows in _groups(ctx.counts):
-            dy = dy_NH[rows]
+        _zero_idle(padding.counts, dgate_up, ddown)
+        dact_MF = x_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
+        scratch = torch.empty_like(dact_MF), x_PH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
+        for expert, rows in padding.groups():
+            dy = dy_PH[rows]
             dact = torch.mm(dy, down_proj[expert], out=dact_MF[: dy.shape[0]])
-            act, dgate_up_rows = _activation_backward(gate_up_NG[rows], dact, scratch)
+            act, dgate_up_rows = _activation_backward(gate_up_PG[rows], dact, scratch)
             torch.mm(dy.t(), act, out=ddown[expert])
-            torch.mm(dgate_up_rows.t(), x_NH[rows], out=dgate_up[expert])
-            if dx_NH is not None:
-                torch.mm(dgate_up_rows, gate_up_proj[expert], out=dx_NH[rows])
-        return dx_NH, dgate_up, ddown, None
-
-
-def _groups(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows."""
-    groups, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            groups.append((expert, slice(start, start + count)))
-        start += count
-    return groups
+            torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
+            if dx_PH is not None:
+                torch.mm(dgate_up_rows, gate_up_proj[expert], out=dx_PH[rows])
+        return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None
 
 
 def _zero_idle(counts: list[int], *grads: Tensor) -> None:
@@ -209,19 +204,33 @@ def _activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """(silu(g) ⊙ u [N, F], gradient of gate/up [N, G]) from gate/up and the activation's gradient.
 
-    Five element-wise passes, in place to use less cache: `dact_NF` is overwritten. If `scratch` (buffers of at least N
-    rows) is given and the dtype needs no widening, the results are views of it.
+    Five element-wise passes, in place to use less cache: `dact_NF` may be overwritten. If `scratch` (buffers of at
+    least N rows) is given, the results are views of it.
     """
-    dtype, work = gate_up_NG.dtype, wide_dtype(gate_up_NG.dtype)
-    gate_NF, up_NF = gate_up_NG.to(work).chunk(2, dim=1)
-    dact_NF = dact_NF.to(work)
-    if scratch is None or dtype != work:
-        scratch = torch.empty_like(dact_NF), torch.empty_like(gate_up_NG, dtype=work)
-    act_NF, dgate_up_NG = (buffer[: dact_NF.shape[0]] for buffer in scratch)
-    dgate_NF, dup_NF = dgate_up_NG.chunk(2, dim=1)
+    dtype, work, rows = gate_up_NG.dtype, wide_dtype(gate_up_NG.dtype), dact_NF.shape[0]
+    if scratch is None:
+        scratch = torch.empty_like(dact_NF), torch.empty_like(gate_up_NG)
+    act_NF, dgate_up_NG = (buffer[:rows] for buffer in scratch)
+    if dtype == work:
+        _activation_backward_into(act_NF, dgate_up_NG, gate_up_NG, dact_NF)
+        return act_NF, dgate_up_NG
+    block = WIDENED_ROWS if gate_up_NG.device.type == "cpu" else max(1, rows)
+    wide_act = act_NF.new_empty(min(block, rows), act_NF.shape[1], dtype=work)
+    wide_dgate_up = act_NF.new_empty(len(wide_act), dgate_up_NG.shape[1], dtype=work)
+    for start in range(0, rows, block):
+        at = slice(start, start + block)
+        gate_up, dact = gate_up_NG[at].to(work), dact_NF[at].to(work)
+        act, dgate_up = wide_act[: len(dact)], wide_dgate_up[: len(dact)]
+        _activation_backward_into(act, dgate_up, gate_up, dact)
+        act_NF[at], dgate_up_NG[at] = act, dgate_up
+    return act_NF, dgate_up_NG
+
+
+def _activation_backward_into(act_NF: Tensor, dgate_up_NG: Tensor, gate_up_NG: Tensor, dact_NF: Tensor) -> None:
+    """Writes the results to the first two; overwrites `dact_NF`."""
+    (gate_NF, up_NF), (dgate_NF, dup_NF) = gate_up_NG.chunk(2, dim=1), dgate_up_NG.chunk(2, dim=1)
     torch.ops.aten.silu.out(gate_NF, out=act_NF)
     torch.mul(dact_NF, act_NF, out=dup_NF)
     act_NF.mul_(up_NF)
     dact_NF.mul_(up_NF)
     torch.ops.aten.silu_backward.grad_input(dact_NF, gate_NF, grad_input=dgate_NF)
-    return act_NF.to(dtype), dgate_up_NG.to(dtype)

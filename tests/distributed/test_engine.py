@@ -104,7 +104,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [*ROWS, *LORA, "router.capacity_factor=1.0", "model.recompute=mlp"],
         [],
     ),
-    "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*gate*,lm_head*,*embed*]"], []),
+    "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*.gate.*,lm_head*,*embed*]"], []),
     "settings per layer": (
         ["router.layers.1.top_k=3", "router.layers.0.aux_loss_coef=0.2", "router.layers.1.bias_update=sign"],
         [],
@@ -250,6 +250,13 @@ def test_the_loss_free_bias_moved() -> None:
     buffers = reference("lossfree, shared experts, every other layer sparse").buffers
     assert buffers.keys() == {"model.layers.1.mlp.gate.e_score_correction_bias"}
     assert all(buffer.count_nonzero() > 0 for buffer in buffers.values())
+
+
+@pytest.mark.slow
+def test_all_but_the_experts_stay_as_they_are() -> None:
+    found = reference("all but the experts frozen").state["weights"]
+    assert len(found) == 4  # two layers' gate_up_proj and down_proj
+    assert all(".mlp.experts." in name for name in found)
 
 
 def test_rows_are_packed() -> None:

@@ -1,4 +1,4 @@
-"""What DeepSpeed need not do in float32 (moe/engine/deepspeed/shortcuts.py) changes no result."""
+"""What DeepSpeed need not do on a CPU (moe/engine/deepspeed/shortcuts.py, bfloat16_shortcuts.py) changes no result."""
 
 from __future__ import annotations
 
@@ -94,6 +94,25 @@ def test_shortcuts_change_nothing(world_size: int, overrides: list[str], limit: 
                     assert torch.equal(ours["state"][kind][name], tensor), f"{kind} {name}"
                 error = (ours["state"][kind][name] - tensor).norm() / tensor.norm()
                 assert error <= 1e-5, f"{kind} {name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [(1, []), (2, []), (2, ["parallel.expert_parallel_size=2"])],
+    ids=["one rank", "two ranks", "experts split"],
+)
+@pytest.mark.parametrize("limit", [1e9, 0.5], ids=["unclipped", "clipped"])
+def test_bfloat16_shortcuts_change_no_bit(world_size: int, overrides: list[str], limit: float) -> None:
+    more = ["train.precision=bfloat16", f"optim.max_grad_norm={limit}", *overrides]
+    for ours, theirs in _pair(world_size, more, bad_step=3):
+        assert [result.skipped for result in ours["results"]] == [result.skipped for result in theirs["results"]]
+        assert ours["results"][3].skipped is SkipReason.not_finite
+        applied = [(a.grad_norm, b.grad_norm) for a, b in zip(ours["results"], theirs["results"], strict=True)]
+        assert all(a == b for index, (a, b) in enumerate(applied) if index != 3)
+        assert ours["losses"] == theirs["losses"]
+        for kind, tensors in theirs["state"].items():
+            for name, tensor in tensors.items():
+                assert torch.equal(ours["state"][kind][name], tensor), f"{kind} {name}"
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -26,6 +26,7 @@ from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
+from moe.engine.parameters import freeze
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.train.objective import training_step
@@ -127,6 +128,7 @@ def build(
     if config.adapter.trains_adapter:
         attach(model, config.adapter, config.train.seed)
         reset_magnitudes(model)
+    freeze(model, config.optim.freeze)
     starve(model, idle or []) if idle else None
     change(model) if change else None
     return mesh, build_engine(model, config, mesh)

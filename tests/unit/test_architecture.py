@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
         "__init__",
     },
     "data": {"config", "errors", "untrusted", "durable"},
-    "inference": {"model", "data", "config", "errors"},
+    "inference": {"model", "sparse", "kernels", "data", "config", "errors"},
     "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "evaluate": {
         "inference", "data", "checkpoint", "distributed", "model", "sparse", "kernels", "config", "untrusted",
@@ -49,8 +49,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
-        "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "durable",
-        "errors",
+        "train", "inference", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config",
+        "durable", "errors",
     },
     "analysis": {
         "report", "model", "sparse", "data", "checkpoint", "config", "errors", "durable", "__init__",
@@ -177,6 +177,7 @@ def test_class_names_are_unique() -> None:
 
 
 TESTS = Path(__file__).resolve().parent
+OUTSIDE = {"data_examples": PACKAGE.parent / "data" / "examples"}  # rooms that aren't the package's
 ABOUT_SEVERAL = {  # room → tests of more than one of its modules
     "bench": {"gpu"},
     "config": {"presets"},
@@ -192,6 +193,5 @@ def test_a_modules_test_is_where_its_name_says() -> None:
         room = path.parent.relative_to(TESTS)
         name = path.stem.removeprefix("test_")
         if room.parts and name not in ABOUT_SEVERAL.get(str(room), ()):
-            folder = PACKAGE.parent / "data/examples" if str(room) == "data_examples" else PACKAGE / room
-            module = folder / name
+            module = OUTSIDE.get(str(room), PACKAGE / room) / name
             assert module.is_dir() or module.with_suffix(".py").is_file(), f"{path}: there is no {module}.py"

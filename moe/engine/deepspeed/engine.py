@@ -29,6 +29,7 @@ import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
 from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
+from moe.engine.deepspeed.bfloat16_shortcuts import BFloat16Shortcuts
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, check_version, require_meaning
 from moe.engine.deepspeed.muon import import_muon_uncompiled
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
@@ -129,12 +131,13 @@ def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def _takes_shortcuts(config: Config, mesh: Mesh) -> bool:
-    """Float32 on a CPU, where they were measured and where the optimizer can share the model's weights."""
-    return config.train.precision is Precision.float32 and mesh.device.type == "cpu"
+    """On a CPU, where they were measured."""
+    return mesh.device.type == "cpu"
 
 
 def _reduces_in_place(config: Config) -> bool:
-    return config.parallel.zero_stage == 1 and config.parallel.expert_parallel_size == 1
+    parallel, float32 = config.parallel, config.train.precision is Precision.float32
+    return float32 and parallel.zero_stage == 1 and parallel.expert_parallel_size == 1
 
 
 class DeepSpeedEngine:
@@ -176,9 +179,12 @@ class DeepSpeedEngine:
         self._engine: Any = engine
         self._zero: Any = zero
         assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1 and experts_train)
-        self._shortcuts = None
+        self._shortcuts: Shortcuts | BFloat16Shortcuts | None = None
         if _takes_shortcuts(config, mesh):
-            self._shortcuts = Shortcuts(self._zero, mesh.world_size)
+            if config.train.precision is Precision.float32:
+                self._shortcuts = Shortcuts(self._zero, mesh.world_size)
+            elif isinstance(self._zero, BF16_Optimizer):
+                self._shortcuts = BFloat16Shortcuts(self._engine, self._zero, mesh.world_size)
         self._norm = NormLimit(self._zero, mesh)
         borrow(self._zero, "update_lp_params", lost="the model would compute with old weights after a resume")
         borrow(self._engine, "was_step_applied", lost="skipped steps would count as applied")
@@ -223,8 +229,8 @@ class DeepSpeedEngine:
         norm, skipped, applied = self._norm.norm, None, self._engine.was_step_applied()
         require_meaning(self._norm.asked or not applied, "ask for the gradient norm before an update")
         require_meaning(not (applied and self._norm.skips), "skip a step whose norm is −1 or whose clipping raised")
-        if self._shortcuts is not None and applied:
-            require_meaning(self._shortcuts.clipped_once(), "flatten, then clip, each parameter group once an update")
+        if self._shortcuts is not None:
+            self._shortcuts.end_update(applied)
         if not applied:
             skipped = SkipReason.not_finite if math.isnan(norm) else SkipReason.spike
         return StepResult(norm, skipped)

@@ -11,8 +11,8 @@ step on a CPU, where every pass over the gradients takes time. Results are the s
   into a buffer that is reused: allocating it at every step costs more than the copy.
 - On one rank, DeepSpeed divides gradients by 1. Here it doesn't.
 
-Only for float32 on a CPU, where it was measured. With bfloat16 the master weights are needed, and DeepSpeed uses other
-classes and buffers.
+Only for float32 on a CPU, where it was measured. With bfloat16 DeepSpeed uses other classes and buffers:
+`bfloat16_shortcuts`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.engine.deepspeed.borrowed import borrow, borrow_value
+from moe.engine.deepspeed.borrowed import borrow, borrow_value, require_meaning
 
 ROW = 1024  # elements summed in float32
 LARGE = 1 << 20  # elements; below this a float64 copy costs next to nothing
@@ -64,9 +64,11 @@ class Shortcuts:
     def begin_step(self) -> None:
         self._flattened, self._passes = [], 0
 
-    def clipped_once(self) -> bool:
-        """Since `begin_step`: whether every parameter group was flattened, and with it clipped, exactly once."""
-        return sorted(self._flattened) == list(range(self._groups)) and self._passes > 0
+    def end_update(self, applied: bool) -> None:
+        """Raises RuntimeError unless, since `begin_step`, an applied update flattened, and with it clipped, every
+        parameter group exactly once."""
+        once = sorted(self._flattened) == list(range(self._groups)) and self._passes > 0
+        require_meaning(not applied or once, "flatten, then clip, each parameter group once an update")
 
 
 def _share_weights(zero: Any) -> None:

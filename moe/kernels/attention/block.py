@@ -1,4 +1,5 @@
-"""`block`: one document at a time, in blocks of queries, each with only the keys that it can see. Any device.
+"""`block`: one document at a time, or short ones together, in blocks of queries, each with only the keys that it can
+see. Any device.
 
 With a window the cost is linear in the sequence length; on CUDA it is the last resort.
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window, C queries of a block,
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from moe.kernels.attention.naive import sdpa
 from moe.kernels.attention.pattern import Attend, document_bounds, visible
+from moe.kernels.attention.together import Together
+from moe.kernels.policy import widen
 
 # Queries per block on a CPU. Its SDPA skips masked keys only in spans of 512: up to that length, blocks save work.
 CAUSAL_BLOCK, CAUSAL_SPAN = 128, 512
@@ -23,7 +26,13 @@ MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
 
 def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
-    return partial(_block, lengths=_cuts(document_ids_BS), window=window)
+    lengths = _cuts(document_ids_BS)
+    attend: Attend = partial(_block, lengths=lengths, window=window)
+    if lengths is not None and document_ids_BS is not None:
+        together = Together.of(lengths, document_ids_BS.device)
+        if together is not None:
+            attend = partial(_grouped, together=together, window=window)
+    return partial(_widened, attend=attend)
 
 
 def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
@@ -34,6 +43,15 @@ def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
     return document_bounds(document_ids_BS, batch, length, document_ids_BS.device).diff().tolist()
 
 
+def _widened(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, attend: Attend) -> Tensor:
+    """On a CPU narrower dtypes are computed in float32: the backward pass of torch's SDPA takes 3 times as long in
+    bfloat16."""
+    dtype = q_BSND.dtype
+    if q_BSND.device.type == "cpu":
+        q_BSND, k_BSGD, v_BSGD = widen(q_BSND), widen(k_BSGD), widen(v_BSGD)
+    return attend(q_BSND, k_BSGD, v_BSGD).to(dtype)
+
+
 def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int] | None, window: int | None) -> Tensor:
     if lengths is None:
         return _one_document(q_BSND, k_BSGD, v_BSGD, window).flatten(2)
@@ -41,6 +59,12 @@ def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int]
     pieces = zip(*(tensor.flatten(0, 1)[None].split(lengths, 1) for tensor in (q_BSND, k_BSGD, v_BSGD)), strict=True)
     outs = [_one_document(q, k, v, window) for q, k, v in pieces]
     return torch.cat(outs, 1).view(*q_BSND.shape[:2], -1)
+
+
+def _grouped(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, together: Together, window: int | None) -> Tensor:
+    groups = zip(*(together.pad(tensor.flatten(0, 1)) for tensor in (q_BSND, k_BSGD, v_BSGD)), strict=True)
+    y_TND = together.unpad([_one_document(q, k, v, window) for q, k, v in groups])
+    return y_TND.view(*q_BSND.shape[:2], -1)
 
 
 def _one_document(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int | None) -> Tensor:

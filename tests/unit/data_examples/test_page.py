@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Sample, Table, commands, percent
+from data.examples.page import Bar, Page, Sample, Table, commands, elapsed, percent
 
 SCRIPT = """#!/usr/bin/env bash
 # What it does.
@@ -40,3 +41,11 @@ def test_page_has_figures_samples_commands_and_place(tmp_path: Path) -> None:
 def test_commands_of_a_script_without_the_usual_head(tmp_path: Path) -> None:
     (tmp_path / "x.sh").write_text("#!/bin/sh\necho 1\n")
     assert commands(tmp_path / "x.sh") == "echo 1"
+
+
+def test_time_is_from_began_to_ended(tmp_path: Path) -> None:
+    assert elapsed(tmp_path) is None
+    for name, when in (("began", 100), ("ended", 160)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (when, when))
+    assert elapsed(tmp_path) == 60

@@ -40,21 +40,27 @@ def test_numbers(tmp_path: Path) -> None:
         tokens.encode("50 51")
 
 
-@pytest.mark.parametrize(("name", "key"), [("problems", asked), ("pairs", arithmetic.pair)])
-def test_arithmetic(tmp_path: Path, name: str, key: arithmetic.Key) -> None:
+def test_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "EPOCH", 500)
     arithmetic.write(tmp_path)
-    train, seen, held_out = (read_rows(tmp_path / name / f"{side}.jsonl") for side in ("train", "seen", "held_out"))
-    assert len(train) == 10_000
-    assert not leaks(train, held_out, key)
-    assert {asked(row) for row in train} == {asked(row) for row in seen}
+    train, direct, seen, held_out, larger = (
+        read_rows(tmp_path / f"{name}.jsonl") for name in ("worked", "direct", "seen", "held_out", "larger")
+    )
+    assert len(train) == len(direct) == 20 * 500
+    assert {asked(row) for row in direct} == {asked(row) for row in seen}
+    assert sum(arithmetic.is_small(row) for row in train) == len(train) / 4
+    for rows in (train, direct, seen):
+        assert not leaks(rows, held_out + larger, arithmetic.pair)
     assert len(seen) + len(held_out) == len({asked(row) for row in seen + held_out}) == 1_200
     tokens = tokenizer(tmp_path)
-    for row in seen + held_out:
-        assert eval(row["prompt"].removesuffix("=")) == int(row["completion"])
+    for row in seen + held_out + larger:
+        value = eval(row["prompt"].removesuffix("="))
+        assert (str(value), arithmetic.answer(row["completion"])) == (row["answer"], row["answer"])
+        assert {eval(side) for side in row["completion"].split("=")} == {value}
         assert tokens.decode(tokens.encode(row["prompt"] + row["completion"])) == row["prompt"] + row["completion"]
 
 
-def test_pairs_hold_both_orders_together() -> None:
+def test_both_orders_of_a_pair_are_on_one_side() -> None:
     assert arithmetic.pair({"prompt": "13*7="}) == arithmetic.pair({"prompt": "7*13="}) == "* 7 13"
 
 
@@ -64,8 +70,8 @@ def test_expressions_and_their_working() -> None:
     for row in rows:
         assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
         assert expressions.answer(row["completion"]) == row["answer"]
-        for step in re.findall(r"(-?\d+)([+-]\d+)=(-?\d+)", row["completion"]):
-            assert int(step[0]) + int(step[1]) == int(step[2])
+        for step in row["completion"].split(";"):
+            assert len({eval(side) for side in step.split("=")}) == 1, step
     assert {row["prompt"].count("(") for row in rows} == {1}
     assert {re.sub(r"\d+", "", row["prompt"]) for row in rows} == {
         shape.format(first, second) for shape in ("({}){}=", "{}({})=") for first in "+-*" for second in "+-*"
@@ -81,18 +87,20 @@ def test_expressions_are_distinct_and_of_one_side() -> None:
 @pytest.mark.parametrize(
     ("cut", "text"),
     [
-        ((12, "*", 34, 34), "48+360=408"),
-        ((-37, "*", 35, 35), "-185-1110=-1295"),
-        ((30, "*", 12, 30), "0+360=360"),
-        ((30, "*", 7, 7), "210"),
-        ((3, "-", 40, 40), "-37"),
+        ((12, "*", 34, 34), "12*34=48+360=408"),
+        ((-37, "*", 35, 35), "-37*35=-185-1110=-1295"),
+        ((30, "*", 12, 30), "30*12=0+360=360"),
+        ((30, "*", 7, 7), "30*7=210"),
+        ((3, "-", 40, 40), "3-40=-37"),
     ],
 )
 def test_working(cut: tuple[int, str, int, int], text: str) -> None:
     assert expressions.worked(*cut)[1] == text
 
 
-@pytest.mark.parametrize(("module", "text"), [(numbers, "1 2 3 50"), (expressions, "(12*34)-5=48+360=408;403")])
+@pytest.mark.parametrize(
+    ("module", "text"), [(numbers, "1 2 3 50"), (expressions, "(12*34)-5=12*34=48+360=408;408-5=403")]
+)
 def test_transformers_reads_an_exported_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, text: str
 ) -> None:

@@ -1,6 +1,7 @@
 """Every attention back-end against a masked float64 reference in this file: outputs and gradients."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from moe.config import AttentionBackend, ModelConfig
 from moe.kernels.attention import make_attend, resolve_attention
 from moe.kernels.attention.flex import _mask
 from moe.kernels.attention.pattern import document_bounds
+from moe.kernels.attention.together import Together
 from moe.kernels.attention.varlen import varlen_obstacle
 
 CPU = torch.device("cpu")
@@ -80,6 +82,31 @@ def test_block_equals_naive_over_many_blocks(length, window):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 1, 20, 64])
+def test_many_short_documents_share_calls(window):
+    """Documents of 1 to 200 tokens, in groups by length; the pads' numbers must reach nothing."""
+    draw = random.Random(0)
+    lengths = [1, 2, 3, 4, 5, 64, 65, 128, 129, 129, 200] + [draw.randrange(1, 40) for _ in range(30)]
+    draw.shuffle(lengths)
+    ids = torch.cat([torch.full((length,), index) for index, length in enumerate(lengths)])
+    ids = torch.stack((ids, ids.flip(0).neg()))
+    together = Together.of(2 * lengths, CPU)
+    assert together is not None
+    assert len(together.take_P) < 2 * ids.numel()
+    assert len(together.shapes) < len(lengths) / 2
+    tensors = inputs((*ids.shape, 4, 2, 6), torch.float64)
+    naive, block = (
+        outcome(make_attend(backend, (2, ids.shape[1]), window, ids, CPU), tensors)
+        for backend in (AttentionBackend.naive, AttentionBackend.block)
+    )
+    for actual, wanted in zip(block, naive, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+
+
+def test_documents_of_other_lengths_share_no_call():
+    assert Together.of([3, 5, 9, 200, 200], CPU) is None
+
+
 def test_documents_that_all_rows_share_are_still_kept_apart():
     """All rows start and end with the same document ids, which differ only in the middle."""
     ids = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 1, 1, 2]])
@@ -126,6 +153,21 @@ def test_document_bounds_never_join_rows():
     bounds = document_bounds(torch.tensor([[0, 0, 1], [1, 1, 1]]), 2, 3, CPU)
     assert bounds.tolist() == [0, 2, 3, 6]
     assert document_bounds(None, 2, 3, CPU).tolist() == [0, 3, 6]
+
+
+@pytest.mark.parametrize(("length", "window"), [(45, None), (300, None), (300, 33)])
+def test_bfloat16_on_a_cpu_is_rounded_only_at_the_ends(length, window):
+    """Inputs are bfloat16, so are outputs and gradients; everything between is as in float32."""
+    narrow = inputs((2, length, 4, 2, 8), torch.bfloat16)
+    wide = tuple(tensor.detach().float().requires_grad_() for tensor in narrow)
+    attend = make_attend(AttentionBackend.block, (2, length), window, None, CPU)
+    out, exact = attend(*narrow), attend(*wide)
+    assert torch.equal(out, exact.bfloat16())
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for mine, theirs in zip(
+        torch.autograd.grad(out, narrow, weight), torch.autograd.grad(exact, wide, weight.float()), strict=True
+    ):
+        assert torch.equal(mine, theirs.bfloat16())
 
 
 @needs_cuda

@@ -1,0 +1,72 @@
+"""Padding of experts' rows: sizes, both directions, and a SwiGLU that doesn't see it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.kernels import padded_rows
+from moe.kernels.grouped_swiglu import PerExpertSwiGLU, loop_ffn
+from moe.kernels.padded_rows import PaddedRows, padded_size, pads
+
+CPU = torch.device("cpu")
+COUNTS = [70, 0, 3, 64, 129, 0]
+
+
+def test_sizes_are_few_and_little_larger() -> None:
+    sizes = [padded_size(count) for count in range(4097)]
+    assert sizes[0] == 0
+    assert all(0 <= size - count <= max(64, count / 8) for count, size in enumerate(sizes))
+    assert sizes == sorted(sizes)
+    for low in (512, 1024, 2048):
+        assert len(set(sizes[low + 1 : 2 * low + 1])) == 8
+    assert len(set(sizes[1:513])) <= 7 + 7
+
+
+def test_only_bfloat16_on_a_cpu_is_padded() -> None:
+    assert pads(CPU, torch.bfloat16)
+    assert not pads(CPU, torch.float32)
+    assert not pads(torch.device("cuda"), torch.bfloat16)
+    rows_NH = torch.randn(sum(COUNTS), 4)
+    plain = PaddedRows.of(COUNTS, CPU, torch.float32)
+    assert plain.spread(rows_NH) is rows_NH
+    assert plain.collect(rows_NH) is rows_NH
+
+
+def test_spread_adds_zeros_and_collect_takes_them_away() -> None:
+    rows_NH = torch.randn(sum(COUNTS), 4).bfloat16()
+    padding = PaddedRows.of(COUNTS, CPU, torch.bfloat16)
+    padded_PH = padding.spread(rows_NH)
+    assert torch.equal(padding.collect(padded_PH), rows_NH)
+    start = 0
+    for expert, rows in padding.groups():
+        count = COUNTS[expert]
+        assert torch.equal(padded_PH[rows][:count], rows_NH[start : start + count])
+        assert (padded_PH[rows][count:] == 0).all()
+        start += count
+    assert start == len(rows_NH)
+
+
+def _run(function: object, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    y = function(*inputs)  # type: ignore[operator]
+    y.backward(grad)
+    return [y.detach(), *[one.grad for one in inputs if one.grad is not None]]
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [0, 0], [300], [1, 513]], ids=str)
+def test_padding_changes_no_row_and_no_gradient(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, where the padding is all that may differ from the loop. Memory that isn't written is NaN."""
+    monkeypatch.setattr(padded_rows, "pads", lambda device, dtype: True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (sum(counts), 8), (len(counts), 24, 8), (len(counts), 8, 12), (sum(counts), 8)
+    *tensors, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        ours = _run(lambda x, gate_up, down: PerExpertSwiGLU.apply(x, gate_up, down, counts), tensors, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    theirs = _run(lambda x, gate_up, down: loop_ffn(x, counts, gate_up, down), tensors, grad)
+    for mine, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
