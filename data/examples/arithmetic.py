@@ -1,6 +1,6 @@
-"""a∘b with + − ×: trained on operands up to 99, asked about held-out problems with operands from 1 to 20.
+"""a∘b with + − ×: trained on operands up to 50, asked about held-out problems with operands from 1 to 20.
 
-    python -m data.examples.arithmetic rows FOLDER        # train.jsonl, direct.jsonl, held_out.jsonl, tokenizer/, …
+    python -m data.examples.arithmetic rows FOLDER        # worked.jsonl, direct.jsonl, held_out.jsonl, …
     python -m data.examples.arithmetic page FOLDER PAGE   # the page, from the answers in FOLDER
 
 Held out are pairs of operands, by the hash of the problem with its smaller operand first: where 7*8 is held out, 8*7 is
@@ -21,10 +21,10 @@ from data.examples.splits import Row, leaks, split, write_rows
 from data.examples.training import active_parameters, final_metrics, runs
 from data.examples.vocabulary import write_tokenizer
 
-ASKED, TRAINED = 20, 99  # the largest operand
+ASKED, TRAINED = 20, 50  # the largest operand
 SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 HELD_OUT = 0.1  # of the pairs
-EPOCH, EPOCHS = 10_000, 20  # rows of an epoch, other draws in each; half of them with operands up to ASKED
+EPOCH, EPOCHS = 10_000, 20  # rows of an epoch, other draws in each; a quarter of them with operands up to ASKED
 KINDS = {"worked": f"operands to {TRAINED}, products worked out", "direct": f"operands to {ASKED}, value alone"}
 TESTS = {"held_out": f"held out, 1 to {ASKED}", "seen": f"seen, 1 to {ASKED}", "larger": f"held out, to {TRAINED}"}
 
@@ -82,7 +82,7 @@ def write(folder: Path) -> None:
     small, large = ([row for row in train if is_small(row) is side] for side in (True, False))
     count = EPOCH * EPOCHS
     sets = {
-        "train": drawn(small, count // 2, seed=0) + drawn(large, count // 2, seed=1),
+        "worked": drawn(small, count // 4, seed=0) + drawn(large, count - count // 4, seed=1),
         "direct": [row | {"completion": row["answer"]} for row in drawn(small, count, seed=0)],
     }
     for name, rows in sets.items():
@@ -123,7 +123,7 @@ A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − �
 
 - **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of sign, smaller and larger operand. Where 7*8
   is held out, 8*7 is too, so that no answer can be had by swapping.
-- **Training rows** have operands up to {TRAINED}; half of them have operands up to {ASKED}. The larger ones are there
+- **Training rows** have operands up to {TRAINED}; a quarter of them, up to {ASKED}. The larger ones are there
   so that sums and differences can't be learnt by heart.
 - **Products by a number of two digits are worked out**: `17*13=` → `51+170=221`, the ones and the tens of the second
   operand. What follows the last `=` is the answer, and alone is scored.

@@ -64,7 +64,8 @@ def page(folder: Path) -> Page:
         json.loads(line) for line in (folder / "runs/chat/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     evaluations = [one for one in evaluations if one.get("val_loss") is not None]
-    validated = (folder / "validate.txt").read_text(encoding="utf-8").strip()
+    lines = (folder / "validate.txt").read_text(encoding="utf-8").strip().splitlines()
+    validated = "\n".join(line.rstrip().replace(str(folder), "FOLDER") for line in lines)
     return Page(
         title="Chat on worked maths problems",
         shows=f"""

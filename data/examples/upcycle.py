@@ -52,6 +52,12 @@ def write(folder: Path) -> None:
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{completion}}",
         "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": NEW_TOKENS},
+        "filter_list": [  # templates put a space before an answer
+            {
+                "name": "stripped",
+                "filter": [{"function": "regex", "regex_pattern": r"\s*(.*)"}, {"function": "take_first"}],
+            }
+        ],
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "tasks").mkdir(exist_ok=True)

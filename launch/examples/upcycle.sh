@@ -25,8 +25,8 @@ moe upcycle checkpoint="$folder/runs/imported" run_dir="$folder/runs/upcycled"
 # Fine-tuned with LoRA on rows of one's own, and measured on rows that are held out.
 moe validate data=sft data.path="$folder/train.jsonl" init_from="$folder/runs/upcycled" \
     train.sequence_length=128 samples=1 page="$folder/rows.html"
-moe train "${quiet[@]}" experiment=sft init_from="$folder/runs/upcycled" adapter=lora optim.lr=2e-3 \
-    data.path="$folder/train.jsonl" train.sequence_length=128 train.steps=100 run_dir="$folder/runs/lora"
+moe train "${quiet[@]}" experiment=sft init_from="$folder/runs/upcycled" adapter=lora optim.lr=4e-3 \
+    data.path="$folder/train.jsonl" train.sequence_length=128 train.steps=300 run_dir="$folder/runs/lora"
 moe evaluate checkpoint="$folder/runs/lora" tasks=parity include_path="$folder/tasks" apply_chat_template=true \
     batch_size=64 output="$folder/evaluation.json"
 

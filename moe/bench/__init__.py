@@ -9,6 +9,7 @@ from moe.errors import UserError
 # Name → what it measures. The module of that name has `run(overrides)`.
 BENCHMARKS = {
     "peers": "our training step beside transformers' MixtralForCausalLM",
+    "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",

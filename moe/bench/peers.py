@@ -67,9 +67,9 @@ class Round:
     max_violation: float
 
 
-def parse(overrides: list[str]) -> tuple[Rounds, Config]:
+def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, Config]:
     """`rounds=`, `steps=`, `precision=` (train.precision) and the overrides of `moe train`. Raises UserError."""
-    keys, rest = split(overrides)
+    keys, rest = split(overrides, default)
     rest = [f"train.{one}" if one.startswith("precision=") else one for one in rest]
     config = load_config([*DEFAULTS, *rest])
     train = config.train

@@ -9,6 +9,7 @@ from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
 from moe.config.choices import (
     AdapterKind,
+    AnswerMetric,
     AttentionBackend,
     BiasUpdate,
     DeviceKind,
@@ -69,6 +70,7 @@ __all__ = [
     "AlarmConfig",
     "AnalyzeConfig",
     "AnalyzeSettings",
+    "AnswerMetric",
     "AttentionBackend",
     "BiasUpdate",
     "CheckpointConfig",

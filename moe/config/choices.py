@@ -124,6 +124,14 @@ class TemplateName(Enum):
     plain = "plain"
 
 
+class AnswerMetric(Enum):
+    """What evaluations measure of answers to held-out rows (`moe.train.answer_metrics`)."""
+
+    exact_match = "exact_match"
+    json_valid = "json_valid"
+    sql_valid = "sql_valid"
+
+
 class LossOn(Enum):
     """Which tokens of a conversation are targets: all assistant turns, the last one, or everything."""
 

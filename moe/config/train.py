@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from moe.config.choices import Precision, Schedule, TrackingBackend
+from moe.config.choices import AnswerMetric, Precision, Schedule, TrackingBackend
 from moe.config.rules import default_of, filled, is_seed, not_negative, positive, require
 
 MAX_TAG = 64  # characters that W&B takes
@@ -195,6 +195,9 @@ class TrainConfig:
     `sample_prompt=null` uses the beginning of a held-out document (`Corpus.opening`). `peak_tflops` is a rank's peak,
     which MFU is relative to (null: a matrix product is timed at start-up). `neftune_noise_alpha` adds
     noise to the embeddings in training (arXiv 2310.05914); null: none.
+
+    With `answer_metrics` each evaluation lets the model answer at most `answer_rows` held-out rows for fine-tuning, in
+    at most `answer_tokens` tokens each; the metrics are defined in `moe.train.answer_metrics`.
     """
 
     steps: int = 300
@@ -209,6 +212,9 @@ class TrainConfig:
     sample_every: int = 100
     sample_prompt: str | None = None
     sample_tokens: int = 64
+    answer_metrics: list[AnswerMetric] = field(default_factory=list)
+    answer_rows: int = 64
+    answer_tokens: int = 64
     log_every: int = 10
     peak_tflops: float | None = None
     neftune_noise_alpha: float | None = None
@@ -218,6 +224,11 @@ class TrainConfig:
             "train", self, "steps", "epochs", "sequence_length", "micro_batch_size", "global_batch_size", "eval_every"
         )
         positive("train", self, "eval_sequences", "sample_every", "sample_tokens", "log_every", "peak_tflops")
+        positive("train", self, "answer_rows", "answer_tokens")
+        require(
+            len(set(self.answer_metrics)) == len(self.answer_metrics),
+            f"train.answer_metrics=[{','.join(one.name for one in self.answer_metrics)}] names one twice",
+        )
         positive("train", self, "neftune_noise_alpha")
         is_seed("train", self, "seed")
         require(

@@ -20,6 +20,7 @@ from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.inference.decoding import IncrementalDecoder
 from moe.inference.kept_cache import KeptCache
+from moe.inference.lean_decoder import open_decoder
 from moe.inference.sampling import pick
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
@@ -93,7 +94,8 @@ def stream(
     model.eval()
     try:
         prompt_ids = [text.ids[cache.length :] for text in texts]
-        logits_BV = _prefill(model, cache, prompt_ids, settings.prefill_chunk, tokenizer.bos_id)
+        decoder = open_decoder(model, cache)
+        logits_BV = decoder.prefill(prompt_ids, settings.prefill_chunk, tokenizer.bos_id)
         for step in range(settings.max_new_tokens):
             rows_BV = logits_BV[:, : tokenizer.vocab_size].float().cpu()
             if not rows_BV.isfinite().all():
@@ -101,40 +103,22 @@ def stream(
                     "the model's logits are not finite: its weights hold NaN, infinity or numbers too large for "
                     f"{str(model.dtype).removeprefix('torch.')}; use another checkpoint"
                 )
-            chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
+            if settings.temperature == 0 and settings.repetition_penalty == 1:  # `pick` of all at once
+                chosen = rows_BV.argmax(-1).tolist()
+            else:
+                chosen = [text.choose(logits_V) for text, logits_V in zip(texts, rows_BV, strict=True)]
             last = step == settings.max_new_tokens - 1
             for text, token in zip(texts, chosen, strict=True):
                 if not text.done and (piece := text.add(token, last)) is not None:
                     yield piece
             if last or (not all_steps and all(text.done for text in texts)):
                 return
-            logits_BV = _step(model, cache, torch.tensor(chosen)[:, None])
+            logits_BV = decoder.step(chosen)
             fed.append(chosen[0])
     finally:
         model.train(was_training)
         if kept is not None and cache.length:
             kept.end(cache, fed)
-
-
-@torch.no_grad()
-def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], chunk: int, filler: int) -> Tensor:
-    """Feeds the prompts into the cache; the logits [B, V] that follow their last tokens."""
-    width = max(map(len, prompts))
-    ids_BP = torch.tensor([[filler] * (width - len(ids)) + ids for ids in prompts])
-    documents_BP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-    logits = None
-    for ids, documents in zip(ids_BP.split(chunk, 1), documents_BP.split(chunk, 1), strict=True):
-        logits = model(ids.to(model.device), document_ids_BS=documents.to(model.device), cache=cache).logits_BSV
-    assert logits is not None
-    return logits[:, -1]
-
-
-@torch.no_grad()
-def _step(model: Transformer, cache: KVCache, ids_B1: Tensor) -> Tensor:
-    documents_B1 = torch.ones_like(ids_B1, device=model.device)
-    logits_B1V = model(ids_B1.to(model.device), document_ids_BS=documents_B1, cache=cache).logits_BSV
-    assert logits_B1V is not None
-    return logits_B1V[:, -1]
 
 
 class _Text:

@@ -19,6 +19,8 @@ from moe.kernels.policy import wide_dtype, widen
 IGNORED = -100
 SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per slice: fits a core's cache, or keeps a GPU busy
 
+BLOCK_ELEMENTS = 1 << 18  # of a slice that a CPU widens to float32 at a time
+
 
 def slice_rows(device: str, vocab: int) -> int:
     """Tokens per slice."""
@@ -43,18 +45,11 @@ class HandWrittenLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=x_TH.device)
         grad_x = torch.empty_like(x_TH) if need_grad and ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight_VH, dtype=wide) if need_grad and ctx.needs_input_grad[1] else None
+        needs = grad_x is not None or grad_w is not None
         for start in range(0, tokens, rows):
-            x, labels = x_TH[start : start + rows], labels_T[start : start + rows, None]
-            target, valid = labels.clamp(min=0), (labels != IGNORED).to(wide)
-            logits = widen(x @ weight_VH.T)
-            top = logits.amax(-1, keepdim=True)
-            at_target = logits.gather(1, target)
-            exps = logits.sub_(top).exp_()
-            sums = exps.sum(-1, keepdim=True)
-            total += (sums.log().add_(top).sub_(at_target) * valid).sum()
-            if grad_x is None and grad_w is None:
-                continue
-            grad = exps.mul_(valid / sums).scatter_add_(1, target, -valid).to(x.dtype)  # softmax − one-hot
+            x, labels = x_TH[start : start + rows], labels_T[start : start + rows]
+            grad = x @ weight_VH.T
+            total += _to_gradient(grad, labels, needs).sum()
             if grad_x is not None:
                 torch.mm(grad, weight_VH, out=grad_x[start : start + rows])
             if grad_w is not None and grad_w.dtype == grad.dtype:
@@ -72,3 +67,27 @@ class HandWrittenLinearCrossEntropy(torch.autograd.Function):
         grad_x = saved.pop(0) * scale if ctx.has[0] else None
         grad_w = (saved.pop(0) * scale).to(ctx.weight_dtype) if ctx.has[1] else None
         return grad_x, grad_w, None, None
+
+
+def _to_gradient(logits_TV: Tensor, labels_T: Tensor, needs_gradient: bool) -> Tensor:
+    """−log softmax(logits)[label] of each row [T], 0 for a label of −100. With `needs_gradient` the logits are
+    overwritten by their gradient, softmax − one-hot.
+
+    A CPU takes few rows at a time through the element-wise passes, so that they stay in a core's cache.
+    """
+    rows, vocab = logits_TV.shape
+    block = max(1, BLOCK_ELEMENTS // vocab) if logits_TV.device.type == "cpu" else max(1, rows)
+    losses = []
+    for logits, labels in zip(logits_TV.split(block), labels_T.unsqueeze(1).split(block), strict=True):
+        wide = widen(logits)
+        target, valid = labels.clamp(min=0), (labels != IGNORED).to(wide.dtype)
+        top = wide.amax(-1, keepdim=True)
+        at_target = wide.gather(1, target)
+        exps = wide.sub_(top).exp_()
+        sums = exps.sum(-1, keepdim=True)
+        losses.append((sums.log().add_(top).sub_(at_target) * valid).squeeze(1))
+        if needs_gradient:
+            exps.mul_(valid / sums).scatter_add_(1, target, -valid)
+            if exps.dtype != logits.dtype:
+                logits.copy_(exps)
+    return torch.cat(losses)

@@ -104,8 +104,21 @@ def _sum_rows(rows_NH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> T
     if rows_NH.dtype in (torch.float32, torch.float64):
         return F.embedding_bag(index_TK, rows_NH, mode="sum", per_sample_weights=weights_TK)
     # Narrower dtypes: multiply and add in float32, round once at the end.
+    if rows_NH.device.type == "cpu":  # one choice after the other, which takes half the time of a [T, K, H] copy
+        return _sum_choices(rows_NH, index_TK, weights_TK)
     rows_TKH = rows_NH[index_TK].float()
     return (rows_TKH if weights_TK is None else rows_TKH * weights_TK.unsqueeze(-1)).sum(1).to(rows_NH.dtype)
+
+
+def _sum_choices(rows_NH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    total_TH = None
+    for choice, index_T in enumerate(index_TK.unbind(1)):
+        rows_TH = rows_NH.index_select(0, index_T).float()
+        if weights_TK is not None:
+            rows_TH *= weights_TK[:, choice, None]
+        total_TH = rows_TH if total_TH is None else total_TH.add_(rows_TH)
+    assert total_TH is not None
+    return total_TH.to(rows_NH.dtype)
 
 
 class _Permute(torch.autograd.Function):

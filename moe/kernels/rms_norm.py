@@ -41,17 +41,18 @@ class HandWrittenRMSNorm(torch.autograd.Function):
         square_T1 = torch.linalg.vector_norm(wide_TH, dim=-1, keepdim=True).square_()
         r_T1 = square_T1.div_(x_TH.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TH, weight_H, r_T1)
-        return (wide_TH * r_T1).mul_(weight_H).to(x_TH.dtype)
+        y_TH = wide_TH * r_T1 if wide_TH is x_TH else wide_TH.mul_(r_T1)  # a widened copy may be overwritten
+        return y_TH.mul_(weight_H.to(r_T1.dtype)).to(x_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         x_TH, weight_H, r_T1 = ctx.saved_tensors
         hidden, dtype = x_TH.shape[-1], x_TH.dtype
-        x_TH, grad_TH, w_H = widen(x_TH), widen(grads[0]), weight_H.to(r_T1.dtype)
-        product_TH = grad_TH * x_TH
+        wide_TH, grad_TH, w_H = widen(x_TH), widen(grads[0]), weight_H.to(r_T1.dtype)
+        product_TH = grad_TH * wide_TH
         grad_weight_H = r_T1.reshape(-1) @ product_TH.reshape(-1, hidden)
         dot_T1 = (product_TH @ w_H).unsqueeze(-1)
-        grad_x_TH = (grad_TH * w_H).mul_(r_T1)
-        grad_x_TH.addcmul_(x_TH, r_T1.pow(3).mul_(dot_T1).div_(-hidden))
+        grad_x_TH = torch.mul(grad_TH, w_H, out=product_TH).mul_(r_T1)
+        grad_x_TH.addcmul_(wide_TH, r_T1.pow(3).mul_(dot_T1).div_(-hidden))
         return grad_x_TH.to(dtype), grad_weight_H.to(weight_H.dtype), None

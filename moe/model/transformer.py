@@ -29,7 +29,7 @@ from moe.sparse import Randomness, RouterOutput, SparseMLP, build_sparse_mlp, ro
 
 @dataclass(slots=True)
 class ModelOutput:
-    logits_BSV: Tensor | None  # None when labels are given
+    logits_BSV: Tensor | None  # of the positions asked for; None when labels are given
     lm_loss_sum: Tensor | None  # float32 sum of cross-entropy over labels ≠ −100; None without labels
     routers: list[RouterOutput]  # one per sparse layer, in order; [] for a dense model
 
@@ -202,8 +202,10 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         randomness: Randomness | None = None,
         neftune_noise_alpha: float | None = None,
+        logits_to_keep: int | None = None,
     ) -> ModelOutput:
-        """Logits, or the summed loss if labels (already shifted, −100 for no target) are given.
+        """Logits, or the summed loss if labels (already shifted, −100 for no target) are given. `logits_to_keep` is the
+        number of last positions whose logits are computed; None: all.
 
         `document_ids_BS` must not decrease along S; tokens see only their own document (None: a row is one document).
         With a `cache` the tokens continue those of earlier calls and are added to it. In training, dropout, jitter
@@ -211,6 +213,7 @@ class Transformer(nn.Module):
         """
         x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness, neftune_noise_alpha)
         if labels_BS is None:
-            return ModelOutput(self.lm_head(x_BSH), None, routers)
+            kept_BSH = x_BSH if logits_to_keep is None else x_BSH[:, -logits_to_keep:]
+            return ModelOutput(self.lm_head(kept_BSH), None, routers)
         loss = head_loss(self.lm_head, x_BSH.flatten(0, 1), labels_BS.flatten(), self.config.vocab_size)
         return ModelOutput(None, loss, routers)

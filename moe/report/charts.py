@@ -9,7 +9,7 @@ import numpy as np
 
 from moe.report.plots import Chart, Reference, Series, finite, line_chart
 from moe.report.reader import RunHistory
-from moe.report.rows import HIGHEST_LAYER
+from moe.report.rows import ANSWERS, HIGHEST_LAYER
 from moe.report.scales import count, downsample, short
 
 RECENT = 20  # steps to average over: single steps are noisy
@@ -113,6 +113,13 @@ def loss_charts(run: RunHistory) -> str:
         _draw(run, Chart("Bits per byte", "bits per byte of held-out text", bits), "bits-per-byte"),
     ]
     return _condensed(run) + _draw(run, main, "loss") + _grid(charts, "pair")
+
+
+def answer_chart(run: RunHistory) -> str:
+    """The metrics of answers to held-out rows that the run has."""
+    there = [name for name in ANSWERS if np.isfinite(run.series[name]).any()]
+    series = [_series(run, name, name, f"s{index}", evaluations=True) for index, name in enumerate(there)]
+    return _draw(run, Chart("Answers", "share of the rows asked", series, floor=0.0), "answers")
 
 
 def _condensed(run: RunHistory) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe import __version__
 from moe.report import charts, details, facts, palette, texts
+from moe.report.answers import answers_table
 from moe.report.heatmap import heatmap
 from moe.report.reader import Routing, RunHistory, read_run
 from moe.report.shell import asset, document, put
@@ -66,6 +67,7 @@ def _sections(run: RunHistory) -> list[tuple[str, str, str]]:
         ("balance", "Balance", balance),
         ("experts", "Experts by layer", shares),
         ("text", "Who reads what", routed),
+        *([("answers", "Answers", charts.answer_chart(run) + answers_table(run.answers))] if run.answers else []),
         ("samples", "Samples", texts.samples(run.samples) if run.samples else _empty("No samples.jsonl yet.")),
         ("config", "Configuration", texts.configuration(run) if run.config_text else _empty("No config.yaml here.")),
     ]

@@ -13,6 +13,7 @@ from moe.config.migrate import migrate
 from moe.config.rules import MAX_COUNT
 from moe.config.saved import read_saved
 from moe.errors import UserError
+from moe.report.answers import AnsweredRows, read_answers
 from moe.report.details import Details, read_coactivation
 from moe.report.rows import HIGHEST_LAYER, read_frames, read_rows
 from moe.untrusted import Values, is_count, is_real, json_lines, read_object, shown
@@ -60,6 +61,7 @@ class RunHistory:
     frames: list[list[list[float]]]  # [frame][L][E], the last one is the last step's
     routing: Routing | None
     samples: list[TextSample]
+    answers: AnsweredRows | None
     config: dict[str, Any]
     config_text: str
     details: Details
@@ -104,6 +106,7 @@ def read_run(run_dir: Path) -> RunHistory:
         frames=frames,
         routing=_read_routing(run_dir / "routing.json"),
         samples=_read_samples(run_dir / "samples.jsonl"),
+        answers=read_answers(run_dir / "answers.json"),
         config=config,
         config_text=text,
         details=details,

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from moe.config import AnswerMetric
 from moe.errors import UserError
 from moe.untrusted import Values, is_gap, is_real, json_lines, open_regular, shown
 
+ANSWERS = tuple(metric.name for metric in AnswerMetric)
 SCALARS = (
     "tokens",
     "lm_loss",
@@ -33,6 +35,7 @@ SCALARS = (
     "val_loss",
     "val_bits_per_byte",
     "val_unigram_entropy",
+    *ANSWERS,
 )
 LAYERS = "_layers"  # a number NAME beside a list NAME_layers is what the routers measured
 WITHOUT_LAYERS = ("router_z_loss", "router_entropy")  # the same in earlier runs

@@ -175,7 +175,21 @@ def _evaluate(run: TrainingRun) -> dict[str, Any]:
         _written(run, lambda: write_durably(run.folder / "coactivation.json", pairs))
         if run.tracker is not None:
             run.tracker.routing(routing)
-    return done.metrics
+    return done.metrics | _answers(run)
+
+
+def _answers(run: TrainingRun) -> dict[str, float]:
+    """What the answers to held-out rows are worth; the first of them go to answers.json and the terminal."""
+    if run.answers is None:
+        return {}
+    step = run.state.step
+    metrics, rows = run.answers(_transformer(run), lambda part: run.watchdog.beat(step, part, long=True))
+    if run.mesh.is_main:
+        text = json.dumps({"step": step, "rows": rows}) + "\n"
+        _written(run, lambda: write_durably(run.folder / "answers.json", text))
+        first = rows[0]
+        run.display.line(f"answer: {first['prompt']!r} → {first['answer']!r}, expected {first['expected']!r}")
+    return metrics
 
 
 def _sample(run: TrainingRun) -> None:

@@ -17,9 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moe.config import AnswerMetric
+
 TRAIN = ("loss", "lm_loss", "grad_norm", "lr", "skipped_steps", "tokens")
 SPEED = ("tokens_per_second", "step_seconds", "mfu", "straggler_seconds", "elapsed")
 UNSHOWN = ("step", "time", "slowest_rank")  # W&B has the first two itself
+ANSWERS = tuple(metric.name for metric in AnswerMetric)  # of an evaluation, too
 VALIDATION = "val_"  # begins the name of an evaluation's metric; the section says it in its place
 LAYERS = "_layers"  # ends the name of a list with a number of each layer
 
@@ -52,6 +55,8 @@ def panels(metrics: dict[str, Any], *, detailed: bool) -> dict[str, float | Matr
 def _section(name: str) -> str:
     if name.startswith(VALIDATION):
         return f"val/{name.removeprefix(VALIDATION)}"
+    if name in ANSWERS:
+        return f"val/{name}"
     section = "train" if name in TRAIN else "speed" if name in SPEED else "balance"
     return f"{section}/{name}"
 

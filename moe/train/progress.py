@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe.config import AnswerMetric
+
 
 def duration(seconds: float) -> str:
     """For people: 40 s, 3 min 05 s, 2 h 10 min."""
@@ -75,6 +77,7 @@ class Display:
             self.line(
                 f"step {step}/{self.steps} · validation loss {metrics['val_loss']:.4f} nats"
                 f" ({gap:+.2f} under the unigram entropy) · {metrics['val_bits_per_byte']:.3f} bits per byte"
+                + "".join(f" · {one.name} {metrics[one.name]:.1%}" for one in AnswerMetric if one.name in metrics)
             )
 
     def stop(self) -> None:

@@ -23,6 +23,7 @@ NEUTRAL = (
     "experts.backend", "model.attention", "model.recompute", "model.initializer", "model.initializer_range",
     "data.cache_dir", "data.path", "data.format", "data.records", "data.text_field", "data.prompt_field",
     "data.completion_field", "data.messages_field", "data.template", "data.loss_on", "data.long_rows",
+    "train.answer_metrics", "train.answer_rows", "train.answer_tokens",
     "train.eval_every", "train.eval_sequences", "train.sample_every", "train.sample_prompt", "train.sample_tokens",
     "train.log_every", "train.peak_tflops", "alarm", "guard.max_skipped", "guard.hang_seconds", "guard.name_stragglers",
 )  # fmt: skip

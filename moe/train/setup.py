@@ -13,6 +13,7 @@ from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
 from moe.config import Config
 from moe.config.compose import to_yaml
+from moe.config.rules import require
 from moe.data.corpus import Corpus
 from moe.data.loader import Loader
 from moe.distributed.code import running_code
@@ -24,6 +25,7 @@ from moe.model.transformer import Transformer
 from moe.plan import count_parameters, flops_per_token
 from moe.sparse import SparseMLP
 from moe.train.alarm import Alarm
+from moe.train.answers import Answers
 from moe.train.best import Best
 from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
@@ -49,6 +51,7 @@ class TrainingRun:
     engine: Engine
     loader: Loader
     evaluation: Evaluation
+    answers: Answers | None
     saver: Saver
     state: TrainState
     guard: Guard
@@ -96,6 +99,11 @@ def watch(
     def beat(doing: str) -> None:
         watchdog.beat(state.step, doing, long=True)
 
+    answers = Answers.of(config, data.corpus, mesh)
+    if answers is not None:
+        causal = _transformer(engine).is_causal
+        require(causal, f"train.answer_metrics: a model with router.kind={config.router.kind} can't generate text")
+        display.line(answers.describe())
     hosts = host_names(mesh.world_size)
     saver = Saver(folder, mesh, config.checkpoint, display.line, display.warn, beat, data.corpus.tokenizer)
     return TrainingRun(
@@ -107,6 +115,7 @@ def watch(
         engine=engine,
         loader=data.loader,
         evaluation=Evaluation(data.corpus, data.held_out, mesh, config.model.vocab_size),
+        answers=answers,
         saver=saver,
         state=state,
         guard=Guard(config.guard, state, mesh, display.warn),
@@ -122,10 +131,15 @@ def watch(
     )
 
 
+def _transformer(engine: Engine) -> Transformer:
+    assert isinstance(engine.model, Transformer)
+    return engine.model
+
+
 def _sparse_layers(engine: Engine) -> list[int]:
     """The numbers of the blocks whose MLP is sparse."""
-    assert isinstance(engine.model, Transformer)
-    return [layer for layer, block in enumerate(engine.model.model.layers) if isinstance(block.mlp, SparseMLP)]
+    layers = _transformer(engine).model.layers
+    return [layer for layer, block in enumerate(layers) if isinstance(block.mlp, SparseMLP)]
 
 
 def _write_run_files(run: TrainingRun, *, resumed: bool) -> None:

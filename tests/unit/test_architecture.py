@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
         "__init__",
     },
     "data": {"config", "errors", "untrusted", "durable"},
-    "inference": {"model", "data", "config", "errors"},
+    "inference": {"model", "sparse", "kernels", "data", "config", "errors"},
     "interop": {"plan", "data", "checkpoint", "adapters", "model", "config", "untrusted", "durable", "errors"},
     "evaluate": {
         "inference", "data", "checkpoint", "distributed", "model", "sparse", "kernels", "config", "untrusted",
@@ -49,8 +49,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
-        "train", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config", "durable",
-        "errors",
+        "train", "inference", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config",
+        "durable", "errors",
     },
     "analysis": {
         "report", "model", "sparse", "data", "checkpoint", "config", "errors", "durable", "__init__",

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe.kernels.attention.naive import sdpa
 from moe.kernels.attention.pattern import Attend, document_bounds, visible
 from moe.kernels.attention.together import Together
+from moe.kernels.policy import widen
 
 # Queries per block on a CPU. Its SDPA skips masked keys only in spans of 512: up to that length, blocks save work.
 CAUSAL_BLOCK, CAUSAL_SPAN = 128, 512
@@ -26,11 +27,12 @@ MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
 def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
     lengths = _cuts(document_ids_BS)
+    attend: Attend = partial(_block, lengths=lengths, window=window)
     if lengths is not None and document_ids_BS is not None:
         together = Together.of(lengths, document_ids_BS.device)
         if together is not None:
-            return partial(_grouped, together=together, window=window)
-    return partial(_block, lengths=lengths, window=window)
+            attend = partial(_grouped, together=together, window=window)
+    return partial(_widened, attend=attend)
 
 
 def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
@@ -39,6 +41,15 @@ def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
         return None
     batch, length = document_ids_BS.shape
     return document_bounds(document_ids_BS, batch, length, document_ids_BS.device).diff().tolist()
+
+
+def _widened(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, attend: Attend) -> Tensor:
+    """On a CPU narrower dtypes are computed in float32: the backward pass of torch's SDPA takes 3 times as long in
+    bfloat16."""
+    dtype = q_BSND.dtype
+    if q_BSND.device.type == "cpu":
+        q_BSND, k_BSGD, v_BSGD = widen(q_BSND), widen(k_BSGD), widen(v_BSGD)
+    return attend(q_BSND, k_BSGD, v_BSGD).to(dtype)
 
 
 def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int] | None, window: int | None) -> Tensor:

@@ -97,6 +97,11 @@ class Router(nn.Module):
         """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere."""
         raise NotImplementedError
 
+    def route(self, x_TH: Tensor) -> Choices:
+        """The choices of `forward` for tokens that are a sequence each, in evaluation, for decoding: without gradients
+        and autocast."""
+        return self(x_TH[:, None]).choices
+
     def begin_step(self, step: int, total_steps: int) -> None:
         """Optimizer step number `step` (0-based) of `total_steps` begins, for schedules. The same on all ranks, and
         unchanged until the next one: where activations are recomputed, in evaluation, and in a checkpoint's model."""

@@ -63,8 +63,7 @@ class TokenChoiceRouter(Router):
             logits_TE = F.linear(input_TH, self.trained(self.adapted(self.weight)).to(dtype))
             scored_TE = self.noisy(logits_TE, input_TH, x_BSH.shape[:2], randomness)
             scores_TE, probs_TE = self.scores(scored_TE)
-            ids_TK = self.choose(self.biased(scores_TE), self.at("top_k"))
-            weights_TK = self.weights(scores_TE.gather(1, ids_TK))
+            ids_TK, weights_TK = self.chosen(scores_TE)
             counts_E = count_choices(ids_TK.flatten(), self.config.num_experts)
             return RouterOutput(
                 choices=Choices.top_k(ids_TK, weights_TK, self.kept(ids_TK, scores_TE.detach(), x_BSH.shape)),
@@ -74,6 +73,18 @@ class TokenChoiceRouter(Router):
                 losses=dict(self.losses(logits_TE, probs_TE, ids_TK, counts_E, x_BSH.shape[0])),
                 diagnostics={"router_entropy": router_entropy(probs_TE.detach())},
             )
+
+    def route(self, x_TH: Tensor) -> Choices:
+        """Without probabilities, counts, losses and metrics."""
+        input_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
+        logits_TE = F.linear(input_TH, self.adapted(self.weight).to(input_TH.dtype))
+        scores_TE, _ = self.scores(self.noisy(logits_TE, input_TH, torch.Size((x_TH.shape[0], 1)), None))
+        return Choices.top_k(*self.chosen(scores_TE))
+
+    def chosen(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [T, K], the best first, and their weights."""
+        ids_TK = self.choose(self.biased(scores_TE), self.at("top_k"))
+        return ids_TK, self.weights(scores_TE.gather(1, ids_TK))
 
     def jittered(self, x_BSH: Tensor, randomness: Randomness | None) -> Tensor:
         """The router's input, in training times noise (Switch Transformer, arXiv 2101.03961, §2.2)."""

@@ -44,11 +44,11 @@ def test_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "EPOCH", 500)
     arithmetic.write(tmp_path)
     train, direct, seen, held_out, larger = (
-        read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "direct", "seen", "held_out", "larger")
+        read_rows(tmp_path / f"{name}.jsonl") for name in ("worked", "direct", "seen", "held_out", "larger")
     )
     assert len(train) == len(direct) == 20 * 500
     assert {asked(row) for row in direct} == {asked(row) for row in seen}
-    assert sum(arithmetic.is_small(row) for row in train) == len(train) / 2
+    assert sum(arithmetic.is_small(row) for row in train) == len(train) / 4
     for rows in (train, direct, seen):
         assert not leaks(rows, held_out + larger, arithmetic.pair)
     assert len(seen) + len(held_out) == len({asked(row) for row in seen + held_out}) == 1_200

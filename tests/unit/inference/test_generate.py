@@ -182,8 +182,8 @@ class Scripted(torch.nn.Module):
         self.config, self.device, self.dtype = self.real.config, self.real.device, self.real.dtype
         self.is_causal = True
 
-    def forward(self, ids, *, document_ids_BS, cache):
-        output = self.real(ids, document_ids_BS=document_ids_BS, cache=cache)
+    def forward(self, ids, **keywords):
+        output = self.real(ids, **keywords)
         output.logits_BSV.zero_()
         for row, text in enumerate(self.texts):
             output.logits_BSV[row, -1, text[self.calls]] = 50.0

@@ -155,6 +155,21 @@ def test_document_bounds_never_join_rows():
     assert document_bounds(None, 2, 3, CPU).tolist() == [0, 3, 6]
 
 
+@pytest.mark.parametrize(("length", "window"), [(45, None), (300, None), (300, 33)])
+def test_bfloat16_on_a_cpu_is_rounded_only_at_the_ends(length, window):
+    """Inputs are bfloat16, so are outputs and gradients; everything between is as in float32."""
+    narrow = inputs((2, length, 4, 2, 8), torch.bfloat16)
+    wide = tuple(tensor.detach().float().requires_grad_() for tensor in narrow)
+    attend = make_attend(AttentionBackend.block, (2, length), window, None, CPU)
+    out, exact = attend(*narrow), attend(*wide)
+    assert torch.equal(out, exact.bfloat16())
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for mine, theirs in zip(
+        torch.autograd.grad(out, narrow, weight), torch.autograd.grad(exact, wide, weight.float()), strict=True
+    ):
+        assert torch.equal(mine, theirs.bfloat16())
+
+
 @needs_cuda
 @pytest.mark.parametrize("backend", [AttentionBackend.varlen, AttentionBackend.flex, AttentionBackend.block])
 @pytest.mark.parametrize("window", [None, 1, 9, 64])

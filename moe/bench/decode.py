@@ -1,0 +1,258 @@
+"""`moe bench decode`: text generation on a CPU beside transformers' `generate`, in one process.
+
+    moe bench decode                                       # configs/model/small.yaml: one prompt, then 32 prompts
+    moe bench decode rounds=9 steps=128                    # 128 new tokens for each prompt
+    moe bench decode train.sequence_length=512             # prompts of 512 tokens; any other key of `moe train`
+
+Both sides have the same weights, prompts and threads, and take the most probable token. Their tokens must be the same
+before anything is timed. Ours runs what `moe generate` runs, text pieces included; the peer uses its fastest experts
+implementation, found by timing them here. Rounds alternate which side goes first, and a ratio is computed within each
+round. Times include the prompt; `first token` is the time of the prompt alone. With one thread they are CPU time, which
+other programs on the machine disturb less than wall-clock.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe.bench.peer import IMPLEMENTATIONS, peer_model
+from moe.bench.peers import parse
+from moe.bench.settings import Rounds
+from moe.config import Config, Precision
+from moe.config.generate import Sampling
+from moe.errors import UserError
+from moe.inference.generate import stream
+from moe.inference.lean_decoder import obstacle, open_decoder
+from moe.model.build import build_model
+from moe.model.cache import KVCache
+from moe.model.transformer import Transformer
+
+DEFAULTS = ["train.sequence_length=32"]
+BATCHES = (1, 32)  # prompts
+IMPLEMENTATION_TOKENS = 8  # new tokens with which the peer's implementations are timed
+FIRST = 0x4E00  # the characters that stand for token ids: whole, printing ones, so that each is a piece of text
+MOST_IDS = 0xD800 - FIRST
+
+Generate = Callable[[Tensor, int], Tensor]  # prompts [B, P], number of new tokens → new tokens [B, N]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Seconds of both sides for one batch of prompts: to the last token, and to the first."""
+
+    ours: float
+    peer: float
+    our_first: float
+    peer_first: float
+
+
+class CharacterPerToken:
+    """A tokenizer whose text says which tokens it was made of. No token ends a text."""
+
+    chat_template = None
+    fingerprint = "bench"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.bos_id, self.eos_id = vocab_size, 0, -1
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) - FIRST for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join([chr(FIRST + token) for token in ids])
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(overrides: list[str]) -> None:
+    """Prints a table for each batch; the last line is `ratio tokens/s N.NN`, of one prompt. Raises UserError."""
+    keys, config = parse([*DEFAULTS, *overrides], Rounds(rounds=7, steps=64))
+    if config.train.precision is not Precision.float32:
+        raise UserError(f"train.precision={config.train.precision.value} must be float32: both sides generate in it")
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("bench decode needs transformers: pip install 'moe-train[dev]'")
+    if config.model.vocab_size > MOST_IDS:
+        raise UserError(f"model.vocab_size={config.model.vocab_size} must be ≤ {MOST_IDS}: a character for each token")
+    ours = build_model(config, torch.device("cpu")).eval()
+    against = obstacle(ours)
+    if against is not None:
+        raise UserError(f"bench decode: {against}, so it is decoded by the model's own forward pass")
+    peer = peer_model(config).eval()
+    peer.load_state_dict(ours.state_dict())
+    peer.config.update({"use_cache": True, "output_router_logits": False})
+    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    ratios = []
+    for batch in reversed(BATCHES):
+        prompts_BP = _prompts(config, batch)
+        implementation = best_implementation(peer, prompts_BP, config)
+        same_tokens(ours, peer, prompts_BP, keys.steps)
+        operations = our_operations(ours, prompts_BP), peer_operations(peer, prompts_BP)
+        rounds = list(measure(keys, {"ours": our_tokens(ours), "peer": peer_tokens(peer)}, prompts_BP))
+        lines, ratio = table(rounds, batch, keys.steps, implementation, operations)
+        print("\n".join(lines), flush=True)
+        ratios.append(ratio)
+    print(f"ratio tokens/s, {BATCHES[1]} prompts: {ratios[0]:.2f}")
+    print(f"ratio tokens/s {ratios[1]:.2f}")
+
+
+def processor() -> str:
+    """The CPU's name and the machine's load of the last minute."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.machine())}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+
+
+def our_tokens(model: Transformer) -> Generate:
+    """What `moe generate` runs, from token ids to text, and back to the ids."""
+    tokenizer: Any = CharacterPerToken(model.config.vocab_size)
+
+    def generate(prompts_BP: Tensor, count: int) -> Tensor:
+        texts = [""] * len(prompts_BP)
+        settings = Sampling(max_new_tokens=count, temperature=0.0)
+        for piece in stream(model, tokenizer, prompts_BP.tolist(), settings):
+            texts[piece.prompt] += piece.text
+        return torch.tensor([tokenizer.encode(text) for text in texts])
+
+    return generate
+
+
+def peer_tokens(peer: Any) -> Generate:
+    from transformers import GenerationConfig
+
+    def generate(prompts_BP: Tensor, count: int) -> Tensor:
+        settings = GenerationConfig(
+            max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        whole = peer.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP), generation_config=settings)
+        return whole[:, prompts_BP.shape[1] :]
+
+    return generate
+
+
+def same_tokens(ours: Transformer, peer: Any, prompts_BP: Tensor, count: int) -> None:
+    """Raises RuntimeError unless both sides generate the same tokens: a ratio of different texts would mean nothing."""
+    mine_BN, theirs_BN = our_tokens(ours)(prompts_BP, count), peer_tokens(peer)(prompts_BP, count)
+    if not torch.equal(mine_BN, theirs_BN):
+        prompt, token = (mine_BN != theirs_BN).nonzero()[0].tolist()
+        raise RuntimeError(f"the two sides generate different tokens, first in prompt {prompt} at token {token}")
+    print(f"prompts: {len(prompts_BP)}; both sides generate the same {mine_BN.numel()} tokens")
+
+
+def best_implementation(peer: Any, prompts_BP: Tensor, config: Config) -> str:
+    """Times each of the peer's experts implementations, and sets and returns the fastest."""
+    seconds: dict[str, float] = {}
+    for name in IMPLEMENTATIONS:
+        needed, free = _batched_bytes(prompts_BP, config), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if name == "batched_mm" and needed > free / 2:
+            print(f"peer's experts, {name}: left out, it copies {needed / 1e9:.0f} GB of expert weights for the prompt")
+            continue
+        peer.set_experts_implementation(name)
+        generate = peer_tokens(peer)
+        generate(prompts_BP, 1)
+        seconds[name] = min(_seconds(generate, prompts_BP, IMPLEMENTATION_TOKENS) for _ in range(2))
+        print(f"peer's experts, {name}: {seconds[name] / IMPLEMENTATION_TOKENS * 1e3:,.1f} ms/step", flush=True)
+    best = min(seconds, key=lambda name: seconds[name])
+    peer.set_experts_implementation(best)
+    return best
+
+
+def our_operations(model: Transformer, prompts_BP: Tensor) -> int:
+    """Operations of one decoded token of each prompt."""
+    batch, width = prompts_BP.shape
+    decoder = open_decoder(model, KVCache(model.config, batch, width + 2, model.device, model.dtype))
+    decoder.prefill(prompts_BP.tolist(), 512, 0)
+    decoder.step([0] * len(prompts_BP))  # the first one may compute the rotary table
+    with Operations() as operations:
+        decoder.step([0] * len(prompts_BP))
+    return operations.count
+
+
+@torch.no_grad()
+def peer_operations(peer: Any, prompts_BP: Tensor) -> int:
+    """The same of the peer's forward pass, without what its `generate` adds."""
+    cache = peer(prompts_BP, use_cache=True).past_key_values
+    with warnings.catch_warnings(), Operations() as operations:
+        warnings.simplefilter("ignore", FutureWarning)  # of a keyword's new name
+        peer(prompts_BP[:, :1], past_key_values=cache, use_cache=True)
+    return operations.count
+
+
+def measure(keys: Rounds, sides: dict[str, Generate], prompts_BP: Tensor) -> Iterator[Round]:
+    """Alternating rounds of both sides."""
+    for index in range(keys.rounds):
+        whole, first = {}, {}
+        for name in sorted(sides, reverse=bool(index % 2)):
+            first[name] = _seconds(sides[name], prompts_BP, 1)
+            whole[name] = _seconds(sides[name], prompts_BP, keys.steps)
+        yield Round(whole["ours"], whole["peer"], first["ours"], first["peer"])
+
+
+def table(
+    rounds: list[Round], batch: int, steps: int, implementation: str, operations: tuple[int, int]
+) -> tuple[list[str], float]:
+    """Lines to print, and the median of the rounds' ratios of tokens per second."""
+    ratios = [each.peer / each.ours for each in rounds]
+    firsts = [each.peer_first / each.our_first for each in rounds]
+    lines = [f"{'':32}{'tokens/s':>10}{'ms/step':>10}{'first token, ms':>18}{'operations a step':>20}"]
+    names = "ours", f"transformers, {implementation}"
+    for name, side, count in zip(names, ("ours", "peer"), operations, strict=True):
+        seconds = statistics.median(getattr(each, side) for each in rounds)
+        first = statistics.median(getattr(each, side.removesuffix("s") + "_first") for each in rounds)
+        step = f"{batch * steps / seconds:>10,.0f}{seconds / steps * 1e3:>10,.2f}"
+        lines.append(f"{name:32}{step}{first * 1e3:>18,.1f}{count:>20,}")
+    lines.append(
+        f"medians of {len(rounds)} alternating rounds of {steps} tokens, {_clock_name()}; ratio per round "
+        f"{min(ratios):.2f} to {max(ratios):.2f}; first token {statistics.median(firsts):.2f} × as fast"
+    )
+    if max(ratios) > 1.5 * min(ratios):
+        lines.append("warning: the rounds disagree by more than half; the machine is busy with something else")
+    return lines, statistics.median(ratios)
+
+
+def _prompts(config: Config, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(config.train.seed)
+    return torch.randint(config.model.vocab_size, (batch, config.train.sequence_length), generator=generator)
+
+
+def _batched_bytes(prompts_BP: Tensor, config: Config) -> int:
+    """What batched_mm copies in one layer: an expert's weights for every choice."""
+    choices = prompts_BP.numel() * config.router.experts_per_token
+    return 4 * choices * 3 * config.model.hidden_size * config.model.intermediate_size
+
+
+def _clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def _clock_name() -> str:
+    return "CPU time" if torch.get_num_threads() == 1 else "wall-clock"
+
+
+def _seconds(generate: Generate, prompts_BP: Tensor, count: int) -> float:
+    start = _clock()
+    generate(prompts_BP, count)
+    return _clock() - start

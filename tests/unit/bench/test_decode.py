@@ -1,0 +1,74 @@
+"""`moe bench decode`: equal tokens first, then the ratio; bad overrides give one-line errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe.bench import decode, run_bench
+from moe.bench.peer import peer_model
+from moe.bench.peers import parse
+from moe.model.build import build_model
+from tests.unit.bench.test_peers import SMALL
+
+
+def test_decode_runs_and_ends_with_the_ratio(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(decode, "BATCHES", (1, 3))
+    run_bench(["decode", "rounds=2", "steps=4", *SMALL, "train.sequence_length=5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("prompts")] == [
+        "prompts: 3; both sides generate the same 12 tokens",
+        "prompts: 1; both sides generate the same 4 tokens",
+    ]
+    rows = [line[32:].split() for line in lines if line.startswith(("ours ", "transformers, "))]
+    assert len(rows) == 4
+    assert all(0 < int(ours[-1]) < int(peer[-1]) for ours, peer in (rows[:2], rows[2:]))
+    assert lines[-2].startswith("ratio tokens/s, 3 prompts: ")
+    ratio = lines[-1].split()
+    assert ratio[:2] == ["ratio", "tokens/s"]
+    assert float(ratio[2]) > 0
+
+
+def test_sides_that_generate_other_tokens_are_not_compared() -> None:
+    pytest.importorskip("transformers")
+    _, config = parse(SMALL)
+    ours = build_model(config, torch.device("cpu")).eval()
+    peer = peer_model(config).eval()
+    peer.load_state_dict(ours.state_dict())
+    peer.config.update({"use_cache": True, "output_router_logits": False})
+    prompts = torch.randint(320, (2, 4), generator=torch.Generator().manual_seed(0))
+    decode.same_tokens(ours, peer, prompts, 6)
+    with torch.no_grad():
+        peer.get_parameter("lm_head.weight").mul_(-1)
+    with pytest.raises(RuntimeError, match="different tokens, first in prompt 0 at token 0"):
+        decode.same_tokens(ours, peer, prompts, 6)
+
+
+def test_the_ratio_is_taken_inside_each_round() -> None:
+    rounds = [
+        decode.Round(ours=1, peer=2, our_first=1, peer_first=1),
+        decode.Round(ours=10, peer=30, our_first=1, peer_first=2),
+        decode.Round(ours=1, peer=4, our_first=1, peer_first=3),
+    ]
+    lines, ratio = decode.table(rounds, 1, 10, "eager", (10, 20))
+    assert ratio == 3
+    assert "ratio per round 2.00 to 4.00; first token 2.00 × as fast" in lines[-2]
+    assert lines[-1].startswith("warning: the rounds disagree")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["rounds=0"], "rounds=0 must be ≥ 1"),
+        (["precision=bfloat16"], "train.precision=bfloat16 must be float32"),
+        (["model=mistral_7b"], "model.mlp=dense must be sparse"),
+        (["model.vocab_size=40000"], "model.vocab_size=40000 must be ≤ 35328"),
+    ],
+)
+def test_bad_overrides_are_one_line(overrides: list[str], text: str) -> None:
+    with pytest.raises(ValueError, match=text.replace(".", r"\.")) as caught:
+        run_bench(["decode", *overrides])
+    assert "\n" not in str(caught.value)
