@@ -48,7 +48,7 @@ def _message(overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("a.jsonl", _lines(CHAT | {"tools": [{"name": "f"}]}, OTHER), [], "data.template=mistral: it has no tools"),
         ("a.jsonl", _lines(GOOD, '{"prompt": '), [], "a.jsonl:2: broken JSON at column 12"),
         ("a.jsonl", _lines(GOOD, '{"prompt": ' + "[" * 5000), [], "a.jsonl:2: broken JSON: nested too deeply"),
-        ("a.jsonl", _lines(GOOD, GOOD | {"prompt": ["a"]}), [], "a.jsonl:2: prompt must be text, is a list"),
+        ("a.jsonl", _lines(GOOD, GOOD | {"prompt": ["a"]}), [], "completion must be a list of messages, as prompt is"),
         ("a.jsonl", "", [], "a.jsonl: is empty: it holds no row"),
         ("a.jsonl", _lines(GOOD), [], "holds one distinct document of"),
         ("a.jsonl", _lines(CHAT), ["data.template=chatml"], "needs the tokens <|im_start|>, <|im_end|>, which the"),
