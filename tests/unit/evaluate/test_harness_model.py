@@ -70,7 +70,10 @@ def ours(run: Path, mesh: Mesh = ALONE, template: str | None = None, **settings:
 def theirs(out: Path, **settings: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=3, **settings)
+    with pytest.MonkeyPatch.context() as patch:  # left by other tests, they look like a launch by torchrun
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        return HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=3, **settings)
 
 
 def test_log_likelihoods(exported: tuple[Path, Path]) -> None:
