@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -36,7 +35,8 @@ def test_a_run_whose_experts_lie_on_two_ranks(corpus: list[str], tmp_path: Path)
     found = dict(load_model(back).named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    # Of bytes that are no UTF-8, the two tokenizers make different numbers of replacement characters.
+    # Behind bytes that are no UTF-8 the two tokenizers write different replacements for the same ids.
     greedy = ["prompt=3 plus 4", "max_new_tokens=8", "temperature=0"]
-    texts = [re.sub("\ufffd+", "", _moe("generate", f"checkpoint={one}", *greedy)) for one in (run, back)]
+    texts = [_moe("generate", f"checkpoint={one}", *greedy).partition("\ufffd")[0] for one in (run, back)]
+    assert texts[0].startswith("3 plus 4")
     assert texts[0] == texts[1]
