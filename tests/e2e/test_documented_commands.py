@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, settings
+from moe.bench import BENCHMARKS, attention, peers, settings
 from moe.cli.verbs import MULTIRUN, load, schema
 from moe.config import PlanConfig
 from moe.config.compose import load_config
@@ -224,6 +224,8 @@ def _check_bench(words: list[str]) -> None:
     importlib.import_module(f"moe.bench.{name}")
     if name == "attention":
         attention._window(rest)
+    elif name in ("peers", "memory_peers"):
+        peers.parse(rest)
     else:
         load_config(settings.split(rest)[1])
 
