@@ -28,7 +28,7 @@ STEP = ("loss", "backward", "reduce", "update")  # the phases of a step, which r
 # is fitted to runs with glibc (docs/plan.md says to which, and how well it holds).
 GIVEN_BACK = 32 * 2**20
 CHECKPOINT_FILE = 2 << 30  # `moe.checkpoint.ownership` cuts files up to this size
-HOLES = {"activations": 0.25, "moe_buffers": 0.25, "working": 1.0, "recomputed": 1.0}
+HOLES = {"activations": 0.2, "moe_buffers": 0.2, "working": 1.0, "recomputed": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
