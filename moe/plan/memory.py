@@ -28,7 +28,7 @@ STEP = ("loss", "backward", "reduce", "update")  # the phases of a step, which r
 # is fitted to runs with glibc (docs/plan.md says to which, and how well it holds).
 GIVEN_BACK = 32 * 2**20
 CHECKPOINT_FILE = 2 << 30  # `moe.checkpoint.ownership` cuts files up to this size
-HOLES = {"activations": 0.2, "moe_buffers": 0.2, "working": 1.0, "recomputed": 1.0}
+HOLES = {"working": 1.0, "recomputed": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +134,8 @@ def _pools(blocks: list[MemoryBlock], sparse: bool) -> tuple[float, float]:
     no long-lived blocks lie between the activations: gradients reuse their memory, and all count as one pool."""
     small = [block for block in blocks if block.piece < GIVEN_BACK]
     gradients = sum(block.size for block in small if block.kind == "gradients" and sparse)
-    holes = HOLES if sparse else {kind: HOLES[kind] for kind in ("working", "recomputed")}
     others = [block for block in small if block.kind != "gradients" or not sparse]
-    return gradients, sum(block.size * (1 + holes.get(block.kind, 0)) for block in others)
+    return gradients, sum(block.size * (1 + HOLES.get(block.kind, 0)) for block in others)
 
 
 def size(count: float) -> str:
