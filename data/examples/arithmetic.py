@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
+from data.examples.page import Bar, Page, Table, command_line, elapsed, percent, script_of
 from data.examples.score import Scored, scored, write_prompts
 from data.examples.splits import Row, leaks, split, write_rows
 from data.examples.training import active_parameters, final_metrics, runs
@@ -151,10 +150,4 @@ A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − �
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["rows", folder]:
-            write(Path(folder))
-        case ["page", folder, path]:
-            page(Path(folder)).write(Path(path))
-        case _:
-            sys.exit(__doc__)
+    command_line(__doc__, write, page)

@@ -11,10 +11,9 @@ its tens.
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
+from data.examples.page import Bar, Page, Table, command_line, elapsed, percent, script_of
 from data.examples.score import Scored, scored, write_prompts
 from data.examples.splits import Row, is_held_out, leaks, write_rows
 from data.examples.training import active_parameters, final_metrics, runs
@@ -133,10 +132,4 @@ brackets, digit by digit, from {epochs:g} epochs of {EPOCH:,} rows: a dense mode
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["rows", folder]:
-            write(Path(folder))
-        case ["page", folder, path]:
-            page(Path(folder)).write(Path(path))
-        case _:
-            sys.exit(__doc__)
+    command_line(__doc__, write, page)

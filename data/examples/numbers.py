@@ -9,10 +9,9 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
-from data.examples.page import Bar, Page, Table, elapsed, percent, script_of
+from data.examples.page import Bar, Page, Table, command_line, elapsed, percent, script_of
 from data.examples.score import scored, write_prompts
 from data.examples.splits import Row, leaks, split, write_rows
 from data.examples.training import final_metrics, runs
@@ -97,10 +96,4 @@ puts there; the others are held out. An answer counts when the whole of it is ri
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["rows", folder]:
-            write(Path(folder))
-        case ["page", folder, path]:
-            page(Path(folder)).write(Path(path))
-        case _:
-            sys.exit(__doc__)
+    command_line(__doc__, write, page)

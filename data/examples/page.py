@@ -6,8 +6,9 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -69,7 +70,8 @@ class Page:
         command = f"bash launch/examples/{self.script.name}"
         parts = [
             f"# {self.title}",
-            f"Written by `{command}`; not edited by hand.",
+            f"Written by `{command}`; not edited by hand."
+            + ("" if self.seconds is not None else " Its commands ran in several goes, so no time is stated."),
             self.shows.strip(),
             "## Reached",
             _table(
@@ -110,6 +112,17 @@ class Page:
             except PackageNotFoundError:
                 continue
         return _table(("", ""), rows)
+
+
+def command_line(usage: str | None, write: Callable[[Path], None], page: Callable[[Path], Page]) -> None:
+    """`rows FOLDER` writes an example's rows into the folder, `page FOLDER FILE` what its runs there reached."""
+    match sys.argv[1:]:
+        case ["rows", folder]:
+            write(Path(folder))
+        case ["page", folder, path]:
+            page(Path(folder)).write(Path(path))
+        case _:
+            sys.exit(usage)
 
 
 def script_of(name: str) -> Path:
