@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.permute import permute_rows
+
 LONGEST = 128  # tokens; a longer document has work enough for a call of its own
 
 
@@ -54,8 +56,8 @@ class Together:
         return cls(shapes, take_P, real_P, back_T)
 
     def pad(self, x_TND: Tensor) -> list[Tensor]:
-        """[C, L, N, D] of each group."""
-        x_PND = _Pad.apply(x_TND, self)
+        """[C, L, N, D] of each group. What padding gets of a gradient is left out: nothing sees padding."""
+        x_PND = permute_rows(x_TND, self.take_P, self.back_T)
         parts = x_PND.split([count * longest for count, longest in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -69,20 +71,9 @@ def _group(length: int, document: int) -> tuple[int, int]:
     return (0, (length - 1).bit_length()) if length <= LONGEST else (1, document)
 
 
-# Both are gathers in both directions, without atomic additions: what padding gets is left out, since nothing sees it.
-class _Pad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TND: Tensor, places: Together) -> Tensor:
-        ctx.places = places
-        return x_TND.index_select(0, places.take_P)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_PND: Tensor) -> tuple[Tensor, None]:
-        return grad_PND.index_select(0, ctx.places.back_T), None
-
-
 class _Unpad(torch.autograd.Function):
+    """The gather by `back_T`; its backward pass gathers too, and gives padding no gradient."""
+
     @staticmethod
     def forward(ctx: Any, x_PND: Tensor, places: Together) -> Tensor:
         ctx.places = places
