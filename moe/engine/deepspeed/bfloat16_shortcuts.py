@@ -1,5 +1,5 @@
 """Removes passes over the gradients that DeepSpeed's BF16_Optimizer makes at every step, on a CPU, where each takes
-time. Losses and weights stay bit-identical (tests/distributed/test_bfloat16_shortcuts.py).
+time. Losses and weights stay bit-identical (tests/distributed/test_shortcuts.py).
 
 - DeepSpeed converts a gradient to a new float32 tensor and adds that to its sum, which it has set to zero, twice. Here
   a step's first gradient is converted straight into the sum, and later ones are added without a converted copy.
