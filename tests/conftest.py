@@ -3,6 +3,7 @@ processes it starts: on a machine that does something else too, two threads wait
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,3 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--real-processes"):
         os.environ[forkserver.ALWAYS_REAL] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_of_before() -> Iterator[None]:
+    """A file's tests leave no variables: libraries set some (accelerate: LOCAL_RANK, KMP_DUPLICATE_LIB_OK), and a
+    process that has others than the fork-server is started anew."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
