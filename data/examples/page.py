@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import moe
+from moe.bench.processor import processor
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece")
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ class Page:
     def _where(self) -> str:
         rows = [
             ("date", f"{datetime.now(UTC):%Y-%m-%d}"),
-            ("CPU", cpu_model()),
+            ("CPU", processor()[0]),
             ("cores", len(os.sched_getaffinity(0))),
         ]
         if self.seconds is not None:
@@ -144,14 +144,6 @@ def commands(script: Path) -> str:
     begins = [number for number, line in enumerate(lines) if line.startswith("install_project")]
     body = lines[begins[-1] + 1 :] if begins else [line for line in lines if not line.startswith("#!")]
     return "\n".join(body).strip()
-
-
-def cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.bench.peer import IMPLEMENTATIONS, peer_model
-from moe.bench.peers import parse
+from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model
+from moe.bench.peers import DISAGREE, parse
+from moe.bench.processor import processor
 from moe.bench.settings import Rounds
 from moe.config import Config, Precision
 from moe.config.generate import Sampling
@@ -43,6 +42,7 @@ from moe.model.transformer import Transformer
 DEFAULTS = ["train.sequence_length=32"]
 BATCHES = (1, 32)  # prompts
 IMPLEMENTATION_TOKENS = 8  # new tokens with which the peer's implementations are timed
+HOPELESS = 5  # an implementation's first token takes so many times as long as all tokens of another
 FIRST = 0x4E00  # the characters that stand for token ids: whole, printing ones, so that each is a piece of text
 MOST_IDS = 0xD800 - FIRST
 
@@ -103,7 +103,8 @@ def run(overrides: list[str]) -> None:
     peer = peer_model(config).eval()
     peer.load_state_dict(ours.state_dict())
     peer.config.update({"use_cache": True, "output_router_logits": False})
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    machine = f"{processor()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     ratios = []
     for batch in reversed(BATCHES):
         prompts_BP = _prompts(config, batch)
@@ -116,14 +117,6 @@ def run(overrides: list[str]) -> None:
         ratios.append(ratio)
     print(f"ratio tokens/s, {BATCHES[1]} prompts: {ratios[0]:.2f}")
     print(f"ratio tokens/s {ratios[1]:.2f}")
-
-
-def processor() -> str:
-    """The CPU's name and the machine's load of the last minute."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.machine())}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
 
 
 def our_tokens(model: Transformer) -> Generate:
@@ -166,13 +159,16 @@ def best_implementation(peer: Any, prompts_BP: Tensor, config: Config) -> str:
     """Times each of the peer's experts implementations, and sets and returns the fastest."""
     seconds: dict[str, float] = {}
     for name in IMPLEMENTATIONS:
-        needed, free = _batched_bytes(prompts_BP, config), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if name == "batched_mm" and needed > free / 2:
-            print(f"peer's experts, {name}: left out, it copies {needed / 1e9:.0f} GB of expert weights for the prompt")
+        reason = copied_too_large(config, prompts_BP.numel(), layers=1) if name == "batched_mm" else None
+        if reason is not None:
+            print(f"peer's experts, {name}: left out, {reason}")
             continue
         peer.set_experts_implementation(name)
         generate = peer_tokens(peer)
-        generate(prompts_BP, 1)
+        first = _seconds(generate, prompts_BP, 1)
+        if seconds and first > HOPELESS * min(seconds.values()):
+            print(f"peer's experts, {name}: left out, the first token alone takes {first:.1f} s")
+            continue
         seconds[name] = min(_seconds(generate, prompts_BP, IMPLEMENTATION_TOKENS) for _ in range(2))
         print(f"peer's experts, {name}: {seconds[name] / IMPLEMENTATION_TOKENS * 1e3:,.1f} ms/step", flush=True)
     best = min(seconds, key=lambda name: seconds[name])
@@ -228,7 +224,7 @@ def table(
         f"medians of {len(rounds)} alternating rounds of {steps} tokens, {_clock_name()}; ratio per round "
         f"{min(ratios):.2f} to {max(ratios):.2f}; first token {statistics.median(firsts):.2f} × as fast"
     )
-    if max(ratios) > 1.5 * min(ratios):
+    if max(ratios) > DISAGREE * min(ratios):
         lines.append("warning: the rounds disagree by more than half; the machine is busy with something else")
     return lines, statistics.median(ratios)
 
@@ -236,12 +232,6 @@ def table(
 def _prompts(config: Config, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(config.train.seed)
     return torch.randint(config.model.vocab_size, (batch, config.train.sequence_length), generator=generator)
-
-
-def _batched_bytes(prompts_BP: Tensor, config: Config) -> int:
-    """What batched_mm copies in one layer: an expert's weights for every choice."""
-    choices = prompts_BP.numel() * config.router.experts_per_token
-    return 4 * choices * 3 * config.model.hidden_size * config.model.intermediate_size
 
 
 def _clock() -> float:

@@ -51,11 +51,12 @@ def run(overrides: list[str]) -> None:
 def _peers_of(config: Config) -> dict[str, tuple[Arithmetic, str]]:
     """{what it is: how the peer computes}."""
     mixed = [Arithmetic.autocast, Arithmetic.master]
+    tokens, layers = config.train.micro_batch_size * config.train.sequence_length, config.model.num_hidden_layers
     arithmetics = [Arithmetic.float32] if config.train.precision is Precision.float32 else mixed
     return {
         f"transformers, {implementation}, {arithmetic.value}": (arithmetic, implementation)
         for arithmetic, implementation in itertools.product(arithmetics, IMPLEMENTATIONS)
-        if implementation != "batched_mm" or copied_too_large(config) is None
+        if implementation != "batched_mm" or copied_too_large(config, tokens, layers) is None
     }
 
 

@@ -165,11 +165,10 @@ def targets_of(ids_BS: Tensor) -> int:
     return ids_BS.shape[0] * (ids_BS.shape[1] - 1)
 
 
-def copied_too_large(config: Config) -> str | None:
-    """Why batched_mm is left out: it copies an expert's weights for every choice and keeps the copies for the backward
-    pass."""
-    model, train = config.model, config.train
-    choices = train.micro_batch_size * train.sequence_length * config.router.experts_per_token
-    needed = 4 * choices * 3 * model.hidden_size * model.intermediate_size * model.num_hidden_layers
+def copied_too_large(config: Config, tokens: int, layers: int) -> str | None:
+    """Why batched_mm is left out, None if it isn't: it copies an expert's weights for every choice of the tokens.
+    `layers` are those whose copies exist at once: all in training, for the backward pass."""
+    choices = tokens * config.router.experts_per_token
+    needed = 4 * choices * 3 * config.model.hidden_size * config.model.intermediate_size * layers
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"it copies {needed / 1e9:.0f} GB of expert weights a step" if needed > free / 2 else None
+    return f"it copies {needed / 1e9:.0f} GB of expert weights" if needed > free / 2 else None

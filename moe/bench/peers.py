@@ -158,8 +158,9 @@ def _fastest(
 ) -> Peer:
     """The fastest of the peer's steps, as new; prints each one's time."""
     seconds: dict[tuple[Arithmetic, str], float] = {}
+    tokens, layers = config.train.micro_batch_size * config.train.sequence_length, config.model.num_hidden_layers
     for arithmetic, implementation in itertools.product(arithmetics, IMPLEMENTATIONS):
-        reason = copied_too_large(config) if implementation == "batched_mm" else None
+        reason = copied_too_large(config, tokens, layers) if implementation == "batched_mm" else None
         if reason is None:
             peer = Peer(weights, config, arithmetic, implementation, device)
             try:

@@ -7,6 +7,7 @@ import resource
 import time
 from pathlib import Path
 
+from moe.bench.processor import processor
 from moe.doctor.finding import Finding
 from moe.plan.machine import host_memory
 
@@ -34,10 +35,8 @@ def cores() -> list[Finding]:
 
 def _processor() -> str:
     """The model's name, and the units that decide its speed at matrix products."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
-    known = {key.strip(): value.strip() for key, _, value in lines}
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in known.get("flags", "").split()]
-    return " ".join([known.get("model name", os.uname().machine), *([f"({', '.join(units)})"] if units else [])])
+    name, units = processor()
+    return f"{name} ({', '.join(units)})" if units else name
 
 
 def memory() -> list[Finding]:
