@@ -41,7 +41,7 @@ from moe.model.transformer import Transformer
 
 DEFAULTS = ["train.sequence_length=32"]
 BATCHES = (1, 32)  # prompts
-HOPELESS = 5  # an implementation's first token takes so many times as long as all tokens of another
+HOPELESS = 5  # an implementation's first token takes so many times as long as that of another
 FIRST = 0x4E00  # the characters that stand for token ids: whole, printing ones, so that each is a piece of text
 MOST_IDS = 0xD800 - FIRST
 
@@ -182,6 +182,7 @@ def _whole_pass(model: Transformer, ids_1S: Tensor) -> Tensor:
 def best_implementation(peer: Any, prompts_BP: Tensor, count: int, config: Config) -> str:
     """Times each of the peer's experts implementations for `count` tokens, and sets and returns the fastest."""
     seconds: dict[str, float] = {}
+    firsts: list[float] = []
     for name in IMPLEMENTATIONS:
         reason = copied_too_large(config, prompts_BP.numel(), layers=1) if name == "batched_mm" else None
         if reason is not None:
@@ -189,9 +190,9 @@ def best_implementation(peer: Any, prompts_BP: Tensor, count: int, config: Confi
             continue
         peer.set_experts_implementation(name)
         generate = peer_tokens(peer)
-        first = _seconds(generate, prompts_BP, 1)
-        if seconds and first > HOPELESS * min(seconds.values()):
-            print(f"peer's experts, {name}: left out, the first token alone takes {first:.1f} s")
+        firsts.append(_seconds(generate, prompts_BP, 1))
+        if firsts[-1] > HOPELESS * min(firsts):
+            print(f"peer's experts, {name}: left out, the first token alone takes {firsts[-1]:.1f} s")
             continue
         seconds[name] = _seconds(generate, prompts_BP, count)
         print(f"peer's experts, {name}: {seconds[name] / count * 1e3:,.1f} ms/step", flush=True)
