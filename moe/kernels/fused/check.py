@@ -19,16 +19,17 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
 
 class Pair(NamedTuple):
-    """A kernel and the plain code for it; both return new tensors."""
+    """A kernel and the plain code for it. `moved` are the bytes that the kernel reads and writes."""
 
     name: str
+    moved: int
     fused: Callable[[], tuple[Tensor, ...]]
     plain: Callable[[], tuple[Tensor, ...]]
 
 
 def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """The first kernel that can't be compiled or run here, or is wrong, as text for the log; None if all are right."""
-    for name, fused, plain in (*pairs(device, dtype), *pairs(device, dtype, ragged=True)):
+    for name, _, fused, plain in (*pairs(device, dtype), *pairs(device, dtype, ragged=True)):
         try:
             found = fused()
             found[0].sum().item()  # waits, so that a fault on the device is raised here
@@ -57,9 +58,14 @@ def pairs(
     hidden: int = 136,
     width: int = 1160,  # one full block and a part of one
     ragged: bool = False,
+    in_place: bool = False,
 ) -> list[Pair]:
     """Every kernel at one shape: `tokens` with `choices` each, rows of `hidden`, an expert's of `width`; with `ragged`,
-    only those whose tokens may have fewer choices."""
+    only those whose tokens may have fewer choices.
+
+    With `in_place`, for timing, those that overwrite an input get it itself, else a copy, so that results are equal.
+    """
+    own = (lambda x: x) if in_place else Tensor.clone
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -74,16 +80,19 @@ def pairs(
     moved = [
         Pair(
             "combine",
+            _bytes(y_NH, dy_TH, weights_TK, order.rows_TK),
             lambda: (rows.sum_rows(y_NH, indices[0], weights_TK, indices[1]),),
             lambda: (permute.sum_rows(y_NH, order, weights_TK),),
         ),
         Pair(
             "gather backward",
+            _bytes(y_NH, dy_TH, order.rows_TK),
             lambda: (rows.sum_rows(y_NH, indices[0], None, indices[1]),),
             lambda: (permute.sum_rows(y_NH, order, None),),
         ),
         Pair(
             "combine backward",
+            _bytes(dy_TH, y_NH, y_NH, weights_TK, weights_TK, order.rows_TK),
             lambda: _masked(rows.combine_backward(dy_TH, y_NH, weights_TK, *indices), indices[1]),
             lambda: _masked(permute.combine_backward(dy_TH, y_NH, weights_TK, order), indices[1]),
         ),
@@ -97,22 +106,34 @@ def pairs(
     return [
         Pair(
             "SwiGLU",
+            _bytes(gate_up_NG, dact_NF),
             lambda: (swiglu.swiglu(gate_NF, up_NF),),
             lambda: (plain_swiglu.activation(gate_NF, up_NF),),
         ),
         Pair(
-            "SwiGLU backward, with the activation",
-            lambda: swiglu.activation_backward(gate_up_NG, dact_NF.clone()),
-            lambda: grouped_swiglu.activation_backward(gate_up_NG, dact_NF.clone()),
+            "SwiGLU backward and activation",
+            _bytes(gate_up_NG, gate_up_NG, dact_NF, dact_NF),
+            lambda: swiglu.activation_backward(gate_up_NG, own(dact_NF)),
+            lambda: grouped_swiglu.activation_backward(gate_up_NG, own(dact_NF)),
         ),
         Pair(
             "SwiGLU backward",
+            _bytes(gate_up_NG, gate_up_NG, dact_NF),
             lambda: swiglu.swiglu_backward(gate_NF, up_NF, dact_NF),
             lambda: plain_swiglu.swiglu_backward(gate_NF, up_NF, dact_NF),
         ),
         *moved,
-        Pair("zeros of idle experts", lambda: _zeroed(grad_EWH, counts_E), lambda: _zeroed(grad_EWH, counts)),
+        Pair(
+            "zeros of idle experts",
+            _bytes(grad_EWH[:2]),
+            lambda: _zeroed(own(grad_EWH), counts_E),
+            lambda: _zeroed(own(grad_EWH), counts),
+        ),
     ]
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)
 
 
 def _order(tokens: int, choices: int, ragged: bool, generator: torch.Generator) -> RowOrder:
@@ -136,6 +157,5 @@ def _masked(grads: tuple[Tensor, Tensor], filled_TK: Tensor | None) -> tuple[Ten
 
 
 def _zeroed(grad_EWH: Tensor, counts: Tensor | list[int]) -> tuple[Tensor]:
-    grad_EWH = grad_EWH.clone()
     grouped_swiglu.zero_idle(counts, grad_EWH)
     return (grad_EWH,)
