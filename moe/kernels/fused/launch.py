@@ -23,6 +23,8 @@ BLOCKS = {
     "swiglu": Blocks(1024, 4),  # 2 or 3 tensors read, up to 3 written
     "sum_rows": Blocks(2048, 4),  # of a token's rows together: 2 choices · 1024 columns
     "combine_backward": Blocks(2048, 4),  # the same, and a loop over columns: the dot product needs the whole row
+    "cross_entropy": Blocks(4096, 8),  # of a row of logits; a program loops over the row twice
+    "rotary": Blocks(1024, 4),  # pairs: 16 heads of dimension 128, read and written in two halves
     "zero_idle": Blocks(4096, 4),  # writes only
 }
 IDLE_PROGRAMS = 128  # per expert: about one a multiprocessor; those of an expert with rows end at once

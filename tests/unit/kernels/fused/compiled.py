@@ -11,22 +11,24 @@ import json
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from moe.kernels.fused import check, launch, rows, swiglu
+from moe.kernels.fused import cross_entropy, launch, rotary, rows, swiglu
+from moe.kernels.fused.pairs import MIXTRAL, Sizes, pairs
 from moe.kernels.policy import FUSED_DTYPES
 
 SHAPES = (
-    {"tokens": 4, "choices": 2, "hidden": 4096, "width": 14336},  # Mixtral's
-    {"tokens": 4, "choices": 8, "hidden": 1024, "width": 512},
-    {"tokens": 4, "choices": 1, "hidden": 1001, "width": 997},  # rows that aren't aligned
+    replace(MIXTRAL, tokens=4),
+    Sizes(tokens=4, choices=8, hidden=1024, width=512, vocab=1024, heads=20, head_dim=64),
+    Sizes(tokens=4, choices=1, hidden=1001, width=997, vocab=999, heads=3, head_dim=70),  # rows that aren't aligned
 )
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -48,9 +50,10 @@ class Hopper:
         return torch.device("cpu")
 
 
-def compile_instead(kernel: Any, grid: tuple[int, ...], blocks: launch.Blocks, *arguments: Any, **constants: Any):
+def compile_instead(
+    aligned: bool, kernel: Any, grid: tuple[int, ...], blocks: launch.Blocks, *arguments: Any, **constants: Any
+):
     compiled = kernel.warmup(*arguments, grid=grid, num_warps=blocks.warps, **constants)
-    aligned = all(each.shape[-1] % 16 == 0 for each in arguments if isinstance(each, Tensor) and each.shape[-1] > 99)
     row = {"kernel": kernel.fn.__name__, "dtype": str(arguments[0].dtype), "constants": constants, "aligned": aligned}
     print(json.dumps(row | resources(compiled)), flush=True)
 
@@ -68,13 +71,12 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 def main() -> None:
     driver.set_active(Hopper())  # type: ignore[arg-type]
-    for module in (swiglu, rows):
-        module.launch = compile_instead  # type: ignore[assignment]
     for shape in SHAPES:
+        for module in (cross_entropy, rotary, rows, swiglu):
+            module.launch = partial(compile_instead, shape.hidden % 16 == 0)  # type: ignore[assignment]
         for dtype in FUSED_DTYPES:
-            for ragged in (False, True):
-                for pair in check.pairs(torch.device("cpu"), dtype, ragged=ragged, **shape):
-                    pair.fused()
+            for pair in pairs(torch.device("cpu"), dtype, shape):
+                pair.fused()
 
 
 if __name__ == "__main__":

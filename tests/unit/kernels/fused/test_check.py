@@ -16,9 +16,10 @@ def test_every_kernel_is_right(fused: SimpleNamespace, dtype: torch.dtype) -> No
 
 
 def test_a_wrong_kernel_is_named(fused: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fused.rows.combine_backward
-    monkeypatch.setattr(fused.rows, "combine_backward", lambda *inputs: (right(*inputs)[0] * 1.001, right(*inputs)[1]))
-    assert fused.check.find_fault(CPU, torch.float32).startswith("combine backward is wrong by 1.0e-03 of its largest")
+    right = fused.swiglu.swiglu_backward
+    monkeypatch.setattr(fused.swiglu, "swiglu_backward", lambda *inputs: (right(*inputs)[0], right(*inputs)[1] * 1.001))
+    fault = fused.check.find_fault(CPU, torch.float32)
+    assert fault == "dense SwiGLU backward is wrong by 1.0e-03 of its largest result"
 
 
 def test_nan_is_wrong(fused: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,5 +32,5 @@ def test_a_kernel_that_fails_is_named(fused: SimpleNamespace, monkeypatch: pytes
     def fails(*inputs: object) -> None:
         raise OSError("no ptxas\nat all")
 
-    monkeypatch.setattr(fused.rows, "zero_idle", fails)
-    assert fused.check.find_fault(CPU, torch.float32) == "zeros of idle experts failed: OSError: no ptxas"
+    monkeypatch.setattr(fused.swiglu, "swiglu", fails)
+    assert fused.check.find_fault(CPU, torch.float32) == "SwiGLU failed: OSError: no ptxas"

@@ -45,7 +45,7 @@ def test_every_kernel_compiles_for_sm_90(fused: SimpleNamespace, tmp_path: Path)
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     names = {
         name
-        for module in (fused.swiglu, fused.rows)
+        for module in (fused.cross_entropy, fused.rotary, fused.rows, fused.swiglu)
         for name, value in vars(module).items()
         if hasattr(value, "fn") and "tl.program_id" in inspect.getsource(value.fn)
     }
@@ -55,4 +55,4 @@ def test_every_kernel_compiles_for_sm_90(fused: SimpleNamespace, tmp_path: Path)
         assert each["REG"] <= 80, each
         if each["aligned"]:
             assert each["memory"]["v4.b32"] >= 2, each
-            assert "b16" not in each["memory"], each
+            assert each["memory"].get("b16", 0) <= 1, each  # the logit of the label
