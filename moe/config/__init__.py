@@ -22,6 +22,7 @@ from moe.config.choices import (
     LongRows,
     LossOn,
     Mlp,
+    OptimizerKind,
     Precision,
     Pruner,
     QkNorm,
@@ -39,6 +40,7 @@ from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.evaluate import EvaluateConfig
 from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
+from moe.config.optim import OptimConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
 from moe.config.router import RouterConfig
@@ -56,7 +58,6 @@ from moe.config.train import (
     AlarmConfig,
     CheckpointConfig,
     GuardConfig,
-    OptimConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,
@@ -98,6 +99,7 @@ __all__ = [
     "ModelConfig",
     "NoisyTopKRouterConfig",
     "OptimConfig",
+    "OptimizerKind",
     "ParallelConfig",
     "PlanConfig",
     "PlanSettings",
