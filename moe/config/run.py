@@ -111,8 +111,8 @@ class Config:
         adapter = self.adapter
         require(
             not adapter.trains_adapter or bool(adapter.modules_to_save),
-            f"optim=muon with adapter.kind={adapter.kind.name} would leave Muon nothing to train: A and B, the factors of "
-            "a change, are AdamW's: set optim=adamw",
+            f"optim=muon with adapter.kind={adapter.kind.name} would leave Muon nothing to train: A and B, the factors "
+            "of a change, are AdamW's: set optim=adamw",
         )
         require(
             not self.parallel.offload_optimizer,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from moe.config.choices import AnswerMetric, Precision, TrackingBackend
-from moe.config.rules import default_of, filled, is_seed, not_negative, positive, require
+from moe.config.rules import default_of, filled, is_seed, positive, require
 
 MAX_TAG = 64  # characters that W&B takes
 # The first step is given twice as long, which must stay below moe.distributed.rendezvous.COLLECTIVE_TIMEOUT.
