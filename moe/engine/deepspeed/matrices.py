@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,12 +46,17 @@ class Cut:
 
 
 class PartitionedMatrices:
-    """`moe.engine.muon.Matrices` of one partition. Making one is a collective of `group`, the partition's ranks."""
+    """`moe.engine.muon.Matrices` of one partition, whose parameters are `names`. Making one is a collective of `group`,
+    the partition's ranks. `shapes` are the parameters' matrices', `sizes` the parameters' elements."""
 
-    def __init__(self, mine: list[Part], shapes: dict[str, tuple[int, int]], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, mine: list[Part], shapes: dict[str, tuple[int, int]], sizes: dict[str, int], group: dist.ProcessGroup
+    ) -> None:
         self._group = group
         parts: list[list[Part]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(parts, mine, group)
+        _check_complete(parts, sizes)
+        self.names = {part.name for part in chain(*parts)}
         rank = dist.get_rank(group)
         self.pieces: list[Piece] = []
         self._cuts: list[Cut | None] = []  # of each piece
@@ -59,7 +65,6 @@ class PartitionedMatrices:
                 self.pieces.append(piece)
                 self._cuts.append(cut)
         cuts = [[cut for part in of_rank for _, cut in _pieces(part, shapes[part.name]) if cut] for of_rank in parts]
-        _check_complete(cuts, shapes)
         holders: dict[tuple[str, int], list[tuple[int, Cut]]] = {}
         for holder, of_rank in enumerate(cuts):
             for cut in of_rank:
@@ -124,15 +129,14 @@ def _pieces(part: Part, shape: tuple[int, int]) -> list[tuple[Piece, Cut | None]
     return pieces
 
 
-def _check_complete(cuts: list[list[Cut]], shapes: dict[str, tuple[int, int]]) -> None:
-    """Raises RuntimeError unless the ranks' cuts of each matrix are all of it, once."""
-    ranges: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for of_rank in cuts:
-        for cut in of_rank:
-            ranges.setdefault(cut.matrix, []).append((cut.first, cut.end))
-    for (name, _), found in ranges.items():
+def _check_complete(parts: list[list[Part]], sizes: dict[str, int]) -> None:
+    """Raises RuntimeError unless the ranks' parts of each parameter are all of it, once."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for part in chain(*parts):
+        ranges.setdefault(part.name, []).append((part.first, part.end))
+    for name, found in ranges.items():
         ends = [0, *(end for _, end in sorted(found))]
-        starts = [*(first for first, _ in sorted(found)), math.prod(shapes[name])]
+        starts = [*(first for first, _ in sorted(found)), sizes[name]]
         require_meaning(starts == ends, f"have each element of {name} in one rank's partition")
 
 
@@ -141,10 +145,12 @@ def share_matrices(
 ) -> None:
     """Tells `optimizer`, which `zero` (a ZeRO-1/2 optimizer or BF16_Optimizer) has taken, where its matrices are.
     `parameters` are the trained ones; `shapes` is `muon_shapes`. A collective."""
-    groups = borrow_value(zero, "real_dp_process_group", lost=LOST)
+    groups, found = borrow_value(zero, "real_dp_process_group", lost=LOST), set[str]()
+    sizes = {name: parameters[name].numel() for name in shapes}
     for index, param_group in enumerate(optimizer.param_groups):
         if not param_group["muon"]:
             continue
+        require_meaning(len(param_group["params"]) == 1, "give the optimizer one flat tensor for each parameter group")
         (tensor,) = param_group["params"]
         mine = []
         for name in shapes:
@@ -155,4 +161,7 @@ def share_matrices(
             there = borrow_value(mapping, "lp_fragment_address", lost=LOST)
             require_meaning(here.numel == there.numel, "map a parameter's elements to as many of a partition")
             mine.append(Part(name, there.start, there.start + there.numel, here.start))
-        optimizer.matrices[tensor] = PartitionedMatrices(mine, shapes, groups[index])
+        matrices = PartitionedMatrices(mine, shapes, sizes, groups[index])
+        optimizer.matrices[tensor] = matrices
+        found |= matrices.names
+    require_meaning(found == shapes.keys(), "keep each parameter in the group that it was given in")
