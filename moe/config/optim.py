@@ -10,6 +10,8 @@ from moe.config.rules import default_of, not_negative, positive, require, share
 # Linear layers that Muon updates, by the last part of their name. The router, the embedding, the head and adapters
 # aren't among them.
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ITERATIONS = 5  # Newton–Schulz steps
+MOST_ELEMENTS = 1 << 24  # that are orthogonalised at the same time, if a matrix has no more
 
 
 def matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -22,13 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moe.config.optim import ITERATIONS, MOST_ELEMENTS
 from moe.engine.base import MOMENTUM
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; Keller Jordan, 2024
-ITERATIONS = 5
 SMALLEST_NORM = 1e-7  # a matrix with a smaller norm, as that of an expert without tokens, isn't scaled up to 1
 UPDATE_RMS = 0.2
-MOST_ELEMENTS = 1 << 24  # that are orthogonalised at the same time, if a matrix has no more
 
 
 def orthogonalized(u_NOI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

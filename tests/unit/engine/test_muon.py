@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.engine.muon import COEFFICIENTS, ITERATIONS, Muon, OwnMatrices, orthogonalized
+from moe.config.optim import ITERATIONS
+from moe.engine.muon import COEFFICIENTS, Muon, OwnMatrices, orthogonalized
 
 LR, DECAY, MOMENTUM = 1e-2, 0.1, 0.95
 SHAPES = [(48, 32), (32, 48), (32, 32), (1, 7)]
