@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe.config.compose import load_config
 from moe.distributed import rendezvous
 from moe.engine import build_engine, prepare
+from moe.engine.adamw import AdamW
 from moe.engine.base import SkipReason
 from moe.engine.deepspeed import engine as engine_module
 from moe.engine.deepspeed.shortcuts import LARGE, ROW, _adamw, _clipped, squared_norm
@@ -137,7 +138,7 @@ class _Zero:
 
     def __init__(self) -> None:
         self.partition = torch.zeros(6, requires_grad=True)
-        self.optimizer = torch.optim.AdamW([self.partition], lr=0.1, fused=True)
+        self.optimizer = AdamW([{"params": [self.partition], "muon": False}], lr=0.1, fused=True)
         self.averaged_gradients = {0: [torch.ones(2, 2), torch.full((2,), 3.0)]}
         self._global_grad_norm = torch.tensor(2.0)
 
