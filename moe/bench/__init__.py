@@ -1,12 +1,18 @@
-"""`moe bench NAME key=value …`: benchmarks. Each also times its reference in the same run."""
+"""`moe bench NAME key=value … [json=FILE]`: benchmarks. Each also times its reference in the same run.
+
+The last lines printed are the figures that the benchmark is about; `json=` also writes all results to a file.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 
+from moe.durable import write_durably
 from moe.errors import UserError
 
-# Name → what it measures. The module of that name has `run(overrides)`.
+# Name → what it measures. The module of that name has `run(overrides)`, which returns its `Results` on rank 0.
 BENCHMARKS = {
     "peers": "our training step beside transformers' MixtralForCausalLM",
     "decode": "generating text beside transformers' generate",
@@ -21,6 +27,9 @@ BENCHMARKS = {
 }
 
 
+WHOLE_REPORTS = ("gpu",)  # write files of their own
+
+
 def run_bench(overrides: list[str]) -> None:
     """Runs the benchmark named by the first override, with the others as its keys. Raises UserError."""
     name, keys = (overrides[0], overrides[1:]) if overrides else ("", [])
@@ -30,4 +39,28 @@ def run_bench(overrides: list[str]) -> None:
         near = closest(name, list(BENCHMARKS))
         meant = f"did you mean {near}?" if near else f"one of {', '.join(BENCHMARKS)}"
         raise UserError(f"bench {name}: no such benchmark; {meant}")
-    importlib.import_module(f"moe.bench.{name}").run(keys)
+    module = importlib.import_module(f"moe.bench.{name}")
+    if name in WHOLE_REPORTS:
+        module.run(keys)
+        return
+    file = _file(keys)
+    results = module.run([key for key in keys if not key.startswith(JSON)])
+    if results is None:  # not rank 0
+        return
+    print("\n".join(results.lines()))
+    if file is not None:
+        write_durably(file, json.dumps(results.values(), indent=1, ensure_ascii=False) + "\n")
+
+
+JSON = "json="
+
+
+def _file(keys: list[str]) -> Path | None:
+    """What `json=` names. Raises UserError where no file can be written there."""
+    stated = [key.removeprefix(JSON) for key in keys if key.startswith(JSON)]
+    if not stated:
+        return None
+    path = Path(stated[-1])
+    if not stated[-1] or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"json={stated[-1]} must be a file in a folder that exists")
+    return path

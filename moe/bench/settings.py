@@ -1,10 +1,12 @@
-"""Keys of several benchmarks; all other overrides are those of `moe train`."""
+"""Keys of several benchmarks; all other overrides are those of `moe train`. And how rounds' ratios are stated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from moe.errors import UserError
+
+DISAGREE = 1.5  # largest ÷ smallest ratio of a run's rounds
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,3 +36,9 @@ def split(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, 
         except ValueError:
             raise UserError(f"{override} must be a whole number") from None
     return replace(default or Rounds(), **own), rest
+
+
+def spread(ratios: list[float]) -> str:
+    """`1.10 to 1.30`, with a warning where the rounds disagree."""
+    warning = "; the rounds disagree: the machine is busy" if max(ratios) > DISAGREE * min(ratios) else ""
+    return f"{min(ratios):.2f} to {max(ratios):.2f}{warning}"

@@ -222,6 +222,7 @@ def _check_bench(words: list[str]) -> None:
     name, *rest = words
     assert name in BENCHMARKS
     importlib.import_module(f"moe.bench.{name}")
+    rest = [word for word in rest if not word.startswith("json=")]
     if name == "attention":
         attention._window(rest)
     elif name in ("peers", "memory_peers"):
