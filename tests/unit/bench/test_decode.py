@@ -25,7 +25,7 @@ def test_decode_runs_and_ends_with_the_ratio(
         "prompts: 3; both sides generate the same 12 tokens",
         "prompts: 1; both sides generate the same 4 tokens",
     ]
-    rows = [line.split() for line in lines if re.match(r"[13]\s+(ours|transformers, )", line)]
+    rows = [line.split() for line in lines if re.match(r"\s+[13]  (ours|transformers, )", line)]
     assert [row[0] for row in rows] == ["3", "3", "1", "1"]
     assert all(0 < int(ours[-1]) < int(peer[-1]) for ours, peer in (rows[:2], rows[2:]))
     assert lines[-2].startswith("ratio tokens/s, 3 prompts: ")
