@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe.bench.clock import clock, now
 from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model
 from moe.bench.peers import parse
 from moe.bench.results import Cell, Results, ResultTable
@@ -115,7 +115,7 @@ def run(overrides: list[str]) -> Results:
         table.rows += [[batch, *row] for row in rows]
         notes.append(note)
         figures["ratio tokens/s {}" if batch == BATCHES[0] else f"ratio tokens/s, {batch} prompts: {{}}"] = ratio
-    return Results([table], [*notes, f"{_clock_name()}, {torch.get_num_threads()} threads"], figures)
+    return Results([table], [*notes, f"{clock()}, {torch.get_num_threads()} threads"], figures)
 
 
 def our_tokens(model: Transformer) -> Generate:
@@ -254,15 +254,7 @@ def _prompts(config: Config, batch: int) -> Tensor:
     return torch.randint(config.model.vocab_size, (batch, config.train.sequence_length), generator=generator)
 
 
-def _clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def _clock_name() -> str:
-    return "CPU time" if torch.get_num_threads() == 1 else "wall-clock"
-
-
 def _seconds(generate: Generate, prompts_BP: Tensor, count: int) -> float:
-    start = _clock()
+    start = now()
     generate(prompts_BP, count)
-    return _clock() - start
+    return now() - start

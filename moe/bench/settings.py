@@ -22,13 +22,15 @@ class Rounds:
                 raise UserError(f"{name}={getattr(self, name)} must be ≥ 1")
 
 
-def split(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, list[str]]:
-    """Splits `rounds=` and `steps=` from the other overrides. Raises UserError."""
+def split(
+    overrides: list[str], default: Rounds | None = None, names: tuple[str, ...] = ("rounds", "steps")
+) -> tuple[Rounds, list[str]]:
+    """Splits `rounds=` and `steps=`, or those of them in `names`, from the other overrides. Raises UserError."""
     own: dict[str, int] = {}
     rest: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key not in Rounds.__slots__:
+        if key not in names:
             rest.append(override)
             continue
         try:

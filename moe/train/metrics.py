@@ -177,12 +177,14 @@ def measure_peak_flops(
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, int, int] | None = None,
-    product: Callable[[Tensor, Tensor], Tensor] = float32_products(torch.mm),
+    product: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> float:
     """FLOP/s of a matrix product on this rank's share of the machine (best of five, after a warm-up).
 
     `shape` is (M, K, N) of [M, K] × [K, N], the second factor stored transposed as weights are; None: a large square.
+    `product` None: torch's, by the library that was chosen for float32 products.
     """
+    product = product or float32_products(torch.mm)
     rows, inner, columns = shape or 3 * ((1024 if device.type == "cpu" else 8192),)
     a, b = (torch.randn(size, inner, device=device, dtype=dtype) for size in (rows, columns))
     best = 0.0
