@@ -15,6 +15,7 @@ from moe.errors import UserError
 # Name → what it measures. The module of that name has `run(overrides)`, which returns its `Results` on rank 0.
 BENCHMARKS = {
     "roofline": "the machine's matrix products by every route, copies, small operations: what all else is measured by",
+    "kernels": "each part of a training step beside plain PyTorch and transformers' modules",
     "peers": "our training step beside transformers' MixtralForCausalLM",
     "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",

@@ -13,7 +13,6 @@ they are CPU time, which other programs on the machine disturb less than wall-cl
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.bench.clock import clock, now
-from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model
+from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model, require_transformers
 from moe.bench.peers import parse
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, spread
@@ -93,8 +92,7 @@ def run(overrides: list[str]) -> Results:
     keys, config = parse([*DEFAULTS, *overrides], Rounds(rounds=7, steps=64))
     if config.train.precision is not Precision.float32:
         raise UserError(f"train.precision={config.train.precision.value} must be float32: both sides generate in it")
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("bench decode needs transformers: pip install 'moe-train[dev]'")
+    require_transformers("decode")
     if config.model.vocab_size > MOST_IDS:
         raise UserError(f"model.vocab_size={config.model.vocab_size} must be ≤ {MOST_IDS}: a character for each token")
     ours = build_model(config, torch.device("cpu")).eval()

@@ -10,7 +10,6 @@ of its experts implementations (and, in bfloat16, each arithmetic of `moe.bench.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import statistics
@@ -19,12 +18,11 @@ import sys
 
 from moe.bench import peers
 from moe.bench.memory import peak_bytes
-from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, copied_too_large
+from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, copied_too_large, require_transformers
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.stepper import Stepper
 from moe.config import Config, Precision
 from moe.distributed import rendezvous
-from moe.errors import UserError
 from moe.model.build import build_model
 
 OURS = "ours, DeepSpeed ZeRO-1"
@@ -33,8 +31,7 @@ OURS = "ours, DeepSpeed ZeRO-1"
 def run(overrides: list[str]) -> Results:
     """Each side's peak; the last line is `ratio peak memory N.NN`. Raises UserError."""
     keys, config = peers.parse(overrides)
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("bench memory_peers needs transformers: pip install 'moe-train[dev]'")
+    require_transformers("memory_peers")
     sides = [OURS, *_peers_of(config)]
     peaks: dict[str, list[int]] = {side: [] for side in sides}
     for index in range(keys.rounds):

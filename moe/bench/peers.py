@@ -14,7 +14,6 @@ none.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import os
@@ -36,6 +35,7 @@ from moe.bench.peer import (
     copied_too_large,
     loss_gap,
     peer_model,
+    require_transformers,
 )
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, split, spread
@@ -67,9 +67,12 @@ class Round:
     max_violation: float
 
 
-def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, Config]:
-    """`rounds=`, `steps=`, `precision=` (train.precision) and the overrides of `moe train`. Raises UserError."""
-    keys, rest = split(overrides, default)
+def parse(
+    overrides: list[str], default: Rounds | None = None, names: tuple[str, ...] = ("rounds", "steps")
+) -> tuple[Rounds, Config]:
+    """`rounds=`, `steps=` (those in `names`), `precision=` (train.precision) and the overrides of `moe train`. Raises
+    UserError."""
+    keys, rest = split(overrides, default, names)
     rest = [f"train.{one}" if one.startswith("precision=") else one for one in rest]
     config = load_config([*DEFAULTS, *rest])
     train = config.train
@@ -97,8 +100,7 @@ def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, 
 def run(overrides: list[str]) -> Results:
     """The comparison; its last line is `ratio tokens/s N.NN`. Raises UserError."""
     keys, config = parse(overrides)
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("bench peers needs transformers: pip install 'moe-train[dev]'")
+    require_transformers("peers")
     if rendezvous.world_from_environment()[1] != 1:
         raise UserError("bench peers compares single processes: start it without torchrun")
     mesh = rendezvous.start(1)

@@ -11,13 +11,14 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, peers, prepare, settings
+from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, settings
 from moe.cli.verbs import MULTIRUN, load, schema
 from moe.config import PlanConfig, PrepareConfig
 from moe.config.compose import load_config
@@ -218,6 +219,12 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
         assert verb == "train" or command.sketch, "only training needs a cluster"
 
 
+PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of their own
+    "roofline": roofline.parse,
+    "kernels": kernels.parse,
+}
+
+
 def _check_bench(words: list[str]) -> None:
     name, *rest = words
     assert name in BENCHMARKS
@@ -227,6 +234,8 @@ def _check_bench(words: list[str]) -> None:
         attention._window(rest)
     elif name in ("peers", "memory_peers"):
         peers.parse(rest)
+    elif name in PARSED:
+        PARSED[name](rest)
     elif name == "prepare":
         load_config(prepare.split(rest)[1], "prepare", PrepareConfig)
     else:

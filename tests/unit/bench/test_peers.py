@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.bench import BENCHMARKS, peers, run_bench
+from moe.bench import BENCHMARKS, peer, peers, run_bench
 from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, loss_gap, peer_model, targets_of
 from moe.bench.stepper import batch_of
 from moe.model.transformer import Transformer
@@ -182,7 +182,7 @@ def test_json_gets_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_missing_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'moe-train\[dev\]'"):
         run_bench(["peers", *SMALL])
 
