@@ -25,11 +25,12 @@ BENCHMARKS = {
     "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",
     "memory_peers": "the peak memory of our step's process beside transformers'",
+    "all": "every benchmark of the CPU, and the measured part of docs/performance.md",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }
 
 
-WHOLE_REPORTS = ("gpu",)  # write files of their own
+WHOLE_REPORTS = ("gpu", "all")  # write files of their own
 
 
 def run_bench(overrides: list[str]) -> None:
@@ -51,7 +52,7 @@ def run_bench(overrides: list[str]) -> None:
         return
     print("\n".join(results.lines()))
     if file is not None:
-        write_durably(file, json.dumps(results.values(), indent=1, ensure_ascii=False) + "\n")
+        write_durably(file, json.dumps(results.values(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 JSON = "json="

@@ -81,9 +81,9 @@ def parse(
     if not isinstance(config.router, TopKRouterConfig):
         raise UserError(f"router.kind={config.router.kind} must be topk: the peer is a Mixtral")
     free = ("num_experts", "top_k", "aux_loss_coef", "z_loss_coef")
-    names = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
+    fixed = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
     defaults = {"router": TopKRouterConfig(), "model": ModelConfig()}
-    for key in (*names, *(f"model.{name}" for name in NOT_MIXTRAL)):
+    for key in (*fixed, *(f"model.{name}" for name in NOT_MIXTRAL)):
         section, _, name = key.partition(".")
         value, needed = getattr(getattr(config, section), name), getattr(defaults[section], name)
         if value != needed:

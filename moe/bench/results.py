@@ -47,7 +47,7 @@ class Results:
         for each in self.tables:
             yield from each.lines()
         yield from self.notes
-        yield from _stated(self.figures)
+        yield from stated(self.figures)
 
     def values(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,8 +60,9 @@ def markdown(values: dict[str, Any]) -> Iterator[str]:
         yield from ([f"{each['title']}:", ""] if each["title"] else [])
         yield from (*table(each["columns"], each["rows"]), "")
     yield from (f"- {note}" for note in values["notes"])
-    yield from (f"- **{line}**" for line in _stated(values["figures"]))
+    yield from (f"- **{line}**" for line in stated(values["figures"]))
 
 
-def _stated(figures: dict[str, float]) -> Iterator[str]:
+def stated(figures: dict[str, float]) -> Iterator[str]:
+    """The lines of `Results.figures`."""
     return (line.replace("{}", f"{number:.2f}") for line, number in figures.items())

@@ -19,6 +19,7 @@ import pytest
 from datasets import Dataset
 
 from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, settings
+from moe.bench import all as bench_all
 from moe.cli.verbs import MULTIRUN, load, schema
 from moe.config import PlanConfig, PrepareConfig
 from moe.config.compose import load_config
@@ -222,6 +223,7 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
 PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of their own
     "roofline": roofline.parse,
     "kernels": kernels.parse,
+    "all": bench_all.parse,
 }
 
 
