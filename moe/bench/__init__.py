@@ -21,6 +21,7 @@ BENCHMARKS = {
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
+    "scale": "whether a step's time grows as its formula says: sequence length, experts, tokens",
     "diagnostics": "what the routers' diagnostics cost a training step",
     "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",

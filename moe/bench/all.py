@@ -65,6 +65,7 @@ RUNS = (
     *(BenchRun("decode", threads=threads) for threads in (1, 2)),
     *(BenchRun("kernels", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
     BenchRun("attention", takes=()),
+    BenchRun("scale"),
     BenchRun("expert_parallel", ranks=2),
     BenchRun("diagnostics"),
     BenchRun("saving"),

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, settings
+from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings
 from moe.bench import all as bench_all
 from moe.cli.verbs import MULTIRUN, load, schema
 from moe.config import PlanConfig, PrepareConfig
@@ -223,6 +223,7 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
 PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of their own
     "roofline": roofline.parse,
     "kernels": kernels.parse,
+    "scale": scale.parse,
     "all": bench_all.parse,
 }
 
