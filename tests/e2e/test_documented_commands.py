@@ -11,13 +11,15 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, peers, prepare, settings
+from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings
+from moe.bench import all as bench_all
 from moe.cli.verbs import MULTIRUN, load
 from moe.config import PrepareConfig
 from moe.config.compose import load_config
@@ -216,14 +218,25 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
         assert verb == "train" or command.sketch, "only training needs a cluster"
 
 
+PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of their own
+    "roofline": roofline.parse,
+    "kernels": kernels.parse,
+    "scale": scale.parse,
+    "all": bench_all.parse,
+}
+
+
 def _check_bench(words: list[str]) -> None:
     name, *rest = words
     assert name in BENCHMARKS
     importlib.import_module(f"moe.bench.{name}")
+    rest = [word for word in rest if not word.startswith("json=")]
     if name == "attention":
         attention._window(rest)
     elif name in ("peers", "memory_peers"):
         peers.parse(rest)
+    elif name in PARSED:
+        PARSED[name](rest)
     elif name == "prepare":
         load_config(prepare.split(rest)[1], "prepare", PrepareConfig)
     else:
