@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,13 +27,12 @@ from moe.checkpoint.layout import (
 )
 from moe.checkpoint.manifest import lists_any, strays, verify
 from moe.checkpoint.sharding import ExpertSharding
-from moe.checkpoint.shards import READ_BYTES, ShardReader
 from moe.checkpoint.state import TrainState, read_state
 from moe.checkpoint.untrained import untrained_tensors
 from moe.config import Config
 from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
-from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
+from moe.engine.base import MOMENTS, Engine, States
 from moe.engine.parameters import expert_names
 from moe.errors import UserError
 from moe.model.build import empty_model
@@ -40,6 +40,9 @@ from moe.model.transformer import Transformer
 from moe.plan.fit import check_model
 from moe.sparse import routers_of
 from moe.untrusted import read_small
+
+if TYPE_CHECKING:  # it loads torch.distributed.checkpoint (moe.checkpoint.tensor_files)
+    from moe.checkpoint.shards import ShardReader
 
 CPU = torch.device("cpu")
 
@@ -62,16 +65,18 @@ def load_weights(folder: Path, engine: Engine, mesh: Mesh) -> None:
 
 
 def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader | None, adam_steps: int) -> None:
+    from moe.checkpoint.shards import READ_BYTES
+
     experts = ExpertSharding(engine.expert_names, mesh)
 
     def parts() -> Iterator[States]:
         for tensors in engine.optimizer_state.empty(READ_BYTES):
             if optimizer is None:
                 tensors = {kind: {n: t for n, t in named.items() if not is_part(n)} for kind, named in tensors.items()}
-            sharded = {kind: experts.sharded(tensors[kind]) for kind in KINDS}
+            sharded = {kind: experts.sharded(named) for kind, named in tensors.items()}
             model.fill(sharded["weights"])
             if optimizer is not None:
-                moments = ((kind, name, t) for kind in ADAM_MOMENTS for name, t in sharded[kind].items())
+                moments = ((kind, name, t) for kind in MOMENTS for name, t in sharded.get(kind, {}).items())
                 optimizer.fill({key_in_file(kind, name): tensor for kind, name, tensor in moments})
             yield tensors
 

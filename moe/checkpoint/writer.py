@@ -35,14 +35,13 @@ from moe.checkpoint.layout import UNTRAINED
 from moe.checkpoint.manifest import entry, shards_of
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
-from moe.checkpoint.shards import ShardReader
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.untrained import copied, saved_dtype, untrained_tensors
 from moe.config import CheckpointConfig
 from moe.distributed.mesh import Mesh
 from moe.distributed.rendezvous import COLLECTIVE_TIMEOUT
 from moe.durable import PARTIAL, fsync, write_durably
-from moe.engine.base import ADAM_MOMENTS, Engine
+from moe.engine.base import MOMENTS, Engine
 from moe.errors import UserError
 
 # A rank may wait so long for a slower one's disk. A dead rank is detected by training's collectives, whose timeout is
@@ -144,7 +143,12 @@ class Saver:
         trained, fixed, mesh = engine.optimizer_state.sizes(), untrained_tensors(engine.model), self._mesh
         sizes = {("weights", name): 4 * size for name, size in trained.items()}
         sizes |= {(UNTRAINED, name): saved_dtype(tensor).itemsize * tensor.numel() for name, tensor in fixed.items()}
-        sizes |= {(moment, name): 4 * size for moment in ADAM_MOMENTS for name, size in trained.items()}
+        sizes |= {
+            (moment, name): 4 * size
+            for moment in MOMENTS
+            for name, size in trained.items()
+            if moment in engine.optimizer_state.moments(name)
+        }
         mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
         tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != UNTRAINED})
         tensors[UNTRAINED] = copied(fixed, {name for kind, name in mine if kind == UNTRAINED})
@@ -238,9 +242,11 @@ class Saver:
 
     def _write_shards(self, snapshot: _Snapshot, partial: Path) -> dict[str, Any]:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
+        from moe.checkpoint.tensor_files import write_tensors
+
         self._doing = "writing shards"
         for part, tensors in snapshot.parts.items():
-            files.write_tensors(partial / part, tensors, snapshot.file_numbers, self._shards, self._group)
+            write_tensors(partial / part, tensors, snapshot.file_numbers, self._shards, self._group)
         written = {}
         for path in self._shards:
             name = str(path.relative_to(partial))
@@ -254,6 +260,8 @@ class Saver:
     def _commit(self, snapshot: _Snapshot, partial: Path, manifest: dict[str, Any]) -> None:
         if not self._mesh.is_main:
             return
+        from moe.checkpoint.shards import ShardReader
+
         deadline = time.monotonic() + VISIBLE_SECONDS
         for name, expected in manifest.items():
             while files.bytes_now(partial / name) != expected["bytes"]:

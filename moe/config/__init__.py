@@ -7,6 +7,7 @@ Field names are Hugging Face's wherever Hugging Face has one.
 
 from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
+from moe.config.chat import ChatConfig
 from moe.config.choices import (
     AdapterKind,
     AnswerMetric,
@@ -22,6 +23,7 @@ from moe.config.choices import (
     LongRows,
     LossOn,
     Mlp,
+    OptimizerKind,
     Precision,
     Pruner,
     QkNorm,
@@ -37,8 +39,10 @@ from moe.config.choices import (
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.evaluate import EvaluateConfig
+from moe.config.generate import GenerateConfig
 from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
+from moe.config.optim import OptimConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
 from moe.config.router import RouterConfig
@@ -56,7 +60,6 @@ from moe.config.train import (
     AlarmConfig,
     CheckpointConfig,
     GuardConfig,
-    OptimConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,
@@ -73,6 +76,7 @@ __all__ = [
     "AnswerMetric",
     "AttentionBackend",
     "BiasUpdate",
+    "ChatConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -86,6 +90,7 @@ __all__ = [
     "ExportConfig",
     "ExportDtype",
     "ExportFormat",
+    "GenerateConfig",
     "GroupLimitedRouterConfig",
     "GuardConfig",
     "GumbelRouterConfig",
@@ -98,6 +103,7 @@ __all__ = [
     "ModelConfig",
     "NoisyTopKRouterConfig",
     "OptimConfig",
+    "OptimizerKind",
     "ParallelConfig",
     "PlanConfig",
     "PlanSettings",

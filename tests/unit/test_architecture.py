@@ -49,8 +49,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
-        "train", "inference", "plan", "data", "checkpoint", "engine", "model", "kernels", "distributed", "config",
-        "durable", "errors",
+        "train", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
+        "config", "durable", "untrusted", "errors",
     },
     "analysis": {
         "report", "model", "sparse", "data", "checkpoint", "config", "errors", "durable", "__init__",
