@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
+from moe.engine.adamw import AdamW
 from moe.engine.base import ADAM_MOMENTS, KINDS, NO_SCALES, OptimizerState, SkipReason, States, StepResult
 from moe.engine.parameters import (
     expert_names,
@@ -49,7 +50,7 @@ class PlainEngine:
             master_of = {parameter: self._masters[name] for name, parameter in self._trained.items()}
             for group in groups:
                 group["params"] = [master_of[parameter] for parameter in group["params"]]
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = AdamW(
             groups,
             lr=config.optim.lr,
             betas=(config.optim.betas[0], config.optim.betas[1]),
