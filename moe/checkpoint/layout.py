@@ -4,7 +4,8 @@ pickle; they load at any number of ranks and any expert-parallel size.
     RUN_DIR/checkpoints/latest                     text: the newest folder's name
     RUN_DIR/checkpoints/best                       the same of the best one (checkpoint.metric_for_best_model)
     RUN_DIR/checkpoints/step_00000200/model/       float32 weights under transformers' names, experts stacked; buffers
-                                      optimizer/   exp_avg.NAME and exp_avg_sq.NAME of the weights that train
+                                      optimizer/   exp_avg.NAME and exp_avg_sq.NAME of the weights that train,
+                                                   or momentum_buffer.NAME of those that Muon trains
                                       tokenizer/   what moe.data.tokenizer.load_saved reads
                                       state.json   TrainState
                                       config.yaml  the run's configuration
@@ -20,7 +21,7 @@ import os
 import re
 from pathlib import Path
 
-from moe.engine.base import ADAM_MOMENTS
+from moe.engine.base import MOMENTS
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -47,11 +48,11 @@ def step_of(folder: Path) -> int:
 
 def part_of(kind: str) -> str:
     """The folder that tensors of this kind are in."""
-    return OPTIMIZER if kind in ADAM_MOMENTS else MODEL
+    return OPTIMIZER if kind in MOMENTS else MODEL
 
 
 def key_in_file(kind: str, name: str) -> str:
-    return f"{kind}.{name}" if kind in ADAM_MOMENTS else name
+    return f"{kind}.{name}" if kind in MOMENTS else name
 
 
 def committed(folder: Path) -> list[Path]:

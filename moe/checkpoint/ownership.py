@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe.checkpoint.layout import key_in_file
-from moe.engine.base import ADAM_MOMENTS
+from moe.engine.base import MOMENTS
 
 FILE_BYTES = 2 << 30  # of one safetensors file; it is put together in memory
 
@@ -33,7 +33,7 @@ def file_numbers(sizes: dict[tuple[str, str], int], file_bytes: int = FILE_BYTES
     the optimizer's, which hold both moments of the same parameters."""
     numbers, number, filled, previous = {}, 1, 0, ""
     for (kind, name), size in sizes.items():
-        if kind in ADAM_MOMENTS and kind != previous:
+        if kind in MOMENTS and kind != previous:
             filled, number, previous = 0, 1, kind
         if filled and filled + size > file_bytes:
             filled, number = 0, number + 1

@@ -32,7 +32,7 @@ from moe.checkpoint.untrained import untrained_tensors
 from moe.config import Config
 from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
-from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, States
+from moe.engine.base import MOMENTS, Engine, States
 from moe.engine.parameters import expert_names
 from moe.errors import UserError
 from moe.model.build import empty_model
@@ -73,10 +73,10 @@ def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader
         for tensors in engine.optimizer_state.empty(READ_BYTES):
             if optimizer is None:
                 tensors = {kind: {n: t for n, t in named.items() if not is_part(n)} for kind, named in tensors.items()}
-            sharded = {kind: experts.sharded(tensors[kind]) for kind in KINDS}
+            sharded = {kind: experts.sharded(named) for kind, named in tensors.items()}
             model.fill(sharded["weights"])
             if optimizer is not None:
-                moments = ((kind, name, t) for kind in ADAM_MOMENTS for name, t in sharded[kind].items())
+                moments = ((kind, name, t) for kind in MOMENTS for name, t in sharded.get(kind, {}).items())
                 optimizer.fill({key_in_file(kind, name): tensor for kind, name, tensor in moments})
             yield tensors
 

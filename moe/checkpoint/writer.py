@@ -41,7 +41,7 @@ from moe.config import CheckpointConfig
 from moe.distributed.mesh import Mesh
 from moe.distributed.rendezvous import COLLECTIVE_TIMEOUT
 from moe.durable import PARTIAL, fsync, write_durably
-from moe.engine.base import ADAM_MOMENTS, Engine
+from moe.engine.base import MOMENTS, Engine
 from moe.errors import UserError
 
 # A rank may wait so long for a slower one's disk. A dead rank is detected by training's collectives, whose timeout is
@@ -143,7 +143,12 @@ class Saver:
         trained, fixed, mesh = engine.optimizer_state.sizes(), untrained_tensors(engine.model), self._mesh
         sizes = {("weights", name): 4 * size for name, size in trained.items()}
         sizes |= {(UNTRAINED, name): saved_dtype(tensor).itemsize * tensor.numel() for name, tensor in fixed.items()}
-        sizes |= {(moment, name): 4 * size for moment in ADAM_MOMENTS for name, size in trained.items()}
+        sizes |= {
+            (moment, name): 4 * size
+            for moment in MOMENTS
+            for name, size in trained.items()
+            if moment in engine.optimizer_state.moments(name)
+        }
         mine = owned(sizes, engine.expert_names, mesh.rank, mesh.world_size, mesh.expert_parallel_size)
         tensors = engine.optimizer_state.gather({(kind, name) for kind, name in mine if kind != UNTRAINED})
         tensors[UNTRAINED] = copied(fixed, {name for kind, name in mine if kind == UNTRAINED})

@@ -23,6 +23,7 @@ from moe.config.choices import (
     LongRows,
     LossOn,
     Mlp,
+    OptimizerKind,
     Precision,
     Pruner,
     QkNorm,
@@ -41,6 +42,7 @@ from moe.config.evaluate import EvaluateConfig
 from moe.config.generate import GenerateConfig
 from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
+from moe.config.optim import OptimConfig
 from moe.config.plan import HardwareConfig, PlanConfig, PlanSettings
 from moe.config.prepare import PrepareConfig
 from moe.config.router import RouterConfig
@@ -58,7 +60,6 @@ from moe.config.train import (
     AlarmConfig,
     CheckpointConfig,
     GuardConfig,
-    OptimConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,
@@ -102,6 +103,7 @@ __all__ = [
     "ModelConfig",
     "NoisyTopKRouterConfig",
     "OptimConfig",
+    "OptimizerKind",
     "ParallelConfig",
     "PlanConfig",
     "PlanSettings",

@@ -157,6 +157,13 @@ class TokenizerKind(Enum):
     mistral = "mistral"
 
 
+class OptimizerKind(Enum):
+    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 class Schedule(Enum):
     """Learning rate after warm-up: half a cosine, flat with a decay at the end (WSD), or flat."""
 

@@ -27,7 +27,7 @@ PREVIOUS: dict[int, dict[str, Any]] = {3: {"model.initializer": "normal"}}
 # Removed groups and presets: pattern of the override → equivalent overrides ("": it is the default now).
 _REPLACED: list[tuple[str, Callable[[re.Match[str]], str]]] = [
     (r"experts=(\w+)", lambda found: f"experts.backend={found[1]}"),
-    (r"optim=adamw|parallel=default", lambda found: ""),
+    (r"parallel=default", lambda found: ""),
     (r"hardware=h200_1x1", lambda found: "hardware=h200 hardware.gpus_per_node=1 hardware.host_memory_gb=256"),
     (r"hardware=([ah]\d00)_8x(\d+)", lambda found: f"hardware={found[1]}{_nodes(int(found[2]))}"),
     (r"hardware=cpu_1x1", lambda found: "hardware=cpu"),

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from moe.config.adapter import AdapterConfig, fits
-from moe.config.choices import EngineKind, Mlp, Schedule
+from moe.config.choices import EngineKind, Mlp, OptimizerKind, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import ExpertsConfig, ModelConfig
+from moe.config.optim import OptimConfig
 from moe.config.router import RouterConfig
 from moe.config.router_kinds import TopKRouterConfig
 from moe.config.rules import filled, require
@@ -17,7 +18,6 @@ from moe.config.train import (
     AlarmConfig,
     CheckpointConfig,
     GuardConfig,
-    OptimConfig,
     ParallelConfig,
     TrackingConfig,
     TrainConfig,
@@ -110,9 +110,24 @@ class Config:
             not self.adapter.trains_adapter or self.init_from is not None or not self.starts,
             f"adapter.kind={self.adapter.kind.name} needs init_from: the run directory or model that it adapts",
         )
+        if optim.kind is OptimizerKind.muon:
+            self._check_muon()
         self._check_added_tokens()
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
+
+    def _check_muon(self) -> None:
+        adapter = self.adapter
+        require(
+            not adapter.trains_adapter or bool(adapter.modules_to_save),
+            f"optim=muon with adapter.kind={adapter.kind.name} would leave Muon nothing to train: A and B, the factors "
+            "of a change, are AdamW's: set optim=adamw",
+        )
+        require(
+            not self.parallel.offload_optimizer,
+            "optim=muon with parallel.offload_optimizer=true would orthogonalise every matrix on the host's processor: "
+            "set parallel.offload_optimizer=false, or optim=adamw",
+        )
 
     def _check_added_tokens(self) -> None:
         """Rows for added tokens must train: nothing else gives them a meaning."""

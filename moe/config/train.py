@@ -1,51 +1,16 @@
-"""Optimizer, parallelism, tracking, checkpoints, guard and training steps."""
+"""Parallelism, tracking, checkpoints, guard and training steps."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-from moe.config.choices import AnswerMetric, Precision, Schedule, TrackingBackend
-from moe.config.rules import default_of, filled, is_seed, not_negative, positive, require
+from moe.config.choices import AnswerMetric, Precision, TrackingBackend
+from moe.config.rules import default_of, filled, is_seed, positive, require
 
 MAX_TAG = 64  # characters that W&B takes
 # The first step is given twice as long, which must stay below moe.distributed.rendezvous.COLLECTIVE_TIMEOUT.
 MAX_HANG_SECONDS = 850.0
-
-
-@dataclass(kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW. `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
-    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts.
-    Parameters whose names fit a pattern of `freeze`, as in `optim.freeze=[*.mlp.gate.*]`, stay as they are; a router
-    none of whose weights trains keeps its bias too."""
-
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    schedule: Schedule = Schedule.cosine
-    warmup_steps: int | None = None
-    decay_steps: int | None = None
-    min_lr_ratio: float = 0.1
-    router_lr_multiplier: float = 1.0
-    experts_lr_multiplier: float = 1.0
-    freeze: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        positive("optim", self, "lr", "eps", "max_grad_norm", "decay_steps")
-        positive("optim", self, "router_lr_multiplier", "experts_lr_multiplier")
-        not_negative("optim", self, "weight_decay", "warmup_steps")
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optim.betas={self.betas} must be two numbers in [0, 1), as in optim.betas=[0.9,0.95]",
-        )
-        require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio={self.min_lr_ratio} must be in [0, 1]")
-        require(
-            self.decay_steps is None or self.schedule is Schedule.warmup_stable_decay,
-            f"optim.decay_steps={self.decay_steps} needs optim.schedule=warmup_stable_decay, not {self.schedule.name}",
-        )
 
 
 @dataclass(kw_only=True, slots=True)

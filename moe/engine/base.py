@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moe.distributed.mesh import Mesh
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weights", *ADAM_MOMENTS)
+MOMENTUM = "momentum_buffer"  # Muon's, as torch.optim names it
+MOMENTS = (*ADAM_MOMENTS, MOMENTUM)
 ROUTER, EXPERTS = "router", "experts"  # parameters that may have learning rates of their own
 NO_SCALES: Mapping[str, float] = MappingProxyType({})
 States = dict[str, dict[str, Tensor]]  # {kind: {parameter name: float32 tensor on the CPU}}; experts: this rank's slice
@@ -41,10 +42,14 @@ class StepResult:
 
 
 class OptimizerState(Protocol):
-    """Float32 weights and Adam's moments of the trained parameters, unpartitioned and by name, for checkpoints.
+    """Float32 weights and moments of the trained parameters, unpartitioned and by name, for checkpoints.
 
     Frozen parameters (`requires_grad=False`) are left out: no step changes them.
     """
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """Which of MOMENTS the parameter has: Adam's, or Muon's momentum."""
+        ...
 
     def sizes(self) -> dict[str, int]:
         """{parameter name: elements of this rank's tensor}, in an order that all ranks share."""
@@ -66,7 +71,7 @@ class OptimizerState(Protocol):
 
 
 class Engine(Protocol):
-    """Precision, gradient accumulation, clipping, reduction over ranks and AdamW around one model.
+    """Precision, gradient accumulation, clipping, reduction over ranks and the optimizer around one model.
 
     For each of the `accumulation` micro-batches of an optimizer step call `backward(loss)`, then `step(lr)`. The last
     `step` returns a `StepResult`, the others None. The gradient is the mean over all micro-batches of all ranks.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe.config import Config
-from moe.engine.base import EXPERTS, KINDS, ROUTER, States
+from moe.config import Config, OptimizerKind
+from moe.config.optim import matrix_shape
+from moe.engine.base import ADAM_MOMENTS, EXPERTS, MOMENTUM, ROUTER, States
 from moe.errors import UserError
 from moe.sparse import routers_of
 from moe.sparse.experts import Experts
@@ -36,10 +37,26 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """AdamW's parameter groups. Matrices decay; norms and other vectors don't. Frozen parameters are left out.
+def muon_shapes(model: nn.Module, config: Config) -> dict[str, tuple[int, int]]:
+    """{name: rows and columns of each of its matrices} of the trained parameters that Muon updates; {} for
+    `optim=adamw`. Raises UserError if Muon would update none."""
+    if config.optim.kind is not OptimizerKind.muon:
+        return {}
+    trained = trained_parameters(model)
+    found = {name: shape for name, p in trained.items() if (shape := matrix_shape(name, tuple(p.shape))) is not None}
+    if not found:
+        raise UserError(
+            f"optim=muon: nothing that trains is a matrix of attention, an MLP or experts (trained are "
+            f"{', '.join([*trained][:4])}): set optim=adamw"
+        )
+    return found
 
-    `role` is ROUTER or EXPERTS in groups of their own where their learning rates may differ, else None.
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups. Matrices decay; norms and other vectors don't. Frozen parameters are left out.
+
+    `role` is ROUTER or EXPERTS in groups of their own where their learning rates may differ, else None. `muon` says
+    whether Muon updates the group (all of `muon_shapes`) or AdamW.
     """
     trained, optim = trained_parameters(model), config.optim
     routers = {id(p) for router in routers_of(model) for p in router.parameters()}
@@ -54,15 +71,25 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
         found = ROUTER if id(parameter) in routers else EXPERTS if name in experts else None
         return found if found in apart else None
 
+    by_muon = {id(trained[name]) for name in muon_shapes(model, config)}
     groups = []
     for wanted in (None, *sorted(apart)):
         mine = [parameter for name, parameter in trained.items() if role(name, parameter) == wanted]
         suffix = f"_{wanted}" if wanted else ""
-        matrices = [parameter for parameter in mine if parameter.ndim >= 2]
-        vectors = [parameter for parameter in mine if parameter.ndim < 2]
+        kinds: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "muon": []}
+        for parameter in mine:
+            kinds["muon" if id(parameter) in by_muon else "decay" if parameter.ndim >= 2 else "no_decay"].append(
+                parameter
+            )
         groups += [
-            {"params": matrices, "weight_decay": optim.weight_decay, "name": f"decay{suffix}", "role": wanted},
-            {"params": vectors, "weight_decay": 0.0, "name": f"no_decay{suffix}", "role": wanted},
+            {
+                "params": parameters,
+                "weight_decay": 0.0 if kind == "no_decay" else optim.weight_decay,
+                "name": f"{kind}{suffix}",
+                "role": wanted,
+                "muon": kind == "muon",
+            }
+            for kind, parameters in kinds.items()
         ]
     return groups
 
@@ -79,20 +106,28 @@ def expert_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
 
 
-def zero_states(parameters: dict[str, nn.Parameter], max_bytes: int) -> Iterator[States]:
+def moments_of(name: str, muon: Collection[str]) -> tuple[str, ...]:
+    """`OptimizerState.moments`, where Muon updates the parameters `muon`."""
+    return (MOMENTUM,) if name in muon else ADAM_MOMENTS
+
+
+def zero_states(
+    parameters: dict[str, nn.Parameter], moments: Callable[[str], tuple[str, ...]], max_bytes: int
+) -> Iterator[States]:
     """`OptimizerState.empty` of these parameters."""
     part: dict[str, nn.Parameter] = {}
     for name, parameter in parameters.items():
         if part and 12 * (parameter.numel() + sum(p.numel() for p in part.values())) > max_bytes:
-            yield _zeros(part)
+            yield _zeros(part, moments)
             part = {}
         part[name] = parameter
     if part:
-        yield _zeros(part)
+        yield _zeros(part, moments)
 
 
-def _zeros(part: dict[str, nn.Parameter]) -> States:
-    return {
-        kind: {name: torch.zeros(parameter.shape, dtype=torch.float32) for name, parameter in part.items()}
-        for kind in KINDS
-    }
+def _zeros(part: dict[str, nn.Parameter], moments: Callable[[str], tuple[str, ...]]) -> States:
+    states: States = {}
+    for name, parameter in part.items():
+        for kind in ("weights", *moments(name)):
+            states.setdefault(kind, {})[name] = torch.zeros(parameter.shape, dtype=torch.float32)
+    return states

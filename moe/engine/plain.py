@@ -18,10 +18,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moe.config import Config, Precision
 from moe.distributed.mesh import Mesh
-from moe.engine.adamw import AdamW
-from moe.engine.base import ADAM_MOMENTS, KINDS, NO_SCALES, OptimizerState, SkipReason, States, StepResult
+from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, States, StepResult
+from moe.engine.muon import Muon, OwnMatrices
+from moe.engine.optimizers import make_optimizer
 from moe.engine.parameters import (
     expert_names,
+    moments_of,
+    muon_shapes,
     parameter_groups,
     set_learning_rates,
     trained_parameters,
@@ -50,14 +53,13 @@ class PlainEngine:
             master_of = {parameter: self._masters[name] for name, parameter in self._trained.items()}
             for group in groups:
                 group["params"] = [master_of[parameter] for parameter in group["params"]]
-        self._optimizer = AdamW(
-            groups,
-            lr=config.optim.lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            eps=config.optim.eps,
-            fused=True,
+        self._optimizer, shapes = make_optimizer(groups, config, mesh.device), muon_shapes(model, config)
+        if isinstance(self._optimizer, Muon):
+            for name, shape in shapes.items():
+                self._optimizer.matrices[self._masters[name]] = OwnMatrices(self._masters[name], shape)
+        self.optimizer_state: OptimizerState = PlainOptimizerState(
+            self._trained, self._masters, self._optimizer, set(shapes)
         )
-        self.optimizer_state: OptimizerState = PlainOptimizerState(self._trained, self._masters, self._optimizer)
         self._micro_batches = 0
         self._losses_finite = torch.tensor(True, device=mesh.device)
 
@@ -134,12 +136,21 @@ def _float32_master(parameter: nn.Parameter) -> Tensor:
 
 
 class PlainOptimizerState:
-    """`moe.engine.base.OptimizerState` of one torch AdamW over `masters`, the float32 weights of `trained`."""
+    """`moe.engine.base.OptimizerState` of one optimizer over `masters`, the float32 weights of `trained`; Muon updates
+    those named `muon`."""
 
     def __init__(
-        self, trained: dict[str, nn.Parameter], masters: dict[str, Tensor], optimizer: torch.optim.AdamW
+        self,
+        trained: dict[str, nn.Parameter],
+        masters: dict[str, Tensor],
+        optimizer: torch.optim.AdamW,
+        muon: set[str],
     ) -> None:
-        self._trained, self._masters, self._optimizer = trained, masters, optimizer
+        self._trained, self._masters, self._optimizer, self._muon = trained, masters, optimizer, muon
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """Which of MOMENTS the parameter has."""
+        return moments_of(name, self._muon)
 
     def sizes(self) -> dict[str, int]:
         """{parameter name: elements}."""
@@ -147,20 +158,20 @@ class PlainOptimizerState:
 
     def gather(self, keep: set[tuple[str, str]] | None = None) -> States:
         """Copies of the (kind, name) in `keep` (None: all); moments are zero before the first update."""
-        states: States = {kind: {} for kind in KINDS}
+        states: States = {}
         for name, master in self._masters.items():
             moments = self._optimizer.state.get(master, {})
-            for kind in KINDS:
+            for kind in ("weights", *self.moments(name)):
                 if keep is None or (kind, name) in keep:
                     value = master if kind == "weights" else moments.get(kind)
-                    states[kind][name] = (
+                    states.setdefault(kind, {})[name] = (
                         torch.zeros(master.shape) if value is None else value.detach().to("cpu", copy=True).contiguous()
                     )
         return states
 
     def empty(self, max_bytes: int) -> Iterator[States]:
         """Yields zeros for a reader to overwrite. Each part has one parameter, or several of at most `max_bytes`."""
-        return zero_states(self._trained, max_bytes)
+        return zero_states(self._trained, self.moments, max_bytes)
 
     @torch.no_grad()
     def fill(self, parts: Iterable[States], adam_steps: int) -> None:
@@ -172,5 +183,5 @@ class PlainOptimizerState:
                 master.copy_(value)
                 self._optimizer.state[master] = {
                     "step": torch.tensor(float(adam_steps), device=master.device),
-                    **{moment: torch.empty_like(master).copy_(part[moment][name]) for moment in ADAM_MOMENTS},
+                    **{moment: torch.empty_like(master).copy_(part[moment][name]) for moment in self.moments(name)},
                 }

@@ -14,8 +14,10 @@ expert_parallel_size / ranks for experts. The second column is precision, device
 | plain    | engine=plain, float32                | 4       | shared  | 8    | –             | 4                   |
 | plain    | engine=plain, bfloat16               | 2       | 4       | 8    | –             | 4                   |
 
+With `optim=muon` a matrix that Muon updates has one moment: 4 bytes in place of 8.
+
 On a CPU a float32 run's master weights are the model's own, and AdamW reads gradients where they are
-(moe/engine/deepspeed/shortcuts.py); elsewhere a flat gradient exists during the update.
+(moe/engine/deepspeed/shortcuts.py); elsewhere, and for Muon, a flat gradient exists during the update.
 
 With `parallel.offload_optimizer` master weights, Adam's moments and the reduced gradients are in the host's memory, and
 stage 1 uses a bucket. A bucket has 500 million elements and is copied to be reduced; on CUDA it takes its whole size,
@@ -29,7 +31,8 @@ from dataclasses import dataclass
 
 from moe.config import Config, EngineKind, Precision
 from moe.plan.counts import parameter_parts
-from moe.plan.trained import EXPERTS, trained_shapes, trains_all
+from moe.plan.muon import muon_cost
+from moe.plan.trained import routed_experts, trained_shapes, trains_all
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 EXPERT_GROUP = 178_956_971  # elements: the size of the parameter groups into which DeepSpeed splits experts
@@ -98,7 +101,7 @@ def trained_tensors(config: Config, world_size: int) -> Tensors:
     expert_size, sizes, shared, experts = config.parallel.expert_parallel_size, [], 0, 0
     for name, shape in trained_shapes(config).items():
         size = math.prod(shape)
-        if EXPERTS in name and "shared" not in name:
+        if routed_experts(name):
             size //= expert_size
             experts += size
         else:
@@ -113,6 +116,7 @@ class Sharded:
 
     def __init__(self, config: Config, world_size: int, device: str) -> None:
         self.tensors, self.cuda = trained_tensors(config, world_size), device == "cuda"
+        self.muon = muon_cost(config, world_size, device=device)
         self.weights = local_tensors(config, world_size).local + (
             self.tensors.local if config.adapter.trains_adapter else 0
         )
@@ -139,13 +143,19 @@ class Sharded:
         blocks = flat("weights", self.size * self.weights)
         if self.way == "plain":  # moments, and in bfloat16 master weights
             each = 12 if self.half else 8
-            blocks.append(MemoryBlock("optimizer", each * self.tensors.local, 4 * self.tensors.largest))
+            moments = each * self.tensors.local - 4 * self.muon.local
+            blocks.append(MemoryBlock("optimizer", moments, 4 * self.tensors.largest))
         elif not self.offload:  # moments, and master weights where they aren't the model's own
-            each = 12 if self.half or self.cuda else 8
-            blocks.append(MemoryBlock("optimizer", round(each * self.tensors.share), round(4 * self.tensors.share)))
+            shared = 0 if self.half or self.cuda else round(4 * self.tensors.share)
+            blocks.append(MemoryBlock("optimizer", self.saved - shared, round(4 * self.tensors.share)))
         if self.way == "sums":  # the float32 sums are kept between steps
             blocks += flat("gradients", 4 * self.tensors.local)
         return blocks
+
+    @property
+    def saved(self) -> int:
+        """Bytes of the rank's share of a checkpoint: float32 weights and moments, of which Muon has one."""
+        return round(12 * self.tensors.share - 4 * self.muon.share)
 
     def host(self) -> int:
         """Bytes of host memory with offloading: pinned master weights, moments, gradients and updated weights."""
@@ -188,12 +198,14 @@ class Sharded:
         return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
 
     def updating(self) -> list[MemoryBlock]:
+        copied = not (self.half or self.cuda or self.way == "plain")  # the flat gradient, which AdamW doesn't need
+        muon = flat("working", self.muon.working + (round(4 * self.muon.share) if copied else 0))
         if self.way in ("sums", "in place", "plain"):
-            return [] if self.way == "sums" else self._each(4)
+            return muon if self.way == "sums" else [*self._each(4), *muon]
         working = 0
         if self.half or self.cuda:  # first a float64 copy of one gradient for the norm, then the flat gradient
             working = max(8 * self.tensors.largest, 0 if self.offload else round(4 * self.tensors.share))
-        return [*flat("gradients", self.partition), *flat("working", working)]
+        return [*flat("gradients", self.partition), *flat("working", working), *muon]
 
     def _each(self, size: int) -> list[MemoryBlock]:
         """A tensor for each parameter, `size` bytes an element."""

@@ -74,8 +74,7 @@ def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalan
         "update": [*always, *sharded.updating()],
         "evaluate": [*always, *flat("working", evaluation_memory(shapes))],
     }
-    # each rank's share of float32 weights and both moments; a file is assembled in memory before it is written
-    saved = round(12 * sharded.tensors.share)
+    saved = sharded.saved  # a file is assembled in memory before it is written
     file = min(saved, CHECKPOINT_FILE)
     if device == "cpu":
         beside = max(map(phases.__getitem__, STEP), key=_size) if config.checkpoint.background else always

@@ -13,6 +13,7 @@ from moe.plan.counts import count_parameters
 from moe.plan.flops import flops_by_part, flops_per_token
 from moe.plan.gradients import element_size, local_tensors
 from moe.plan.memory import MemoryPlan, plan_memory
+from moe.plan.muon import muon_cost
 from moe.plan.traffic import Flow, plan_traffic
 
 GB = 1e9
@@ -79,6 +80,7 @@ class Plan:
                 "expert_parallel_size": config.parallel.expert_parallel_size,
                 "micro_batches_per_rank": config.accumulation(world),
                 "flops": flops * tokens,
+                "optimizer_flops": muon_cost(config, world).flops,
             },
             "memory_bytes_per_rank": {
                 "imbalance": config.plan.imbalance,
@@ -164,11 +166,13 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
     tokens = train.global_batch_size * train.sequence_length / world
     half = train.precision is Precision.bfloat16
     peak = (hardware.peak_tflops if half else hardware.peak_tflops_float32) * 1e12
+    muon = muon_cost(config, world, device=hardware.device.name).flops / world
+    muon_peak = peak if hardware.device is DeviceKind.cuda else hardware.peak_tflops_float32 * 1e12
     # Adam reads gradients, master weights and both moments, writes the last three, and writes the model's weights.
     moved = (7 * 4 + element_size(config)) * local_tensors(config, world).share
     return Times(
         compute=tokens * _flops(config) / peak,
-        update=moved / (hardware.memory_bandwidth_gbytes_per_s * GB),
+        update=moved / (hardware.memory_bandwidth_gbytes_per_s * GB) + muon / muon_peak,
         intra=sum(flow.intra for flow in traffic.values()) / (hardware.intra_node_gbytes_per_s * GB),
         inter=sum(flow.inter for flow in traffic.values()) / (hardware.inter_node_gbytes_per_s * GB),
     )

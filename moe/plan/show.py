@@ -23,6 +23,7 @@ from moe.plan.counts import count_parameters
 from moe.plan.flops import flops_per_token
 from moe.plan.gradients import local_tensors
 from moe.plan.memory import size
+from moe.plan.muon import muon_cost
 from moe.plan.run import GB, Plan, make_plan
 
 WIDTH = 110  # columns where the output is not a terminal
@@ -77,7 +78,14 @@ def _run(plan: Plan) -> Table:
     )
     local = local_tensors(config, world).local
     table.add_row("parameters", f"{total:,}, {active:,} active per token, {local:,} on a rank")
-    table.add_row("FLOPs", f"{flops_per_token(config) / 1e9:,.4g} GFLOP per token in training")
+    flops, orthogonalizing = flops_per_token(config), muon_cost(config, world).flops
+    whole = flops * train.global_batch_size * train.sequence_length
+    muon = (
+        f"; Muon {orthogonalizing / 1e12:,.4g} TFLOP a step, {orthogonalizing / whole:.1%} more"
+        if orthogonalizing
+        else ""
+    )
+    table.add_row("FLOPs", f"{flops / 1e9:,.4g} GFLOP per token in training{muon}")
     sets = f"expert_parallel_size {parallel.expert_parallel_size}, " if config.model.mlp is Mlp.sparse else ""
     table.add_row(
         "ranks",

@@ -18,6 +18,11 @@ HEADS = ("lm_head.weight", "model.embed_tokens.weight")
 MOST_LAYERS = 10_000  # whose parameters are told apart by name
 
 
+def routed_experts(name: str) -> bool:
+    """Whether a parameter is stacked experts', of which a rank holds a slice."""
+    return EXPERTS in name and "shared" not in name
+
+
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """{name: shape} of every parameter of the model without adapters, with all experts. A router is one matrix."""
     return dict(_named(config))

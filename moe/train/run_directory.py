@@ -12,8 +12,8 @@ from moe.errors import UserError
 
 # What a checkpoint's tensors depend on: with another value the run can't continue.
 FIXED = (
-    "model", "router.kind", "router.num_experts", "optim.freeze", "adapter.kind", "adapter.r", "adapter.target_modules",
-    "adapter.rank_pattern", "adapter.modules_to_save", "adapter.use_dora",
+    "model", "router.kind", "router.num_experts", "optim.kind", "optim.freeze", "adapter.kind", "adapter.r",
+    "adapter.target_modules", "adapter.rank_pattern", "adapter.modules_to_save", "adapter.use_dora",
 )  # fmt: skip
 BIAS = "bias_update"  # a router has a bias, or with none it hasn't
 # These change how the run is computed, split, watched or stored, not its mathematics. Data and tokenizer are compared

@@ -25,6 +25,7 @@ from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
 from moe.config import CheckpointConfig
 from moe.config.compose import to_yaml
+from moe.engine.base import MOMENTS
 from moe.engine.deepspeed import optimizer_state as optimizer_state_module
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.errors import UserError
@@ -96,6 +97,39 @@ def test_resume_is_exact(
     for losses, state in results:
         assert (state.step, state.consumed, state.tokens) == (BEFORE, BEFORE * 8, BEFORE * 128)
         assert losses == (expected[0] if tolerance == 0 else pytest.approx(expected[0], rel=tolerance))
+
+
+MUON_CASES = [
+    # (ranks, expert-parallel size, ZeRO stage) that saved → that resumes, precision, tolerance
+    ((1, 1, 1), (1, 1, 1), "float32", 0.0),
+    ((2, 2, 1), (2, 2, 1), "bfloat16", 0.0),
+    ((2, 1, 2), (2, 1, 2), "float32", 0.0),
+    ((2, 2, 1), (1, 1, 2), "float32", 1e-6),
+    ((1, 1, 1), (2, 2, 2), "float32", 1e-6),
+    ((2, 1, 1), (2, 2, 1), "bfloat16", 5e-3),
+]
+
+
+@pytest.mark.parametrize(("saved", "resumed", "precision", "tolerance"), MUON_CASES)
+def test_muon_resumes_exactly(
+    saved: tuple[int, ...], resumed: tuple[int, ...], precision: str, tolerance: float, tmp_path: Path
+) -> None:
+    def overrides(world: tuple[int, ...]) -> list[str]:
+        stages = [f"parallel.expert_parallel_size={world[1]}", f"parallel.zero_stage={world[2]}"]
+        return [*stages, f"train.precision={precision}", "optim=muon"]
+
+    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved))[0]
+    for losses, _ in run_ranks(resumed[0], _resume, tmp_path, overrides(resumed)):
+        assert losses == (expected if tolerance == 0 else pytest.approx(expected, rel=tolerance))
+    (folder,) = committed(tmp_path / "checkpoints")
+    moments: set[str] = set()
+    for path in (folder / "optimizer").iterdir():
+        with safe_open(path, "pt") as file:
+            moments.update(file.keys())
+    for name, _ in load_model(folder).named_parameters():
+        by_muon = "_proj" in name
+        kinds = ("momentum_buffer",) if by_muon else ("exp_avg", "exp_avg_sq")
+        assert {kind for kind in MOMENTS if f"{kind}.{name}" in moments} == set(kinds), name
 
 
 FROZEN_CASES = [

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from moe.config import Config, EngineKind
 from moe.distributed import rendezvous
 from moe.engine import build_engine, prepare
-from moe.engine.base import ADAM_MOMENTS, KINDS, Engine, SkipReason, States, StepResult
+from moe.engine.base import ADAM_MOMENTS, Engine, SkipReason, States, StepResult
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
 LR, ACCUMULATION = 1e-2, 4
+KINDS = ("weights", *ADAM_MOMENTS)
 NAN, INF = float("nan"), float("inf")
 each_engine = pytest.mark.parametrize("kind", [kind.name for kind in EngineKind])
 each_precision = pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -44,6 +44,7 @@ STAGES = [
     Stage("cuda_tests", 120, "tests that need a GPU"),
     Stage("training", 120, "bf16 training, checkpoint, resume"),
     Stage("layer", 70, "the Mixtral layer by expert back-end"),
+    Stage("kernels", 50, "Triton's kernels beside plain PyTorch"),
     Stage("attention", 50, "attention by back-end"),
     Stage("step", 90, "a training step of 3 B parameters"),
     Stage("profiler", 70, "where that step's time goes"),

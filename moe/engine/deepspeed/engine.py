@@ -35,17 +35,26 @@ from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from moe.config import Config, Precision
+from moe.config import Config, OptimizerKind, Precision
 from moe.distributed.mesh import Mesh
 from moe.engine.adamw import AdamW
 from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.bfloat16_shortcuts import BFloat16Shortcuts
 from moe.engine.deepspeed.borrowed import borrow, check_version, require_meaning
+from moe.engine.deepspeed.matrices import share_matrices
 from moe.engine.deepspeed.muon import import_muon_uncompiled
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.engine.deepspeed.shortcuts import Shortcuts
 from moe.engine.deepspeed.skip import NormLimit
-from moe.engine.parameters import expert_names, parameter_groups, set_learning_rates
+from moe.engine.muon import Muon
+from moe.engine.optimizers import make_optimizer
+from moe.engine.parameters import (
+    expert_names,
+    muon_shapes,
+    parameter_groups,
+    set_learning_rates,
+    trained_parameters,
+)
 from moe.errors import UserError
 
 # The pinned DeepSpeed calls collectives by deprecated names; users can't change that.
@@ -74,7 +83,7 @@ def _group_name(expert: int) -> str:
 def prepare(mesh: Mesh) -> Mesh:
     """The mesh with its expert group of consecutive ranks, so that exchanges stay within a node if they can."""
     deepspeed_logger.setLevel(logging.WARNING)
-    deepspeed_logger.addFilter(_not_about_overflow)
+    deepspeed_logger.addFilter(_worth_reading)
     check_version()
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it has torch's; the type itself is compared
         ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
@@ -98,9 +107,10 @@ def prepare(mesh: Mesh) -> Mesh:
     return replace(mesh, expert_group=borrow(groups, "_get_expert_parallel_group", "group_name", lost=lost)(name))
 
 
-def _not_about_overflow(record: logging.LogRecord) -> bool:
-    """Drops DeepSpeed's message that calls every skipped step an overflow; moe.train.guard logs the real reason."""
-    return "OVERFLOW!" not in record.getMessage()
+def _worth_reading(record: logging.LogRecord) -> bool:
+    """Drops DeepSpeed's message that calls every skipped step an overflow, since moe.train.guard logs the real reason,
+    and its warning of optimizers that it doesn't know: tests/distributed/test_engine.py tests Muon."""
+    return not any(text in record.getMessage() for text in ("OVERFLOW!", "untested optimizer"))
 
 
 def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -125,6 +135,8 @@ def _deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     if config.parallel.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW steps on the host instead of a compiled one
+    if config.optim.kind is OptimizerKind.muon:
+        settings["zero_allow_untested_optimizer"] = True
     if config.train.precision is Precision.bfloat16:
         # NOTE: without immediate_grad_update BF16_Optimizer clears gradients in a hook on the model's outputs, which
         # DeepSpeed doesn't find inside a dataclass: the first of M micro-batches would count M times, the last once.
@@ -165,13 +177,8 @@ class DeepSpeedEngine:
             if experts_train:
                 model.add_module("expert_marker", _ExpertMarker(config.router.num_experts, mesh.expert_parallel_size))
             param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
-        optimizer = AdamW(
-            [group for group in param_groups if group["params"]],  # DeepSpeed fails on an empty group
-            lr=config.optim.lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            eps=config.optim.eps,
-            fused=True,
-        )
+        filled = [group for group in param_groups if group["params"]]  # DeepSpeed fails on an empty group
+        optimizer, shapes = make_optimizer(filled, config, mesh.device), muon_shapes(model, config)
         import_muon_uncompiled()
         engine, zero, _, _ = deepspeed.initialize(
             model=model,
@@ -183,6 +190,8 @@ class DeepSpeedEngine:
         self._engine: Any = engine
         self._zero: Any = zero
         assert self._engine.has_moe_layers == (mesh.expert_parallel_size > 1 and experts_train)
+        if isinstance(optimizer, Muon):
+            share_matrices(optimizer, zero, trained_parameters(model), shapes)
         self._shortcuts: Shortcuts | BFloat16Shortcuts | None = None
         if _takes_shortcuts(config, mesh):
             if config.train.precision is Precision.float32:
@@ -192,7 +201,7 @@ class DeepSpeedEngine:
         self._norm = NormLimit(self._zero, mesh)
         borrow(self._zero, "update_lp_params", lost="the model would compute with old weights after a resume")
         borrow(self._engine, "was_step_applied", lost="skipped steps would count as applied")
-        self.optimizer_state: OptimizerState = ZeroOptimizerState(self._engine.module, zero)
+        self.optimizer_state: OptimizerState = ZeroOptimizerState(self._engine.module, zero, set(shapes))
         self._backwards = 0
 
     @property

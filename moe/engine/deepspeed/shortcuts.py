@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from moe.engine.adamw import AdamW
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, require_meaning
 
 ROW = 1024  # elements summed in float32
@@ -40,7 +41,7 @@ class Shortcuts:
         borrow(zero, "get_grad_norm_direct", "gradients", "params", "norm_type", lost="the norm would be another")
         borrow(zero, "_get_preflattened_grad_partition", "group_idx", lost=clip)
         borrow(zero, "unscale_and_clip_grads", "grad_groups_flat", "total_norm", lost=clip)
-        borrow(zero, "_optimizer_step", "group_no", lost="weights would not be updated")
+        whole = borrow(zero, "_optimizer_step", "group_no", lost="weights would not be updated")
         borrow_value(zero, "gradient_average", lost="gradients would be scaled")
         for name in ("single_partition_of_fp32_groups", "clip_grad", "averaged_gradients", "dp_process_group"):
             borrow_value(zero, name, lost=clip)
@@ -52,8 +53,11 @@ class Shortcuts:
         gradients: dict[int, list[Tensor]] = {}
 
         def keep_gradients(group_idx: int) -> Tensor:
-            """Replaces the flat gradient, of which DeepSpeed checks the size and dtype."""
-            gradients[group_idx] = _clipped(zero, group_idx)
+            """Replaces the flat gradient, of which DeepSpeed checks the size and dtype. Muon needs it."""
+            clipped = _clipped(zero, group_idx)
+            if zero.optimizer.param_groups[group_idx]["muon"]:
+                return torch.cat(clipped)
+            gradients[group_idx] = clipped
             master = zero.single_partition_of_fp32_groups[group_idx]
             return master.new_zeros(1).expand(master.numel())
 
@@ -62,7 +66,10 @@ class Shortcuts:
             self._passes += 1
 
         def update(group_no: int) -> None:
-            _adamw(zero.optimizer, group_no, gradients.pop(group_no))
+            if group_no in gradients:
+                _adamw(zero.optimizer, group_no, gradients.pop(group_no))
+            else:
+                whole(group_no)
             self._updated.append(group_no)
 
         zero._get_preflattened_grad_partition = keep_gradients
@@ -132,7 +139,7 @@ def _clipped(zero: Any, group: int) -> list[Tensor]:
 
 def _adamw(optimizer: Any, group: int, gradients: list[Tensor]) -> None:
     """One update of a parameter group, whose only parameter is the partition, by torch's function for AdamW."""
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, AdamW)
     settings = optimizer.param_groups[group]
     (master,) = settings["params"]
     state = optimizer.state[master]
