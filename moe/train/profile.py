@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,7 @@ def _part_of(module: nn.Module, name: str) -> str | None:
     return next((part for kind, part in _MODULES if isinstance(module, kind)), None)
 
 
-class _Ranges:
+class PartRanges:
     """While it is there, modules' forward passes and the engine's backward pass and step are ranges of their part."""
 
     def __init__(self, engine: Engine) -> None:
@@ -123,37 +123,48 @@ def _inside(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 def times_by_part(events: Iterable[Any]) -> PartTimes:
     """Every operation's own time, added to its part. `events` are torch.profiler's."""
-    on_host = [event for event in events if event.device_type.name == "CPU"]
-    made_in: dict[int, str] = {}  # part of the operation with this number
-    for event in on_host:
-        if event.sequence_nr >= 0 and not event.name.startswith(_NODE) and (part := _range_around(event)):
-            made_in.setdefault(event.sequence_nr, part)
     times = PartTimes()
-    for event in on_host:
-        part = _attributed(event, made_in)
+    for event, part, _ in attributed(events):
         times.host[part] += event.self_cpu_time_total / 1e3
         times.device[part] += event.self_device_time_total / 1e3
     return times
 
 
+def attributed(events: Iterable[Any]) -> Iterator[tuple[Any, str, bool]]:
+    """(event, its part, whether it is of the backward pass) of every event on the host. `events` are
+    torch.profiler's."""
+    on_host = [event for event in events if event.device_type.name == "CPU"]
+    # Part of the operation that made the node with this number. Operations that make none have the number of the next
+    # node, so the last operation with a number made it.
+    made_in: dict[int, str] = {}
+    for event in on_host:
+        if event.sequence_nr >= 0 and (part := _range_around(event)):
+            made_in[event.sequence_nr] = part
+    for event in on_host:
+        yield event, *_attributed(event, made_in)
+
+
 def _range_around(event: Any) -> str | None:
-    while event is not None:
+    """The part of the innermost range; None in the backward pass."""
+    while event is not None and not event.name.startswith(_NODE):
         if event.name.startswith(_RANGE):
             return event.name.removeprefix(_RANGE)
         event = event.cpu_parent
     return None
 
 
-def _attributed(event: Any, made_in: dict[int, str]) -> str:
+def _attributed(event: Any, made_in: dict[int, str]) -> tuple[str, bool]:
+    """The part, and whether a node of the backward pass is around the event."""
+    exchanged = False
     while event is not None:
         if "AllToAll" in event.name or "alltoall" in event.name or "all_to_all" in event.name:
-            return "exchange"
+            exchanged = True
         if event.name.startswith(_RANGE):
-            return event.name.removeprefix(_RANGE)
+            return "exchange" if exchanged else event.name.removeprefix(_RANGE), False
         if event.name.startswith(_NODE):
-            return made_in.get(event.sequence_nr, "gradients")
+            return "exchange" if exchanged else made_in.get(event.sequence_nr, "gradients"), True
         event = event.cpu_parent
-    return "other"
+    return "exchange" if exchanged else "other", False
 
 
 class StepProfiler:
@@ -163,7 +174,7 @@ class StepProfiler:
         self._engine, self._mesh, self._folder, self._say = engine, mesh, folder / FOLDER, say
         self._seen = 0
         self._profile: profile | None = None
-        self._ranges: _Ranges | None = None
+        self._ranges: PartRanges | None = None
         self._metrics: list[dict[str, Any]] = []
 
     def step(self) -> AbstractContextManager[Any]:
@@ -173,7 +184,7 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU]
             if self._mesh.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            self._ranges = _Ranges(self._engine)
+            self._ranges = PartRanges(self._engine)
             self._profile = profile(activities=activities)
             self._profile.start()
         return in_part("other") if self._profile is not None else nullcontext()

@@ -13,7 +13,7 @@ from moe.distributed import rendezvous
 from moe.engine.plain import PlainEngine
 from moe.errors import UserError
 from moe.model.build import build_model
-from moe.train.profile import PARTS, PartTimes, _Ranges, in_part, table, times_by_part
+from moe.train.profile import PARTS, PartRanges, PartTimes, in_part, table, times_by_part
 from tests.ranks import run_ranks
 
 OVERRIDES = [
@@ -39,7 +39,7 @@ def _trained(profiled: bool) -> tuple[list[torch.Tensor], PartTimes, float]:
     if not profiled:
         step()
         return [parameter.detach() for parameter in model.parameters()], PartTimes(), 0.0
-    ranges = _Ranges(engine)
+    ranges = PartRanges(engine)
     with profile(activities=[ProfilerActivity.CPU]) as recorded, in_part("other"):
         step()
     ranges.remove()
@@ -96,6 +96,20 @@ def test_a_backward_node_belongs_to_the_part_that_made_it() -> None:
     expected = {"other": 0.01, "attention": 7.5, "experts": 0.0, "exchange": 0.9, "gradients": 0.11}
     assert dict(times.host) == pytest.approx(expected)
     assert {part: spent for part, spent in times.device.items() if spent} == {"attention": 14.0}
+
+
+def test_an_operation_that_makes_no_node_takes_none_from_the_next_part() -> None:
+    node = "autograd::engine::evaluate_function: "
+    step = _Event("moe: other")
+    router, dispatch = _Event("moe: router", step), _Event("moe: dispatch", step)
+    mean = _Event("aten::mean", router, number=3)  # of no gradient: it has the next node's number
+    view = _Event("aten::view", dispatch, number=3)
+    gradients = _Event("moe: gradients", step)
+    back = _Event(f"{node}ViewBackward0", gradients, number=3)
+    inner = _Event("ViewBackward0", back, number=3, host=1000)
+    times = times_by_part([step, router, mean, dispatch, view, gradients, back, inner])
+    assert times.host["dispatch"] == 1.0
+    assert times.host["router"] == times.host["gradients"] == 0.0
 
 
 def test_the_table_has_the_mean_over_the_ranks() -> None:
