@@ -14,6 +14,7 @@ BENCHMARKS = {
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
     "diagnostics": "what the routers' diagnostics cost a training step",
+    "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",
     "memory_peers": "the peak memory of our step's process beside transformers'",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",

@@ -41,8 +41,7 @@ from moe.model.transformer import Transformer
 
 DEFAULTS = ["train.sequence_length=32"]
 BATCHES = (1, 32)  # prompts
-IMPLEMENTATION_TOKENS = 8  # new tokens with which the peer's implementations are timed
-HOPELESS = 5  # an implementation's first token takes so many times as long as all tokens of another
+HOPELESS = 5  # an implementation's first token takes so many times as long as that of another
 FIRST = 0x4E00  # the characters that stand for token ids: whole, printing ones, so that each is a piece of text
 MOST_IDS = 0xD800 - FIRST
 
@@ -110,7 +109,7 @@ def run(overrides: list[str]) -> None:
     ratios = []
     for batch in reversed(BATCHES):
         prompts_BP = _prompts(config, batch)
-        implementation = best_implementation(peer, prompts_BP, config)
+        implementation = best_implementation(peer, prompts_BP, keys.steps, config)
         same_tokens(ours, peer, prompts_BP, keys.steps)
         operations = our_operations(ours, prompts_BP), peer_operations(peer, prompts_BP)
         rounds = list(measure(keys, {"ours": our_tokens(ours), "peer": peer_tokens(peer)}, prompts_BP))
@@ -180,9 +179,10 @@ def _whole_pass(model: Transformer, ids_1S: Tensor) -> Tensor:
     return logits_BSV[0, -1]
 
 
-def best_implementation(peer: Any, prompts_BP: Tensor, config: Config) -> str:
-    """Times each of the peer's experts implementations, and sets and returns the fastest."""
+def best_implementation(peer: Any, prompts_BP: Tensor, count: int, config: Config) -> str:
+    """Times each of the peer's experts implementations for `count` tokens, and sets and returns the fastest."""
     seconds: dict[str, float] = {}
+    firsts: list[float] = []
     for name in IMPLEMENTATIONS:
         reason = copied_too_large(config, prompts_BP.numel(), layers=1) if name == "batched_mm" else None
         if reason is not None:
@@ -190,12 +190,12 @@ def best_implementation(peer: Any, prompts_BP: Tensor, config: Config) -> str:
             continue
         peer.set_experts_implementation(name)
         generate = peer_tokens(peer)
-        first = _seconds(generate, prompts_BP, 1)
-        if seconds and first > HOPELESS * min(seconds.values()):
-            print(f"peer's experts, {name}: left out, the first token alone takes {first:.1f} s")
+        firsts.append(_seconds(generate, prompts_BP, 1))
+        if firsts[-1] > HOPELESS * min(firsts):
+            print(f"peer's experts, {name}: left out, the first token alone takes {firsts[-1]:.1f} s")
             continue
-        seconds[name] = min(_seconds(generate, prompts_BP, IMPLEMENTATION_TOKENS) for _ in range(2))
-        print(f"peer's experts, {name}: {seconds[name] / IMPLEMENTATION_TOKENS * 1e3:,.1f} ms/step", flush=True)
+        seconds[name] = _seconds(generate, prompts_BP, count)
+        print(f"peer's experts, {name}: {seconds[name] / count * 1e3:,.1f} ms/step", flush=True)
     best = min(seconds, key=lambda name: seconds[name])
     peer.set_experts_implementation(best)
     return best

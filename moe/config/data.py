@@ -16,6 +16,7 @@ from moe.config.suggest import no_such_key
 from moe.errors import UserError
 
 MAX_TRAIN_BYTES = 10**12
+MOST_PROCESSES = 1024
 MAX_TOKEN = 100  # characters of a special token
 # Keys that a source has, and `data` too for the source that `data.path` names.
 OF_A_SOURCE = ("format", "text_field", "prompt_field", "completion_field", "messages_field")
@@ -50,7 +51,8 @@ class DataConfig:
     """Corpora. `data.path` is short for one source named `text`; a mixture names its sources in `data.sources`.
 
     `records` is what rows are; where they are not documents, `template`, `loss_on` and `long_rows` say how a row
-    becomes a sequence of tokens and targets (docs/fine-tuning.md).
+    becomes a sequence of tokens and targets (docs/fine-tuning.md). `processes` prepare the token shards, which are the
+    same for any number (null: one for each core, and fewer where there is little text).
     """
 
     path: str | None = None
@@ -68,10 +70,12 @@ class DataConfig:
     )  # name → SourceConfig; Any, so that `+data.sources.x.path=` works
     held_out: float = 0.05
     cache_dir: str = "~/.cache/moe"
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         filled("data", self, "path", "cache_dir", *OF_A_SOURCE[1:])
         require(0 < self.held_out < 1, f"data.held_out={self.held_out} must be between 0 and 1: a share of documents")
+        positive("data", self, "processes", at_most=MOST_PROCESSES)
         both = self.path is not None and self.sources
         require(not both, f"data.path={self.path} and data.sources can't both be set (data=files has no sources)")
         for name in OF_A_SOURCE:

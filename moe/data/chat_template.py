@@ -49,7 +49,7 @@ class ChatTemplate:
         """Raises DataError for what is no template."""
         if len(source) > LARGEST:
             raise DataError(f"{name}: has {len(source):,} characters, and at most {LARGEST:,} are read")
-        self.source, self.name = source, name
+        self.source, self.name, self._tokenizer = source, name, tokenizer
         self._specials = tokenizer.special_tokens()
         texts = sorted(filter(None, self._specials), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
@@ -67,6 +67,9 @@ class ChatTemplate:
             raise DataError(f"{name}: not a template that can be read: {first_line(error)}") from error
         self._knows_tools = "tools" in variables
         self._marks = bool(re.search(r"\{%[-+]?\s*generation\b", source))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, (self.source, self._tokenizer, self.name)
 
     def segments(self, messages: list[Message], tools: list[Any] | None, place: str) -> list[Segment]:
         """The conversation. Raises DataError, naming the place, where the template refuses it or leaves out a part."""

@@ -5,29 +5,46 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sentencepiece
 
 from moe.config import DataConfig, TokenizerConfig
 from moe.data.corpus import FORMAT, META, SPLITS
-from moe.data.readers import Chunk, DataError
-from moe.data.record_encoding import Recipe, threads
-from moe.data.record_writer import encode_records
-from moe.data.shards import StreamWriter, token_dtype
+from moe.data.document_encoding import EncodedDocuments, encode_documents
+from moe.data.parts import Part
+from moe.data.processes import Processes
+from moe.data.record_encoding import Recipe
+from moe.data.record_writer import EncodedRecords, encode_records, write_records
+from moe.data.shards import OFFSET, StreamWriter, token_dtype
 from moe.data.sources import Source, stated_weights
-from moe.data.survey import Survey, content_bytes, hash_of
+from moe.data.survey import Survey, SurveyedPart, hash_of, require_same, survey_of, survey_part, wanted_threshold
 from moe.data.tokenizer_base import Tokenizer
 from moe.data.tokenizer_training import sample_blocks, train_sentencepiece
 from moe.durable import fsync
 
-ENCODE_BYTES = 4 << 20  # text handed to the tokenizer at once: enough to keep every core busy
-LONG_BYTES = 2 << 20  # a longer text is encoded in parts; chunks of text files are shorter
 PROGRESS_BYTES = 1 << 28  # bytes of text between two progress lines
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyJob:
+    """Surveys a part of a source."""
+
+    wanted: int
+
+    def __call__(self, part: Part) -> SurveyedPart:
+        return survey_part(part, self.wanted)
+
+
+def survey_sources(data: DataConfig, sources: list[Source], processes: Processes) -> list[Survey]:
+    """Reads every source once. Raises DataError."""
+    job = SurveyJob(wanted_threshold(data.held_out))
+    return [survey_of(source, data.held_out, processes.run(job, source.parts())) for source in sources]
 
 
 def train_tokenizer(
@@ -56,6 +73,7 @@ def write_corpus(
     sources: list[Source],
     surveys: list[Survey],
     recipe: Recipe | None,
+    processes: Processes,
     log: Callable[[str], None],
 ) -> None:
     """Writes shards, tokenizer and meta.json into the new `folder` and syncs them to disk.
@@ -75,12 +93,16 @@ def write_corpus(
         "versions": {"numpy": np.__version__, "sentencepiece": sentencepiece.__version__},
         "sources": {},
     }
+    encode_text, encode_rows = EncodeJob(tokenizer, None), EncodeJob(tokenizer, recipe)
     for source, survey in zip(sources, surveys, strict=True):
+        path, items = folder / source.name, ((part, survey.threshold) for part in source.parts())
         if source.has_records:
             assert recipe is not None
-            streams = encode_records(folder / source.name, source, survey, recipe, log)
+            rows = cast("Iterator[EncodedRecords]", processes.run(encode_rows, items))
+            streams = write_records(path, source, survey, recipe, rows, log)
         else:
-            streams = _encode_source(folder / source.name, source, survey, tokenizer, log)
+            documents = cast("Iterator[EncodedDocuments]", processes.run(encode_text, items))
+            streams = _write_documents(path, source, survey, tokenizer, documents, log)
         about = {"description": source.description, "content": survey.content}
         meta["sources"][source.name] = {**about, **streams}
     with (folder / META).open("w", encoding="utf-8") as file:
@@ -91,70 +113,57 @@ def write_corpus(
         fsync(path)
 
 
-def _encode_source(
-    folder: Path, source: Source, survey: Survey, tokenizer: Tokenizer, log: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Writes both splits of one source; returns meta.json's entry of each.
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Encodes a part of a source with a threshold: rows where there is a recipe, or else documents."""
 
-    Neighbouring chunks of a text file that fall into the same split stay one document.
-    """
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: StreamWriter(folder / split, dtype) for split in SPLITS}
+    tokenizer: Tokenizer
+    recipe: Recipe | None
+
+    def __call__(self, item: tuple[Part, int]) -> EncodedDocuments | EncodedRecords:
+        part, threshold = item
+        if self.recipe is None:
+            return encode_documents(part, self.tokenizer, threshold)
+        return encode_records(part, self.recipe, threshold)
+
+
+def _write_documents(
+    folder: Path,
+    source: Source,
+    survey: Survey,
+    tokenizer: Tokenizer,
+    parts: Iterable[EncodedDocuments],
+    log: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Writes both splits of one source; returns meta.json's entry of each."""
+    writers = {split: StreamWriter(folder / split, token_dtype(tokenizer.vocab_size)) for split in SPLITS}
     content = hashlib.sha256()
     current: StreamWriter | None = None
     done = 0
     try:
-        for chunk, ids in _encoded(source.chunks(), tokenizer):
-            if chunk is not None:
-                number, size = hash_of(chunk), len(chunk.data)
-                content.update(content_bytes(chunk, number))
-                writer = writers["held_out" if number < survey.threshold else "train"]
-                if chunk.starts_document or writer is not current:
-                    if current is not None:
-                        current.write([tokenizer.eos_id])
-                    writer.start_document()
-                    writer.write([tokenizer.bos_id])
-                    current = writer
-                writer.bytes += size
-                if (done + size) // PROGRESS_BYTES > done // PROGRESS_BYTES:
-                    log(f"{source.name}: {(done + size) / 1e6:,.0f} of {survey.bytes / 1e6:,.0f} MB")
-                done += size
-            assert current is not None  # no part of a chunk comes before the chunk
-            current.write(ids)
+        for part in parts:
+            content.update(part.content)
+            if part.first is None:
+                continue
+            assert part.last is not None
+            first = writers[part.first]
+            if not (part.continues and first is current):
+                if current is not None:
+                    current.write([tokenizer.eos_id])
+                first.start_document()
+                first.write([tokenizer.bos_id])
+            for name, split in part.splits.items():
+                writers[name].write_documents(split.ids, np.frombuffer(split.starts, OFFSET))
+                writers[name].bytes += split.bytes
+            current = writers[part.last]
+            if (done + part.size) // PROGRESS_BYTES > done // PROGRESS_BYTES:
+                log(f"{source.name}: {(done + part.size) / 1e6:,.0f} of {survey.bytes / 1e6:,.0f} MB")
+            done += part.size
         if current is not None:
             current.write([tokenizer.eos_id])
-        if content.hexdigest() != survey.content:
-            raise DataError(
-                f"source {source.name!r} ({source.description}) changed while it was being read: run it again"
-            )
+        require_same(source, survey, content.hexdigest())
         return {split: writer.close() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
-
-
-def _encoded(chunks: Iterator[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk | None, list[int]]]:
-    """Each chunk with its token ids, encoded ENCODE_BYTES at a time on all of this process's cores.
-
-    A chunk longer than LONG_BYTES comes with its first ids; None comes with the others.
-    """
-    batch: list[Chunk] = []
-
-    def encoded() -> Iterator[tuple[Chunk, list[int]]]:
-        yield from zip(batch, tokenizer.encode_many([chunk.text for chunk in batch], threads()), strict=True)
-        batch.clear()
-
-    size = 0
-    for chunk in chunks:
-        long = len(chunk.data) > LONG_BYTES
-        if long or size >= ENCODE_BYTES:
-            yield from encoded()
-            size = 0
-        if long:
-            for number, ids in enumerate(tokenizer.encode_long(chunk.text, threads())):
-                yield chunk if number == 0 else None, ids
-        else:
-            batch.append(chunk)
-            size += len(chunk.data)
-    yield from encoded()

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe.data.long_text import SPACE, byte_level_parts
 from moe.data.readers import DataError
+from moe.data.shards import token_dtype
 from moe.data.tokenizer_base import BYTE_PIECE, PARTS, bos_and_eos, save_files, saved_files
 from moe.errors import shown
 
@@ -36,11 +38,12 @@ class HuggingFaceTokenizer:
         self._backend.encode_special_tokens = True  # "</s>" inside a document is text and must not become the EOS id
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._model = model
+        self._model, self._where = model, where
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
         self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
         self.vocab_size = max(self.vocabulary().values()) + 1
+        self._dtype = token_dtype(self.vocab_size)
         self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
         decoder = json.dumps(self._json.get("decoder"))
         self._byte_level = '"ByteLevel"' in decoder
@@ -55,6 +58,10 @@ class HuggingFaceTokenizer:
         model = self._json["model"]
         return model.get("type") == "WordLevel" and model.get("unk_token") not in self._backend.get_vocab()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        made_of = self._model, self.bos_id, self.eos_id, self._where
+        return HuggingFaceTokenizer, made_of, {"chat_template": self.chat_template, "fingerprint": self.fingerprint}
+
     def encode(self, text: str) -> list[int]:
         """Raises DataError where a closed vocabulary has no pieces for it, as does `encode_many`."""
         try:
@@ -62,16 +69,23 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{shown(text)}: has characters that are in none of the tokenizer's pieces") from error
 
-    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
         try:
             return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
         except Exception:
             return [self.encode(text) for text in texts]  # raises for the text that has no pieces
 
-    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+    def encode_raw(self, texts: list[str]) -> list[bytes]:
+        try:
+            encoded = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception:
+            encoded = self.encode_many(texts)  # raises for the text that has no pieces
+        return [np.array(ids, self._dtype).tobytes() for ids in encoded]
+
+    def encode_long(self, text: str) -> Iterator[list[int]]:
         parts = byte_level_parts(text, self._backend, self._json)
         while batch := [*islice(parts, PARTS)]:
-            yield from self.encode_many(batch, threads)
+            yield from self.encode_many(batch)
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)

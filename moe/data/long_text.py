@@ -26,7 +26,9 @@ BREAK = re.compile(r"[^\W\d_](?= [^\W\d_])|\S\n(?=[^\W\d_])")
 
 
 class LongText:
-    """How texts may be cut for one SentencePiece model. `inside` encodes text that doesn't begin a document."""
+    """How texts may be cut for one SentencePiece model. `inside` encodes text that doesn't begin a document; `exact`:
+    whether texts may be cut at all, between two characters that are no pair in `joined`; `has_prefix`: whether the
+    model puts a space before a text."""
 
     def __init__(self, model: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
         from sentencepiece import sentencepiece_model_pb2  # loads protobuf
@@ -36,13 +38,15 @@ class LongText:
         normalizer, trainer = about.normalizer_spec, about.trainer_spec
         # A model that rewrites text (NFKC, doubled spaces) may look across any place, and a unigram model rounds the
         # sum of its scores from the text's beginning.
-        self._exact = not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces) and (
+        self.exact = not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces) and (
             trainer.model_type == trainer.BPE and not trainer.treat_whitespace_as_suffix
         )
+        self.exact = self.exact and normalizer.escape_whitespaces
+        self.has_prefix = bool(normalizer.add_dummy_prefix)
         pieces = [piece.piece.replace(SPACE, " ") for piece in about.pieces]
-        self._joined = frozenset(a + b for piece in pieces for a, b in pairwise(piece))
+        self.joined = frozenset(a + b for piece in pieces for a, b in pairwise(piece))
         self.inside = processor
-        if normalizer.add_dummy_prefix:
+        if self.has_prefix:
             self.inside = sentencepiece.SentencePieceProcessor()
             self.inside.LoadFromSerializedProto(model + NO_PREFIX)
 
@@ -50,8 +54,8 @@ class LongText:
         """Parts of about PART characters, longer where a text may not be cut; the whole text if it never may."""
         start = 0
         while start < len(text):
-            end = start + PART if self._exact else len(text)
-            while end < len(text) and (text[end - 1] == SPACE or text[end - 1 : end + 1] in self._joined):
+            end = start + PART if self.exact else len(text)
+            while end < len(text) and (text[end - 1] == SPACE or text[end - 1 : end + 1] in self.joined):
                 end += 1
             yield text[start:end]
             start = end

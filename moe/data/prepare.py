@@ -26,13 +26,13 @@ import sentencepiece
 from moe.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe.data.chat_templates import OURS
 from moe.data.corpus import FORMAT, Corpus, check_tokenizer, check_vocab, open_corpus
-from moe.data.corpus_writer import train_tokenizer, write_corpus
+from moe.data.corpus_writer import survey_sources, train_tokenizer, write_corpus
 from moe.data.find import expanded
+from moe.data.processes import Processes, chosen_processes
 from moe.data.readers import DataError
 from moe.data.record_encoding import FORMAT as RECORD_FORMAT
 from moe.data.record_encoding import Recipe
 from moe.data.sources import Source, open_sources, stated_weights
-from moe.data.survey import survey_source
 from moe.data.tokenizer import open_tokenizer, tokenizer_files
 from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync
@@ -170,37 +170,48 @@ def _build(
     trained = config.kind is TokenizerKind.sentencepiece
     tokenizer = None if trained else open_tokenizer(config)
     recipe = _recipe(data, tokenizer, sequence_length) if tokenizer else None  # what is wrong with it is said first
-    surveys = [survey_source(source, data.held_out) for source in sources]
-    total = sum(survey.bytes for survey in surveys)
-    if tokenizer is None:
-        tokenizer = train_tokenizer(data, config, sources, surveys, log)
-        recipe = _recipe(data, tokenizer, sequence_length)
-    identity = [FORMAT, tokenizer.fingerprint, data.held_out]
-    identity += [recipe.identity] if recipe else []
-    identity += [[source.name, survey.content] for source, survey in zip(sources, surveys, strict=True)]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    folder = cache / fingerprint[:32]
-    with _locked(cache / f"{folder.name}.lock", log):
-        corpus = opener.open(folder)
-        if corpus is None:
-            opener.tell()
-            partial = cache / f"{folder.name}.tmp"
-            with _cache_errors(cache):
-                for leftover in (partial, folder):  # left by a killed process; damaged
-                    if leftover.exists():
-                        shutil.rmtree(leftover)
-            try:
-                with _cache_errors(cache):
-                    write_corpus(partial, fingerprint, data, tokenizer, sources, surveys, recipe, log)
-                    partial.rename(folder)
-                    fsync(cache)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            corpus = open_corpus(folder, opener.weights, log)
-            log(f"prepared {total / 1e6:.1f} MB of text in {time.monotonic() - started:.1f} s")
+    with Processes(chosen_processes(data.processes, sum(source.bytes for source in sources))) as processes:
+        surveys = survey_sources(data, sources, processes)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(data, config, sources, surveys, log)
+            recipe = _recipe(data, tokenizer, sequence_length)
+        identity = [FORMAT, tokenizer.fingerprint, data.held_out]
+        identity += [recipe.identity] if recipe else []
+        identity += [[source.name, survey.content] for source, survey in zip(sources, surveys, strict=True)]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        folder = cache / fingerprint[:32]
+        with _locked(cache / f"{folder.name}.lock", log):
+            corpus = opener.open(folder)
+            if corpus is None:
+                opener.tell()
+
+                def write(partial: Path) -> None:
+                    write_corpus(partial, fingerprint, data, tokenizer, sources, surveys, recipe, processes, log)
+
+                _write(folder, write)
+                corpus = open_corpus(folder, opener.weights, log)
+                size, seconds = sum(survey.bytes for survey in surveys), time.monotonic() - started
+                several = f" in {processes.count} processes" if processes.count > 1 else ""
+                log(f"prepared {size / 1e6:.1f} MB of text{several} in {seconds:.1f} s")
     with _cache_errors(cache):
         note.write(folder.name)
     return corpus
+
+
+def _write(folder: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a partial folder, which becomes `folder` when it is complete."""
+    partial = folder.with_name(f"{folder.name}.tmp")
+    with _cache_errors(folder.parent):
+        for leftover in (partial, folder):  # left by a killed process; damaged
+            if leftover.exists():
+                shutil.rmtree(leftover)
+    try:
+        with _cache_errors(folder.parent):
+            write(partial)
+            partial.rename(folder)
+            fsync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _recipe(data: DataConfig, tokenizer: Tokenizer, sequence_length: int | None) -> Recipe | None:

@@ -72,22 +72,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_text(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
-    """One document per file, in chunks of about `chunk_bytes` that end with a line (or, in a long one, a character)."""
-    starts_document, position = True, 0
-    with opened(path) as file:
-        tail = b""
-        while block := file.read(chunk_bytes):
-            block = tail + block + file.readline(chunk_bytes)
-            # A line longer than a chunk is cut at any byte; the bytes of a cut character go into the next chunk.
-            tail = _unfinished(block) if not block.endswith(b"\n") else b""
-            block = block[: len(block) - len(tail)]
-            refuse_nul(block[: max(0, LOOKED_AT - position)], path, position)
-            decode(block, path, position)
-            yield Chunk(block, starts_document)
-            starts_document, position = False, position + len(block)
-        if tail:
-            decode(tail, path, position)
+def blocks_of(file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
+    """A text file's bytes in blocks of about `chunk_bytes` that end with a line (or, in a long one, a character)."""
+    tail = b""
+    while block := file.read(chunk_bytes):
+        block = tail + block + file.readline(chunk_bytes)
+        # A line longer than a chunk is cut at any byte; the bytes of a cut character go into the next block.
+        tail = _unfinished(block) if not block.endswith(b"\n") else b""
+        yield block[: len(block) - len(tail)]
+    if tail:
+        yield tail
+
+
+def text_chunk(block: bytes, path: Path, position: int) -> Chunk:
+    """A block at `position` of a text file, which is one document. Raises DataError where it isn't UTF-8 text."""
+    refuse_nul(block[: max(0, LOOKED_AT - position)], path, position)
+    decode(block, path, position)
+    return Chunk(block, starts_document=position == 0)
 
 
 def refuse_nul(block: bytes, path: Path, position: int) -> None:

@@ -5,7 +5,6 @@ Legend: T tokens of a row, L sequence length.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from moe.config import DataConfig, LongRows, LossOn
 from moe.data.chat_template import ChatTemplate, Segment, open_template
 from moe.data.readers import Chunk, DataError
 from moe.data.records import DataRecord
+from moe.data.shards import token_dtype
 from moe.data.tokenizer_base import Tokenizer
 
 FORMAT = 1  # of what is made of a row; part of the fingerprint
@@ -28,7 +28,7 @@ BATCH_BYTES, BATCH_ROWS = 4 << 20, 4096  # encoded at once
 class EncodedRow:
     """A row's tokens. `targets_T[t]`: whether token t is to be predicted from those before it."""
 
-    ids_T: np.ndarray  # int64
+    ids_T: np.ndarray  # of the tokenizer's `token_dtype`
     targets_T: np.ndarray  # bool
 
     @property
@@ -82,7 +82,7 @@ class Recipe:
         return [replace(one, turn=one.turn - turns if one.turn >= turns else -1) for one in segments]
 
     def encode_segments(self, rows: list[list[Segment]]) -> list[EncodedRow]:
-        """Many rows at once, on all of this process's cores."""
+        """Many rows at once."""
         return [self._row(ids_T, turns_T) for ids_T, turns_T in encode_segments(rows, self.tokenizer)]
 
     def _row(self, ids_T: np.ndarray, turns_T: np.ndarray) -> EncodedRow:
@@ -132,42 +132,46 @@ def encode_segments(rows: list[list[Segment]], tokenizer: Tokenizer) -> list[tup
     token would cross from one into the next, each is encoded alone, as a prompt and its answer are.
     """
     pieces = [[[*group] for _, group in groupby(row, key=_is_token)] for row in rows]
-    texts: dict[str, list[int]] = {}
+    texts: dict[str, bytes] = {}
     for row in pieces:
         for piece in row:
             if piece[0].token is None:
-                texts |= {text: [] for text in accumulate(segment.text for segment in piece)}
-    texts = dict(zip(texts, tokenizer.encode_many([*texts], threads()), strict=True))
-    return [_joined([_piece(piece, texts, tokenizer) for piece in row]) for row in pieces]
+                texts |= {text: b"" for text in accumulate(segment.text for segment in piece)}
+    texts = dict(zip(texts, tokenizer.encode_raw([*texts]), strict=True))
+    dtype = token_dtype(tokenizer.vocab_size)
+    return [_joined([_piece(piece, texts, tokenizer, dtype) for piece in row], dtype) for row in pieces]
 
 
 def _is_token(segment: Segment) -> bool:
     return segment.token is not None
 
 
-def _piece(piece: list[Segment], texts: dict[str, list[int]], tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
+def _piece(
+    piece: list[Segment], texts: dict[str, bytes], tokenizer: Tokenizer, dtype: np.dtype
+) -> list[tuple[bytes, int]]:
     """(ids, turn) of each segment of a piece: special tokens, or text end to end."""
     if piece[0].token is not None:
-        return [([segment.token], segment.turn) for segment in piece if segment.token is not None]
+        tokens = ((segment.token, segment.turn) for segment in piece if segment.token is not None)
+        return [(token.to_bytes(dtype.itemsize, "little"), turn) for token, turn in tokens]
     begun = [texts[text] for text in accumulate(segment.text for segment in piece)]
     whole, ends = begun[-1], [len(ids) for ids in begun]
-    if all(whole[:end] == ids for ids, end in zip(begun, ends, strict=True)):
+    if all(whole.startswith(ids) for ids in begun):
         parts = [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     else:
         parts = [begun[0], *(_continued(segment.text, tokenizer) for segment in piece[1:])]
     return [(ids, segment.turn) for ids, segment in zip(parts, piece, strict=True)]
 
 
-def _continued(text: str, tokenizer: Tokenizer) -> list[int]:
+def _continued(text: str, tokenizer: Tokenizer) -> bytes:
     """Ids of a text behind another one, without the space that some tokenizers put before what they encode."""
-    before, both = tokenizer.encode("\n"), tokenizer.encode("\n" + text)
-    return both[len(before) :] if both[: len(before)] == before else tokenizer.encode(text)
+    before, both, alone = tokenizer.encode_raw(["\n", "\n" + text, text])
+    return both[len(before) :] if both.startswith(before) else alone
 
 
-def _joined(pieces: list[list[tuple[list[int], int]]]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(pieces: list[list[tuple[bytes, int]]], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     parts = [part for piece in pieces for part in piece]
-    ids_T = np.fromiter((token for ids, _ in parts for token in ids), np.int64)
-    turns_T = np.repeat([turn for _, turn in parts], [len(ids) for ids, _ in parts])
+    ids_T = np.frombuffer(b"".join(ids for ids, _ in parts), dtype)
+    turns_T = np.repeat([turn for _, turn in parts], [len(ids) // dtype.itemsize for ids, _ in parts])
     return ids_T, turns_T
 
 
@@ -186,8 +190,3 @@ def in_batches(items: Iterable[T], record: Callable[[T], Chunk]) -> Iterator[lis
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def threads() -> int:
-    """Cores of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,26 @@ from moe.errors import shown
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit, 128 KiB, is less than many a document
 NAMES_SHOWN = 20
+# As floats, numbers may have any number of digits; they aren't text in any case.
+_READ = json.JSONDecoder(parse_int=float).decode
 
 
-def read_jsonl(path: Path, key: str, field: str) -> Iterator[Chunk]:
-    """One document per line: its string `field`. Blank lines are skipped."""
-    position = number = rows = 0
-    with opened(path) as file:
-        while line := file.readline():
-            number += 1
-            text = decode(line.rstrip(b"\r\n"), path, position)
-            position += len(line)
-            line = b""  # a row may have many megabytes, so no copy of it is kept longer than needed
-            if not text or text.isspace():
-                continue
-            rows += 1
-            if rows == 1 and text.removeprefix("\ufeff").lstrip().startswith("["):
-                raise json_array(path, number)
-            value = _value(text, f"{path}:{number}", key, field)
-            text = ""
-            chunk, value = as_chunk(value, field, f"{path}:{number}"), None
-            yield chunk
+def jsonl_chunks(lines: Iterator[tuple[int, int, bytes]], path: Path, key: str, field: str) -> Iterator[Chunk]:
+    """One document per line: its string `field`. Blank lines are skipped. `lines` are (number, position, line)."""
+    first = False
+    for number, position, line in lines:
+        first = first or number == 1
+        text = decode(line.rstrip(b"\r\n"), path, position)
+        line = b""  # a row may have many megabytes, so no copy of it is kept longer than needed
+        if not text or text.isspace():
+            continue
+        if first and text.removeprefix("\ufeff").lstrip().startswith("["):
+            raise json_array(path, number)
+        first = False
+        value = _value(text, f"{path}:{number}", key, field)
+        text = ""
+        chunk, value = as_chunk(value, field, f"{path}:{number}"), None
+        yield chunk
 
 
 def json_array(path: Path, line: int) -> DataError:
@@ -50,15 +51,14 @@ def _value(text: str, place: str, key: str, field: str) -> Any:
     """What a line of JSON has as `field`."""
     text = text.removeprefix("\ufeff")
     try:
-        # As floats, numbers may have any number of digits; they aren't text in any case.
-        row = json.loads(text, parse_int=float)
+        row = _READ(text)
         if not isinstance(row, dict):
             raise DataError(f"{place}: must be a JSON object, is {kind_of(row)}")
         if field not in row:
             raise DataError(f"{place}: {no_field(key, field, list(row))}")
         if text.count(json.dumps(field)) > 1:  # may be a text or a key further inside
             pairs = json.loads(text, parse_int=float, object_pairs_hook=list)
-            _once(field, [name for name, _ in pairs], place)
+            only_once(field, [name for name, _ in pairs], place)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{place}: broken JSON at column {error.colno}: {error.msg}: each line must be one JSON object"
@@ -76,7 +76,7 @@ def read_csv(path: Path, key: str, field: str, delimiter: str) -> Iterator[Chunk
         return
     if field not in header:
         raise DataError(f"{place}: {no_field(key, field, header)}{other_delimiter(header, delimiter)}")
-    _once(field, header, place)
+    only_once(field, header, place)
     column = header.index(field)
     for place, row in rows:
         if len(row) != len(header):
@@ -130,27 +130,47 @@ def other_delimiter(header: list[str], delimiter: str) -> str:
     return f", or separate columns by {delimiter!r} instead of {other!r}" if other else ""
 
 
-def read_parquet(path: Path, key: str, field: str) -> Iterator[Chunk]:
-    """One document per row: its string column `field`."""
-    import pyarrow.parquet as parquet
-
-    number = 0
+def column_chunks(path: Path, groups: list[int], first: int, field: str) -> Iterator[Chunk]:
+    """The string column `field` of some row groups of a Parquet file; their first row has the number `first`."""
+    number = first
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise DataError(f"{path}: {no_field(key, field, names)}")
-            _once(field, names, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
+        with open_parquet(path) as file:
+            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[field]):
                 for value in batch.column(batch.schema.get_field_index(field)):
                     yield as_chunk(value.as_py(), field, f"{path}: row {number}")
                     number += 1
-    except DataError:
-        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: row {number}: field {field!r} is not UTF-8: {error.reason}") from error
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile. Raises DataError, also for reads within the block."""
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (DataError, UnicodeDecodeError):
+        raise
     except Exception as error:  # damaged metadata ends in exceptions of any kind
         raise not_parquet(path, error) from error
+
+
+def group_batches(file: Any, part_bytes: int, field: str | None) -> Iterator[tuple[list[int], int, int]]:
+    """(row groups, number of their first row, bytes of column `field` or of all) of about `part_bytes` each."""
+    groups, first, size, row = list[int](), 0, 0, 0
+    for number in range(file.metadata.num_row_groups):
+        about = file.metadata.row_group(number)
+        columns = [about.column(index) for index in range(about.num_columns)]
+        groups.append(number)
+        size += sum(one.total_uncompressed_size for one in columns if field in (None, one.path_in_schema))
+        row += about.num_rows
+        if size >= part_bytes:
+            yield groups, first, size
+            groups, first, size = [], row, 0
+    if groups:
+        yield groups, first, size
 
 
 def not_parquet(path: Path, error: Exception) -> DataError:
@@ -168,7 +188,7 @@ def column(rows: Iterable[Any], field: str, place: str) -> Iterator[Any]:
         raise DataError(f"{place}: `datasets` can't read it: {first_line(error)}") from error
 
 
-def _once(field: str, names: list[str], place: str) -> None:
+def only_once(field: str, names: list[str], place: str) -> None:
     if (times := names.count(field)) > 1:
         raise DataError(f"{place}: has {times} fields named {field!r}: rename all but one")
 

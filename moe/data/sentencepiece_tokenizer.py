@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from moe.data.long_text import SPACE, LongText
 from moe.data.readers import DataError
+from moe.data.shards import token_dtype
 from moe.data.tokenizer_base import PARTS, bos_and_eos, save_files, saved_files
+from moe.data.word_encoding import WordEncoder
 
 
 class SentencePieceTokenizer:
@@ -29,9 +32,10 @@ class SentencePieceTokenizer:
             processor.id_to_piece(list(range(processor.get_piece_size())))  # that each is UTF-8
         except (RuntimeError, UnicodeDecodeError) as error:  # its messages may quote bytes of the model
             raise DataError(f"{where}: not a SentencePiece model, or a damaged one: copy it again") from error
-        self._model, self._processor = model, processor
+        self._model, self._processor, self._where = model, processor, where
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.vocab_size = processor.get_piece_size()
+        self._dtype = token_dtype(self.vocab_size)
         self.bos_id, self.eos_id = bos_and_eos(processor.bos_id(), processor.eos_id(), where)
         self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if not all(processor.is_byte(token_id) for token_id in self._space_ids):
@@ -39,29 +43,42 @@ class SentencePieceTokenizer:
                 f"{where}: has no byte pieces, so characters outside its vocabulary would be lost; use another model"
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceTokenizer, (self._model, self._where), {"chat_template": self.chat_template}
+
     def encode(self, text: str) -> list[int]:
-        return self.encode_many([text], threads=1)[0]
+        return self.encode_many([text])[0]
 
-    def encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        return self._encode_many(texts, threads, self._processor)
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self._encode_many(texts, self._processor)
 
-    def encode_long(self, text: str, threads: int) -> Iterator[list[int]]:
+    def encode_raw(self, texts: list[str]) -> list[bytes]:
+        encoder = self._word_encoder
+        if encoder is None:
+            return [np.array(ids, self._dtype).tobytes() for ids in self.encode_many(texts)]
+        slow = [text for text in texts if SPACE in text]
+        by_model = iter(self.encode_many(slow))
+        return [encoder.packed(next(by_model)) if SPACE in text else encoder.encode(text) for text in texts]
+
+    def encode_long(self, text: str) -> Iterator[list[int]]:
         parts = self._long_text.parts(text)
-        yield from self._encode_many([*islice(parts, 1)], threads, self._processor)
+        yield from self._encode_many([*islice(parts, 1)], self._processor)
         while batch := [*islice(parts, PARTS)]:
-            yield from self._encode_many(batch, threads, self._long_text.inside)
+            yield from self._encode_many(batch, self._long_text.inside)
+
+    @cached_property
+    def _word_encoder(self) -> WordEncoder | None:
+        return WordEncoder.of(self._long_text, self._processor, self._dtype.itemsize)
 
     @cached_property
     def _long_text(self) -> LongText:
         return LongText(self._model, self._processor)
 
-    def _encode_many(
-        self, texts: list[str], threads: int, first: sentencepiece.SentencePieceProcessor
-    ) -> list[list[int]]:
+    def _encode_many(self, texts: list[str], first: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
         """`first` encodes each text up to its first '▁'."""
         if any(SPACE in text for text in texts):
             return [self._encode_with_space_sign(text, first) for text in texts]
-        return first.encode(texts, num_threads=threads)  # type: ignore[return-value]
+        return first.encode(texts, num_threads=1)  # type: ignore[return-value]
 
     def _encode_with_space_sign(self, text: str, first: sentencepiece.SentencePieceProcessor) -> list[int]:
         """Encodes a literal '▁' as its three bytes; as a piece it would be decoded to a space."""

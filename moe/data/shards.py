@@ -81,6 +81,14 @@ class StreamWriter:
                 self.targets += int(mask_N.sum())
             self.tokens += len(part_N)
 
+    def write_documents(
+        self, ids: bytes | np.ndarray, starts_D: np.ndarray, targets_N: np.ndarray | None = None
+    ) -> None:
+        """Ids, as bytes or an array of the stream's dtype, in which documents begin at the places `starts_D`."""
+        self._offsets.write((starts_D + self.tokens).astype(OFFSET).tobytes())
+        self.documents += len(starts_D)
+        self.write(np.frombuffer(ids, self._dtype) if isinstance(ids, bytes) else ids, targets_N)
+
     def _begin(self, shard: int) -> None:
         self._end(self._shard)
         self._shard = _HashedFile(self._folder / f"{shard:05d}.bin")

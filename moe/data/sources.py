@@ -13,17 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from moe.config import DataConfig, RecordKind, SourceConfig, SourceFormat
 from moe.data import stdlib
+from moe.data.file_parts import JsonDocuments, line_parts, parquet_parts, parquet_tables, text_parts
 from moe.data.find import expanded, find
 from moe.data.formats import format_of
-from moe.data.readers import Chunk, DataError, first_line, read_text
-from moe.data.records import Shape, parse, shape_of
-from moe.data.rows import DELIMITERS, as_chunk, column, no_field, read_csv, read_jsonl, read_parquet
-from moe.data.tables import TableRow, dataset_rows, read_rows
+from moe.data.parts import Part, Records, Table, given_chunks, given_rows, grouped
+from moe.data.readers import Chunk, DataError, first_line
+from moe.data.records import Shape, shape_of
+from moe.data.rows import DELIMITERS, as_chunk, column, no_field, read_csv
+from moe.data.tables import TableRow, csv_rows, dataset_rows
 from moe.errors import shown
 
 MAX_CHUNK_BYTES = 1 << 20
@@ -41,9 +44,10 @@ class Source:
     description: str
     identity: list[Any]
     modified_ns: int  # newest file's modification time; 0 where there are no files
-    read: Callable[[], Iterator[Chunk]]
+    parts: Callable[[], Iterator[Part]]  # of its text, in a fixed order
+    bytes: int = 0  # of its files
     taken: str = ""  # of a folder or glob: one line with what is read and what is left out
-    tables: Callable[[], list[Iterator[TableRow]]] | None = None  # of records: the rows of each file
+    tables: Callable[[], list[Iterator[Table]]] | None = None  # of records: the rows of each file
     shape_of: Callable[[TableRow], Shape] | None = None  # of records: their kind, by the first; raises DataError
 
     @property
@@ -52,7 +56,7 @@ class Source:
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk but empty ones, in a fixed order. Raises DataError."""
-        return (chunk for chunk in self.read() if chunk.data)
+        return (chunk for part in self.parts() for chunk in part.chunks() if chunk.data)
 
 
 def open_sources(data: DataConfig) -> list[Source]:
@@ -104,7 +108,7 @@ def _open_records(name: str, key: str, config: SourceConfig, kind: RecordKind) -
     source = _open_tables(name, key, config, kind)
     assert source.tables is not None
     assert source.shape_of is not None
-    first = next((row for rows in source.tables() for row in rows), None)
+    first = next((row for tables in source.tables() for table in tables for row in table.rows()), None)
     if first is None:
         raise DataError(f"{key}.path={shown(config.path, 200)}: is empty: it holds no row")
     if first.problem:
@@ -112,12 +116,7 @@ def _open_records(name: str, key: str, config: SourceConfig, kind: RecordKind) -
     shape = source.shape_of(first)
     tables = source.tables
 
-    def read() -> Iterator[Chunk]:
-        for rows in tables():
-            for row in rows:
-                yield parse(row, shape)
-
-    source.read = read
+    source.parts = lambda: grouped(Records(table, shape) for table in chain.from_iterable(tables()))
     source.description = f"{shape.kind.name}:{source.description}"
     columns = [config.text_field, config.prompt_field, config.completion_field, config.messages_field]
     source.identity = ["records", kind.name, *columns, *source.identity]
@@ -134,7 +133,7 @@ def _open_tables(name: str, key: str, config: SourceConfig, kind: RecordKind) ->
         rows = _load_dataset(key, config, expanded(f"{key}.path", config.path))
         place = f"{config.path} ({config.split})"
         source = _of_dataset(name, key, config, rows)
-        source.tables, source.shape_of = lambda: [dataset_rows(rows, place)], shape
+        source.tables, source.shape_of = lambda: [given_rows(dataset_rows(rows, place))], shape
         return source
     source, paths, readers = _of_files(name, key, config)
     other = next((path for path, reader in zip(paths, readers, strict=True) if reader not in ROWS), None)
@@ -143,9 +142,18 @@ def _open_tables(name: str, key: str, config: SourceConfig, kind: RecordKind) ->
             f"{other or f'{key}.format=stdlib'}: is text without rows, and fine-tuning reads rows (JSONL, CSV, TSV, "
             f"Parquet, a data set): to pack it as documents, set {key}.records=documents"
         )
-    source.tables = lambda: [read_rows(path, reader) for path, reader in zip(paths, readers, strict=True)]
+    source.tables = lambda: [_tables(path, reader) for path, reader in zip(paths, readers, strict=True)]
     source.shape_of = shape
     return source
+
+
+def _tables(path: Path, reader: SourceFormat) -> Iterator[Table]:
+    if reader is SourceFormat.jsonl:
+        yield from line_parts(path)
+    elif reader is SourceFormat.parquet:
+        yield from parquet_tables(path)
+    else:
+        yield from given_rows(csv_rows(path, DELIMITERS[reader.value]))
 
 
 def _open_stdlib(name: str, key: str, domain: str) -> Source:
@@ -169,7 +177,7 @@ def _open_stdlib(name: str, key: str, domain: str) -> Source:
         except (OSError, SyntaxError, UnicodeError) as error:
             raise DataError(f"{key}.path={domain}: this Python's library can't be read: {error}") from error
 
-    return Source(name, f"stdlib:{domain}", ["stdlib", domain, *identity], modified, read)
+    return Source(name, f"stdlib:{domain}", ["stdlib", domain, *identity], modified, lambda: given_chunks(read()))
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -200,10 +208,11 @@ def _of_files(name: str, key: str, config: SourceConfig) -> tuple[Source, list[P
         taken = f"source {name!r}: {len(paths)} file{'s' if len(paths) > 1 else ''} ({formats}){found.left_out()}"
     description = f"{'+'.join(sorted(kinds))}:{config.path}"
     settings = ["files", config.format.value, config.text_field]
-    return Source(name, description, [*settings, *identity], modified, _not_read, taken), paths, readers
+    size = sum(size for _, size, _ in identity)
+    return Source(name, description, [*settings, *identity], modified, _not_read, size, taken), paths, readers
 
 
-def _not_read() -> Iterator[Chunk]:
+def _not_read() -> Iterator[Part]:
     raise AssertionError("the source has no reader yet")
 
 
@@ -215,18 +224,18 @@ def _open_files(name: str, key: str, config: SourceConfig) -> Source:
     if len(texts) < MIN_CHUNKS:
         chunk_bytes = min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, sum(texts) // MIN_CHUNKS))
 
-    def read() -> Iterator[Chunk]:
+    def parts() -> Iterator[Part]:
         for path, reader in zip(paths, readers, strict=True):
             if reader is SourceFormat.jsonl:
-                yield from read_jsonl(path, key, config.text_field)
+                yield from (JsonDocuments(lines, key, config.text_field) for lines in line_parts(path))
             elif reader is SourceFormat.parquet:
-                yield from read_parquet(path, key, config.text_field)
+                yield from parquet_parts(path, key, config.text_field)
             elif reader.value in DELIMITERS:
-                yield from read_csv(path, key, config.text_field, DELIMITERS[reader.value])
+                yield from given_chunks(read_csv(path, key, config.text_field, DELIMITERS[reader.value]))
             else:
-                yield from read_text(path, chunk_bytes)
+                yield from text_parts(path, chunk_bytes)
 
-    source.read = read
+    source.parts = lambda: grouped(parts())
     return source
 
 
@@ -257,7 +266,7 @@ def _open_dataset(name: str, key: str, config: SourceConfig, path: Path) -> Sour
             yield as_chunk(text, config.text_field, f"{place}: row {number}")
 
     source = _of_dataset(name, key, config, rows)
-    source.read = read
+    source.parts = lambda: given_chunks(read())
     return source
 
 
@@ -266,7 +275,9 @@ def _of_dataset(name: str, key: str, config: SourceConfig, rows: Any) -> Source:
     identity: list[Any] = ["dataset", config.path, config.subset, config.split, config.text_field]
     files, modified = _stat(key, sorted({Path(file["filename"]) for file in rows.cache_files}))
     description = ":".join(filter(None, ("dataset", config.path, config.subset, config.split)))
-    return Source(name, description, [*identity, len(rows), *files], modified, _not_read)
+    return Source(
+        name, description, [*identity, len(rows), *files], modified, _not_read, sum(size for _, size, _ in files)
+    )
 
 
 def _load_dataset(key: str, config: SourceConfig, path: Path) -> Any:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe.config import SourceFormat
-from moe.data.readers import DataError, first_line, opened
-from moe.data.rows import DELIMITERS, csv_lines, json_array, kind_of, not_parquet, other_delimiter, wrong_width
+from moe.data.readers import DataError, first_line
+from moe.data.rows import csv_lines, json_array, kind_of, open_parquet, other_delimiter, wrong_width
 from moe.errors import shown
 
 PARQUET_ROWS = 256  # read at once
@@ -28,16 +27,6 @@ class TableRow:
     hint: str = ""  # what a missing column may come from
 
 
-def read_rows(path: Path, kind: SourceFormat) -> Iterator[TableRow]:
-    """Every row of a file in its order. Raises DataError where the rest of the file can't be read."""
-    if kind is SourceFormat.jsonl:
-        yield from _json_rows(path)
-    elif kind is SourceFormat.parquet:
-        yield from _parquet_rows(path)
-    else:
-        yield from _csv_rows(path, DELIMITERS[kind.value])
-
-
 def dataset_rows(rows: Any, place: str) -> Iterator[TableRow]:
     """Every row of a `datasets` table."""
     try:
@@ -49,24 +38,22 @@ def dataset_rows(rows: Any, place: str) -> Iterator[TableRow]:
         raise DataError(f"{place}: `datasets` can't read it: {first_line(error)}") from error
 
 
-def _json_rows(path: Path) -> Iterator[TableRow]:
-    number = 0
-    with opened(path) as file:
-        while line := file.readline():
-            number += 1
-            if line.isspace():
-                continue
-            place = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.lstrip().startswith(b"["):
-                    raise json_array(path, number)
-            yield _json_row(place, line.rstrip(b"\r\n"))
+def json_rows(lines: Iterator[tuple[int, int, bytes]], path: Path) -> Iterator[TableRow]:
+    """A row for each line of JSON that isn't blank; `lines` are (number, position in the file, line)."""
+    for number, _, line in lines:
+        if line.isspace():
+            continue
+        place = f"{path}:{number}"
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.lstrip().startswith(b"["):
+                raise json_array(path, number)
+        yield _json_row(place, line.rstrip(b"\r\n"))
 
 
 def _json_row(place: str, line: bytes) -> TableRow:
     try:
-        row = json.loads(line, parse_int=_number, object_pairs_hook=_once)
+        row = _READ(line.decode(json.detect_encoding(line), "surrogatepass"))
     except json.JSONDecodeError as error:
         return TableRow(
             place, problem=f"broken JSON at column {error.colno}: {error.msg}: each line must be one JSON object"
@@ -102,6 +89,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_READ = json.JSONDecoder(parse_int=_number, object_pairs_hook=_once).decode
+
+
 def _too_deep(value: Any) -> bool:
     level: list[Any] = [value]
     for _ in range(DEEPEST):
@@ -118,7 +108,8 @@ def _each_once(names: list[str], place: str) -> None:
         raise DataError(f"{place}: has {names.count(twice)} fields named {shown(twice)!r}: rename all but one")
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[TableRow]:
+def csv_rows(path: Path, delimiter: str) -> Iterator[TableRow]:
+    """Every row below the header. Raises DataError where the rest of the file can't be read."""
     rows = csv_lines(path, delimiter)
     place, header = next(rows, ("", []))
     _each_once(header, place)
@@ -130,21 +121,15 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[TableRow]:
             yield TableRow(place, problem=wrong_width(row, header, delimiter))
 
 
-def _parquet_rows(path: Path) -> Iterator[TableRow]:
-    import pyarrow.parquet as parquet
-
-    number = 0
+def parquet_rows(path: Path, groups: list[int], first: int) -> Iterator[TableRow]:
+    """The rows of some row groups of a Parquet file; the first one has the number `first`."""
+    number = first
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _each_once(names, str(path))
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        with open_parquet(path) as file:
+            _each_once(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups):
                 for values in batch.to_pylist():
                     yield TableRow(f"{path}: row {number}", values)
                     number += 1
-    except DataError:
-        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: row {number} or one behind it is not UTF-8: {error.reason}") from error
-    except Exception as error:  # damaged metadata ends in exceptions of any kind
-        raise not_parquet(path, error) from error

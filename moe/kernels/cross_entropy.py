@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.float32_products import float32_products
 from moe.kernels.policy import wide_dtype, widen
 
 IGNORED = -100
@@ -39,6 +40,7 @@ def cross_entropy_reference(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 class HandWrittenLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @float32_products
     def forward(ctx: Any, x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, need_grad: bool) -> Tensor:
         tokens, vocab = x_TH.shape[0], weight_VH.shape[0]
         rows, wide = slice_rows(x_TH.device.type, vocab), wide_dtype(x_TH.dtype)

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 from moe.config import ExpertBackend, ExpertsConfig
 from moe.errors import UserError
 from moe.kernels import megablocks
+from moe.kernels.float32_products import float32_products
 from moe.kernels.grouped_products import GroupedProducts, torch_products
 from moe.kernels.padded_rows import PaddedRows
 from moe.kernels.policy import wide_dtype
 
-WIDENED_ROWS = 64  # rows that a CPU widens to float32 at a time, so that they stay in a core's cache
+BLOCK_ROWS = 64  # that a CPU takes through the element-wise passes at a time, so that they stay in a core's cache
 
 
 def resolve_backend(
@@ -154,6 +155,7 @@ class PerExpertSwiGLU(torch.autograd.Function):
     memory. `PaddedRows` says where rows are padded."""
 
     @staticmethod
+    @float32_products
     def forward(ctx: Any, x_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int]) -> Tensor:
         padding = PaddedRows.of(counts, x_NH.device, x_NH.dtype)
         x_PH = padding.spread(x_NH.contiguous())
@@ -172,6 +174,7 @@ class PerExpertSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @float32_products
     def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x_PH, gate_up_proj, down_proj, gate_up_PG = ctx.saved_tensors
         padding: PaddedRows = ctx.padding
@@ -211,10 +214,11 @@ def _activation_backward(
     if scratch is None:
         scratch = torch.empty_like(dact_NF), torch.empty_like(gate_up_NG)
     act_NF, dgate_up_NG = (buffer[:rows] for buffer in scratch)
+    block = BLOCK_ROWS if gate_up_NG.device.type == "cpu" else max(1, rows)
     if dtype == work:
-        _activation_backward_into(act_NF, dgate_up_NG, gate_up_NG, dact_NF)
+        for parts in zip(*(one.split(block) for one in (act_NF, dgate_up_NG, gate_up_NG, dact_NF)), strict=True):
+            _activation_backward_into(*parts)
         return act_NF, dgate_up_NG
-    block = WIDENED_ROWS if gate_up_NG.device.type == "cpu" else max(1, rows)
     wide_act = act_NF.new_empty(min(block, rows), act_NF.shape[1], dtype=work)
     wide_dgate_up = act_NF.new_empty(len(wide_act), dgate_up_NG.shape[1], dtype=work)
     for start in range(0, rows, block):

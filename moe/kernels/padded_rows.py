@@ -1,8 +1,9 @@
 """Rows sorted by expert, with each expert's rows padded to one of few sizes, for matrix products by oneDNN.
 
-oneDNN, which computes torch's bfloat16 products on a CPU, compiles a kernel for each new number of rows: about 1 ms and
-640 KiB, as long as the product itself takes. Routing gives new numbers at every step. `padded_size` allows 8 sizes per
-doubling, so kernels are reused, and adds at most an eighth to more than 512 rows.
+oneDNN computes torch's bfloat16 products on a CPU, and on some CPUs its float32 ones (`float32_products`). It compiles
+a kernel for each new number of rows: about 1 ms and 640 KiB, as long as the product itself takes. Routing gives new
+numbers at every step. `padded_size` allows 8 sizes per doubling, so kernels are reused, and adds at most an eighth to
+more than 512 rows.
 
 Padding rows are zero, so is what a SwiGLU makes of them, and they add nothing to a weight's gradient.
 
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.kernels.float32_products import uses_onednn
+
 MULTIPLE = 64  # of rows; smaller counts are padded to a power of two
 SIZES_PER_DOUBLING = 8
 
 
 def pads(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes the products."""
-    return device.type == "cpu" and dtype is torch.bfloat16
+    return device.type == "cpu" and (dtype is torch.bfloat16 or (dtype is torch.float32 and uses_onednn()))
 
 
 def padded_size(count: int) -> int:

@@ -2,7 +2,8 @@
 
 - Activations have the dtype of the weights (`train.precision`). Statistics, softmaxes, losses, router
   arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
-- float32 matrix products on CUDA are IEEE float32, never TF32: `exact_float32`.
+- float32 matrix products on CUDA are IEEE float32, never TF32; on a CPU the faster of two libraries that are equally
+  exact computes them: `exact_float32`.
 - `torch.compile` is used only where eager mode has no kernel (flex attention), and only through `compiled`.
 - What `device` and `dtype` of a command name: `choose_device`, `torch_dtype`.
 - The parts named by `model.recompute` run through `recomputed`.
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import Precision
 from moe.errors import UserError
+from moe.kernels import float32_products
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,14 +34,15 @@ def widen(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
-def exact_float32(device: torch.device) -> str | None:
-    """Makes float32 matrix products on CUDA IEEE float32. Returns a line for the log; None on other devices.
+def exact_float32(device: torch.device) -> str:
+    """Makes float32 matrix products on CUDA IEEE float32, and on a CPU those of the library that
+    `float32_products.choose` measured to be best. Returns a line for the log.
 
     A float32 run must equal a CPU run to rounding. With bfloat16 weights the router still computes in float32: TF32's
     10-bit mantissa would send some tokens to other experts.
     """
-    if device.type != "cuda":
-        return None
+    if device.type == "cpu":
+        return str(float32_products.choose())
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "float32 matrix products: IEEE float32, no TF32"
 

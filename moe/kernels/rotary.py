@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.float32_products import float32_products
 from moe.kernels.rope_scaling import rotary_frequencies
 
 
@@ -130,6 +131,7 @@ class HandWrittenProjectRotated(torch.autograd.Function):
     """
 
     @staticmethod
+    @float32_products
     def forward(
         ctx: Any, x_BSH: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, table: RotaryTable
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +146,7 @@ class HandWrittenProjectRotated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @float32_products
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x_BSH, q_weight, k_weight, v_weight = ctx.saved_tensors
         q_BSND, k_BSGD, v_BSGD = grads

@@ -5,19 +5,19 @@ In bytes per parameter on this rank. c is the rank's share of ZeRO's partition: 
 expert_parallel_size / ranks for experts. The second column is precision, device, ZeRO stage.
 
 | way      | when                                 | weights | master  | Adam | flat gradient | gradients           |
-| in place | float32 on a CPU, 1, no expert ranks | 4       | shared  | 8c   | 4c            | 4, reduced in place |
-| bucket   | float32 on a CPU, 1, expert ranks    | 4       | shared  | 8c   | 4c            | 4, a bucket, 4c     |
+| in place | float32 on a CPU, 1, no expert ranks | 4       | shared  | 8c   | –             | 4, reduced in place |
+| bucket   | float32 on a CPU, 1, expert ranks    | 4       | shared  | 8c   | –             | 4, a bucket, 4c     |
 | bucket   | float32 on CUDA, 1                   | 4       | 4c      | 8c   | 4c            | 4, a bucket, 4c     |
-| stage 2  | float32, 2                           | 4       | as in 1 | 8c   | 4c            | a bucket of 4, 4c   |
+| stage 2  | float32, 2                           | 4       | as in 1 | 8c   | as in 1       | a bucket of 4, 4c   |
 | stage 2  | bfloat16, 2                          | 2       | 4c      | 8c   | 4c            | a bucket of 2, 4c   |
 | sums     | bfloat16, 1                          | 2       | 4c      | 8c   | –             | 4 all the time      |
 | plain    | engine=plain, float32                | 4       | shared  | 8    | –             | 4                   |
 | plain    | engine=plain, bfloat16               | 2       | 4       | 8    | –             | 4                   |
 
-With `optim=muon` a matrix that Muon updates has one moment: 4 bytes in place of 8.
+With `optim=muon` a matrix that Muon updates has one moment: 4 bytes in place of 8; its gradient is flattened.
 
-On a CPU a float32 run's master weights are the model's own, and the buffer of its flat gradient is kept
-(moe/engine/deepspeed/shortcuts.py); elsewhere the flat gradient exists during the update only.
+On a CPU a float32 run's master weights are the model's own, and AdamW reads gradients where they are
+(moe/engine/deepspeed/shortcuts.py); elsewhere a flat gradient exists during the update.
 
 With `parallel.offload_optimizer` master weights, Adam's moments and the reduced gradients are in the host's memory, and
 stage 1 uses a bucket. A bucket has 500 million elements and is copied to be reduced; on CUDA it takes its whole size,
@@ -145,11 +145,17 @@ class Sharded:
             each = 12 if self.half else 8
             moments = each * self.tensors.local - 4 * self.muon.local
             blocks.append(MemoryBlock("optimizer", moments, 4 * self.tensors.largest))
-        elif not self.offload:  # moments, and master weights or, on a CPU in float32, the buffer of the flat gradient
-            blocks.append(MemoryBlock("optimizer", self.saved, round(4 * self.tensors.share)))
+        elif not self.offload:  # moments, and master weights where they aren't the model's own
+            own = round(4 * self.tensors.share)
+            blocks.append(MemoryBlock("optimizer", self.saved - (own if self.shares_weights else 0), own))
         if self.way == "sums":  # the float32 sums are kept between steps
             blocks += flat("gradients", 4 * self.tensors.local)
         return blocks
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether DeepSpeed's master weights are the model's own (`moe.engine.deepspeed.shortcuts`)."""
+        return self.way != "plain" and not self.half and not self.cuda
 
     @property
     def saved(self) -> int:
@@ -197,7 +203,9 @@ class Sharded:
         return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
 
     def updating(self) -> list[MemoryBlock]:
-        muon = flat("working", self.muon.working)
+        # on a CPU in float32 only Muon has its gradients in one tensor
+        flat_gradient = 4 * self.muon.share if self.shares_weights else 0
+        muon = flat("working", self.muon.working + round(flat_gradient))
         if self.way in ("sums", "in place", "plain"):
             return muon if self.way == "sums" else [*self._each(4), *muon]
         working = 0

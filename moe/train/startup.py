@@ -23,7 +23,8 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     model, dtype = config.model, torch_dtype(config.train.precision)
     attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
     lines = [f"attention: {attention.name} ({reason})"]
-    if (products := exact_float32(mesh.device)) is not None:
+    products = exact_float32(mesh.device)
+    if dtype is torch.float32 or mesh.device.type == "cuda":
         lines.append(products)
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.expert_size)

@@ -147,9 +147,9 @@ def good_rows(source: Source, found: Findings) -> Iterator[tuple[TableRow, DataR
     shape: Shape | None = None
     assert source.tables is not None
     assert source.shape_of is not None
-    for rows in source.tables():
+    for tables in source.tables():
         try:
-            for row in rows:
+            for row in (row for table in tables for row in table.rows()):
                 found.rows += 1
                 try:
                     if shape is None and not row.problem:

@@ -14,7 +14,7 @@ from moe.distributed import rendezvous
 from moe.engine import build_engine, prepare
 from moe.engine.base import SkipReason
 from moe.engine.deepspeed import engine as engine_module
-from moe.engine.deepspeed.shortcuts import LARGE, ROW, _flatten_and_clip, squared_norm
+from moe.engine.deepspeed.shortcuts import LARGE, ROW, _adamw, _clipped, squared_norm
 from moe.model.transformer import Transformer
 from moe.sparse.balance import balance_loss
 from tests.ranks import run_ranks
@@ -131,36 +131,46 @@ def test_norm_in_rows_equals_float64(numel: int) -> None:
 
 
 class _Zero:
-    """What flattening reads of a ZeRO optimizer."""
+    """What clipping and updating read of a ZeRO optimizer: a partition of two gradients, norm 2, limit 1."""
 
     clip_grad = 1.0
 
     def __init__(self) -> None:
-        self.single_partition_of_fp32_groups = [torch.zeros(6)]
-        self.averaged_gradients = {0: [torch.ones(2, 2), torch.ones(2)]}
+        self.partition = torch.zeros(6, requires_grad=True)
+        self.optimizer = torch.optim.AdamW([self.partition], lr=0.1, fused=True)
+        self.averaged_gradients = {0: [torch.ones(2, 2), torch.full((2,), 3.0)]}
         self._global_grad_norm = torch.tensor(2.0)
 
 
-def test_the_flat_buffer_is_allocated_once() -> None:
-    buffers: dict[int, torch.Tensor] = {}
-    zero = _Zero()
-    first = _flatten_and_clip(zero, 0, buffers)
+def test_gradients_are_scaled_and_used_where_they_are() -> None:
+    zero, reference = _Zero(), torch.zeros(6, requires_grad=True)
+    _adamw(zero.optimizer, 0, _clipped(zero, 0))  # makes the moments
+    zero.averaged_gradients = _Zero().averaged_gradients
     with _Allocations() as made:
-        assert _flatten_and_clip(zero, 0, buffers) is first
-    assert made.of == []
+        _adamw(zero.optimizer, 0, _clipped(zero, 0))
+    assert max(made.sizes) == 1, "only AdamW's counters"
+    optimizer = torch.optim.AdamW([reference], lr=0.1, fused=True)
+    for _ in range(2):
+        reference.grad = torch.tensor([0.5] * 4 + [1.5] * 2)
+        optimizer.step()
+    torch.testing.assert_close(zero.partition, reference, rtol=1e-6, atol=0)
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        torch.testing.assert_close(zero.optimizer.state[zero.partition][name], optimizer.state[reference][name])
 
 
 class _Allocations(TorchDispatchMode):
-    """Notes each operator that takes memory for a tensor of a partition's size."""
+    """Notes the size of every tensor that an operator makes, and doesn't only look at."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: list[str] = []
+        self.sizes = [0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "empty" in str(func):
-            self.of.append(str(func))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.sizes.append(result.numel())
+        return result
 
 
 def _loaded_with_an_engine() -> list[str]:

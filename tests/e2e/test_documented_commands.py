@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, peers, settings
+from moe.bench import BENCHMARKS, attention, peers, prepare, settings
 from moe.cli.verbs import MULTIRUN, load, schema
-from moe.config import PlanConfig
+from moe.config import PlanConfig, PrepareConfig
 from moe.config.compose import load_config
 from moe.config.multirun import expand
 from tests import forkserver
@@ -226,6 +226,8 @@ def _check_bench(words: list[str]) -> None:
         attention._window(rest)
     elif name in ("peers", "memory_peers"):
         peers.parse(rest)
+    elif name == "prepare":
+        load_config(prepare.split(rest)[1], "prepare", PrepareConfig)
     else:
         load_config(settings.split(rest)[1])
 

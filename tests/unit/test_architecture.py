@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "sparse": {"kernels", "config", "errors"},
     "model": {"kernels", "sparse", "config"},
     "adapters": {"kernels", "sparse", "model", "config", "errors"},
-    "engine": {"distributed", "sparse", "config", "errors"},
+    "engine": {"distributed", "sparse", "kernels", "config", "errors"},
     "plan": {"kernels", "config", "errors"},
     "checkpoint": {
         "plan", "engine", "distributed", "adapters", "model", "sparse", "config", "errors", "untrusted", "durable",

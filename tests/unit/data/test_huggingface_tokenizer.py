@@ -26,9 +26,9 @@ def test_a_changed_value_is_one_line_or_works(tmp_path):
             try:
                 tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
                 opened += 1
-                ids = tokenizer.encode_many([text], 1)[0]
+                ids = tokenizer.encode_many([text])[0]
                 tokenizer.decode(ids)
-                assert [*tokenizer.encode_long(text * 10, 1)]
+                assert [*tokenizer.encode_long(text * 10)]
                 assert all(isinstance(tokenizer.piece(token), str) for token in ids)
                 assert tokenizer.token_bytes().shape == (tokenizer.vocab_size,)
             except DataError as error:
@@ -63,7 +63,7 @@ def test_a_closed_vocabulary(tmp_path):
     assert tokenizer.decode(tokenizer.encode("9012")) == "9012"
     for texts in (["1+1"], ["12", "1\n2"], ["</s>"]):
         with pytest.raises(DataError, match="has characters that are in none of the tokenizer's pieces") as error:
-            tokenizer.encode_many(texts, threads=1)
+            tokenizer.encode_many(texts)
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=r"^1\+1: has characters"):
         tokenizer.encode("1+1")

@@ -76,17 +76,17 @@ def test_parts_have_the_ids_of_the_whole_text(tokenizers, name, part, monkeypatc
     monkeypatch.setattr(long_text, "PART", part)
     for seed in range(20):
         text = random_text(seed)
-        found = list(tokenizers[name].encode_long(text, 2))
+        found = list(tokenizers[name].encode_long(text))
         assert [i for ids in found for i in ids] == tokenizers[name].encode(text)
         assert len(found) > 8
-    assert list(tokenizers[name].encode_long("", 1)) in ([], [[]])
+    assert list(tokenizers[name].encode_long("")) in ([], [[]])
 
 
 def test_no_part_is_much_longer_than_it_should_be(tokenizers, monkeypatch):
     monkeypatch.setattr(long_text, "PART", 100)
     text = "".join(SENTENCES)
     for one in tokenizers.values():
-        assert len(list(one.encode_long(text, 2))) > len(text) / 200
+        assert len(list(one.encode_long(text))) > len(text) / 200
 
 
 def test_texts_that_may_not_be_cut_are_encoded_whole(tokenizers, tmp_path, monkeypatch):
@@ -95,11 +95,11 @@ def test_texts_that_may_not_be_cut_are_encoded_whole(tokenizers, tmp_path, monke
     # What `remove_extra_whitespaces` and NFKC do at one place depends on what is beside it.
     rewrites = tokenizers["trained"]._model + b"\x1a\x02\x20\x01"
     one = SentencePieceTokenizer(rewrites, "rewrites")
-    assert list(one.encode_long(text, 1)) == [one.encode(text)]
+    assert list(one.encode_long(text)) == [one.encode(text)]
     about = json.loads(tokenizers["gpt2"]._model)
     about["pre_tokenizer"]["add_prefix_space"] = True
     other = HuggingFaceTokenizer(json.dumps(about).encode(), None, 1, "prefix")
-    assert list(other.encode_long(text, 1)) == [other.encode(text)]
+    assert list(other.encode_long(text)) == [other.encode(text)]
 
 
 MEASURE = """

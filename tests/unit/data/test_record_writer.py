@@ -69,7 +69,7 @@ def test_targets_are_the_assistants_turns_and_their_ends(chats, tmp_path):
     rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
     said = [[turn["content"] for turn in row if turn["role"] == "assistant"] for row in rows]
     found = answers(corpus.train[0], corpus.tokenizer) + answers(corpus.held_out[0], corpus.tokenizer)
-    ids = corpus.tokenizer.encode_many([text for row in said for text in row], 1)
+    ids = corpus.tokenizer.encode_many([text for row in said for text in row])
     texts = iter([corpus.tokenizer.decode(one) for one in ids])
     assert sorted(found) == sorted(" ".join(next(texts) for _ in row) for row in said)
     assert corpus.train[0].targets == sum(
@@ -184,7 +184,7 @@ def test_the_mask_follows_loss_on(chats, tmp_path):
     corpus = make(chats, tmp_path, 256, loss_on=LossOn.last_turn)
     rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
     found = answers(corpus.train[0], corpus.tokenizer) + answers(corpus.held_out[0], corpus.tokenizer)
-    last = corpus.tokenizer.encode_many([row[-1]["content"] for row in rows], 1)
+    last = corpus.tokenizer.encode_many([row[-1]["content"] for row in rows])
     assert sorted(found) == sorted(map(corpus.tokenizer.decode, last))
 
 

@@ -11,8 +11,19 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from moe.data.file_parts import JsonDocuments, line_parts, parquet_parts
 from moe.data.readers import DataError
-from moe.data.rows import read_csv, read_jsonl, read_parquet
+from moe.data.rows import read_csv
+
+
+def read_jsonl(path, key, field):
+    for lines in line_parts(path):
+        yield from JsonDocuments(lines, key, field).chunks()
+
+
+def read_parquet(path, key, field):
+    for part in parquet_parts(path, key, field):
+        yield from part.chunks()
 
 
 def texts(chunks):

@@ -35,8 +35,8 @@ def test_a_damaged_model_is_one_line_or_works() -> None:
         except DataError as error:
             messages.append(str(error))
             continue
-        ids = opened.encode_many([text], 1)[0]
-        assert [*opened.encode_long("".join(TEXTS), 1)]
+        ids = opened.encode_many([text])[0]
+        assert [*opened.encode_long("".join(TEXTS))]
         assert isinstance(opened.decode(ids), str)
         assert all(isinstance(opened.piece(token), str) for token in range(opened.vocab_size))
         assert opened.token_bytes().shape == (opened.vocab_size,)

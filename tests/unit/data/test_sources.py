@@ -9,7 +9,8 @@ import pytest
 
 from moe.config import DataConfig, SourceFormat
 from moe.data import sources, stdlib
-from moe.data.readers import DataError, read_text
+from moe.data.file_parts import text_parts
+from moe.data.readers import DataError
 from moe.data.rows import as_chunk
 from moe.data.sources import open_sources
 
@@ -133,7 +134,7 @@ def test_a_very_long_line_is_cut_between_characters(tmp_path, size):
     text = "a" + "😀é" * 3000
     path = tmp_path / "long.txt"
     path.write_text(text, encoding="utf-8")
-    chunks = list(read_text(path, size))
+    chunks = [chunk for part in text_parts(path, size) for chunk in part.chunks()]
     assert len(chunks) > 5
     assert "".join(chunk.text for chunk in chunks) == text
 

@@ -10,9 +10,15 @@ import pytest
 
 from moe.config import SourceFormat
 from moe.data.readers import DataError
-from moe.data.tables import dataset_rows, read_rows
+from moe.data.sources import _tables
+from moe.data.tables import dataset_rows
 
 PAIRS = [{"prompt": f'q {i}, "quoted"\nline', "completion": f"é😀 {i}"} for i in range(600)]
+
+
+def read_rows(path, form):
+    for table in _tables(path, form):
+        yield from table.rows()
 
 
 def values(rows):

@@ -92,9 +92,9 @@ def test_trained_round_trip_of_random_unicode(trained):
 
 
 def test_many_texts_at_once_equal_one_by_one(trained):
-    assert trained.encode_many(HARD_TEXTS, threads=2) == [trained.encode(text) for text in HARD_TEXTS]
+    assert trained.encode_many(HARD_TEXTS) == [trained.encode(text) for text in HARD_TEXTS]
     plain = [text for text in HARD_TEXTS if "▁" not in text]
-    assert trained.encode_many(plain, threads=2) == [trained.encode(text) for text in plain]
+    assert trained.encode_many(plain) == [trained.encode(text) for text in plain]
 
 
 def test_token_bytes_add_up_to_the_text(trained, mistral):
@@ -226,7 +226,7 @@ def test_huggingface_folder(tmp_path, texts, byte_level):
         assert tokenizer.decode(ids) == text
         assert sizes[ids].sum() == len(text.encode())
         assert tokenizer.eos_id not in ids
-    assert tokenizer.encode_many(["1 + 1", "2"], 1) == [tokenizer.encode("1 + 1"), tokenizer.encode("2")]
+    assert tokenizer.encode_many(["1 + 1", "2"]) == [tokenizer.encode("1 + 1"), tokenizer.encode("2")]
     assert sizes[[0, 1]].tolist() == [0, 0]
     assert "".join(tokenizer.piece(i) for i in tokenizer.encode("12 + 30\n")) == "12 + 30\n"
 

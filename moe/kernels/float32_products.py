@@ -1,0 +1,128 @@
+"""Which library computes float32 matrix products on a CPU: MKL, torch's own choice, or oneDNN, chosen by measurement.
+
+MKL runs float32 products at about half of an AMD core's speed; oneDNN reaches all of it, with the same accuracy. On an
+Intel core both are as fast. torch hands a product to oneDNN where `torch.backends.mkldnn.matmul.fp32_precision` is
+`bf16`, which allows oneDNN to round the factors to bfloat16: it does so on cores with AMX units and nowhere else. So
+`choose` measures both libraries' errors and speeds, and takes oneDNN only where it is as accurate and much faster.
+
+The switch holds for the whole process and would double the time of SDPA, so `float32_products` sets it for single
+functions: the experts, the projections of attention, the language-model head. Other products are MKL's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SHAPE = 256, 512, 1024  # rows, length of a dot product, columns
+ROUNDS = 6
+MOST_ERROR = 4.0  # oneDNN's largest error over MKL's: its order of summation is another, a bfloat16 factor gives 4,000
+LEAST_GAIN = 1.3  # oneDNN's speed over MKL's: far from what noise makes of equal speeds, or two runs would differ
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The library that computes float32 products, and why, for the start-up log."""
+
+    onednn: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"float32 matrix products: {'oneDNN' if self.onednn else 'MKL'} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryTimes:
+    """Largest error of a product, relative to its largest element, and seconds, of one library."""
+
+    error: float
+    seconds: float
+
+
+_UNMEASURED = Route(False, "not measured")
+_route = _UNMEASURED
+
+
+def choose() -> Route:
+    """Measures both libraries, once in a process, and uses the better one from now on. Takes some 10 ms."""
+    global _route
+    if _route is _UNMEASURED:
+        _route = _measured_route()
+    return _route
+
+
+def uses_onednn() -> bool:
+    """Whether `choose` took oneDNN."""
+    return _route.onednn
+
+
+def float32_products(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of a forward or backward pass without attention: its float32 products go to the chosen library."""
+
+    @wraps(function)
+    def switched(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _onednn() if _route.onednn else nullcontext():
+            return function(*args, **kwargs)
+
+    return switched
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _measured_route() -> Route:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return Route(False, "torch has one library")  # whichever it is, torch itself chooses it
+    generator = torch.Generator().manual_seed(0)
+    rows, inner, columns = SHAPE
+    a = torch.randn(rows, inner, generator=generator)
+    b = torch.randn(columns, inner, generator=generator).t()  # as a weight in a linear layer
+    exact = a.double() @ b.double()
+    contexts: list[Callable[[], AbstractContextManager[None]]] = [nullcontext, _onednn]
+    errors = [_error(a, b, exact, context) for context in contexts]
+    if errors[1] > MOST_ERROR * errors[0]:
+        return decide(LibraryTimes(errors[0], 0.0), LibraryTimes(errors[1], 0.0))
+    times = [[_seconds(a, b, context) for context in contexts] for _ in range(ROUNDS)]
+    mkl, onednn = (LibraryTimes(error, min(each)) for error, each in zip(errors, zip(*times, strict=True), strict=True))
+    return decide(mkl, onednn)
+
+
+def decide(mkl: LibraryTimes, onednn: LibraryTimes) -> Route:
+    """oneDNN if it is as accurate as MKL and at least `LEAST_GAIN` times as fast."""
+    if onednn.error > MOST_ERROR * mkl.error:
+        return Route(False, f"oneDNN's error is {onednn.error:.0e} of the largest result, MKL's {mkl.error:.0e}")
+    gain = mkl.seconds / onednn.seconds
+    if gain < LEAST_GAIN:
+        return Route(False, f"oneDNN is {gain:.1f} × as fast, less than {LEAST_GAIN}")
+    return Route(True, f"{gain:.1f} × as fast as MKL, error {onednn.error:.0e} of the largest result")
+
+
+def _error(a: Tensor, b: Tensor, exact: Tensor, context: Callable[[], AbstractContextManager[None]]) -> float:
+    with context():
+        product = a @ b
+    return float((product - exact).abs().max() / exact.abs().max())
+
+
+def _seconds(a: Tensor, b: Tensor, context: Callable[[], AbstractContextManager[None]]) -> float:
+    with context():
+        start = time.perf_counter()
+        torch.mm(a, b)
+        return time.perf_counter() - start
