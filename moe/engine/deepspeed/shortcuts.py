@@ -68,7 +68,7 @@ class Shortcuts:
             if settings["muon"]:
                 zero.optimizer.update_matrices(settings, torch.cat(pieces))
             else:
-                _adamw(zero.optimizer, settings, pieces)
+                _adamw(zero.optimizer, group_no, pieces)
             self._updated.append(group_no)
 
         zero._get_preflattened_grad_partition = keep_gradients
@@ -136,9 +136,10 @@ def _clipped(zero: Any, group: int) -> list[Tensor]:
     return gradients
 
 
-def _adamw(optimizer: Any, settings: dict[str, Any], gradients: list[Tensor]) -> None:
+def _adamw(optimizer: Any, group: int, gradients: list[Tensor]) -> None:
     """One update of a parameter group, whose only parameter is the partition, by torch's function for AdamW."""
     assert type(optimizer) in (torch.optim.AdamW, Muon)
+    settings = optimizer.param_groups[group]
     (master,) = settings["params"]
     state = optimizer.state[master]
     if not state:  # as AdamW's own first step
