@@ -8,7 +8,7 @@
 #
 # OUT      folder for report.json, summary.md, log.txt, pytest.log, profile.txt, trace.json.gz (default gpu_report)
 # SECONDS_IN_ALL  time for everything (default 540); a stage whose limit is over the rest is skipped
-# STAGES   some of machine,cuda_tests,training,layer,attention,step,profiler,offload,flex (default: all)
+# STAGES   some of machine,cuda_tests,training,layer,kernels,attention,step,profiler,offload,flex (default: all)
 # VENV     the environment with moe in it (default .venv if it is there, else the python3 on PATH)
 # Exit code 0: every stage passed, or no GPU; 1: a stage failed or ran out of time; 2: a mistake in the command.
 set -euo pipefail

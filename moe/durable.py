@@ -41,11 +41,19 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 def write_section(page: Path, begin: str, end: str, lines: Iterable[str]) -> None:
     """Replaces the lines of `page` between the markers `begin` and `end`. Raises UserError unless it has each once."""
-    text = page.read_text(encoding="utf-8")
+    before, rest = check_section(page, begin, end).split(begin)
+    write_durably(page, before + "\n".join([begin, *lines, end]) + rest.split(end)[1])
+
+
+def check_section(page: Path, begin: str, end: str) -> str:
+    """The text of `page`. Raises UserError unless it has the markers `begin` and `end`, each once and in this order."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{page} can't be read ({error}): a page with the lines {begin} and {end} is needed") from error
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"{page} must have the lines {begin} and {end}, each once: the section goes between them")
-    before, rest = text.split(begin)
-    write_durably(page, before + "\n".join([begin, *lines, end]) + rest.split(end)[1])
+    return text
 
 
 def append_line(path: Path, line: str) -> None:

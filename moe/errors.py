@@ -18,6 +18,10 @@ class UserError(ValueError):
     """
 
 
+class ConfigError(UserError):
+    """A configuration that can't be used."""
+
+
 class StartError(UserError):
     """A rank could not join the others. `prints`: this process prints the message, whatever its rank.
 

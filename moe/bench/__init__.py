@@ -1,24 +1,37 @@
-"""`moe bench NAME key=value …`: benchmarks. Each also times its reference in the same run."""
+"""`moe bench NAME key=value … [json=FILE]`: benchmarks. Each also times its reference in the same run.
+
+The last lines printed are the figures that the benchmark is about; `json=` also writes all results to a file.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 
+from moe.durable import write_durably
 from moe.errors import UserError
 
-# Name → what it measures. The module of that name has `run(overrides)`.
+# Name → what it measures. The module of that name has `run(overrides)`, which returns its `Results` on rank 0.
 BENCHMARKS = {
+    "roofline": "the machine's matrix products by every route, copies, small operations: what all else is measured by",
+    "kernels": "each part of a training step beside plain PyTorch and transformers' modules",
     "peers": "our training step beside transformers' MixtralForCausalLM",
     "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
+    "scale": "whether a step's time grows as its formula says: sequence length, experts, tokens",
     "diagnostics": "what the routers' diagnostics cost a training step",
     "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",
     "memory_peers": "the peak memory of our step's process beside transformers'",
+    "all": "every benchmark of the CPU, and the measured part of docs/performance.md",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }
+
+
+WHOLE_REPORTS = ("gpu", "all")  # write files of their own
 
 
 def run_bench(overrides: list[str]) -> None:
@@ -30,4 +43,28 @@ def run_bench(overrides: list[str]) -> None:
         near = closest(name, list(BENCHMARKS))
         meant = f"did you mean {near}?" if near else f"one of {', '.join(BENCHMARKS)}"
         raise UserError(f"bench {name}: no such benchmark; {meant}")
-    importlib.import_module(f"moe.bench.{name}").run(keys)
+    module = importlib.import_module(f"moe.bench.{name}")
+    if name in WHOLE_REPORTS:
+        module.run(keys)
+        return
+    file = _file(keys)
+    results = module.run([key for key in keys if not key.startswith(JSON)])
+    if results is None:  # not rank 0
+        return
+    print("\n".join(results.lines()))
+    if file is not None:
+        write_durably(file, json.dumps(results.values(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+JSON = "json="
+
+
+def _file(keys: list[str]) -> Path | None:
+    """What `json=` names. Raises UserError where no file can be written there."""
+    stated = [key.removeprefix(JSON) for key in keys if key.startswith(JSON)]
+    if not stated:
+        return None
+    path = Path(stated[-1])
+    if not stated[-1] or path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"json={stated[-1]} must be a file in a folder that exists")
+    return path

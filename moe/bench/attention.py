@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe.bench.results import Cell, Results, ResultTable
 from moe.config import AttentionBackend
 from moe.errors import UserError
 from moe.kernels.attention import make_attend
@@ -79,16 +80,26 @@ def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> 
     return [statistics.median(seconds) for seconds in times]
 
 
-def run(overrides: list[str]) -> None:
-    """Prints both ratios, one line each, at the lengths that docs/performance.md reports. Raises UserError."""
+COUNTED, TIMED = (2048, 16384), (4096, 16384)  # tokens
+
+
+def run(overrides: list[str]) -> Results:
+    """Work and time per token, and their ratios at two lengths each. Raises UserError."""
     window = _window(overrides)
-    print(
-        f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim {HEAD_DIM}"
+    work = [multiply_adds_per_token(length, window) for length in COUNTED]
+    seconds = seconds_per_token(list(TIMED), window)
+    rows: list[list[Cell]] = [
+        ["multiply-adds", *(f"{value:,.0f} at {length:,}" for value, length in zip(work, COUNTED, strict=True))],
+        ["time", *(f"{value * 1e6:.2f} µs at {length:,}" for value, length in zip(seconds, TIMED, strict=True))],
+    ]
+    return Results(
+        [ResultTable(["per token", "short sequence", "long sequence"], rows)],
+        [
+            f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim "
+            f"{HEAD_DIM}, {torch.get_num_threads()} threads"
+        ],
+        {"ratio multiply-adds per token {}": work[1] / work[0], "ratio time per token {}": seconds[1] / seconds[0]},
     )
-    short, long = (multiply_adds_per_token(length, window) for length in (2048, 16384))
-    print(f"multiply-adds per token: {short:,.0f} at 2,048, {long:,.0f} at 16,384; ratio {long / short:.3f}")
-    short, long = seconds_per_token([4096, 16384], window)
-    print(f"time per token: {short * 1e6:.2f} µs at 4,096, {long * 1e6:.2f} µs at 16,384; ratio {long / short:.3f}")
 
 
 def _window(overrides: list[str], default: int = 512) -> int:

@@ -13,10 +13,7 @@ they are CPU time, which other programs on the machine disturb less than wall-cl
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model
-from moe.bench.peers import DISAGREE, parse
-from moe.bench.processor import processor
-from moe.bench.settings import Rounds
+from moe.bench.clock import clock, now
+from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model, require_transformers
+from moe.bench.peers import parse
+from moe.bench.results import Cell, Results, ResultTable
+from moe.bench.settings import Rounds, spread
 from moe.config import Config, Precision
 from moe.config.generate import Sampling
 from moe.errors import UserError
@@ -41,6 +39,7 @@ from moe.model.transformer import Transformer
 
 DEFAULTS = ["train.sequence_length=32"]
 BATCHES = (1, 32)  # prompts
+COLUMNS = ["side", "tokens/s", "ms/step", "first token, ms", "operations a step"]
 HOPELESS = 5  # an implementation's first token takes so many times as long as that of another
 FIRST = 0x4E00  # the characters that stand for token ids: whole, printing ones, so that each is a piece of text
 MOST_IDS = 0xD800 - FIRST
@@ -88,13 +87,12 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(overrides: list[str]) -> None:
-    """Prints a table for each batch; the last line is `ratio tokens/s N.NN`, of one prompt. Raises UserError."""
+def run(overrides: list[str]) -> Results:
+    """Both sides' times for each batch; the last line is `ratio tokens/s N.NN`, of one prompt. Raises UserError."""
     keys, config = parse([*DEFAULTS, *overrides], Rounds(rounds=7, steps=64))
     if config.train.precision is not Precision.float32:
         raise UserError(f"train.precision={config.train.precision.value} must be float32: both sides generate in it")
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("bench decode needs transformers: pip install 'moe-train[dev]'")
+    require_transformers("decode")
     if config.model.vocab_size > MOST_IDS:
         raise UserError(f"model.vocab_size={config.model.vocab_size} must be ≤ {MOST_IDS}: a character for each token")
     ours = build_model(config, torch.device("cpu")).eval()
@@ -104,20 +102,18 @@ def run(overrides: list[str]) -> None:
     peer = peer_model(config).eval()
     peer.load_state_dict(ours.state_dict())
     peer.config.update({"use_cache": True, "output_router_logits": False})
-    machine = f"{processor()[0]}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    ratios = []
+    table, notes, figures = ResultTable(["prompts", *COLUMNS], []), list[str](), dict[str, float]()
     for batch in reversed(BATCHES):
         prompts_BP = _prompts(config, batch)
         implementation = best_implementation(peer, prompts_BP, keys.steps, config)
         same_tokens(ours, peer, prompts_BP, keys.steps)
         operations = our_operations(ours, prompts_BP), peer_operations(peer, prompts_BP)
         rounds = list(measure(keys, {"ours": our_tokens(ours), "peer": peer_tokens(peer)}, prompts_BP))
-        lines, ratio = table(rounds, batch, keys.steps, implementation, operations)
-        print("\n".join(lines), flush=True)
-        ratios.append(ratio)
-    print(f"ratio tokens/s, {BATCHES[1]} prompts: {ratios[0]:.2f}")
-    print(f"ratio tokens/s {ratios[1]:.2f}")
+        rows, note, ratio = summary(rounds, batch, keys.steps, implementation, operations)
+        table.rows += [[batch, *row] for row in rows]
+        notes.append(note)
+        figures["ratio tokens/s {}" if batch == BATCHES[0] else f"ratio tokens/s, {batch} prompts: {{}}"] = ratio
+    return Results([table], [*notes, f"{clock()}, {torch.get_num_threads()} threads"], figures)
 
 
 def our_tokens(model: Transformer) -> Generate:
@@ -232,26 +228,23 @@ def measure(keys: Rounds, sides: dict[str, Generate], prompts_BP: Tensor) -> Ite
         yield Generated(whole["ours"], whole["peer"], first["ours"], first["peer"])
 
 
-def table(
+def summary(
     rounds: list[Generated], batch: int, steps: int, implementation: str, operations: tuple[int, int]
-) -> tuple[list[str], float]:
-    """Lines to print, and the median of the rounds' ratios of tokens per second."""
+) -> tuple[list[list[Cell]], str, float]:
+    """A row of `COLUMNS` for each side, a note, and the median of the rounds' ratios of tokens per second."""
     ratios = [each.peer / each.ours for each in rounds]
     firsts = [each.peer_first / each.our_first for each in rounds]
-    lines = [f"{'':32}{'tokens/s':>10}{'ms/step':>10}{'first token, ms':>18}{'operations a step':>20}"]
+    rows: list[list[Cell]] = []
     names = "ours", f"transformers, {implementation}"
     for name, side, count in zip(names, ("ours", "peer"), operations, strict=True):
         seconds = statistics.median(getattr(each, side) for each in rounds)
         first = statistics.median(getattr(each, side.removesuffix("s") + "_first") for each in rounds)
-        step = f"{batch * steps / seconds:>10,.0f}{seconds / steps * 1e3:>10,.2f}"
-        lines.append(f"{name:32}{step}{first * 1e3:>18,.1f}{count:>20,}")
-    lines.append(
-        f"medians of {len(rounds)} alternating rounds of {steps} tokens, {_clock_name()}; ratio per round "
-        f"{min(ratios):.2f} to {max(ratios):.2f}; first token {statistics.median(firsts):.2f} × as fast"
+        rows.append([name, batch * steps / seconds, seconds / steps * 1e3, first * 1e3, count])
+    note = (
+        f"{batch} prompts: medians of {len(rounds)} alternating rounds of {steps} tokens; first token "
+        f"{statistics.median(firsts):.2f} × as fast; ratio per round {spread(ratios)}"
     )
-    if max(ratios) > DISAGREE * min(ratios):
-        lines.append("warning: the rounds disagree by more than half; the machine is busy with something else")
-    return lines, statistics.median(ratios)
+    return rows, note, statistics.median(ratios)
 
 
 def _prompts(config: Config, batch: int) -> Tensor:
@@ -259,15 +252,7 @@ def _prompts(config: Config, batch: int) -> Tensor:
     return torch.randint(config.model.vocab_size, (batch, config.train.sequence_length), generator=generator)
 
 
-def _clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def _clock_name() -> str:
-    return "CPU time" if torch.get_num_threads() == 1 else "wall-clock"
-
-
 def _seconds(generate: Generate, prompts_BP: Tensor, count: int) -> float:
-    start = _clock()
+    start = now()
     generate(prompts_BP, count)
-    return _clock() - start
+    return now() - start

@@ -15,6 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 
+from moe.bench.results import Results, ResultTable
 from moe.bench.settings import Rounds, split
 from moe.bench.stepper import Stepper
 from moe.config import Config
@@ -27,8 +28,8 @@ WARM_UP_STEPS = 3
 COMPARED_STEPS = 3
 
 
-def run(overrides: list[str]) -> None:
-    """Prints a line for each size on rank 0: `… cost N.NN % of a step`. Raises UserError for the user."""
+def run(overrides: list[str]) -> Results | None:
+    """A row for each size, and what the diagnostics of the first cost; None but on rank 0. Raises UserError."""
     keys, rest = split(overrides, Rounds(rounds=40, steps=1))
     sizes = [rest] if rest else [[], FINE_GRAINED]
     configs = [load_config(size) for size in sizes]
@@ -37,16 +38,21 @@ def run(overrides: list[str]) -> None:
         config.check_world(world, node)
     mesh = rendezvous.start(configs[0].parallel.expert_parallel_size)
     try:
-        for config in configs:
-            line = measure(keys, config, mesh)
-            if mesh.is_main:
-                print(line, flush=True)
+        rows = [measure(keys, config, mesh) for config in configs]
     finally:
         rendezvous.stop()
+    if not mesh.is_main:
+        return None
+    clock = "CPU time" if mesh.device.type == "cpu" else "wall-clock"
+    notes = [f"{clock}, medians of {keys.rounds} pairs, {mesh.world_size} ranks; the costs are % of a step"]
+    columns = ["experts", "a token", "ms/step", "cost of the diagnostics", "median of the pairs'"]
+    return Results(
+        [ResultTable(columns, [[*row] for row in rows])], notes, {"diagnostics cost {} % of a step": rows[0][-2]}
+    )
 
 
-def measure(keys: Rounds, config: Config, mesh: Mesh) -> str:
-    """The line to print. A collective. Raises AssertionError where a loss depends on being watched."""
+def measure(keys: Rounds, config: Config, mesh: Mesh) -> list[float]:
+    """The table's row. A collective. Raises AssertionError where a loss depends on being watched."""
     step = Stepper(config, mesh)
     for _ in range(WARM_UP_STEPS):
         step()
@@ -63,12 +69,8 @@ def measure(keys: Rounds, config: Config, mesh: Mesh) -> str:
     assert _losses(config, mesh, diagnose=True) == _losses(config, mesh, diagnose=False)
     watched, plain = (statistics.median(seconds[diagnose]) for diagnose in (True, False))
     middle = statistics.median(a / b - 1 for a, b in zip(seconds[True], seconds[False], strict=True))
-    return (
-        f"{config.router.num_experts} experts, {config.router.experts_per_token:g} a token, {mesh.world_size} ranks: "
-        f"diagnostics cost {100 * (watched / plain - 1):.2f} % of a step of {1000 * plain:.0f} ms "
-        f"({'CPU time' if mesh.device.type == 'cpu' else 'wall-clock'}, medians of {keys.rounds} pairs; median of the "
-        f"pairs' differences {100 * middle:+.2f} %)"
-    )
+    router = config.router
+    return [router.num_experts, router.experts_per_token, 1000 * plain, 100 * (watched / plain - 1), 100 * middle]
 
 
 def _losses(config: Config, mesh: Mesh, *, diagnose: bool) -> list[float]:

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from moe.bench.settings import Rounds, split
+from moe.bench.results import Results, ResultTable
+from moe.bench.settings import Rounds, split, spread
 from moe.bench.stepper import Stepper
 from moe.config import Config, Mlp
 from moe.config.compose import load_config
@@ -27,8 +28,8 @@ DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=
 WARM_UP_STEPS = 2
 
 
-def run(overrides: list[str]) -> None:
-    """Prints both speeds on rank 0; the last line is `ratio tokens/s N.NN`. Raises UserError."""
+def run(overrides: list[str]) -> Results | None:
+    """Both speeds; the last line is `ratio tokens/s N.NN`. None but on rank 0. Raises UserError."""
     _, world, _, node = rendezvous.world_from_environment()
     if world == 1:
         raise UserError("bench expert_parallel needs ranks: torchrun --nproc-per-node 2 -m moe bench …")
@@ -42,15 +43,14 @@ def run(overrides: list[str]) -> None:
         )
     mesh = rendezvous.start(config.parallel.expert_parallel_size)
     try:
-        ratios = compare(keys, config, mesh)
+        results = compare(keys, config, mesh)
     finally:
         rendezvous.stop()
-    if mesh.is_main:
-        print("\n".join(ratios))
+    return results if mesh.is_main else None
 
 
-def compare(keys: Rounds, config: Config, mesh: Mesh) -> list[str]:
-    """Times both; returns the lines to print. A collective."""
+def compare(keys: Rounds, config: Config, mesh: Mesh) -> Results:
+    """Times both. A collective."""
     plain = replace(mesh, expert_parallel_size=1)
     whole = replace(config, parallel=replace(config.parallel, expert_parallel_size=1))
     sides = {"data parallel": Stepper(whole, plain), f"expert={mesh.expert_parallel_size}": Stepper(config, mesh)}
@@ -69,9 +69,11 @@ def compare(keys: Rounds, config: Config, mesh: Mesh) -> list[str]:
             speeds[name].append(tokens / (time.perf_counter() - start))
     before, after = speeds.values()
     ratios = [b / a for a, b in zip(before, after, strict=True)]
-    return [
-        *(f"{name:20}{statistics.median(values):>10,.0f} tokens/s" for name, values in speeds.items()),
-        f"medians of {keys.rounds} alternating rounds, {mesh.world_size} ranks, {torch.get_num_threads()} threads "
-        f"each; ratio per round {min(ratios):.2f} to {max(ratios):.2f}",
-        f"ratio tokens/s {statistics.median(ratios):.2f}",
-    ]
+    return Results(
+        [ResultTable(["", "tokens/s"], [[name, statistics.median(values)] for name, values in speeds.items()])],
+        [
+            f"medians of {keys.rounds} alternating rounds, {mesh.world_size} ranks, {torch.get_num_threads()} threads "
+            f"each; ratio per round {spread(ratios)}"
+        ],
+        {"ratio tokens/s {}": statistics.median(ratios)},
+    )

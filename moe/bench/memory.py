@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.stepper import Stepper
 from moe.config import Config
 from moe.config.compose import load_config
@@ -64,16 +65,17 @@ class Measured:
         return self.planned / self.measured - 1
 
 
-def run(overrides: list[str]) -> None:
-    """Prints a table; with overrides or under torchrun a single line. Raises UserError."""
-    if overrides or rendezvous.world_from_environment()[1] > 1:
-        result = measure(overrides)
-        if rendezvous.world_from_environment()[0] == 0:
-            print(_line("yours", result))
-        return
-    print(f"{'size':12} {'planned':>9} {'measured':>9} {'error':>7}   planned by kind, MB")
-    for name, size in SIZES.items():
-        print(_line(name, measure_apart(size)), flush=True)
+def run(overrides: list[str]) -> Results | None:
+    """A row for each size, or for the overrides', or for this rank under torchrun. Raises UserError."""
+    rank, world_size, *_ = rendezvous.world_from_environment()
+    if overrides or world_size > 1:
+        measured = {"yours": measure(overrides)}
+    else:
+        measured = {name: measure_apart(size) for name, size in SIZES.items()}
+    columns = ["size", "planned, MB", "measured, MB", "error, %", "process before, MB", "planned by kind, MB"]
+    table = ResultTable(columns, [_row(name, result) for name, result in measured.items()])
+    furthest = max((100 * each.error for each in measured.values()), key=abs)
+    return None if rank else Results([table], [], {"largest error {} %": furthest})
 
 
 def measure_apart(overrides: list[str]) -> Measured:
@@ -147,12 +149,10 @@ def _kinds(plan: MemoryPlan) -> dict[str, int]:
     return {kind: size for kind, size in plan.fullest_step().items() if size}
 
 
-def _line(name: str, result: Measured) -> str:
+def _row(name: str, result: Measured) -> list[Cell]:
     kinds = ", ".join(f"{kind} {size / 1e6:,.0f}" for kind, size in result.kinds.items())
-    return (
-        f"{name:12} {result.planned / 1e6:6,.0f} MB {result.measured / 1e6:6,.0f} MB {result.error:+7.1%}   {kinds} "
-        f"(process before: {result.base / 1e6:,.0f} MB)"
-    )
+    planned, measured, base = (round(size / 1e6) for size in (result.planned, result.measured, result.base))
+    return [name, planned, measured, round(100 * result.error, 1), base, kinds]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of its experts implementations (and, in bfloat16, each arithmetic of `moe.bench.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import statistics
@@ -19,33 +18,36 @@ import sys
 
 from moe.bench import peers
 from moe.bench.memory import peak_bytes
-from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, copied_too_large
+from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, copied_too_large, require_transformers
+from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.stepper import Stepper
 from moe.config import Config, Precision
 from moe.distributed import rendezvous
-from moe.errors import UserError
 from moe.model.build import build_model
 
 OURS = "ours, DeepSpeed ZeRO-1"
 
 
-def run(overrides: list[str]) -> None:
-    """Prints each side's peak; the last line is `ratio peak memory N.NN`. Raises UserError."""
+def run(overrides: list[str]) -> Results:
+    """Each side's peak; the last line is `ratio peak memory N.NN`. Raises UserError."""
     keys, config = peers.parse(overrides)
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("bench memory_peers needs transformers: pip install 'moe-train[dev]'")
+    require_transformers("memory_peers")
     sides = [OURS, *_peers_of(config)]
     peaks: dict[str, list[int]] = {side: [] for side in sides}
     for index in range(keys.rounds):
         for side in sides[:: -1 if index % 2 else 1]:
             peaks[side].append(_apart(side, overrides))
     middle = {side: statistics.median(values) for side, values in peaks.items()}
-    for side, peak in middle.items():
-        spread = f"{min(peaks[side]) / 2**20:,.0f} to {max(peaks[side]) / 2**20:,.0f}"
-        print(f"{side:48}{peak / 2**20:>8,.0f} MiB ({spread})")
+    rows: list[list[Cell]] = [
+        [side, *(round(size / 2**20) for size in (peak, min(peaks[side]), max(peaks[side])))]
+        for side, peak in middle.items()
+    ]
     least = min(sides[1:], key=lambda side: middle[side])
-    print(f"medians of {keys.rounds} rounds of {keys.steps} steps, beside {least}")
-    print(f"ratio peak memory {middle[OURS] / middle[least]:.2f}")
+    return Results(
+        [ResultTable(["", "MiB", "least", "most"], rows)],
+        [f"medians of {keys.rounds} rounds of {keys.steps} steps, beside {least}"],
+        {"ratio peak memory {}": middle[OURS] / middle[least]},
+    )
 
 
 def _peers_of(config: Config) -> dict[str, tuple[Arithmetic, str]]:

@@ -8,6 +8,7 @@ Float32, and two ways to train in bfloat16 with float32 master weights:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from moe.bench.stepper import batch_of
 from moe.config import Config, ModelConfig, TopKRouterConfig
+from moe.errors import UserError
 from moe.model.transformer import ModelOutput, Transformer
 
 # transformers has two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
@@ -27,6 +29,13 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 NOT_MIXTRAL = ("sparse_layers", "moe_intermediate_size", "n_shared_experts")
 SAME_LOSS = 1e-4  # nats, between the two sides' first losses in float32
 ROUNDED = 0.02  # nats, between a bfloat16 step's first loss and the float32 one
+
+
+def require_transformers(benchmark: str) -> None:
+    """Raises UserError where it isn't installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(f"bench {benchmark} needs transformers: pip install 'moe-train[dev]'")
+
 
 Step = Callable[[Tensor], float]  # token ids [B, S] → the step's loss
 

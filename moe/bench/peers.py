@@ -14,7 +14,6 @@ none.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import os
@@ -36,8 +35,10 @@ from moe.bench.peer import (
     copied_too_large,
     loss_gap,
     peer_model,
+    require_transformers,
 )
-from moe.bench.settings import Rounds, split
+from moe.bench.results import Cell, Results, ResultTable
+from moe.bench.settings import Rounds, split, spread
 from moe.bench.stepper import batch_of
 from moe.config import Config, Mlp, ModelConfig, OptimizerKind, Precision, TopKRouterConfig
 from moe.config.compose import load_config
@@ -54,7 +55,6 @@ from moe.train.objective import training_step
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 WARM_UP_STEPS = 2
-DISAGREE = 1.5  # largest ÷ smallest ratio of a run's rounds
 
 
 @dataclass(slots=True)
@@ -67,9 +67,12 @@ class Round:
     max_violation: float
 
 
-def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, Config]:
-    """`rounds=`, `steps=`, `precision=` (train.precision) and the overrides of `moe train`. Raises UserError."""
-    keys, rest = split(overrides, default)
+def parse(
+    overrides: list[str], default: Rounds | None = None, names: tuple[str, ...] = ("rounds", "steps")
+) -> tuple[Rounds, Config]:
+    """`rounds=`, `steps=` (those in `names`), `precision=` (train.precision) and the overrides of `moe train`. Raises
+    UserError."""
+    keys, rest = split(overrides, default, names)
     rest = [f"train.{one}" if one.startswith("precision=") else one for one in rest]
     config = load_config([*DEFAULTS, *rest])
     train = config.train
@@ -80,9 +83,9 @@ def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, 
     if config.optim.kind is not OptimizerKind.adamw:
         raise UserError(f"optim={config.optim.kind.value} must be adamw: the peer trains with it")
     free = ("num_experts", "top_k", "aux_loss_coef", "z_loss_coef")
-    names = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
+    fixed = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
     defaults = {"router": TopKRouterConfig(), "model": ModelConfig()}
-    for key in (*names, *(f"model.{name}" for name in NOT_MIXTRAL)):
+    for key in (*fixed, *(f"model.{name}" for name in NOT_MIXTRAL)):
         section, _, name = key.partition(".")
         value, needed = getattr(getattr(config, section), name), getattr(defaults[section], name)
         if value != needed:
@@ -96,11 +99,10 @@ def parse(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, 
     return keys, config
 
 
-def run(overrides: list[str]) -> None:
-    """Prints the comparison; its last line is `ratio tokens/s N.NN`. Raises UserError."""
+def run(overrides: list[str]) -> Results:
+    """The comparison; its last line is `ratio tokens/s N.NN`. Raises UserError."""
     keys, config = parse(overrides)
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("bench peers needs transformers: pip install 'moe-train[dev]'")
+    require_transformers("peers")
     if rendezvous.world_from_environment()[1] != 1:
         raise UserError("bench peers compares single processes: start it without torchrun")
     mesh = rendezvous.start(1)
@@ -108,7 +110,7 @@ def run(overrides: list[str]) -> None:
         rounds, names = compare(keys, config, mesh)
     finally:
         rendezvous.stop()
-    print("\n".join(table(config, rounds, names)))
+    return results(config, rounds, names)
 
 
 def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], dict[str, str]]:
@@ -186,31 +188,28 @@ def _check_rounding(ours: float, theirs: float, weights: dict[str, Tensor], conf
         raise RuntimeError(f"bfloat16 losses differ from float32 by {gaps[0]:.1e} and {gaps[1]:.1e} nats")
 
 
-def table(config: Config, rounds: list[Round], names: dict[str, str]) -> list[str]:
-    """Lines to print; the last is `ratio tokens/s N.NN`, the median of the rounds' ratios."""
+def results(config: Config, rounds: list[Round], names: dict[str, str]) -> Results:
+    """The last figure is `ratio tokens/s`, the median of the rounds' ratios."""
     flops, step_tokens = flops_per_token(config), config.train.global_batch_size * config.train.sequence_length
     peak = statistics.median(each.peak for each in rounds)
-    lines = [f"{'':44}{'tokens/s':>10}{'ms/step':>10}{'GFLOP/s':>10}{'of product':>12}"]
+    rows: list[list[Cell]] = []
     for side, name in names.items():
         speed = statistics.median(each.speeds[side] for each in rounds)
         share = statistics.median(each.speeds[side] * flops / each.peak for each in rounds)
-        lines.append(
-            f"{name:44}{speed:>10,.0f}{step_tokens / speed * 1e3:>10,.0f}{speed * flops / 1e9:>10,.1f}{share:>12.1%}"
-        )
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    lines += [
-        f"{f'matrix product ({config.train.precision.value})':44}{'':>20}{peak / 1e9:>10,.1f}",
-        f"medians of {len(rounds)} alternating rounds, {threads} threads, load {load:.1f}",
+        rows.append([name, speed, step_tokens / speed * 1e3, speed * flops / 1e9, 100 * share])
+    rows.append([f"matrix product ({config.train.precision.value})", None, None, peak / 1e9, None])
+    notes = [
+        f"medians of {len(rounds)} alternating rounds, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}",
         f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); "
         f"ours has MaxVio {rounds[-1].max_violation:.2f}",
     ]
+    figures = {}
     for side in list(names)[:0:-1]:
         ratios = [each.speeds["ours"] / each.speeds[side] for each in rounds]
-        middle, spread = statistics.median(ratios), max(ratios) / min(ratios)
-        warning = "; the rounds disagree: the machine is busy" if spread > DISAGREE else ""
-        lines.append(f"beside {names[side]}: ratio per round {min(ratios):.2f} to {max(ratios):.2f}{warning}")
-        lines.append(f"ratio tokens/s {middle:.2f}" if side == "peer" else f"ratio to float32 {middle:.2f}")
-    return lines
+        notes.append(f"beside {names[side]}: ratio per round {spread(ratios)}")
+        figures["ratio tokens/s {}" if side == "peer" else "ratio to float32 {}"] = statistics.median(ratios)
+    return Results([ResultTable(["", "tokens/s", "ms/step", "GFLOP/s", "% of product"], rows)], notes, figures)
 
 
 def batches_of(config: Config, device: torch.device) -> Callable[[], Tensor]:

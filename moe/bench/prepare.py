@@ -21,7 +21,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+from moe.bench.results import Results, ResultTable
 from moe.config import PrepareConfig
 from moe.config.compose import load_config
 from moe.data.prepare import prepare
@@ -63,8 +65,8 @@ class Prepared:
     own: float
 
 
-def run(overrides: list[str]) -> None:
-    """Prints a table; the last lines are `MB/s a core N.NN` and `N processes ÷ 1: N.NN`. Raises UserError."""
+def run(overrides: list[str]) -> Results:
+    """The last lines are `MB/s a core N.NN` and `N processes ÷ 1: N.NN`, of the first corpus. Raises UserError."""
     keys, rest = split(overrides)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -73,22 +75,19 @@ def run(overrides: list[str]) -> None:
         else:
             write_corpora(folder, keys.megabytes * 1_000_000)
             corpora = {kind: [*TOKENIZER, *(one.format(folder) for one in own), *rest] for kind, own in MADE.items()}
-        print(
-            f"{'corpus':8}{'MB':>7}{'MB/s a core':>13}{'1 process':>12}{f'{keys.processes} processes':>14}{'ratio':>8}"
-            f"{'of the CPU time, the one that prepares':>42}"
-        )
-        rates, ratios = [], []
-        for kind, given in corpora.items():
-            rate, ratio, line = measure(kind, given, keys, folder)
-            print(line, flush=True)
-            rates.append(rate)
-            ratios.append(ratio)
-    print(
-        f"medians of {keys.rounds} alternating rounds on {usable_cores()} cores, load {os.getloadavg()[0]:.1f} at the "
-        "end; MB/s of wall-clock but for the first column, which is of CPU time, reading twice and hashing included"
+        measured = {kind: measure(given, keys, folder) for kind, given in corpora.items()}
+    many = f"{keys.processes} processes"
+    columns = ["corpus", "MB", "MB/s a core", "1 process", many, "ratio", "per round", "main, %"]
+    rate, _, _, ratio = next(iter(measured.values()))[1:5]
+    return Results(
+        [ResultTable(columns, [[kind, *row] for kind, row in measured.items()])],
+        [
+            f"medians of {keys.rounds} alternating rounds on {usable_cores()} cores, load {os.getloadavg()[0]:.1f} at "
+            "the end; MB/s of wall-clock but for `a core`, which is of CPU time, reading twice and hashing included; "
+            "`main` is the share of the CPU time of the one process that hands out parts and writes"
+        ],
+        {"MB/s a core {}": float(rate), f"{many} ÷ 1: {{}}": float(ratio)},
     )
-    print(f"MB/s a core {rates[0]:.2f}")
-    print(f"{keys.processes} processes ÷ 1: {ratios[0]:.2f}")
 
 
 def split(overrides: list[str]) -> tuple[Keys, list[str]]:
@@ -106,8 +105,8 @@ def split(overrides: list[str]) -> tuple[Keys, list[str]]:
     return replace(Keys(), **own), rest
 
 
-def measure(kind: str, overrides: list[str], keys: Keys, folder: Path) -> tuple[float, float, str]:
-    """Median MB/s a core with one process, ratio of wall-clock speeds, and the table's line."""
+def measure(overrides: list[str], keys: Keys, folder: Path) -> list[Any]:
+    """A row of the table."""
     rounds: list[dict[int, Prepared]] = []
     for index in range(keys.rounds):
         counts = (1, keys.processes) if index % 2 == 0 else (keys.processes, 1)
@@ -118,8 +117,7 @@ def measure(kind: str, overrides: list[str], keys: Keys, folder: Path) -> tuple[
     ratios = [each[1].wall / each[keys.processes].wall for each in rounds]
     ratio = statistics.median(ratios)
     share = statistics.median(each[keys.processes].own / each[keys.processes].cpu for each in rounds)
-    line = f"{kind:8}{size:>7.1f}{rate:>13.2f}{speeds[0]:>12.2f}{speeds[1]:>14.2f}{ratio:>8.2f}{share:>42.1%}"
-    return rate, ratio, f"{line}   ratio per round {min(ratios):.2f} to {max(ratios):.2f}"
+    return [round(size, 1), rate, *speeds, ratio, f"{min(ratios):.2f} to {max(ratios):.2f}", 100 * share]
 
 
 def once(overrides: list[str], processes: int, folder: Path) -> Prepared:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, split
 from moe.bench.stepper import Stepper
 from moe.checkpoint.state import TrainState
@@ -28,8 +29,8 @@ from moe.errors import UserError
 WARM_UP_STEPS = 3
 
 
-def run(overrides: list[str]) -> None:
-    """Prints on rank 0; the last line is `training waited N.NN % of an interval`. Raises UserError."""
+def run(overrides: list[str]) -> Results | None:
+    """The last line is `training waited N.NN % of an interval`; None but on rank 0. Raises UserError."""
     keys, rest = split(overrides, Rounds(rounds=5, steps=100))
     config: Config = load_config(rest)
     _, world, _, node = rendezvous.world_from_environment()
@@ -38,15 +39,14 @@ def run(overrides: list[str]) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             # all ranks use rank 0's folder; on several nodes it must be on a shared file system
-            lines = measure(keys, config, mesh, Path(mesh.from_main(folder)))
+            results = measure(keys, config, mesh, Path(mesh.from_main(folder)))
     finally:
         rendezvous.stop()
-    if mesh.is_main:
-        print("\n".join(lines))
+    return results if mesh.is_main else None
 
 
-def measure(keys: Rounds, config: Config, mesh: Mesh, folder: Path) -> list[str]:
-    """Times both; returns the lines to print. A collective."""
+def measure(keys: Rounds, config: Config, mesh: Mesh, folder: Path) -> Results:
+    """Times both. A collective."""
     step, told = Stepper(config, mesh), list[str]()
     saver = Saver(folder, mesh, config.checkpoint, told.append, told.append)
     for _ in range(WARM_UP_STEPS):
@@ -70,15 +70,17 @@ def measure(keys: Rounds, config: Config, mesh: Mesh, folder: Path) -> list[str]
         waited[-1] /= seconds[False]
         wall.append(seconds[True] / seconds[False])
         cpu.append(busy[True] / busy[False])
-    return [
-        told[-1],
-        f"medians of {keys.rounds} alternating pairs of {keys.steps} steps, {mesh.world_size} ranks, "
-        f"{'in the background' if config.checkpoint.background else 'in the foreground'}",
-        f"an interval with a save takes {100 * (statistics.median(wall) - 1):+.1f} % ({_range(wall)}) of wall-clock "
-        f"and {100 * (statistics.median(cpu) - 1):+.1f} % ({_range(cpu)}) of CPU time more, hashing and fsync included",
-        f"training waited {100 * statistics.median(waited):.2f} % of an interval",
+    rows: list[list[Cell]] = [
+        [name, *(100 * (value - 1) for value in (statistics.median(ratios), min(ratios), max(ratios)))]
+        for name, ratios in (("wall-clock", wall), ("CPU time", cpu))
     ]
-
-
-def _range(ratios: list[float]) -> str:
-    return f"{100 * (min(ratios) - 1):+.1f} to {100 * (max(ratios) - 1):+.1f}"
+    return Results(
+        [ResultTable(["an interval with a save takes more, %", "median", "least", "most"], rows)],
+        [
+            told[-1].replace(str(folder), "…"),
+            f"{keys.rounds} alternating pairs of {keys.steps} steps, {mesh.world_size} ranks, "
+            f"{'in the background' if config.checkpoint.background else 'in the foreground'}, hashing and fsync "
+            "included",
+        ],
+        {"training waited {} % of an interval": 100 * statistics.median(waited)},
+    )

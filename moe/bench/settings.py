@@ -1,10 +1,12 @@
-"""Keys of several benchmarks; all other overrides are those of `moe train`."""
+"""Keys of several benchmarks; all other overrides are those of `moe train`. And how rounds' ratios are stated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from moe.errors import UserError
+
+DISAGREE = 1.5  # largest ÷ smallest ratio of a run's rounds
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,13 +22,15 @@ class Rounds:
                 raise UserError(f"{name}={getattr(self, name)} must be ≥ 1")
 
 
-def split(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, list[str]]:
-    """Splits `rounds=` and `steps=` from the other overrides. Raises UserError."""
+def split(
+    overrides: list[str], default: Rounds | None = None, names: tuple[str, ...] = ("rounds", "steps")
+) -> tuple[Rounds, list[str]]:
+    """Splits `rounds=` and `steps=`, or those of them in `names`, from the other overrides. Raises UserError."""
     own: dict[str, int] = {}
     rest: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key not in Rounds.__slots__:
+        if key not in names:
             rest.append(override)
             continue
         try:
@@ -34,3 +38,9 @@ def split(overrides: list[str], default: Rounds | None = None) -> tuple[Rounds, 
         except ValueError:
             raise UserError(f"{override} must be a whole number") from None
     return replace(default or Rounds(), **own), rest
+
+
+def spread(ratios: list[float]) -> str:
+    """`1.10 to 1.30`, with a warning where the rounds disagree."""
+    warning = "; the rounds disagree: the machine is busy" if max(ratios) > DISAGREE * min(ratios) else ""
+    return f"{min(ratios):.2f} to {max(ratios):.2f}{warning}"

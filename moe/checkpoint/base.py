@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from moe.adapters.merge import adapted, is_part, merged
 from moe.checkpoint.layout import MODEL, OPTIMIZER
 from moe.checkpoint.manifest import read_manifest, shards_of, verify
 from moe.checkpoint.sharding import ExpertSharding
-from moe.checkpoint.shards import ShardReader
 from moe.checkpoint.state import TrainState
 from moe.config import Config
 from moe.distributed.mesh import Mesh
@@ -22,9 +21,14 @@ from moe.engine.parameters import expert_names
 from moe.errors import UserError
 from moe.model.transformer import Transformer
 
+if TYPE_CHECKING:  # it loads torch.distributed.checkpoint (moe.checkpoint.tensor_files)
+    from moe.checkpoint.shards import ShardReader
+
 
 def model_part(folder: Path, part: str = MODEL) -> ShardReader:
     """Reads the files of `part` that the manifest lists. Raises UserError."""
+    from moe.checkpoint.shards import ShardReader
+
     names = [Path(name).name for name in shards_of(_manifest(folder), part)]
     return ShardReader(folder / part, names)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moe.checkpoint.files import SavedTokenizer, small_files, write_small_files, write_tensors
+from moe.checkpoint.files import SavedTokenizer, small_files, write_small_files
 from moe.checkpoint.layout import MODEL, UNTRAINED
 from moe.checkpoint.manifest import entry
 from moe.checkpoint.ownership import file_numbers
@@ -27,6 +27,8 @@ def write_model(
     `config` describes it: its `model`, `router` and `experts` build it again. `state` tells where the weights come from
     (step, tokens, data); its `tokenizer` is taken from `tokenizer`. Raises UserError when `folder` exists, OSError.
     """
+    from moe.checkpoint.tensor_files import write_tensors
+
     if folder.exists():
         raise UserError(f"{folder} exists: a model is written into a new folder")
     state = replace(state or TrainState(), tokenizer=tokenizer.fingerprint)

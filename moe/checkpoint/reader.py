@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,7 +27,6 @@ from moe.checkpoint.layout import (
 )
 from moe.checkpoint.manifest import lists_any, strays, verify
 from moe.checkpoint.sharding import ExpertSharding
-from moe.checkpoint.shards import READ_BYTES, ShardReader
 from moe.checkpoint.state import TrainState, read_state
 from moe.checkpoint.untrained import untrained_tensors
 from moe.config import Config
@@ -40,6 +40,9 @@ from moe.model.transformer import Transformer
 from moe.plan.fit import check_model
 from moe.sparse import routers_of
 from moe.untrusted import read_small
+
+if TYPE_CHECKING:  # it loads torch.distributed.checkpoint (moe.checkpoint.tensor_files)
+    from moe.checkpoint.shards import ShardReader
 
 CPU = torch.device("cpu")
 
@@ -62,6 +65,8 @@ def load_weights(folder: Path, engine: Engine, mesh: Mesh) -> None:
 
 
 def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader | None, adam_steps: int) -> None:
+    from moe.checkpoint.shards import READ_BYTES
+
     experts = ExpertSharding(engine.expert_names, mesh)
 
     def parts() -> Iterator[States]:

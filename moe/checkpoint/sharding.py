@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.distributed.mesh import Mesh
 
@@ -25,6 +24,8 @@ class ExpertSharding:
         """Expert slices as DTensors that share memory with `tensors`; the rest as they are."""
         if self._mesh is None:
             return tensors
+        from torch.distributed.tensor import DTensor, Replicate, Shard  # here: it loads SymPy, at every rank's start
+
         return {
             name: DTensor.from_local(tensor, self._mesh, [Replicate(), Shard(0)]) if name in self._names else tensor
             for name, tensor in tensors.items()

@@ -35,7 +35,6 @@ from moe.checkpoint.layout import UNTRAINED
 from moe.checkpoint.manifest import entry, shards_of
 from moe.checkpoint.ownership import file_numbers, owned
 from moe.checkpoint.sharding import ExpertSharding
-from moe.checkpoint.shards import ShardReader
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.untrained import copied, saved_dtype, untrained_tensors
 from moe.config import CheckpointConfig
@@ -243,9 +242,11 @@ class Saver:
 
     def _write_shards(self, snapshot: _Snapshot, partial: Path) -> dict[str, Any]:
         """This rank's files, on the disk: {name in the checkpoint: size and SHA-256}."""
+        from moe.checkpoint.tensor_files import write_tensors
+
         self._doing = "writing shards"
         for part, tensors in snapshot.parts.items():
-            files.write_tensors(partial / part, tensors, snapshot.file_numbers, self._shards, self._group)
+            write_tensors(partial / part, tensors, snapshot.file_numbers, self._shards, self._group)
         written = {}
         for path in self._shards:
             name = str(path.relative_to(partial))
@@ -259,6 +260,8 @@ class Saver:
     def _commit(self, snapshot: _Snapshot, partial: Path, manifest: dict[str, Any]) -> None:
         if not self._mesh.is_main:
             return
+        from moe.checkpoint.shards import ShardReader
+
         deadline = time.monotonic() + VISIBLE_SECONDS
         for name, expected in manifest.items():
             while files.bytes_now(partial / name) != expected["bytes"]:

@@ -43,15 +43,19 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from moe.cli.help import help_text
-from moe.cli.limits import out_of_memory
-from moe.cli.verbs import OPTIONS, VERBS, load, schema
-from moe.config.compose import ConfigError, to_yaml
-from moe.config.presets import add_config_dir
-from moe.config.suggest import closest
+from moe.cli.verbs import OPTIONS, SCHEMAS, VERBS, load
 from moe.distributed.environment import world_from_environment
 from moe.distributed.parent import die_with_torchrun
-from moe.errors import OtherRankFailed, StartError, Stopped, UserError, is_device_fault, line_about, lost_rank
+from moe.errors import (
+    ConfigError,
+    OtherRankFailed,
+    StartError,
+    Stopped,
+    UserError,
+    is_device_fault,
+    line_about,
+    lost_rank,
+)
 
 LONGEST_LINE = 1200  # characters
 HEAD_START = 2.0  # seconds for the rank that prints
@@ -65,22 +69,26 @@ def _run(arguments: list[str]) -> None:
         return
     verb, overrides = arguments[0], arguments[1:]
     if verb not in VERBS:
+        from moe.config.suggest import closest
+
         near = "train" if "=" in verb else closest(verb, list(VERBS))
         meant = (
             f"did you mean `moe {near}{f' {verb}' if '=' in verb else ''}`?" if near else f"one of {', '.join(VERBS)}"
         )
         raise ConfigError(f"{verb}: no such verb; {meant}")
     if "-h" in overrides or "--help" in overrides:
+        from moe.cli.help import help_text
+
         print(help_text(verb))
         return
     if "--cfg" in overrides:
         at = overrides.index("--cfg")
-        composed_from = schema(verb)
-        if composed_from is None or overrides[at + 1 : at + 2] != ["job"]:
-            raise ConfigError(
-                f"--cfg: only `moe {'|'.join(one for one in VERBS if schema(one))} --cfg job` prints a composed config"
-            )
-        print(to_yaml(load(overrides[:at] + overrides[at + 2 :], *composed_from)), end="")
+        if verb not in SCHEMAS or overrides[at + 1 : at + 2] != ["job"]:
+            raise ConfigError(f"--cfg: only `moe {'|'.join(SCHEMAS)} --cfg job` prints a composed config")
+        config = load(overrides[:at] + overrides[at + 2 :], verb)
+        from moe.config.compose import to_yaml
+
+        print(to_yaml(config), end="")
         return
     flags = [override for override in overrides if override.startswith("-") and override not in OPTIONS.get(verb, ())]
     if flags:
@@ -107,6 +115,8 @@ def _take_config_dirs(arguments: list[str]) -> list[str]:
 def _add_config_dir(folder: str) -> None:
     if not folder:
         raise ConfigError("--config-dir: must be followed by a folder of presets")
+    from moe.config.presets import add_config_dir
+
     add_config_dir(Path(folder))
 
 
@@ -171,6 +181,8 @@ def main() -> None:
     except (OSError, OtherRankFailed) as error:
         _end_with(f"moe: {line_about(error)}")
     except (MemoryError, RuntimeError, ImportError) as error:
+        from moe.cli.limits import out_of_memory
+
         line = out_of_memory(error)
         if line is None and (line := lost_rank(error)):
             time.sleep(LONG_HEAD_START)  # torchrun ends this rank meanwhile, and the other one's line is the only one

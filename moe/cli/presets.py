@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from moe.config.compose import ConfigError
 from moe.config.presets import config_dir, groups, presets
 from moe.config.suggest import closest
+from moe.errors import ConfigError
 
 
 def list_presets(group: str | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe.config.compose import ConfigError
+from moe.errors import ConfigError
 from moe.report.page import write_report
 from moe.report.sweep_markdown import Size, write_sweep_markdown
 from moe.report.sweep_page import is_sweep, write_sweep_report

@@ -5,31 +5,38 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe.cli.limits import require_address_space, require_open_files
-from moe.config import (
-    AnalyzeConfig,
-    Config,
-    EvaluateConfig,
-    ExportConfig,
-    ImportConfig,
-    PlanConfig,
-    PrepareConfig,
-    SweepConfig,
-    TokenizerConfig,
-    UpcycleConfig,
-    ValidateConfig,
-)
-from moe.config.chat import ChatConfig
-from moe.config.compose import ConfigError, load_config
-from moe.config.generate import GenerateConfig
+from moe.errors import ConfigError
+
+# Each verb imports what it needs when it runs: a misspelt command is answered before Hydra, let alone torch, is loaded.
+if TYPE_CHECKING:
+    from moe.config import (
+        AnalyzeConfig,
+        Config,
+        EvaluateConfig,
+        ExportConfig,
+        ImportConfig,
+        PrepareConfig,
+        SweepConfig,
+        TokenizerConfig,
+        UpcycleConfig,
+    )
 
 
-def load(overrides: list[str], name: str = "train", composed_as: type = Config) -> Any:
-    """`load_config`, with a model that takes its vocabulary from an existing tokenizer unless it is stated, and what
-    `init_from` has."""
-    return load_config(overrides, name, composed_as, _count_pieces, _read_source)
+def load(overrides: list[str], verb: str = "train") -> Any:
+    """What the verb composes, checked. A run's model takes its vocabulary from an existing tokenizer unless it is
+    stated, and from `init_from` what that has. Raises UserError."""
+    from moe.config import Config
+    from moe.config.keys import check_form, check_names
+
+    schema = _schema(verb)
+    check_form(overrides)
+    check_names(overrides, verb, schema)
+    from moe.config.compose import load_config
+
+    of_run = (_count_pieces, _read_source) if issubclass(schema, Config) else (None, None)
+    return load_config(overrides, verb, schema, *of_run)
 
 
 def _read_source(init_from: str, run_dir: str | None) -> Any:
@@ -53,6 +60,7 @@ def _train(overrides: list[str]) -> None:
         _require_one_rank("train -m")
         run_jobs([one for one in overrides if one not in MULTIRUN], load)
         return
+    from moe.cli.limits import require_address_space, require_open_files
     from moe.distributed.environment import world_from_environment
 
     config: Config = load(overrides)
@@ -79,7 +87,7 @@ def _sweep(overrides: list[str]) -> None:
     from moe.sweep.definition import split
 
     own, fixed = split(overrides)
-    config: SweepConfig = load_config(own, "sweep", SweepConfig)
+    config: SweepConfig = load(own, "sweep")
     from moe.sweep.run import run_sweep
 
     _require_one_rank("sweep")
@@ -91,7 +99,7 @@ def _plan(overrides: list[str]) -> None:
 
     Exit code 2 when it doesn't fit the stated hardware.
     """
-    config = load(overrides, "plan", PlanConfig)
+    config = load(overrides, "plan")
     from moe.plan.show import run_plan
 
     run_plan(config)
@@ -100,7 +108,7 @@ def _plan(overrides: list[str]) -> None:
 def _prepare(overrides: list[str]) -> None:
     """Write the token shards that `moe train` with the same data and tokenizer keys would use; `verify=true` checks
     the content of shards that are there."""
-    config: PrepareConfig = load(overrides, "prepare", PrepareConfig)
+    config: PrepareConfig = load(overrides, "prepare")
     from moe.data.corpus import check_vocab
     from moe.data.prepare import prepare
 
@@ -112,7 +120,7 @@ def _prepare(overrides: list[str]) -> None:
 def _validate(overrides: list[str]) -> None:
     """Check the rows of a fine-tuning run (`data=sft data.path=FILE`): every bad row, lengths, what is learnt, how long
     it takes; `page=rows.html` writes a page, `fixed=rows.jsonl` a copy without the bad rows."""
-    config = load(overrides, "validate", ValidateConfig)
+    config = load(overrides, "validate")
     from moe.validate.run import run_validate
 
     run_validate(config)
@@ -122,7 +130,7 @@ def _generate(overrides: list[str]) -> None:
     """Continue a prompt, or every line of a file, from a checkpoint."""
     from moe.config.overrides import quote_texts
 
-    config = load_config(quote_texts(overrides), "generate", GenerateConfig)
+    config = load(quote_texts(overrides), "generate")
     from moe.inference.command import run_generate
 
     run_generate(config, *_checkpoint(config))
@@ -133,7 +141,7 @@ def _chat(overrides: list[str]) -> None:
     said to it."""
     from moe.config.overrides import quote_texts
 
-    config = load_config(quote_texts(overrides), "chat", ChatConfig)
+    config = load(quote_texts(overrides), "chat")
     from moe.inference.terminal import run_chat
 
     run_chat(config, *_checkpoint(config))
@@ -142,7 +150,7 @@ def _chat(overrides: list[str]) -> None:
 def _evaluate(overrides: list[str]) -> None:
     """Score a checkpoint on tasks of EleutherAI's lm-evaluation-harness, its own or yours (`include_path=FOLDER`); a
     table, and a JSON file."""
-    config: EvaluateConfig = load_config(overrides, "evaluate", EvaluateConfig)
+    config: EvaluateConfig = load(overrides, "evaluate")
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
@@ -166,7 +174,7 @@ def _checkpoint(config: Any) -> tuple[Any, Any]:
 
 def _import(overrides: list[str]) -> None:
     """Turn a Hugging Face model folder into a checkpoint, for `moe generate`, `moe analyze` and a run's init_from."""
-    config: ImportConfig = load_config(overrides, "import", ImportConfig)
+    config: ImportConfig = load(overrides, "import")
     from moe.interop.importing import run_import
 
     print(run_import(config))
@@ -174,7 +182,7 @@ def _import(overrides: list[str]) -> None:
 
 def _export(overrides: list[str]) -> None:
     """Write a checkpoint's model as a Hugging Face folder, which transformers and others read."""
-    config: ExportConfig = load_config(overrides, "export", ExportConfig)
+    config: ExportConfig = load(overrides, "export")
     from moe.interop.exporting import run_export
 
     print(run_export(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
@@ -182,7 +190,7 @@ def _export(overrides: list[str]) -> None:
 
 def _upcycle(overrides: list[str]) -> None:
     """Make a sparse model of a dense one: every expert begins as a copy of the layer's feed-forward."""
-    config: UpcycleConfig = load_config(overrides, "upcycle", UpcycleConfig)
+    config: UpcycleConfig = load(overrides, "upcycle")
     from moe.interop.upcycling import run_upcycle
 
     print(run_upcycle(config, lambda line: print(f"warning: {line}", file=sys.stderr)))
@@ -198,7 +206,7 @@ def _report(overrides: list[str]) -> None:
 
 def _analyze(overrides: list[str]) -> None:
     """Write RUN/analysis/: what a checkpoint's routers learnt, from its held-out text or another (`data=…`)."""
-    config: AnalyzeConfig = load_config(overrides, "analyze", AnalyzeConfig)
+    config: AnalyzeConfig = load(overrides, "analyze")
     from moe.analysis.run import run_analysis
 
     print(run_analysis(config))
@@ -274,23 +282,29 @@ MULTIRUN = ("-m", "--multirun")
 OPTIONS = {"doctor": ("--json",), "train": MULTIRUN}
 
 
-# What a verb composes, from configs/VERB.yaml.
-SCHEMAS: dict[str, type] = {
-    "train": Config,
-    "sweep": SweepConfig,
-    "prepare": PrepareConfig,
-    "validate": ValidateConfig,
-    "plan": PlanConfig,
-    "analyze": AnalyzeConfig,
-    "import": ImportConfig,
-    "export": ExportConfig,
-    "upcycle": UpcycleConfig,
-    "generate": GenerateConfig,
-    "chat": ChatConfig,
-    "evaluate": EvaluateConfig,
+# What a verb composes, from configs/VERB.yaml: a dataclass of moe.config.
+SCHEMAS = {
+    "train": "Config",
+    "sweep": "SweepConfig",
+    "prepare": "PrepareConfig",
+    "validate": "ValidateConfig",
+    "plan": "PlanConfig",
+    "analyze": "AnalyzeConfig",
+    "import": "ImportConfig",
+    "export": "ExportConfig",
+    "upcycle": "UpcycleConfig",
+    "generate": "GenerateConfig",
+    "chat": "ChatConfig",
+    "evaluate": "EvaluateConfig",
 }
+
+
+def _schema(verb: str) -> type:
+    import moe.config
+
+    return getattr(moe.config, SCHEMAS[verb])
 
 
 def schema(verb: str) -> tuple[str, type] | None:
     """(name of the YAML, dataclass); None for a verb that composes nothing."""
-    return (verb, SCHEMAS[verb]) if verb in SCHEMAS else None
+    return (verb, _schema(verb)) if verb in SCHEMAS else None

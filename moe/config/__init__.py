@@ -7,6 +7,7 @@ Field names are Hugging Face's wherever Hugging Face has one.
 
 from moe.config.adapter import AdapterConfig
 from moe.config.analyze import AnalyzeConfig, AnalyzeSettings
+from moe.config.chat import ChatConfig
 from moe.config.choices import (
     AdapterKind,
     AnswerMetric,
@@ -38,6 +39,7 @@ from moe.config.choices import (
 )
 from moe.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe.config.evaluate import EvaluateConfig
+from moe.config.generate import GenerateConfig
 from moe.config.interop import ExportConfig, ImportConfig
 from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.optim import OptimConfig
@@ -74,6 +76,7 @@ __all__ = [
     "AnswerMetric",
     "AttentionBackend",
     "BiasUpdate",
+    "ChatConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "ExportConfig",
     "ExportDtype",
     "ExportFormat",
+    "GenerateConfig",
     "GroupLimitedRouterConfig",
     "GuardConfig",
     "GumbelRouterConfig",

@@ -20,18 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.config import Config, ModelConfig, TokenizerConfig
 from moe.config.data import path_name
 from moe.config.explain import explain
-from moe.config.migrate import check_overrides, migrate
+from moe.config.keys import check_form
+from moe.config.migrate import migrate
 from moe.config.overrides import for_hydra
 from moe.config.presets import composed_folder
 from moe.config.router import registered_router, router_kinds, saved_kind
 from moe.config.saved import INTERPOLATION, read_saved
 from moe.config.source import ReadSource, source_presets, stated, stated_keys
 from moe.config.suggest import dotted_keys, no_such_key, of_other_routers
-from moe.errors import UserError
-
-
-class ConfigError(UserError):
-    """A configuration that can't be used; the text is one line for the user."""
+from moe.errors import ConfigError, UserError
 
 
 def _data_name(preset: str, *, _root_: Any) -> str:
@@ -62,21 +59,7 @@ def compose_dict(
         if not {"model", "model.vocab_size"} & stated_keys(overrides):
             _grow_vocabulary(composed, count_pieces)
         return composed
-    for override in overrides:
-        if not re.match(r"~|[^=]+=", override):
-            raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
-        if override.startswith("~") and not re.fullmatch(r"~data\.sources\.[^.=]+", override):
-            raise ConfigError(
-                f"{override}: only a source can be removed (~data.sources.NAME); set any other key to another value: "
-                "GROUP=NAME or KEY=VALUE"
-            )
-    try:
-        check_overrides(overrides)
-    except UserError as error:
-        raise ConfigError(str(error)) from error
-    hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))]
-    if hydras:
-        raise ConfigError(f"{hydras[0]}: Hydra's own settings are not read here; `moe VERB --help` lists the keys")
+    check_form(overrides)
     _store_schema(name, schema)
     for kind in router_kinds():
         _store_router(kind, registered_router(kind).schema)
@@ -86,9 +69,12 @@ def compose_dict(
     except UserError as error:
         raise ConfigError(str(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        around = _around(overrides, name, schema)
-        message = of_other_routers(around.router.kind, overrides) if "router" in around else None
-        raise ConfigError(message or explain(error, overrides, _keys(around))) from error
+        around = cache(lambda: _around(overrides, name, schema))  # it takes as long again: only where it is needed
+        if any(re.match(r"\+*router\.", override) for override in overrides) and "router" in around():
+            message = of_other_routers(around().router.kind, overrides)
+        else:
+            message = None
+        raise ConfigError(message or explain(error, overrides, lambda: _keys(around()))) from error
     except yaml.MarkedYAMLError as error:
         where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "a preset"
         raise ConfigError(f"{where}: not valid YAML ({error.problem})") from error
@@ -188,14 +174,14 @@ def to_config(node: DictConfig | ListConfig, overrides: list[str] | None = None)
     try:
         missing = sorted(OmegaConf.missing_keys(node))
     except OmegaConfBaseException as error:  # an interpolation that can't be resolved
-        raise ConfigError(explain(error, overrides or [], [])) from error
+        raise ConfigError(explain(error, overrides or [], list)) from error
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be stated: {missing[0]}=…")
     try:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        raise ConfigError(explain(cause, overrides or [], [])) from error
+        raise ConfigError(explain(cause, overrides or [], list)) from error
     except AttributeError as error:  # slots refuse a key that `+key=` added
         key = str(error).rpartition(" attribute ")[2].strip("'")
         if "router" in node and (message := of_other_routers(node.router.kind, overrides or [])):
@@ -248,5 +234,5 @@ def read_config(path: Path, schema: type = Config) -> Any:
     except (UserError, OmegaConfBaseException, TypeError) as error:
         router = saved.get("router")
         options = [f"router.{key}={value}" for key, value in router.items()] if isinstance(router, Mapping) else []
-        message = of_other_routers(saved_kind(router), options) or explain(error, [], _keys(defaults))
+        message = of_other_routers(saved_kind(router), options) or explain(error, [], lambda: _keys(defaults))
         raise ConfigError(f"{path}: {message}") from error

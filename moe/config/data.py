@@ -7,9 +7,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from moe.config.choices import LongRows, LossOn, RecordKind, SourceFormat, TemplateName, TokenizerKind
 from moe.config.rules import filled, positive, require
 from moe.config.suggest import no_such_key
@@ -142,6 +139,9 @@ def path_name(path: str) -> str:
 
 def _source(name: str, value: Any) -> SourceConfig:
     """A source as written in YAML, typed. Raises UserError naming the key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if isinstance(value, SourceConfig):
         return value
     require(isinstance(value, dict), f"data.sources.{name}={value} must be a mapping with a path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from moe.config.presets import choices, groups
 from moe.config.router import router_kinds
@@ -26,15 +27,15 @@ _RULES = [  # OmegaConf's text → the rule
 ]
 
 
-def explain(error: BaseException, overrides: list[str], known: list[str]) -> str:
-    """A one-line message for an error raised while composing `overrides`; `known` are the keys that exist."""
+def explain(error: BaseException, overrides: list[str], known: Callable[[], list[str]]) -> str:
+    """A one-line message for an error raised while composing `overrides`; `known` returns the keys that exist."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if text.startswith("Error merging override") and error.__cause__ is not None:
         override = _typed(text.removeprefix("Error merging override "), overrides)
         section, _, value = override.partition("=")
         if str(error.__cause__).startswith("Invalid type assigned: str"):  # no such group
-            keys = ", ".join(key for key in known if key.startswith(f"{section}."))
+            keys = ", ".join(key for key in known() if key.startswith(f"{section}."))
             return f"{override}: there is no preset {value}; {section} is set by its keys, {keys}"
         reason = explain(error.__cause__, [], known).removeprefix(section).lstrip(": ")
         return f"{override}{' ' if reason.startswith('must ') else ': '}{reason}"
@@ -47,10 +48,10 @@ def explain(error: BaseException, overrides: list[str], known: list[str]) -> str
         return f"{given}: {explain(type(error)(str(error).partition(chr(10))[2]), [], known)}"
     missing = re.match(r"In '.*': Could not (find|load) '(?P<group>\w+)/(?P<name>[^']*)'", text)
     if missing:
-        return _no_such_preset(missing["group"], missing["name"])
+        return no_such_preset(missing["group"], missing["name"])
     if text.startswith(("LexerNoViableAlt", "mismatched input", "no viable alternative", "token recognition")):
         return next(
-            no_such_key(override.lstrip("+~").partition("=")[0], overrides, known)
+            no_such_key(override.lstrip("+~").partition("=")[0], overrides, known())
             for override in overrides
             if not re.match(r"[+~]*[\w/@]+(\.\w+)*(=|$)", override)
         )
@@ -60,12 +61,12 @@ def explain(error: BaseException, overrides: list[str], known: list[str]) -> str
     if text.startswith("Config group override must be a string"):
         override = next(override for override in reversed(overrides) if override.partition("=")[0] in groups())
         group, _, value = override.lstrip("+").partition("=")
-        return _no_such_preset(group, value)
+        return no_such_preset(group, value)
     full = re.search(r"full_key: (\S+)", f"{error}\n{error.__cause__}")
     key = full[1] if full else ""
     unknown = re.match(r"(Could not override|Key) '(?P<key>[^']+)'", text)
     if unknown:
-        return no_such_key(key or unknown["key"], overrides, known)
+        return no_such_key(key or unknown["key"], overrides, known())
     for pattern, rule in _RULES:
         if match := re.search(pattern, text):
             text = match.expand(rule)
@@ -80,7 +81,7 @@ def _typed(key: str, overrides: list[str]) -> str:
     return next((given for given in overrides if given.lstrip("+~").partition("=")[0] == key), key)
 
 
-def _no_such_preset(group: str, name: str) -> str:
+def no_such_preset(group: str, name: str) -> str:
     if group == "router" and name.endswith("_schema"):  # named in a YAML's defaults list
         kind = name.removesuffix("_schema")
         return f"router.kind={kind} must be one of {', '.join(router_kinds())}: import the module that registers it"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from moe.config.choices import DeviceKind
-from moe.config.rules import filled, not_negative, positive, require
+from moe.config.rules import MISSING, filled, not_negative, positive, require
 from moe.config.run import Config
 
 MAX_RANKS = 2**17

@@ -7,12 +7,9 @@ Four places, each replacing presets of the same name from those before it: the s
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import yaml
 
 from moe.config.rules import require
 from moe.errors import UserError
@@ -76,6 +73,8 @@ def composed_folder(overrides: list[str]) -> Iterator[tuple[Path, list[str]]]:
     if len(_roots()) == 1 and not files:
         yield config_dir(), named
         return
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="moe-configs-") as name:
         folder = Path(name)
         for path in config_dir().glob("*.yaml"):
@@ -95,6 +94,8 @@ def composed_folder(overrides: list[str]) -> Iterator[tuple[Path, list[str]]]:
 
 def _check_mapping(path: Path) -> None:
     """Raises UserError if a preset isn't a mapping of keys, YAMLError if it isn't YAML."""
+    import yaml
+
     try:
         with path.open(encoding="utf-8") as file:
             loaded = yaml.safe_load(file)

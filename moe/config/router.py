@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from moe.config.rules import not_negative, positive, require
 from moe.config.schedules import by_number, points_of, value_at
 from moe.errors import UserError
@@ -132,6 +129,9 @@ class RouterConfig:
 
         Raises UserError, naming `key`, when an option is of the wrong type or breaks a rule.
         """
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
         node: Any = OmegaConf.structured(type(self))
         mine = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("schedules", "layers")}
         others = {name: points for name, points in (schedules or {}).items() if name not in options}
@@ -178,6 +178,8 @@ def saved_kind(section: object) -> object:
 
 def saved_router(section: Mapping[str, Any]) -> RouterConfig:
     """A config.yaml's section `router`, checked. Raises UserError, OmegaConfBaseException."""
+    from omegaconf import OmegaConf
+
     defaults = OmegaConf.structured(registered_router(saved_kind(section)).schema)
     config: Any = OmegaConf.to_object(OmegaConf.merge(defaults, section))
     return config

@@ -11,6 +11,8 @@ from moe.errors import UserError
 MAX_COUNT = 10**9
 # Outside this range float32 overflows to infinity or underflows to zero.
 MIN_REAL, MAX_REAL = 1e-37, 1e37
+# A value that must be stated: omegaconf.MISSING, without its import, which takes longer than all of this package.
+MISSING: Any = "???"
 MAX_SEED = 2**64 - 1  # torch's generators and the order of samples take 64 bits
 
 

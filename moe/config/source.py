@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moe.config.data import path_name
 
@@ -33,6 +30,10 @@ def stated_keys(overrides: list[str]) -> set[str]:
 @contextmanager
 def source_presets(init_from: str, sections: Sections, overrides: list[str]) -> Iterator[list[str]]:
     """Yields overrides that choose the sections as presets, for all whose group the command doesn't choose itself."""
+    import tempfile
+
+    import yaml
+
     chosen = stated_keys(overrides)
     name = re.sub(r"[^\w.+-]", "-", path_name(init_from)) or "source"
     with tempfile.TemporaryDirectory(prefix="moe-init-from-") as folder:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from moe.config.choices import Pruner, Sampler
-from moe.config.rules import filled, is_seed, positive, require
+from moe.config.rules import MISSING, filled, is_seed, positive, require
 
 MAX_TOKENS = 10**15
 

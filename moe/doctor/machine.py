@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 from pathlib import Path
 
 from moe.bench.processor import processor
@@ -66,6 +65,7 @@ def speed() -> list[Finding]:
     """Matrix products (GFLOP/s) and copies (GB/s, read and written both counted), on the device that trains."""
     import torch
 
+    from moe.bench.roofline import copy_rate
     from moe.train.metrics import measure_peak_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,16 +75,7 @@ def speed() -> list[Finding]:
         for dtype in (torch.float32, torch.bfloat16)
         if device.type == "cuda" or dtype is torch.float32
     )
-    source = torch.ones(1 << 26, device=device)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(4):
-        begin = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
-    return [Finding("speed", "ok", f"products on {device.type}: {products}; copies {best / 1e9:.1f} GB/s")]
+    return [Finding("speed", "ok", f"products on {device.type}: {products}; copies {copy_rate(device) / 1e9:.1f} GB/s")]
 
 
 def _cgroup(name: str) -> str | None:

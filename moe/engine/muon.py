@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from moe.config.optim import ITERATIONS, MOST_ELEMENTS
+from moe.engine.adamw import AdamW
 from moe.engine.base import MOMENTUM
-from moe.kernels.float32_products import float32_products
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; Keller Jordan, 2024
 SMALLEST_NORM = 1e-7  # a matrix with a smaller norm, as that of an expert without tokens, isn't scaled up to 1
 UPDATE_RMS = 0.2
 
 
-@float32_products
 def orthogonalized(u_NOI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Each matrix U S Vᵀ becomes about U Vᵀ: five Newton–Schulz steps in `dtype` bring singular values that are at
     least 1/500 of the matrix's norm to between 0.68 and 1.21. Float32 [N, O, I]."""
@@ -81,7 +80,7 @@ class OwnMatrices:
         return [flat.view(-1, *piece.shape) for piece in self.pieces]
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for parameter groups with `muon=True`, AdamW for the others.
 
     `matrices` has to have an entry for every tensor of the former before the first step. `dtype` is that of the
@@ -103,18 +102,13 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         for group in groups:
-            for tensor in group["params"] if group["muon"] else ():
-                assert tensor.grad is not None
-                self._update(tensor, tensor.grad, group["lr"], group["weight_decay"])
+            if group["muon"]:
+                for tensor in group["params"]:
+                    self._update(tensor, group["lr"], group["weight_decay"])
 
-    @torch.no_grad()
-    def update_matrices(self, group: dict[str, Any], gradient: Tensor) -> None:
-        """A step of one of Muon's parameter groups, whose only tensor has this gradient."""
-        (tensor,) = group["params"]
-        self._update(tensor, gradient, group["lr"], group["weight_decay"])
-
-    def _update(self, tensor: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[tensor]
+    def _update(self, tensor: Tensor, lr: float, weight_decay: float) -> None:
+        assert tensor.grad is not None
+        state, gradient = self.state[tensor], tensor.grad
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(tensor)
         state[MOMENTUM].lerp_(gradient, 1 - self._momentum)

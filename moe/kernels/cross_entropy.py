@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.kernels.float32_products import float32_products
-from moe.kernels.policy import wide_dtype, widen
+from moe.kernels.policy import runs_fused, wide_dtype, widen
 
 IGNORED = -100
 SLICE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits per slice: fits a core's cache, or keeps a GPU busy
@@ -51,7 +51,7 @@ class HandWrittenLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, rows):
             x, labels = x_TH[start : start + rows], labels_T[start : start + rows]
             grad = x @ weight_VH.T
-            total += _to_gradient(grad, labels, needs).sum()
+            total += to_gradient(grad, labels, needs).sum()
             if grad_x is not None:
                 torch.mm(grad, weight_VH, out=grad_x[start : start + rows])
             if grad_w is not None and grad_w.dtype == grad.dtype:
@@ -71,12 +71,16 @@ class HandWrittenLinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
-def _to_gradient(logits_TV: Tensor, labels_T: Tensor, needs_gradient: bool) -> Tensor:
+def to_gradient(logits_TV: Tensor, labels_T: Tensor, needs_gradient: bool) -> Tensor:
     """−log softmax(logits)[label] of each row [T], 0 for a label of −100. With `needs_gradient` the logits are
     overwritten by their gradient, softmax − one-hot.
 
     A CPU takes few rows at a time through the element-wise passes, so that they stay in a core's cache.
     """
+    if runs_fused(logits_TV):
+        from moe.kernels.fused import cross_entropy
+
+        return cross_entropy.to_gradient(logits_TV, labels_T, IGNORED, needs_gradient)
     rows, vocab = logits_TV.shape
     block = max(1, BLOCK_ELEMENTS // vocab) if logits_TV.device.type == "cpu" else max(1, rows)
     losses = []

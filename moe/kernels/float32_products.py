@@ -71,14 +71,15 @@ def float32_products(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def switched(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _onednn() if _route.onednn else nullcontext():
+        with forced_onednn() if _route.onednn else nullcontext():
             return function(*args, **kwargs)
 
     return switched
 
 
 @contextmanager
-def _onednn() -> Iterator[None]:
+def forced_onednn() -> Iterator[None]:
+    """Sends float32 products to oneDNN, whatever `choose` took."""
     switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
@@ -96,7 +97,7 @@ def _measured_route() -> Route:
     a = torch.randn(rows, inner, generator=generator)
     b = torch.randn(columns, inner, generator=generator).t()  # as a weight in a linear layer
     exact = a.double() @ b.double()
-    contexts: list[Callable[[], AbstractContextManager[None]]] = [nullcontext, _onednn]
+    contexts: list[Callable[[], AbstractContextManager[None]]] = [nullcontext, forced_onednn]
     errors = [_error(a, b, exact, context) for context in contexts]
     if errors[1] > MOST_ERROR * errors[0]:
         return decide(LibraryTimes(errors[0], 0.0), LibraryTimes(errors[1], 0.0))

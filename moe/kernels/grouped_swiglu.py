@@ -5,7 +5,8 @@ the backward pass; the activation is recomputed there (as in SonicMoE, arXiv 251
 sigmoid:  dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
 The element-wise part is float32 for narrower dtypes.
 
-`resolve_backend` picks the back-end; `loop_ffn` is the plain reference.
+`resolve_backend` picks the back-end; `loop_ffn` is the plain reference. On CUDA Triton's kernels compute the
+element-wise part where `runs_fused` says so.
 
 Shapes: N rows sorted by expert, H hidden, F feed-forward, G = 2F (gate, then up), E experts.
 """
@@ -26,7 +27,8 @@ from moe.kernels import megablocks
 from moe.kernels.float32_products import float32_products
 from moe.kernels.grouped_products import GroupedProducts, torch_products
 from moe.kernels.padded_rows import PaddedRows
-from moe.kernels.policy import wide_dtype
+from moe.kernels.policy import runs_fused, wide_dtype
+from moe.kernels.swiglu import activation
 
 BLOCK_ROWS = 64  # that a CPU takes through the element-wise passes at a time, so that they stay in a core's cache
 
@@ -72,8 +74,8 @@ def grouped_ffn(
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
 
-    On CUDA the loop and megablocks read the counts on the host, which waits for the device once per call; the forward
-    pass of grouped_mm doesn't wait.
+    On CUDA the loop and megablocks read the counts on the host, which waits for the device once per call; grouped_mm
+    doesn't wait (its backward pass without Triton waits for the counts' copy, which the forward pass started).
     """
     if backend is ExpertBackend.loop:
         return loop_ffn(x_NH, counts_E.tolist(), gate_up_proj, down_proj)
@@ -84,7 +86,8 @@ def grouped_ffn(
     if backend is ExpertBackend.megablocks:
         counts = counts_E.tolist()
         return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, lambda: counts, megablocks.products(counts))  # type: ignore[return-value]
-    return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, LateCounts(counts_E), torch_products(counts_E))  # type: ignore[return-value]
+    counts = counts_E if runs_fused(x_NH) else LateCounts(counts_E)
+    return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts, torch_products(counts_E))  # type: ignore[return-value]
 
 
 def loop_ffn(x_NH: Tensor, counts: list[int], gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class LateCounts:
 class GroupedSwiGLU(torch.autograd.Function):
     """All experts at once, with any library's grouped products (on a GPU). Needs at least one row.
 
-    `counts()` returns the number of rows of each expert; only the backward pass calls it.
+    `counts` is the number of rows of each expert: on the device, or a function that the backward pass calls.
     """
 
     @staticmethod
@@ -124,7 +127,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         x_NH: Tensor,
         gate_up_proj: Tensor,
         down_proj: Tensor,
-        counts: Callable[[], list[int]],
+        counts: Tensor | Callable[[], list[int]],
         products: GroupedProducts,
     ) -> Tensor:
         x_NH = x_NH.contiguous()
@@ -132,7 +135,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=1)
         ctx.save_for_backward(x_NH, gate_up_proj, down_proj, gate_up_NG)
         ctx.counts, ctx.products = counts, products
-        return products.times_weight_t(F.silu(gate_NF).mul_(up_NF), down_proj)
+        return products.times_weight_t(activation(gate_NF, up_NF), down_proj)
 
     @staticmethod
     @once_differentiable
@@ -140,11 +143,11 @@ class GroupedSwiGLU(torch.autograd.Function):
         x_NH, gate_up_proj, down_proj, gate_up_NG = ctx.saved_tensors
         products: GroupedProducts = ctx.products
         dy_NH = dy_NH.contiguous()
-        act_NF, dgate_up_NG = _activation_backward(gate_up_NG, products.times_weight(dy_NH, down_proj))
+        act_NF, dgate_up_NG = activation_backward(gate_up_NG, products.times_weight(dy_NH, down_proj))
         ddown = products.outer(dy_NH, act_NF)
         dgate_up = products.outer(dgate_up_NG, x_NH)
         # Kernels leave an empty group's gradient unwritten: grouped_gemm always, grouped_mm on some GPUs.
-        _zero_idle(ctx.counts(), dgate_up, ddown)
+        zero_idle(ctx.counts if isinstance(ctx.counts, Tensor) else ctx.counts(), dgate_up, ddown)
         dx_NH = products.times_weight(dgate_up_NG, gate_up_proj) if ctx.needs_input_grad[0] else None
         return dx_NH, dgate_up, ddown, None, None
 
@@ -181,13 +184,13 @@ class PerExpertSwiGLU(torch.autograd.Function):
         dy_PH = padding.spread(dy_NH.contiguous())
         dx_PH = torch.empty_like(x_PH) if ctx.needs_input_grad[0] else None
         dgate_up, ddown = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
-        _zero_idle(padding.counts, dgate_up, ddown)
+        zero_idle(padding.counts, dgate_up, ddown)
         dact_MF = x_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
         scratch = torch.empty_like(dact_MF), x_PH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
         for expert, rows in padding.groups():
             dy = dy_PH[rows]
             dact = torch.mm(dy, down_proj[expert], out=dact_MF[: dy.shape[0]])
-            act, dgate_up_rows = _activation_backward(gate_up_PG[rows], dact, scratch)
+            act, dgate_up_rows = activation_backward(gate_up_PG[rows], dact, scratch)
             torch.mm(dy.t(), act, out=ddown[expert])
             torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
             if dx_PH is not None:
@@ -195,21 +198,31 @@ class PerExpertSwiGLU(torch.autograd.Function):
         return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None
 
 
-def _zero_idle(counts: list[int], *grads: Tensor) -> None:
+def zero_idle(counts: Tensor | list[int], *grads: Tensor) -> None:
+    """Fills the gradients [E, O, I] of experts without rows with 0; a tensor of counts is for Triton."""
+    if isinstance(counts, Tensor):
+        from moe.kernels.fused import rows
+
+        rows.zero_idle(counts, *grads)
+        return
     for expert, count in enumerate(counts):
         if count == 0:
             for grad in grads:
                 grad[expert].zero_()
 
 
-def _activation_backward(
+def activation_backward(
     gate_up_NG: Tensor, dact_NF: Tensor, scratch: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """(silu(g) ⊙ u [N, F], gradient of gate/up [N, G]) from gate/up and the activation's gradient.
 
-    Five element-wise passes, in place to use less cache: `dact_NF` may be overwritten. If `scratch` (buffers of at
-    least N rows) is given, the results are views of it.
+    In plain PyTorch five element-wise passes, in place to use less cache: `dact_NF` may be overwritten. If `scratch`
+    (buffers of at least N rows) is given, the results are views of it.
     """
+    if scratch is None and runs_fused(gate_up_NG):
+        from moe.kernels.fused import swiglu
+
+        return swiglu.activation_backward(gate_up_NG, dact_NF)
     dtype, work, rows = gate_up_NG.dtype, wide_dtype(gate_up_NG.dtype), dact_NF.shape[0]
     if scratch is None:
         scratch = torch.empty_like(dact_NF), torch.empty_like(gate_up_NG)

@@ -1,7 +1,7 @@
 """Copies token rows into expert order and back, by gathers in the forward and the backward pass.
 
 Nothing is added atomically, so results are deterministic. Runs on every device; `gather_rows_reference` and
-`combine_rows_reference` are the same in plain PyTorch.
+`combine_rows_reference` are the same in plain PyTorch. Triton's sums of rows are in `moe.kernels.fused.rows`.
 
 Shapes: T tokens, K places for a token's choices (the largest number of choices of any token), N rows (choices),
 H hidden, E experts.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from moe.kernels.policy import runs_fused, wide_dtype
 
 
 @dataclass(slots=True)
@@ -73,10 +75,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_NH: Tensor) -> tuple[Tensor, None]:
-        order: RowOrder = ctx.order
-        work = torch.promote_types(dx_NH.dtype, torch.float32)
-        filled_TK = None if order.filled_TK is None else order.filled_TK.to(work)
-        return _sum_rows(dx_NH, order.rows_TK, filled_TK), None
+        return sum_rows(dx_NH, ctx.order, None), None
 
 
 class _CombineRows(torch.autograd.Function):
@@ -84,21 +83,43 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx: Any, y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
         ctx.save_for_backward(y_NH, weights_TK)
         ctx.order = order
-        return _sum_rows(y_NH, order.rows_TK, weights_TK)
+        return sum_rows(y_NH, order, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor, None]:
         y_NH, weights_TK = ctx.saved_tensors
-        order: RowOrder = ctx.order
-        dy_NH = dy_TH.index_select(0, order.tokens_N).to(weights_TK.dtype)
-        dweights_TK = (dy_NH * y_NH).sum(1)[order.rows_TK]
-        weights_N1 = weights_TK.flatten()[order.places_N].unsqueeze(1)
-        return dy_NH.mul_(weights_N1).to(y_NH.dtype), dweights_TK, None
+        return *combine_backward(dy_TH, y_NH, weights_TK, ctx.order), None
+
+
+def sum_rows(rows_NH: Tensor, order: RowOrder, weights_TK: Tensor | None) -> Tensor:
+    """Σₖ weights[t, k] · rows[index[t, k]] over a token's choices, [T, H]; weights of None are 1.
+
+    A weight where there is no choice must be 0.
+    """
+    if runs_fused(rows_NH):
+        from moe.kernels.fused import rows
+
+        return rows.sum_rows(rows_NH, order.rows_TK, weights_TK, order.filled_TK)
+    if weights_TK is None and order.filled_TK is not None:
+        weights_TK = order.filled_TK.to(wide_dtype(rows_NH.dtype))
+    return _sum_rows(rows_NH, order.rows_TK, weights_TK)
+
+
+def combine_backward(dy_TH: Tensor, y_NH: Tensor, weights_TK: Tensor, order: RowOrder) -> tuple[Tensor, Tensor]:
+    """The gradients of the rows [N, H] and of the weights [T, K] from that of their weighted sum."""
+    if runs_fused(y_NH):
+        from moe.kernels.fused import rows
+
+        return rows.combine_backward(dy_TH, y_NH, weights_TK, order.rows_TK, order.filled_TK)
+    dy_NH = dy_TH.index_select(0, order.tokens_N).to(weights_TK.dtype)
+    dweights_TK = (dy_NH * y_NH).sum(1)[order.rows_TK]
+    weights_N1 = weights_TK.flatten()[order.places_N].unsqueeze(1)
+    return dy_NH.mul_(weights_N1).to(y_NH.dtype), dweights_TK
 
 
 def _sum_rows(rows_NH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """Σₖ weights[t, k] · rows[index[t, k]], [T, H]. An embedding bag needs one pass and no [T, K, H] copy."""
+    """An embedding bag needs one pass and no [T, K, H] copy."""
     if index_TK.numel() == 0:  # no tokens, or no choice at all
         return rows_NH.new_zeros(index_TK.shape[0], rows_NH.shape[1])
     if rows_NH.dtype in (torch.float32, torch.float64):

@@ -4,6 +4,7 @@
   arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
 - float32 matrix products on CUDA are IEEE float32, never TF32; on a CPU the faster of two libraries that are equally
   exact computes them: `exact_float32`.
+- On CUDA the Triton kernels of `moe.kernels.fused` run where `runs_fused` says so, else the plain code beside them.
 - `torch.compile` is used only where eager mode has no kernel (flex attention), and only through `compiled`.
 - What `device` and `dtype` of a command name: `choose_device`, `torch_dtype`.
 - The parts named by `model.recompute` run through `recomputed`.
@@ -11,7 +12,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -22,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from moe.config import Precision
 from moe.errors import UserError
 from moe.kernels import float32_products
+
+FUSED_DTYPES = (torch.bfloat16, torch.float32)
+_plain = False  # NOTE: not a ContextVar: autograd runs backward passes on CUDA in threads of its own
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,6 +51,42 @@ def exact_float32(device: torch.device) -> str:
         return str(float32_products.choose())
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "float32 matrix products: IEEE float32, no TF32"
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether x's device and dtype take the Triton kernels. Not for subclasses of Tensor, such as fake tensors."""
+    if not x.is_cuda or _plain or x.dtype not in FUSED_DTYPES or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return fused_obstacle(x.device, x.dtype) is None
+
+
+@cache
+def fused_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel runs on this device and dtype; None if they do.
+
+    The first call on a GPU compiles every kernel (seconds; Triton keeps the results in its cache folder) and compares
+    its results with the plain code's.
+    """
+    if device.type != "cuda":
+        return "they need CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "triton isn't installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need a GPU of compute capability 8.0 or newer"
+    from moe.kernels.fused.check import find_fault  # imports triton
+
+    return find_fault(device, dtype)
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Within it the plain code runs on every device, in all threads: for comparisons."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.kernels.float32_products import float32_products
+from moe.kernels.policy import runs_fused
 from moe.kernels.rope_scaling import rotary_frequencies
 
 
@@ -76,6 +77,10 @@ def rotate(x_BSND: Tensor, table: RotaryTable, *, back: bool = False, out: Tenso
     half, sign = x_BSND.shape[-1] // 2, -1.0 if back else 1.0
     if out is None:
         out = torch.empty_like(x_BSND)
+    if runs_fused(x_BSND):
+        from moe.kernels.fused import rotary
+
+        return rotary.rotate(x_BSND, table.cos_S1D, table.sin_S1D, out, back=back)
     torch.mul(x_BSND, table.cos_S1D, out=out)
     out[..., :half].addcmul_(x_BSND[..., half:], table.sin_S1D[..., :half], value=sign)
     out[..., half:].addcmul_(x_BSND[..., :half], table.sin_S1D[..., half:], value=sign)

@@ -47,7 +47,7 @@ def empty_model(
     exact_float32(device)
     with torch.device("meta"), _NothingDrawn():
         model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
-    model.to(dtype).to_empty(device=device)
+    _allocate(model.to(dtype), device)
     model.tie_weights()
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
@@ -55,3 +55,14 @@ def empty_model(
             assert callable(reset), f"{name} ({type(module).__name__}) has buffers but no reset_buffers()"
             reset()
     return model
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """What `Module.to_empty` does. That one asks the meta tensors for tensors like them, for which torch loads its
+    compiler."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))

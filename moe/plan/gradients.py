@@ -14,10 +14,10 @@ expert_parallel_size / ranks for experts. The second column is precision, device
 | plain    | engine=plain, float32                | 4       | shared  | 8    | –             | 4                   |
 | plain    | engine=plain, bfloat16               | 2       | 4       | 8    | –             | 4                   |
 
-With `optim=muon` a matrix that Muon updates has one moment: 4 bytes in place of 8; its gradient is flattened.
+With `optim=muon` a matrix that Muon updates has one moment: 4 bytes in place of 8.
 
 On a CPU a float32 run's master weights are the model's own, and AdamW reads gradients where they are
-(moe/engine/deepspeed/shortcuts.py); elsewhere a flat gradient exists during the update.
+(moe/engine/deepspeed/shortcuts.py); elsewhere, and for Muon, a flat gradient exists during the update.
 
 With `parallel.offload_optimizer` master weights, Adam's moments and the reduced gradients are in the host's memory, and
 stage 1 uses a bucket. A bucket has 500 million elements and is copied to be reduced; on CUDA it takes its whole size,
@@ -146,16 +146,11 @@ class Sharded:
             moments = each * self.tensors.local - 4 * self.muon.local
             blocks.append(MemoryBlock("optimizer", moments, 4 * self.tensors.largest))
         elif not self.offload:  # moments, and master weights where they aren't the model's own
-            own = round(4 * self.tensors.share)
-            blocks.append(MemoryBlock("optimizer", self.saved - (own if self.shares_weights else 0), own))
+            shared = 0 if self.half or self.cuda else round(4 * self.tensors.share)
+            blocks.append(MemoryBlock("optimizer", self.saved - shared, round(4 * self.tensors.share)))
         if self.way == "sums":  # the float32 sums are kept between steps
             blocks += flat("gradients", 4 * self.tensors.local)
         return blocks
-
-    @property
-    def shares_weights(self) -> bool:
-        """Whether DeepSpeed's master weights are the model's own (`moe.engine.deepspeed.shortcuts`)."""
-        return self.way != "plain" and not self.half and not self.cuda
 
     @property
     def saved(self) -> int:
@@ -203,9 +198,8 @@ class Sharded:
         return [*bucket_and_copy, *flat("gradients", partitions * self.partition)]
 
     def updating(self) -> list[MemoryBlock]:
-        # on a CPU in float32 only Muon has its gradients in one tensor
-        flat_gradient = 4 * self.muon.share if self.shares_weights else 0
-        muon = flat("working", self.muon.working + round(flat_gradient))
+        copied = not (self.half or self.cuda or self.way == "plain")  # the flat gradient, which AdamW doesn't need
+        muon = flat("working", self.muon.working + (round(4 * self.muon.share) if copied else 0))
         if self.way in ("sums", "in place", "plain"):
             return muon if self.way == "sums" else [*self._each(4), *muon]
         working = 0

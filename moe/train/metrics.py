@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.distributed.mesh import Mesh
+from moe.kernels.float32_products import float32_products
 from moe.sparse.diagnostics import DIAGNOSTICS, demand
 from moe.sparse.routers.base import RouterOutput
 
@@ -172,15 +173,25 @@ def bits_per_byte(loss_sum_nats: float, byte_count: float) -> float:
     return loss_sum_nats / math.log(2) / byte_count if byte_count else math.nan
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product on this rank's share of the machine (best of five, after a warm-up)."""
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+def measure_peak_flops(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> float:
+    """FLOP/s of a matrix product on this rank's share of the machine (best of five, after a warm-up).
+
+    `shape` is (M, K, N) of [M, K] × [K, N], the second factor stored transposed as weights are; None: a large square.
+    `product` None: torch's, by the library that was chosen for float32 products.
+    """
+    product = product or float32_products(torch.mm)
+    rows, inner, columns = shape or 3 * ((1024 if device.type == "cpu" else 8192),)
+    a, b = (torch.randn(size, inner, device=device, dtype=dtype) for size in (rows, columns))
     best = 0.0
     for attempt in range(6):
-        seconds = _timed(lambda: a @ b, device)
+        seconds = _timed(lambda: product(a, b.t()), device)
         if attempt:
-            best = max(best, 2 * size**3 / seconds)
+            best = max(best, 2 * rows * inner * columns / seconds)
     return best
 
 

@@ -8,7 +8,7 @@ from moe.config import Config, EngineKind, Mlp, OptimizerKind
 from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
 from moe.kernels.grouped_swiglu import resolve_backend
-from moe.kernels.policy import exact_float32, torch_dtype
+from moe.kernels.policy import exact_float32, fused_obstacle, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
 from moe.plan.muon import muon_cost
 from moe.plan.trained import count_trained, trains_all
@@ -26,6 +26,10 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     products = exact_float32(mesh.device)
     if dtype is torch.float32 or mesh.device.type == "cuda":
         lines.append(products)
+    if mesh.device.type == "cuda":
+        fault = fused_obstacle(mesh.device, dtype)
+        route = "Triton, equal to plain PyTorch in a test now" if fault is None else f"plain PyTorch ({fault})"
+        lines.append(f"element-wise kernels: {route}")
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.expert_size)
         backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe.config.compose import load_config
 from moe.distributed import rendezvous
 from moe.engine import build_engine, prepare
+from moe.engine.adamw import AdamW
 from moe.engine.base import SkipReason
 from moe.engine.deepspeed import engine as engine_module
 from moe.engine.deepspeed.shortcuts import LARGE, ROW, _adamw, _clipped, squared_norm
@@ -137,7 +137,7 @@ class _Zero:
 
     def __init__(self) -> None:
         self.partition = torch.zeros(6, requires_grad=True)
-        self.optimizer = torch.optim.AdamW([self.partition], lr=0.1, fused=True)
+        self.optimizer = AdamW([{"params": [self.partition], "muon": False}], lr=0.1, fused=True)
         self.averaged_gradients = {0: [torch.ones(2, 2), torch.full((2,), 3.0)]}
         self._global_grad_norm = torch.tensor(2.0)
 
@@ -171,16 +171,3 @@ class _Allocations(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
             self.sizes.append(result.numel())
         return result
-
-
-def _loaded_with_an_engine() -> list[str]:
-    config = load_config(OVERRIDES)
-    mesh = prepare(config, rendezvous.start(config.parallel.expert_parallel_size))
-    build_engine(Transformer(config.model, config.router, config.experts), config, mesh)
-    return [name for name in sys.modules if name.startswith(("deepspeed.runtime.zero.muon.", "torch._inductor."))]
-
-
-def test_muon_is_imported_without_the_compiler() -> None:
-    (loaded,) = run_ranks(1, _loaded_with_an_engine)
-    assert "deepspeed.runtime.zero.muon.original_muon" in loaded
-    assert "torch._inductor.compile_fx" not in loaded

@@ -11,15 +11,17 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, peers, prepare, settings
-from moe.cli.verbs import MULTIRUN, load, schema
-from moe.config import PlanConfig, PrepareConfig
+from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings
+from moe.bench import all as bench_all
+from moe.cli.verbs import MULTIRUN, load
+from moe.config import PrepareConfig
 from moe.config.compose import load_config
 from moe.config.multirun import expand
 from tests import forkserver
@@ -195,17 +197,15 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
         _check_bench(rest)  # it measures for minutes
         return
     if verb in ("train", "prepare") and "--cfg" not in rest and "--help" not in rest:
-        composed_from = schema(verb)
-        assert composed_from is not None
         if _value(rest, "init_from"):
             desk._prepare(verb, rest)
         jobs = expand([word for word in rest if word not in MULTIRUN]) if verb == "train" else [rest]
-        config = [load(job, *composed_from) for job in jobs][-1]
+        config = [load(job, verb) for job in jobs][-1]
         if not command.sketch and verb == "train":
             config.check_world(command.ranks)
     message = REFUSED.get(command.text)
     if verb == "plan" and message is None:  # it would round a batch up that `moe train` refuses
-        planned = load(rest, "plan", PlanConfig)
+        planned = load(rest, "plan")
         planned.check_world(planned.hardware.world_size, planned.hardware.gpus_per_node)
     if _runs_here(command):
         for done in desk.run(command):
@@ -218,14 +218,25 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
         assert verb == "train" or command.sketch, "only training needs a cluster"
 
 
+PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of their own
+    "roofline": roofline.parse,
+    "kernels": kernels.parse,
+    "scale": scale.parse,
+    "all": bench_all.parse,
+}
+
+
 def _check_bench(words: list[str]) -> None:
     name, *rest = words
     assert name in BENCHMARKS
     importlib.import_module(f"moe.bench.{name}")
+    rest = [word for word in rest if not word.startswith("json=")]
     if name == "attention":
         attention._window(rest)
     elif name in ("peers", "memory_peers"):
         peers.parse(rest)
+    elif name in PARSED:
+        PARSED[name](rest)
     elif name == "prepare":
         load_config(prepare.split(rest)[1], "prepare", PrepareConfig)
     else:

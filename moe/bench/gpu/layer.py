@@ -1,4 +1,4 @@
-"""Mixtral's sparse layer by expert back-end: time, rate, memory, error.
+"""Mixtral's sparse layer by expert back-end, and with and without Triton's kernels: time, rate, memory, error.
 
 Legend: B sequences, S positions, T tokens, H hidden.
 """
@@ -6,6 +6,7 @@ Legend: B sequences, S positions, T tokens, H hidden.
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from moe.bench.gpu.models import on_device, one_layer
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import Config
+from moe.kernels.policy import plain_kernels
 from moe.train.metrics import measure_peak_flops
 
 TOKENS, TINY_TOKENS = 8192, 64
+WITHOUT = " without Triton"
+PLAIN = "grouped_mm" + WITHOUT
 # bfloat16: each rounding adds up to 2⁻⁹, and several lead to a result. The reference is float32 with the same weights.
 ERROR = 3e-2
 
@@ -34,17 +38,20 @@ def run(settings: Settings, record: Record) -> None:
     record.facts(tokens=tokens, TFLOP_forward_and_backward=flops / 1e12)
     record.facts(product_TFLOP_s=peak / 1e12, floor_ms=flops / peak * 1e3)
     backends = ["loop", "grouped_mm"]
-    if importlib.util.find_spec("megablocks") is not None and device.type == "cuda":
-        backends.append("megablocks")
+    if device.type == "cuda":
+        backends.append(PLAIN)
+        if importlib.util.find_spec("megablocks") is not None:
+            backends.append("megablocks")
     times: dict[str, float] = {}
     for backend in backends:
-        config = one_layer([f"experts.backend={backend}"], dry_run=dry_run)
+        config = one_layer([f"experts.backend={backend.removesuffix(WITHOUT)}"], dry_run=dry_run)
         mlp = _mlp(config, device).to(torch.bfloat16)
-        error = relative_error(_results(mlp, config, tokens, torch.bfloat16), wanted)
-        x_BSH, gradient_BSH = _inputs(config, tokens, torch.bfloat16, device)
-        passes = forward_backward(lambda x, mlp=mlp: mlp(x)[0], [x_BSH], gradient_BSH, list(mlp.parameters()))
-        memory = peak_gib(passes, device)
-        times[backend] = milliseconds(passes, device)
+        with plain_kernels() if backend == PLAIN else nullcontext():
+            error = relative_error(_results(mlp, config, tokens, torch.bfloat16), wanted)
+            x_BSH, gradient_BSH = _inputs(config, tokens, torch.bfloat16, device)
+            passes = forward_backward(lambda x, mlp=mlp: mlp(x)[0], [x_BSH], gradient_BSH, list(mlp.parameters()))
+            memory = peak_gib(passes, device)
+            times[backend] = milliseconds(passes, device)
         rate = flops / (times[backend] / 1e3)
         cells = {"backend": backend, "ms": times[backend], "TFLOP_s": rate / 1e12, "of_product": f"{rate / peak:.1%}"}
         record.row("back-ends", **cells, peak_GiB=memory, relative_error=error)

@@ -9,7 +9,7 @@ import subprocess
 import torch
 from torch.cuda import nccl
 
-from moe.bench.gpu.measure import device_of, milliseconds, random
+from moe.bench.gpu.measure import copy_bandwidth, device_of, milliseconds, random
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 
@@ -38,7 +38,7 @@ def run(settings: Settings, record: Record) -> None:
     for precision in ("ieee", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = precision
         _product(record, f"float32, {precision}", tuple(square), torch.float32, device)
-    bandwidth = _bandwidth(COPY_BYTES if not settings.dry_run else 1 << 20, device)
+    bandwidth = copy_bandwidth(COPY_BYTES if not settings.dry_run else 1 << 20, device)
     record.facts(copy_GB_per_s=bandwidth / 1e9)
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     record.headline(f"{name}: bf16 {best / 1e12:,.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
@@ -80,10 +80,3 @@ def _product(record: Record, name: str, shape: tuple[int, ...], dtype: torch.dty
     rate = 2 * m * k * n / (time_ms / 1e3)
     record.row("matrix products", product=name, M=m, K=k, N=n, dtype=str(dtype)[6:], ms=time_ms, TFLOP_s=rate / 1e12)
     return rate
-
-
-def _bandwidth(size: int, device: torch.device) -> float:
-    """Bytes per second, read and written both counted."""
-    source = random((size // 4,), device, torch.float32)
-    target = torch.empty_like(source)
-    return 2 * size / (milliseconds(lambda: target.copy_(source), device) / 1e3)

@@ -38,6 +38,13 @@ def milliseconds(action: Callable[[], object], device: torch.device, *, warm_up:
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
 
+def copy_bandwidth(size: int, device: torch.device) -> float:
+    """Bytes per second, read and written both counted."""
+    source = random((size // 4,), device, torch.float32)
+    target = torch.empty_like(source)
+    return 2 * size / (milliseconds(lambda: target.copy_(source), device) / 1e3)
+
+
 def peak_gib(action: Callable[[], object], device: torch.device) -> float | None:
     """Peak GiB that torch allocated during one call, less those allocated before; None on a CPU."""
     if device.type == "cpu":

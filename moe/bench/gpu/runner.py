@@ -44,6 +44,7 @@ STAGES = [
     Stage("cuda_tests", 120, "tests that need a GPU"),
     Stage("training", 120, "bf16 training, checkpoint, resume"),
     Stage("layer", 70, "the Mixtral layer by expert back-end"),
+    Stage("kernels", 50, "Triton's kernels beside plain PyTorch"),
     Stage("attention", 50, "attention by back-end"),
     Stage("step", 90, "a training step of 3 B parameters"),
     Stage("profiler", 70, "where that step's time goes"),
@@ -134,7 +135,7 @@ def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) ->
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            _end(process)
+            end(process)
     seconds = time.monotonic() - started
     text = log.read_text(encoding="utf-8", errors="replace")
     with (settings.out / "log.txt").open("a", encoding="utf-8") as file:
@@ -154,8 +155,8 @@ def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) ->
     return _result("failed" if wrong else "passed", seconds, wrong, values)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the stage and every process that it started, all in one process group."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and every process that it started, all in one process group of its own."""
     if process.poll() is None:
         process.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -30,15 +30,17 @@ import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from moe.config import Config, OptimizerKind, Precision
 from moe.distributed.mesh import Mesh
+from moe.engine.adamw import AdamW
 from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.bfloat16_shortcuts import BFloat16Shortcuts
-from moe.engine.deepspeed.borrowed import borrow, borrow_value, check_version, require_meaning
+from moe.engine.deepspeed.borrowed import borrow, check_version, require_meaning
 from moe.engine.deepspeed.matrices import share_matrices
 from moe.engine.deepspeed.muon import import_muon_uncompiled
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
@@ -83,10 +85,12 @@ def prepare(mesh: Mesh) -> Mesh:
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_worth_reading)
     check_version()
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it has torch's; the type itself is compared
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     # NOTE: disables DeepSpeed's shared-memory collectives: they are compiled at first use (45 s, needs a compiler) and
     # sum in another order than gloo. The whole table is replaced because setting one entry makes DeepSpeed probe every
-    # op with compiler subprocesses.
-    borrow_value(deepspeed.ops, "__compatible_ops__", lost="an op would be compiled at start-up, and sum otherwise")
+    # op with compiler subprocesses, and so does looking whether it is there.
+    borrow(deepspeed.ops, "_probe_compatible_ops", lost="an op would be compiled at start-up, and sum otherwise")
     setattr(deepspeed.ops, "__compatible_ops__", {"deepspeed_shm_comm": False})  # noqa: B010  # unknown to its stubs
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
     if mesh.expert_parallel_size == 1:

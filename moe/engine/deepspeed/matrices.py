@@ -26,7 +26,7 @@ LOST = "Muon would not know which matrices its partition has"
 
 
 @dataclass(frozen=True, slots=True)
-class HeldPart:
+class Fragment:
     """Elements [first, end) of a parameter that a rank's partition has from its element `start` on."""
 
     name: str
@@ -50,10 +50,10 @@ class PartitionedMatrices:
     the partition's ranks. `shapes` are the parameters' matrices', `sizes` the parameters' elements."""
 
     def __init__(
-        self, mine: list[HeldPart], shapes: dict[str, tuple[int, int]], sizes: dict[str, int], group: dist.ProcessGroup
+        self, mine: list[Fragment], shapes: dict[str, tuple[int, int]], sizes: dict[str, int], group: dist.ProcessGroup
     ) -> None:
         self._group = group
-        parts: list[list[HeldPart]] = [[] for _ in range(dist.get_world_size(group))]
+        parts: list[list[Fragment]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(parts, mine, group)
         _check_complete(parts, sizes)
         self.names = {part.name for part in chain(*parts)}
@@ -110,7 +110,7 @@ class PartitionedMatrices:
         ]
 
 
-def _pieces(part: HeldPart, shape: tuple[int, int]) -> list[tuple[Piece, Cut | None]]:
+def _pieces(part: Fragment, shape: tuple[int, int]) -> list[tuple[Piece, Cut | None]]:
     """The part's matrix that began on another rank, those that are whole, and the one that ends on another rank."""
     size, pieces = math.prod(shape), []
     at = part.first
@@ -129,7 +129,7 @@ def _pieces(part: HeldPart, shape: tuple[int, int]) -> list[tuple[Piece, Cut | N
     return pieces
 
 
-def _check_complete(parts: list[list[HeldPart]], sizes: dict[str, int]) -> None:
+def _check_complete(parts: list[list[Fragment]], sizes: dict[str, int]) -> None:
     """Raises RuntimeError unless the ranks' parts of each parameter are all of it, once."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     for part in chain(*parts):
@@ -160,7 +160,7 @@ def share_matrices(
             here = borrow_value(mapping, "hp_fragment_address", lost=LOST)
             there = borrow_value(mapping, "lp_fragment_address", lost=LOST)
             require_meaning(here.numel == there.numel, "map a parameter's elements to as many of a partition")
-            mine.append(HeldPart(name, there.start, there.start + there.numel, here.start))
+            mine.append(Fragment(name, there.start, there.start + there.numel, here.start))
         matrices = PartitionedMatrices(mine, shapes, sizes, groups[index])
         optimizer.matrices[tensor] = matrices
         found |= matrices.names

@@ -9,8 +9,7 @@ step on a CPU, where every pass over the gradients takes time. Results are the s
   average out.
 - DeepSpeed copies the gradients into one flat tensor for AdamW, then scales it for clipping in another pass. Here
   AdamW reads the gradients where they are, with the parts of the weights and moments that belong to each: saves a pass,
-  and 4 bytes per parameter of the partition. They are scaled in place if the norm is over the limit. Muon, whose
-  matrices may be cut, gets a flat copy of its gradients.
+  and 4 bytes per parameter of the partition. They are scaled in place if the norm is over the limit.
 - On one rank, DeepSpeed divides gradients by 1. Here it doesn't.
 
 Only for float32 on a CPU, where it was measured. With bfloat16 DeepSpeed uses other classes and buffers:
@@ -27,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from moe.engine.adamw import AdamW
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, require_meaning
-from moe.engine.muon import Muon
 
 ROW = 1024  # elements summed in float32
 LARGE = 1 << 20  # elements; below this a float64 copy costs next to nothing
@@ -42,7 +41,7 @@ class Shortcuts:
         borrow(zero, "get_grad_norm_direct", "gradients", "params", "norm_type", lost="the norm would be another")
         borrow(zero, "_get_preflattened_grad_partition", "group_idx", lost=clip)
         borrow(zero, "unscale_and_clip_grads", "grad_groups_flat", "total_norm", lost=clip)
-        borrow(zero, "_optimizer_step", "group_no", lost="weights would not be updated")
+        whole = borrow(zero, "_optimizer_step", "group_no", lost="weights would not be updated")
         borrow_value(zero, "gradient_average", lost="gradients would be scaled")
         for name in ("single_partition_of_fp32_groups", "clip_grad", "averaged_gradients", "dp_process_group"):
             borrow_value(zero, name, lost=clip)
@@ -54,8 +53,11 @@ class Shortcuts:
         gradients: dict[int, list[Tensor]] = {}
 
         def keep_gradients(group_idx: int) -> Tensor:
-            """Replaces the flat gradient, of which DeepSpeed checks the size and dtype."""
-            gradients[group_idx] = _clipped(zero, group_idx)
+            """Replaces the flat gradient, of which DeepSpeed checks the size and dtype. Muon needs it."""
+            clipped = _clipped(zero, group_idx)
+            if zero.optimizer.param_groups[group_idx]["muon"]:
+                return torch.cat(clipped)
+            gradients[group_idx] = clipped
             master = zero.single_partition_of_fp32_groups[group_idx]
             return master.new_zeros(1).expand(master.numel())
 
@@ -64,11 +66,10 @@ class Shortcuts:
             self._passes += 1
 
         def update(group_no: int) -> None:
-            pieces, settings = gradients.pop(group_no), zero.optimizer.param_groups[group_no]
-            if settings["muon"]:
-                zero.optimizer.update_matrices(settings, torch.cat(pieces))
+            if group_no in gradients:
+                _adamw(zero.optimizer, group_no, gradients.pop(group_no))
             else:
-                _adamw(zero.optimizer, group_no, pieces)
+                whole(group_no)
             self._updated.append(group_no)
 
         zero._get_preflattened_grad_partition = keep_gradients
@@ -138,7 +139,7 @@ def _clipped(zero: Any, group: int) -> list[Tensor]:
 
 def _adamw(optimizer: Any, group: int, gradients: list[Tensor]) -> None:
     """One update of a parameter group, whose only parameter is the partition, by torch's function for AdamW."""
-    assert type(optimizer) in (torch.optim.AdamW, Muon)
+    assert isinstance(optimizer, AdamW)
     settings = optimizer.param_groups[group]
     (master,) = settings["params"]
     state = optimizer.state[master]

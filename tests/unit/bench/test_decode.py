@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -19,12 +21,12 @@ def test_decode_runs_and_ends_with_the_ratio(
     monkeypatch.setattr(decode, "BATCHES", (1, 3))
     run_bench(["decode", "rounds=2", "steps=4", *SMALL, "train.sequence_length=5"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("prompts")] == [
+    assert [line for line in lines if line.startswith("prompts:")] == [
         "prompts: 3; both sides generate the same 12 tokens",
         "prompts: 1; both sides generate the same 4 tokens",
     ]
-    rows = [line[32:].split() for line in lines if line.startswith(("ours ", "transformers, "))]
-    assert len(rows) == 4
+    rows = [line.split() for line in lines if re.match(r"\s+[13]  (ours|transformers, )", line)]
+    assert [row[0] for row in rows] == ["3", "3", "1", "1"]
     assert all(0 < int(ours[-1]) < int(peer[-1]) for ours, peer in (rows[:2], rows[2:]))
     assert lines[-2].startswith("ratio tokens/s, 3 prompts: ")
     ratio = lines[-1].split()
@@ -53,10 +55,10 @@ def test_the_ratio_is_taken_inside_each_round() -> None:
         decode.Generated(ours=10, peer=30, our_first=1, peer_first=2),
         decode.Generated(ours=1, peer=4, our_first=1, peer_first=3),
     ]
-    lines, ratio = decode.table(rounds, 1, 10, "eager", (10, 20))
+    rows, note, ratio = decode.summary(rounds, 1, 10, "eager", (10, 20))
     assert ratio == 3
-    assert "ratio per round 2.00 to 4.00; first token 2.00 × as fast" in lines[-2]
-    assert lines[-1].startswith("warning: the rounds disagree")
+    assert [row[0] for row in rows] == ["ours", "transformers, eager"]
+    assert "first token 2.00 × as fast; ratio per round 2.00 to 4.00; the rounds disagree" in note
 
 
 @pytest.mark.parametrize(

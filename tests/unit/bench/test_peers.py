@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe.bench import BENCHMARKS, peers, run_bench
+from moe.bench import BENCHMARKS, peer, peers, run_bench
 from moe.bench.peer import IMPLEMENTATIONS, Arithmetic, Peer, loss_gap, peer_model, targets_of
 from moe.bench.stepper import batch_of
 from moe.model.transformer import Transformer
@@ -78,7 +80,8 @@ def run_peers(*overrides: str) -> list[str]:
 
 
 def speed_of(lines: list[str], start: str) -> float:
-    return float(next(line for line in lines if line.startswith(start))[44:].split()[0].replace(",", ""))
+    row = next(line for line in lines if line.startswith(start))
+    return float(re.split(r" {2,}", row)[1].replace(",", ""))
 
 
 def ratio(line: str) -> float:
@@ -131,10 +134,12 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
     # The machine's speed changes tenfold between rounds; ours is always 1.5, 2 and 3 times the peer.
     speeds = [{"ours": 300.0, "peer": 100.0}, {"ours": 15.0, "peer": 10.0}, {"ours": 2000.0, "peer": 1000.0}]
     rounds = [peers.Round(each, peak=1e12, max_violation=0.5) for each in speeds]
-    lines = peers.table(config, rounds, {"ours": "ours", "peer": "transformers"})
+    results = peers.results(config, rounds, {"ours": "ours", "peer": "transformers"})
+    lines = list(results.lines())
     assert lines[-1] == "ratio tokens/s 2.00"
     assert lines[-2] == "beside transformers: ratio per round 1.50 to 3.00; the rounds disagree: the machine is busy"
     assert "ours has MaxVio 0.50" in lines[-3]
+    assert results.tables[0].rows[0][:2] == ["ours", 300.0]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,8 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
         ),
         (["attention", "window=0"], "its only key is window=N"),
         (["attention", "rounds=2"], "its only key is window=N"),
+        (["attention", "json=no/such/file"], "json=no/such/file must be a file in a folder that exists"),
+        (["attention", "json="], "json= must be a file"),
     ],
 )
 def test_bad_overrides_are_one_line(overrides: list[str], text: str) -> None:
@@ -165,8 +172,17 @@ def test_bad_overrides_are_one_line(overrides: list[str], text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_json_gets_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    run_bench(["attention", "window=64", f"json={file}"])
+    values = json.loads(file.read_text())
+    assert values["tables"][0]["columns"] == ["per token", "short sequence", "long sequence"]
+    lines = [line.replace("{}", f"{number:.2f}") for line, number in values["figures"].items()]
+    assert capsys.readouterr().out.splitlines()[-2:] == lines
+
+
 def test_missing_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'moe-train\[dev\]'"):
         run_bench(["peers", *SMALL])
 
@@ -180,8 +196,8 @@ def test_memory_of_both_sides_is_that_of_processes_of_their_own(overrides: list[
         command, capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stderr
-    *rows, told, last = done.stdout.splitlines()
-    peaks = {row[:48].strip(): float(row[48:].split()[0].replace(",", "")) for row in rows}
+    _, *rows, told, last = done.stdout.splitlines()
+    peaks = {(cells := re.split(r" {2,}", row))[0]: float(cells[1].replace(",", "")) for row in rows}
     assert len(peaks) == 1 + peers_tried
     assert all(peak > 100 for peak in peaks.values())  # torch alone has more
     ours, *theirs = peaks.values()

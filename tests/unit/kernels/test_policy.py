@@ -1,9 +1,14 @@
 """Dtypes, float32 products, recomputation."""
 
+import sys
+import types
+
+import pytest
 import torch
 from torch import nn
 
-from moe.kernels.policy import compiled, exact_float32, recomputed, wide_dtype, widen
+from moe.kernels import policy
+from moe.kernels.policy import compiled, exact_float32, plain_kernels, recomputed, runs_fused, wide_dtype, widen
 
 
 def test_only_half_precisions_are_widened():
@@ -25,6 +30,59 @@ def test_float32_products_are_exact_on_cuda_alone():
         assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch):
+    """A GPU on which every kernel is right; none is there, so nothing may run on it."""
+    policy.fused_obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: name)
+    check = types.ModuleType("moe.kernels.fused.check")
+    check.find_fault = lambda device, dtype: None
+    monkeypatch.setitem(sys.modules, check.__name__, check)
+    yield check
+    policy.fused_obstacle.cache_clear()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_why_no_triton_kernel_runs(hopper, monkeypatch):
+    assert policy.fused_obstacle(torch.device("cpu"), torch.bfloat16) == "they need CUDA"
+    assert policy.fused_obstacle(CUDA, torch.bfloat16) is None
+    policy.fused_obstacle.cache_clear()
+    hopper.find_fault = lambda device, dtype: "combine failed: OutOfResources: shared memory"
+    assert policy.fused_obstacle(CUDA, torch.bfloat16) == "combine failed: OutOfResources: shared memory"
+    policy.fused_obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert policy.fused_obstacle(CUDA, torch.bfloat16) == "they need a GPU of compute capability 8.0 or newer"
+    policy.fused_obstacle.cache_clear()
+    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: None)
+    assert policy.fused_obstacle(CUDA, torch.bfloat16) == "triton isn't installed"
+
+
+class OnCuda:
+    """What `runs_fused` reads of a tensor."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, CUDA
+
+
+@pytest.mark.usefixtures("hopper")
+def test_which_tensors_take_the_triton_kernels(monkeypatch):
+    monkeypatch.setattr(policy, "Tensor", OnCuda)
+    x = OnCuda()
+    assert runs_fused(x)
+    with plain_kernels():
+        assert not runs_fused(x)
+        with plain_kernels():
+            pass
+        assert not runs_fused(x)
+    assert runs_fused(x)
+    x.dtype = torch.float64
+    assert not runs_fused(x)
+    assert not runs_fused(type("Subclass", (OnCuda,), {})())
+    assert not runs_fused(torch.ones(2))
 
 
 def test_a_function_is_compiled_once():

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from moe.cli.verbs import load
-from moe.config.validate import ValidateConfig
 from moe.data.prepare import prepare
 from moe.errors import UserError
 from moe.validate.facts import estimates
@@ -33,7 +32,7 @@ BAD = {
 
 def config(path, *overrides):
     given = ["data=sft", f"data.path={path}", "train.sequence_length=64", *overrides]
-    return load(given, "validate", ValidateConfig)
+    return load(given, "validate")
 
 
 def write(path, lines):

@@ -1,0 +1,51 @@
+"""Each Triton kernel beside its plain code, at the shape of Mixtral's sparse layer: time, bandwidth, error."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import asdict, replace
+
+import torch
+
+from moe.bench.gpu.measure import copy_bandwidth, device_of, milliseconds
+from moe.bench.gpu.record import Record
+from moe.bench.gpu.settings import Settings
+from moe.kernels.policy import fused_obstacle, plain_kernels
+
+DTYPE = torch.bfloat16
+CHECKED_TOKENS = 1024
+
+
+def run(settings: Settings, record: Record) -> None:
+    """Raises RuntimeError with the reason if no kernel runs on this GPU. A dry run takes Triton's interpreter."""
+    device, dry_run = device_of(settings), settings.dry_run
+    if dry_run and importlib.util.find_spec("triton") is None:
+        record.headline("not tried: triton isn't installed")
+        return
+    if dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif (obstacle := fused_obstacle(device, DTYPE)) is not None:
+        raise RuntimeError(f"training takes the plain code here: {obstacle}")
+    from moe.kernels.fused.check import TOLERANCES, relative_error
+    from moe.kernels.fused.pairs import MIXTRAL, Sizes, pairs
+
+    shape = Sizes(tokens=4, hidden=64, width=96, vocab=64) if dry_run else MIXTRAL
+    for name, _, fused, plain in pairs(device, DTYPE, replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))):
+        found = fused()
+        with plain_kernels():
+            error = relative_error(found, plain())
+        record.check(f"{name}: largest error, of the largest result", error, TOLERANCES[DTYPE])
+    bandwidth = copy_bandwidth(1 << 20 if dry_run else 1 << 30, device)
+    record.facts(copy_GB_per_s=bandwidth / 1e9, **asdict(shape))
+    runs = 1 if dry_run else 10  # the interpreter takes its time
+    all_fused = all_plain = 0.0
+    for name, moved, fused, plain in pairs(device, DTYPE, shape, in_place=True):
+        fused_ms = milliseconds(fused, device, runs=runs)
+        with plain_kernels():
+            plain_ms = milliseconds(plain, device, runs=runs)
+        rate = moved / fused_ms * 1e3
+        cells = {"kernel": name, "GB": moved / 1e9, "fused_ms": fused_ms, "plain_ms": plain_ms}
+        record.row("kernels", **cells, TB_s=rate / 1e12, of_copy=f"{rate / bandwidth:.1%}")
+        all_fused, all_plain = all_fused + fused_ms, all_plain + plain_ms
+    record.headline(f"all kernels {all_fused:.3g} ms, their plain code {all_plain:.3g} ms")

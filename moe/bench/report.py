@@ -1,0 +1,84 @@
+"""The report of `moe bench all` as JSON, and its section of docs/performance.md, written from the JSON alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe.bench.markdown import table
+from moe.bench.processor import processor
+from moe.bench.results import markdown, stated
+from moe.durable import write_durably, write_section
+from moe.errors import UserError
+from moe.untrusted import read_object
+
+BEGIN, END = "<!-- cpu report: begin -->", "<!-- cpu report: end -->"
+PACKAGES = ("torch", "transformers", "deepspeed")
+VERSION = 1
+REMOVE = "remove it, or name another file with json="
+
+
+def machine() -> dict[str, Any]:
+    """What results depend on beside the load."""
+    model, units = processor()
+    return {
+        "processor": model,
+        "units": units,
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def new_report() -> dict[str, Any]:
+    return {"version": VERSION, "machine": machine(), "benchmarks": {}}
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Raises UserError for what isn't a report."""
+    values = read_object(file, REMOVE)
+    values.count("version", VERSION, VERSION)
+    values.object("machine")
+    values.object("benchmarks")
+    try:
+        list(section(values.values))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a report of `moe bench all` ({error!r}); {REMOVE}") from error
+    return values.values
+
+
+def write_report(report: dict[str, Any], file: Path, page: Path) -> None:
+    """Both files. Raises UserError unless `page` has each marker once."""
+    write_durably(file, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_section(page, BEGIN, END, section(report))
+
+
+def section(report: dict[str, Any]) -> Iterator[str]:
+    """Markdown lines."""
+    where, benchmarks = report["machine"], report["benchmarks"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    units = ", ".join(where["units"]) or "none of the units for wide products"
+    yield f"Written by `moe bench all`: {where['processor']}, {where['cores']} cores ({units}); {versions}."
+    yield ""
+    rows = []
+    for each in benchmarks.values():
+        results = each["results"]
+        lines = "; ".join(stated(results["figures"])) if results else each["error"][-1]
+        rows.append([each["title"], each["started"], each["state"], f"{each['seconds']:.0f} s", each["load"], lines])
+    yield from table(["benchmark", "date, UTC", "state", "time", "load before", "result"], rows)
+    for command, each in benchmarks.items():
+        yield from ("", f"### {each['title']}", "", f"`{command}`: {each['about']}.", "")
+        if each["results"]:
+            yield from markdown(each["results"])
+        else:
+            yield from (f"**{each['state']}**", "", "```", *each["error"], "```")

@@ -1,0 +1,126 @@
+"""`moe bench scale`: does a training step's cost grow as its formula says?
+
+    moe bench scale                                    # of model=tiny: sequence length, experts, tokens
+    moe bench scale rounds=5 steps=2 model.hidden_size=256
+
+Each series doubles one size: the sequence length, full and with a window of 128, at 4,096 tokens a step; the number of
+experts at fixed top-k; the tokens of a step. The formula is `moe.plan.flops_per_token`. Rounds take the sizes of a
+series one after another, in alternating order. The exponents are those of power laws fitted to medians: time per token
+∝ size^a, the formula ∝ size^b; a − b is what the formula doesn't tell: 0 where cost grows as it says, below 0 where
+small sizes have costs of their own, above 0 where large ones do (more experts: fewer rows each, more weights to
+update).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from moe.bench.clock import clock, now
+from moe.bench.results import Cell, Results, ResultTable
+from moe.bench.settings import Rounds, split
+from moe.bench.stepper import Stepper
+from moe.config import Config
+from moe.config.compose import load_config
+from moe.distributed import rendezvous
+from moe.distributed.mesh import Mesh
+from moe.errors import UserError
+from moe.plan import flops_per_token
+
+TOKENS, LENGTHS, WINDOW = 4096, (256, 512, 1024, 2048, 4096), 128
+DEFAULTS = ["model=tiny"]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """{size: the overrides that set it}."""
+
+    name: str
+    sizes: dict[int, list[str]]
+
+
+def _batch(sequences: int, length: int) -> list[str]:
+    sizes = {"micro_batch_size": sequences, "global_batch_size": sequences, "sequence_length": length}
+    return [f"train.{name}={size}" for name, size in sizes.items()]
+
+
+def series() -> list[Series]:
+    lengths = {length: _batch(TOKENS // length, length) for length in LENGTHS}
+    full, banded = (
+        {length: [*keys, f"model.sliding_window={window}"] for length, keys in lengths.items()}
+        for window in ("null", WINDOW)
+    )
+    return [
+        Series("sequence length, all keys seen", full),
+        Series(f"sequence length, window {WINDOW}", banded),
+        Series("experts, fixed top-k", {n: [*_batch(8, 512), f"router.num_experts={n}"] for n in (4, 8, 16, 32)}),
+        Series("tokens a step", {512 * n: _batch(n, 512) for n in (1, 2, 4, 8)}),
+    ]
+
+
+def run(overrides: list[str]) -> Results:
+    """A row for each size and a row of exponents for each series. Raises UserError."""
+    keys, _ = parse(overrides)
+    if rendezvous.world_from_environment()[1] != 1:
+        raise UserError("bench scale measures one process: start it without torchrun")
+    _, rest = split(overrides)
+    sizes = ResultTable(["series", "size", "µs/token", "MFLOP/token", "GFLOP/s"], [])
+    exponents = ResultTable(["series", "time", "formula", "difference"], [])
+    mesh = rendezvous.start(1)
+    try:
+        for each in series():
+            configs = {size: load_config([*DEFAULTS, *own, *rest]) for size, own in each.sizes.items()}
+            seconds, flops = measure(configs, keys, mesh), {n: flops_per_token(one) for n, one in configs.items()}
+            rows: list[list[Cell]] = [
+                [each.name, n, seconds[n] * 1e6, flops[n] / 1e6, flops[n] / seconds[n] / 1e9] for n in configs
+            ]
+            sizes.rows += rows
+            found, said = exponent(seconds), exponent(flops)
+            exponents.rows.append([each.name, round(found, 3), round(said, 3), round(found - said, 3)])
+            print(f"{each.name}: time per token ∝ size^{found:.2f}, the formula ∝ size^{said:.2f}", flush=True)
+    finally:
+        rendezvous.stop()
+    notes = [
+        f"medians of {keys.rounds} rounds of {keys.steps} steps, {clock()}, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}"
+    ]
+    largest = max((float(row[3] or 0) for row in exponents.rows), key=abs)
+    return Results([sizes, exponents], notes, {"largest difference of exponents {}": largest})
+
+
+def parse(overrides: list[str]) -> tuple[Rounds, Config]:
+    """`rounds=`, `steps=` and the overrides of `moe train` but for the sizes of a series. Raises UserError."""
+    keys, rest = split(overrides, Rounds(rounds=3, steps=1))
+    taken = {one.partition("=")[0] for each in series() for own in each.sizes.values() for one in own}
+    for override in rest:
+        if override.partition("=")[0] in taken:
+            raise UserError(f"bench scale {override}: it sets {', '.join(sorted(taken))} itself")
+    return keys, load_config([*DEFAULTS, *rest])
+
+
+def measure(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> dict[int, float]:
+    """Median seconds per token of each size's step."""
+    steps = {size: Stepper(config, mesh) for size, config in configs.items()}
+    times: dict[int, list[float]] = {size: [] for size in configs}
+    for index in range(keys.rounds + 1):
+        for size in list(steps)[:: -1 if index % 2 else 1]:
+            train = configs[size].train
+            start = now()
+            for _ in range(keys.steps):
+                done = steps[size]()
+                if done.result.skipped:
+                    raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")
+            spent = (now() - start) / (keys.steps * train.global_batch_size * train.sequence_length)
+            if index:  # the first round warms up
+                times[size].append(spent)
+    return {size: statistics.median(each) for size, each in times.items()}
+
+
+def exponent(values: dict[int, float]) -> float:
+    """b of the power law values ∝ size^b, by least squares of the logarithms."""
+    sizes, logs = [math.log(size) for size in values], [math.log(value) for value in values.values()]
+    return statistics.linear_regression(sizes, logs).slope

@@ -1,0 +1,37 @@
+"""Runs every kernel once on a GPU, beside the plain code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.kernels.fused.pairs import Sizes, pairs
+from moe.kernels.policy import plain_kernels
+
+# Of the largest result. Both compute in float32 and round once; some plain code rounds once or twice more.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
+
+
+def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The first kernel that can't be compiled or run here, or is wrong, as text for the log; None if all are right."""
+    for name, _, fused, plain in pairs(device, dtype, Sizes()):
+        try:
+            found = fused()
+            found[0].sum().item()  # waits, so that a fault on the device is raised here
+        except Exception as error:  # of many types, from the compiler, its linker and the driver
+            return f"{name} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        with plain_kernels():
+            wanted = plain()
+        error = relative_error(found, wanted)
+        if not error <= TOLERANCES[dtype]:
+            return f"{name} is wrong by {error:.1e} of its largest result"
+    return None
+
+
+def relative_error(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+    """The largest difference of any result, relative to its largest value; NaN is infinite."""
+    errors = []
+    for mine, other in zip(found, wanted, strict=True):
+        difference = (mine.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30)
+        errors.append(float(difference.nan_to_num(nan=float("inf"))))
+    return max(errors)

@@ -1,0 +1,51 @@
+"""Block sizes, and the launch of a kernel on its tensors' device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """Elements that a program handles at a time, and its warps (of 32 threads)."""
+
+    elements: int
+    warps: int
+
+
+# Chosen by counting bytes in flight, not by measuring: an H200 hides its latency (about 0.8 µs at 4.8 TB/s) with 30 KiB
+# in flight on each of its 132 multiprocessors. A thread with 8 bfloat16 elements per tensor reads each with one 16-byte
+# instruction; 8 to 16 resident programs of 128 threads then have 16 to 32 KiB per tensor in flight. More elements a
+# thread cost registers, and with them resident programs.
+BLOCKS = {
+    "swiglu": Blocks(1024, 4),  # 2 or 3 tensors read, up to 3 written
+    "sum_rows": Blocks(2048, 4),  # of a token's rows together: 2 choices · 1024 columns
+    "combine_backward": Blocks(2048, 4),  # the same, and a loop over columns: the dot product needs the whole row
+    "cross_entropy": Blocks(4096, 8),  # of a row of logits; a program loops over the row twice
+    "rotary": Blocks(1024, 4),  # pairs: 16 heads of dimension 128, read and written in two halves
+    "zero_idle": Blocks(4096, 4),  # writes only
+}
+IDLE_PROGRAMS = 128  # per expert: about one a multiprocessor; those of an expert with rows end at once
+
+
+def launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks, *arguments: Any, **constants: Any) -> None:
+    """Runs the kernel on the device of the first argument, a tensor. Triton itself takes the current device."""
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=blocks.warps, **constants)
+    else:
+        kernel[grid](*arguments, num_warps=blocks.warps, **constants)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as a matrix [rows, last dimension] whose rows are dense; copied only where its strides don't allow a view."""
+    matrix = x.reshape(-1, x.shape[-1])
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two ≥ `size`, as Triton's blocks need it."""
+    return 1 << max(size - 1, 0).bit_length()
