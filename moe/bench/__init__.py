@@ -16,6 +16,7 @@ from moe.errors import UserError
 BENCHMARKS = {
     "roofline": "the machine's matrix products by every route, copies, small operations: what all else is measured by",
     "kernels": "each part of a training step beside plain PyTorch and transformers' modules",
+    "step": "where a training step's time goes: data wait, parts of the model, optimizer",
     "peers": "our training step beside transformers' MixtralForCausalLM",
     "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",

@@ -64,6 +64,7 @@ RUNS = (
     BenchRun("memory_peers", (BFLOAT16,)),
     *(BenchRun("decode", threads=threads) for threads in (1, 2)),
     *(BenchRun("kernels", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
+    *(BenchRun("step", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
     BenchRun("attention", takes=()),
     BenchRun("scale"),
     BenchRun("expert_parallel", ranks=2),

@@ -23,6 +23,8 @@ from moe.config.train import (
     TrainConfig,
 )
 
+PROFILED = range(5, 9)  # the first steps are slower: memory is allocated, kernels are chosen
+
 
 @dataclass(kw_only=True, slots=True)
 class Config:
@@ -32,13 +34,15 @@ class Config:
     (`moe.config.migrate`). `init_from` (a run directory, one of its checkpoints or a folder with a model) gives a new
     run its initial weights, and its model, router and tokenizer unless the command states others; a run that has
     checkpoints of its own resumes from those. `check_memory=false` starts the run even if, by its plan, it needs more
-    memory than this machine has (`moe.plan.fit`).
+    memory than this machine has (`moe.plan.fit`). `profile=true` records where the time of some steps goes
+    (`moe.train.profile`).
     """
 
     config_version: int = CONFIG_VERSION
     run_dir: str = "runs/default"
     init_from: str | None = None
     check_memory: bool = True
+    profile: bool = False
     engine: EngineKind = EngineKind.deepspeed
     model: ModelConfig = field(default_factory=ModelConfig)
     router: RouterConfig = field(default_factory=TopKRouterConfig)
@@ -79,6 +83,11 @@ class Config:
             train.sample_tokens < model.max_position_embeddings,
             f"train.sample_tokens={train.sample_tokens} must be < "
             f"model.max_position_embeddings={model.max_position_embeddings}: the prompt needs positions too",
+        )
+        require(
+            not self.profile or train.epochs is not None or train.steps >= PROFILED[-1],
+            f"profile=true needs train.steps ≥ {PROFILED[-1]}, and train.steps={train.steps}: it profiles steps "
+            f"{PROFILED[0]} to {PROFILED[-1]}",
         )
         pieces = self.tokenizer.vocab_size
         require(

@@ -21,7 +21,7 @@ from moe.errors import UserError
 from moe.report.sweep_reader import POINT
 
 # Where a trial is written and cached changes nothing in it.
-ELSEWHERE = ("run_dir", "tracking.", "data.cache_dir", "check_memory", "train.peak_tflops")
+ELSEWHERE = ("run_dir", "tracking.", "data.cache_dir", "check_memory", "profile", "train.peak_tflops")
 MAX_GRID = 100_000
 OPEN = ("sweep.space.", "sweep.points.")
 

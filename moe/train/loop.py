@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from moe.report.page import write_report
 from moe.train.held_out import experts_not_finite
 from moe.train.objective import training_step
 from moe.train.optim import learning_rate
+from moe.train.profile import in_part
 from moe.train.progress import Display
 from moe.train.setup import TrainingRun, set_up
 from moe.train.tracking import finite
@@ -66,11 +69,15 @@ def _loop(run: TrainingRun, held: RunLock | None) -> None:
     began = time.monotonic() - state.elapsed  # as if the run had never been interrupted
     try:
         while state.step < train.steps and run.stop.agreed is None:
-            metrics, not_finite = _step(run)
+            with run.profiler.step() if run.profiler else nullcontext():
+                metrics, not_finite = _step(run)
             if held is not None:
                 held.check(state.step)
             state.elapsed = time.monotonic() - began
             metrics |= {"time": time.time(), "elapsed": state.elapsed}  # Unix seconds; seconds of training
+            if run.profiler is not None:
+                run.watchdog.beat(state.step, "the profile", long=True)
+                _written(run, partial(run.profiler.end, metrics))
             last, best = state.step == train.steps, False
             if state.step % train.eval_every == 0 or last:
                 metrics |= _evaluate(run)
@@ -120,7 +127,10 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     config, mesh, state = run.config, run.mesh, run.state
     number = state.step + 1
     run.watchdog.beat(number, "its start")
-    batches = run.loader.next_step()
+    asked = time.perf_counter()
+    with in_part("data wait"):
+        batches = run.loader.next_step()
+    data_seconds = time.perf_counter() - asked
     lr = learning_rate(config.optim, state.step, config.train.steps)
     done = training_step(
         config,
@@ -153,6 +163,7 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:
         "skipped_steps": state.skipped_steps,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
+        "data_wait": data_seconds / seconds,
         "mfu": tokens / seconds * run.flops_per_token / (run.peak_flops * mesh.world_size),
     }
     return metrics, experts_not_finite(run.engine.model, mesh) if not_finite else []

@@ -20,7 +20,7 @@ from typing import Any
 from moe.config import AnswerMetric
 
 TRAIN = ("loss", "lm_loss", "grad_norm", "lr", "skipped_steps", "tokens")
-SPEED = ("tokens_per_second", "step_seconds", "mfu", "straggler_seconds", "elapsed")
+SPEED = ("tokens_per_second", "step_seconds", "mfu", "data_wait", "straggler_seconds", "elapsed")
 UNSHOWN = ("step", "time", "slowest_rank")  # W&B has the first two itself
 ANSWERS = tuple(metric.name for metric in AnswerMetric)  # of an evaluation, too
 VALIDATION = "val_"  # begins the name of an evaluation's metric; the section says it in its place

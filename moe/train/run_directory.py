@@ -19,7 +19,7 @@ BIAS = "bias_update"  # a router has a bias, or with none it hasn't
 # These change how the run is computed, split, watched or stored, not its mathematics. Data and tokenizer are compared
 # by fingerprint.
 NEUTRAL = (
-    "run_dir", "init_from", "engine", "check_memory", "tracking", "checkpoint", "parallel", "tokenizer",
+    "run_dir", "init_from", "engine", "check_memory", "profile", "tracking", "checkpoint", "parallel", "tokenizer",
     "experts.backend", "model.attention", "model.recompute", "model.initializer", "model.initializer_range",
     "data.cache_dir", "data.path", "data.format", "data.records", "data.text_field", "data.prompt_field",
     "data.completion_field", "data.messages_field", "data.template", "data.loss_on", "data.long_rows",

@@ -14,6 +14,7 @@ from moe.checkpoint.writer import Saver
 from moe.config import Config
 from moe.config.compose import to_yaml
 from moe.config.rules import require
+from moe.config.run import PROFILED
 from moe.data.corpus import Corpus
 from moe.data.loader import Loader
 from moe.distributed.code import running_code
@@ -30,6 +31,7 @@ from moe.train.best import Best
 from moe.train.build import Data, build, open_data
 from moe.train.evaluate import Evaluation
 from moe.train.guard import Guard
+from moe.train.profile import StepProfiler
 from moe.train.progress import Display
 from moe.train.resume import complete_model, find_start, load_start
 from moe.train.signals import StopSignals
@@ -64,6 +66,7 @@ class TrainingRun:
     watchdog: Watchdog
     flops_per_token: float
     peak_flops: float
+    profiler: StepProfiler | None = None
     tracker: Tracker | None = None  # rank 0's
 
 
@@ -128,7 +131,17 @@ def watch(
         watchdog=watchdog,
         flops_per_token=flops_per_token(config),
         peak_flops=peak,
+        profiler=_profiler(config, mesh, folder, display, engine, state.step) if config.profile else None,
     )
+
+
+def _profiler(
+    config: Config, mesh: Mesh, folder: Path, display: Display, engine: Engine, step: int
+) -> StepProfiler | None:
+    left = config.train.steps - step
+    if 0 < left < PROFILED[-1]:
+        display.warn(f"profile=true: not profiled, {left} steps are left, and the first {PROFILED[-1]} would be needed")
+    return StepProfiler(engine, mesh, folder, display.line) if left >= PROFILED[-1] else None
 
 
 def _transformer(engine: Engine) -> Transformer:

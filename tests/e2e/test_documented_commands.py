@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings
+from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings, step
 from moe.bench import all as bench_all
 from moe.cli.verbs import MULTIRUN, load
 from moe.config import PrepareConfig
@@ -222,6 +222,7 @@ PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of the
     "roofline": roofline.parse,
     "kernels": kernels.parse,
     "scale": scale.parse,
+    "step": step.parse,
     "all": bench_all.parse,
 }
 

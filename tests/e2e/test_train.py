@@ -17,11 +17,13 @@ from tests.e2e.conftest import SMALL, Run, command, environment, read_metrics
 
 KEYS = {
     "step", "tokens", "loss", "lm_loss", "load_balancing_loss", "router_z_loss", "grad_norm", "lr", "mfu",
-    "tokens_per_second", "step_seconds", "max_violation", "router_entropy", "dead_experts", "dropped_fraction",
-    "expert_shares", "load_balancing_loss_layers", "time", "elapsed",
+    "tokens_per_second", "step_seconds", "data_wait", "max_violation", "router_entropy", "dead_experts",
+    "dropped_fraction", "expert_shares", "load_balancing_loss_layers", "time", "elapsed",
 }  # fmt: skip
 EVALUATION = {"val_loss", "val_bits_per_byte", "val_unigram_entropy", "val_loss_by_source"}
-TIMED = {"tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds", "time", "elapsed"}
+TIMED = {
+    "tokens_per_second", "step_seconds", "mfu", "data_wait", "slowest_rank", "straggler_seconds", "time", "elapsed",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

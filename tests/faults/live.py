@@ -18,7 +18,9 @@ from tests.e2e.conftest import SMALL, environment, read_metrics
 
 OVERRIDES = ["train", *SMALL, "train.steps=60", "train.eval_every=30", "train.sample_every=30"]
 ROOT = Path(__file__).resolve().parents[2]
-TIMED = ("tokens_per_second", "step_seconds", "mfu", "slowest_rank", "straggler_seconds", "time", "elapsed")
+TIMED = (
+    "tokens_per_second", "step_seconds", "mfu", "data_wait", "slowest_rank", "straggler_seconds", "time", "elapsed",
+)  # fmt: skip
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TORCHRUN_SH = ("bash", "launch/torchrun.sh")
 
