@@ -40,7 +40,7 @@ from moe.bench.peer import (
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, split, spread
 from moe.bench.stepper import batch_of
-from moe.config import Config, Mlp, ModelConfig, Precision, TopKRouterConfig
+from moe.config import Config, Mlp, ModelConfig, OptimizerKind, Precision, TopKRouterConfig
 from moe.config.compose import load_config
 from moe.config.flat import typed
 from moe.distributed import rendezvous
@@ -80,6 +80,8 @@ def parse(
         raise UserError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
     if not isinstance(config.router, TopKRouterConfig):
         raise UserError(f"router.kind={config.router.kind} must be topk: the peer is a Mixtral")
+    if config.optim.kind is not OptimizerKind.adamw:
+        raise UserError(f"optim={config.optim.kind.value} must be adamw: the peer trains with it")
     free = ("num_experts", "top_k", "aux_loss_coef", "z_loss_coef")
     fixed = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
     defaults = {"router": TopKRouterConfig(), "model": ModelConfig()}

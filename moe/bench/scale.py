@@ -36,7 +36,7 @@ DEFAULTS = ["model=tiny"]
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class Growth:
     """{size: the overrides that set it}."""
 
     name: str
@@ -48,17 +48,17 @@ def _batch(sequences: int, length: int) -> list[str]:
     return [f"train.{name}={size}" for name, size in sizes.items()]
 
 
-def series() -> list[Series]:
+def series() -> list[Growth]:
     lengths = {length: _batch(TOKENS // length, length) for length in LENGTHS}
     full, banded = (
         {length: [*keys, f"model.sliding_window={window}"] for length, keys in lengths.items()}
         for window in ("null", WINDOW)
     )
     return [
-        Series("sequence length, all keys seen", full),
-        Series(f"sequence length, window {WINDOW}", banded),
-        Series("experts, fixed top-k", {n: [*_batch(8, 512), f"router.num_experts={n}"] for n in (4, 8, 16, 32)}),
-        Series("tokens a step", {512 * n: _batch(n, 512) for n in (1, 2, 4, 8)}),
+        Growth("sequence length, all keys seen", full),
+        Growth(f"sequence length, window {WINDOW}", banded),
+        Growth("experts, fixed top-k", {n: [*_batch(8, 512), f"router.num_experts={n}"] for n in (4, 8, 16, 32)}),
+        Growth("tokens a step", {512 * n: _batch(n, 512) for n in (1, 2, 4, 8)}),
     ]
 
 

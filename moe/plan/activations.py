@@ -148,12 +148,14 @@ def _backward(shapes: Shapes) -> int:
     if not shapes.sparse:
         return shapes.stream + max(attention, 4 * tokens * shapes.dense_feed * s)
     row = shapes.hidden * s
-    # combine: each choice's gradient row and its product with the expert's output, float32
-    combine = shapes.rows * shapes.hidden * (8 if s == 4 else 10)
+    # combine: each choice's gradient row; in plain PyTorch also its product with the expert's output, in float32
+    combine = shapes.rows * shapes.hidden * (s if shapes.cuda else 8 if s == 4 else 10)
     # experts: gradients of their output and input, less the output, which is freed by then
     experts = (2 * shapes.received - shapes.rows) * row
-    if shapes.cuda and not shapes.loop:  # all rows at once: bfloat16 gate/up and both gradients widened, and back
-        experts += 30 * shapes.received * shapes.feed
+    if (
+        shapes.cuda and not shapes.loop
+    ):  # all rows at once: the gradients of the activation, which it overwrites, and gate/up
+        experts += 3 * shapes.received * shapes.feed * s
     elif shapes.loop:
         experts += 5 * shapes.received * shapes.feed * s
     else:  # one expert after the other
@@ -166,7 +168,7 @@ def head_memory(shapes: Shapes) -> tuple[int, int]:
     weight = 4 * shapes.vocab * shapes.hidden
     kept = 2 * shapes.stream + weight  # the last norm's input, and both gradients
     rows = min(shapes.tokens, slice_rows("cuda" if shapes.cuda else "cpu", shapes.vocab))
-    slice_bytes = rows * shapes.vocab * (4 if shapes.s == 4 else 8)
+    slice_bytes = rows * shapes.vocab * (4 if shapes.s == 4 else 2 if shapes.cuda else 8)  # plain PyTorch widens them
     scaled = shapes.stream + weight + (weight // 2 if shapes.s == 2 else 0)
     return kept, max(slice_bytes, scaled)
 

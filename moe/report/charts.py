@@ -143,7 +143,8 @@ def training_charts(run: RunHistory) -> str:
     speed = Chart(
         "Tokens per second", "tokens/s, all ranks", [_series(run, "tokens_per_second", "tokens/s")], floor=0.0
     )
-    rate = Chart("Learning rate", "AdamW", [_series(run, "lr", "learning rate")], floor=0.0)
+    optimizer = "AdamW and Muon" if run.setting("optim.kind") == "muon" else "AdamW"
+    rate = Chart("Learning rate", optimizer, [_series(run, "lr", "learning rate")], floor=0.0)
     return _grid([_draw(run, rate, "lr"), _draw(run, norm, "grad-norm"), _draw(run, speed, "speed")])
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from moe.config import Config, EngineKind, Mlp
+from moe.config import Config, EngineKind, Mlp, OptimizerKind
 from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
 from moe.kernels.grouped_swiglu import resolve_backend
 from moe.kernels.policy import exact_float32, fused_obstacle, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
+from moe.plan.muon import muon_cost
 from moe.plan.trained import count_trained, trains_all
 from moe.train.metrics import measure_peak_flops
 
@@ -72,8 +73,21 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
         f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
+        *_optimizer(config),
         f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",
         f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is relative to it",
+    ]
+
+
+def _optimizer(config: Config) -> list[str]:
+    """A line where it isn't AdamW alone."""
+    if config.optim.kind is OptimizerKind.adamw:
+        return []
+    cost = muon_cost(config, 1)
+    by_muon = round(cost.share)
+    return [
+        f"optimizer: Muon for {by_muon:,} parameters, {cost.flops / 1e9:,.1f} GFLOP a step; AdamW for "
+        f"{count_trained(config) - by_muon:,}"
     ]
 
 

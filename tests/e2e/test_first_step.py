@@ -24,11 +24,11 @@ loop.training_step = first_step
 main.main()
 """
 # torch's compiler and SymPy, the checkpoints' reader and writer, the probing of DeepSpeed's ops with a C compiler, and
-# what prepares data and tracks runs.
+# what prepares data and tracks runs. (Triton, where it is installed, DeepSpeed imports itself.)
 LATER = {
     "torch._dynamo", "torch._inductor", "sympy", "torch.distributed.checkpoint", "torch.distributed.tensor",
     "distutils.ccompiler", "datasets", "transformers", "wandb",
-    "triton", "pandas", "pyarrow", "lm_eval", "optuna",
+    "pandas", "pyarrow", "lm_eval", "optuna",
 }  # fmt: skip
 
 

@@ -79,6 +79,13 @@ BAD = [
     ([f"train.steps={10**30}"], f"train.steps={10**30} must be ≤ 1000000000"),
     (["train.sample_tokens=40000"], "train.sample_tokens=40000 must be < model.max_position_embeddings=32768"),
     (["optim.betas=[0.9]"], "optim.betas=[0.9] must be two numbers"),
+    (["optim.momentum=0.9"], "optim.momentum=0.9 needs optim=muon: AdamW's own are optim.betas"),
+    (["optim=muon", "optim.momentum=1"], "optim.momentum=1.0 must be in [0, 1)"),
+    (
+        ["optim=muon", "adapter=lora", "init_from=x"],
+        "optim=muon with adapter.kind=lora would leave Muon nothing to train",
+    ),
+    (["optim=muon", "parallel.offload_optimizer=true"], "set parallel.offload_optimizer=false, or optim=adamw"),
     (["optim.decay_steps=3"], "needs optim.schedule=warmup_stable_decay"),
     (["optim.warmup_steps=500"], "must be ≤ train.steps=300"),
     (["train.sequence_length=100000"], "must be ≤ model.max_position_embeddings=32768"),

@@ -14,7 +14,8 @@ MISTAKES = [
     (["train.steps=null"], "train.steps=null must have a value, not null"),
     (["optim.betas=3"], "optim.betas=3 must be a list, as in KEY=[…], not one int"),
     (["data.sources=x"], "data.sources=x must be a mapping, as in KEY={…}, not one str"),
-    (["optim=3"], "optim=3 must be a section with keys, not one int"),
+    (["optim=3"], "optim=3 must be one of adamw, muon"),
+    (["parallel=3"], "parallel=3 must be a section with keys, not one int"),
     (["run_dir={a:b}"], "run_dir={a:b} must be text, not a dict"),
     (
         ["run_dir=${oc.env:MOE_NOT_SET}"],

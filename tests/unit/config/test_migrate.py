@@ -200,7 +200,6 @@ def test_an_old_key_in_todays_version_is_named(tmp_path: Path) -> None:
         ("+parallel.expert=2", "parallel.expert=2: parallel.expert is now parallel.expert_parallel_size"),
         ("parallel={expert:2}", "parallel.expert is now parallel.expert_parallel_size"),
         ("experts=loop", "experts=loop: write experts.backend=loop"),
-        ("optim=adamw", "optim=adamw: leave it out, it is the default"),
         ("parallel=default", "parallel=default: leave it out, it is the default"),
         ("config_version=0", f"config_version=0 must be {CONFIG_VERSION}, this code's: leave it out"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.config import ExpertBackend, ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
 from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
-from moe.kernels.policy import exact_float32
+from moe.kernels.policy import FUSED_DTYPES, exact_float32, fused_obstacle
 from moe.kernels.rms_norm import rms_norm, rms_norm_reference
 from moe.kernels.rotary import project_rotated, project_rotated_reference, rotary_table, rotated, rotated_reference
 from moe.kernels.swiglu import swiglu, swiglu_reference
@@ -111,6 +111,13 @@ class TestKernels:
         compare(fast, plain, inputs, device, dtype, tolerance)
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
+def test_every_triton_kernel_is_right(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    assert fused_obstacle(torch.device("cuda", 0), dtype) is None
+
+
 def model_of(mlp: Mlp, **settings: object) -> Transformer:
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     model = Transformer(ModelConfig(mlp=mlp, **sizes, **settings), TopKRouterConfig(), ExpertsConfig())
@@ -158,7 +165,7 @@ def no_waits() -> Iterator[None]:
 
 @needs_cuda
 @pytest.mark.parametrize("mlp", list(Mlp))
-def test_a_training_pass_waits_only_for_the_late_counts(mlp: Mlp, request: pytest.FixtureRequest) -> None:
+def test_a_training_pass_waits_for_nothing_but_late_counts(mlp: Mlp, request: pytest.FixtureRequest) -> None:
     model = model_of(mlp).to("cuda", torch.bfloat16)
     ids_BS = torch.zeros(2, 40, dtype=torch.int64, device="cuda")
     model(ids_BS, labels_BS=ids_BS).lm_loss_sum.backward()  # libraries start up
