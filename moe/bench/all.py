@@ -90,6 +90,8 @@ def run(overrides: list[str]) -> None:
     keys = parse(overrides)
     if world_from_environment()[1] != 1:
         raise UserError("bench all starts its own processes: start it without torchrun")
+    if not keys.json.absolute().parent.is_dir() or keys.json.is_dir():
+        raise UserError(f"json={keys.json} must be a file in a folder that exists")
     check_section(keys.page, BEGIN, END)
     report = new_report()
     if keys.only and keys.json.exists():
@@ -142,8 +144,6 @@ def parse(overrides: list[str]) -> ReportKeys:
     for name in keys.only:
         if name not in names:
             raise UserError(f"only={','.join(keys.only)}: {name} is none of {', '.join(names)}")
-    if not keys.json.absolute().parent.is_dir() or keys.json.is_dir():
-        raise UserError(f"json={keys.json} must be a file in a folder that exists")
     return keys
 
 
