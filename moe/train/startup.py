@@ -28,7 +28,7 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
         lines.append(products)
     if mesh.device.type == "cuda":
         fault = fused_obstacle(mesh.device, dtype)
-        route = "Triton, equal to plain PyTorch in a test now" if fault is None else f"plain PyTorch ({fault})"
+        route = "Triton (each gave the plain code's results here)" if fault is None else f"plain PyTorch ({fault})"
         lines.append(f"element-wise kernels: {route}")
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.expert_size)

@@ -105,7 +105,7 @@ def _does_not_clip(owner: Any, name: str) -> None:
     ("change", "said"),
     [
         (_clips_elsewhere, "ask for the gradient norm before an update"),
-        (_does_not_clip, "flatten, then clip, each parameter group once an update"),
+        (_does_not_clip, "clip, then update, each parameter group once an update"),
     ],
 )
 def test_what_no_longer_means_the_same_is_named_at_the_first_step(change: Any, said: str) -> None:
