@@ -1,6 +1,6 @@
 """`moe bench all`: every benchmark of the CPU, each in a process of its own, and the measured part of a page.
 
-    moe bench all                                    an hour or so; best on a machine that does nothing else
+    moe bench all                                    half an hour or so; best on a machine that does nothing else
     moe bench all only=peers,decode                  some of them; the others' results stay if they are of this machine
     moe bench all rounds=1 steps=1                   quick, and noisy
     moe bench all page=page.md json=results.json     other files than docs/performance.md and docs/performance.json
@@ -47,12 +47,15 @@ class BenchRun:
     @property
     def title(self) -> str:
         ranks = f"{self.ranks} ranks of " if self.ranks > 1 else ""
-        return ", ".join((self.name, *self.keys, f"{ranks}{self.threads} thread{'s' * (self.threads > 1)}"))
+        keys = (key for key in self.keys if key.partition("=")[0] not in Rounds.__slots__)
+        return ", ".join((self.name, *keys, f"{ranks}{self.threads} thread{'s' * (self.threads > 1)}"))
 
     def command(self, more: list[str]) -> list[str]:
-        """Without its environment."""
+        """Without its environment; the keys in `more` take the place of its own."""
         program = ["torchrun", "--nproc-per-node", str(self.ranks), "-m", "moe"] if self.ranks > 1 else ["moe"]
-        return [*program, "bench", self.name, *self.keys, *more]
+        stated = {key.partition("=")[0] for key in more}
+        own = [key for key in self.keys if key.partition("=")[0] not in stated]
+        return [*program, "bench", self.name, *own, *more]
 
 
 BFLOAT16 = "precision=bfloat16"
@@ -60,8 +63,7 @@ RUNS = (
     BenchRun("roofline", takes=("rounds",)),
     BenchRun("roofline", threads=2, takes=("rounds",)),
     *(BenchRun("peers", keys, threads) for keys in ((), (BFLOAT16,)) for threads in (1, 2)),
-    BenchRun("memory_peers"),
-    BenchRun("memory_peers", (BFLOAT16,)),
+    *(BenchRun("memory_peers", ("rounds=3", *keys)) for keys in ((), (BFLOAT16,))),
     *(BenchRun("decode", threads=threads) for threads in (1, 2)),
     *(BenchRun("kernels", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
     *(BenchRun("step", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
@@ -69,7 +71,7 @@ RUNS = (
     BenchRun("scale"),
     BenchRun("expert_parallel", ranks=2),
     BenchRun("diagnostics"),
-    BenchRun("saving"),
+    BenchRun("saving", ("rounds=3",)),
     BenchRun("prepare", takes=("rounds",)),
     BenchRun("memory", takes=()),
 )
@@ -88,6 +90,8 @@ def run(overrides: list[str]) -> None:
     keys = parse(overrides)
     if world_from_environment()[1] != 1:
         raise UserError("bench all starts its own processes: start it without torchrun")
+    if not keys.json.absolute().parent.is_dir() or keys.json.is_dir():
+        raise UserError(f"json={keys.json} must be a file in a folder that exists")
     check_section(keys.page, BEGIN, END)
     report = new_report()
     if keys.only and keys.json.exists():
@@ -105,10 +109,8 @@ def run(overrides: list[str]) -> None:
         command = f"OMP_NUM_THREADS={each.threads} {shlex.join(each.command(more))}"
         print(f"{command}: {BENCHMARKS[each.name]}", flush=True)
         result = _measured(each, more)
-        stale = [known for known, one in report["benchmarks"].items() if one["title"] == each.title]
-        for known in stale:
-            del report["benchmarks"][known]
-        report["benchmarks"][command] = result
+        others = {known: one for known, one in report["benchmarks"].items() if one["title"] != each.title}
+        report["benchmarks"] = in_order(others | {command: result})
         write_report(report, keys.json, keys.page)
         print(
             f"{each.title}: {result['state']} in {result['seconds']:.0f} s", *result["error"], sep="\n    ", flush=True
@@ -119,6 +121,12 @@ def run(overrides: list[str]) -> None:
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def in_order(benchmarks: dict[str, Any]) -> dict[str, Any]:
+    """A report's benchmarks in the order of RUNS."""
+    titles = {each.title: place for place, each in enumerate(RUNS)}
+    return dict(sorted(benchmarks.items(), key=lambda one: titles.get(one[1]["title"], len(titles))))
 
 
 def parse(overrides: list[str]) -> ReportKeys:
@@ -136,8 +144,6 @@ def parse(overrides: list[str]) -> ReportKeys:
     for name in keys.only:
         if name not in names:
             raise UserError(f"only={','.join(keys.only)}: {name} is none of {', '.join(names)}")
-    if not keys.json.absolute().parent.is_dir() or keys.json.is_dir():
-        raise UserError(f"json={keys.json} must be a file in a folder that exists")
     return keys
 
 

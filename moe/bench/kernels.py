@@ -57,7 +57,8 @@ def run(overrides: list[str]) -> Results:
     require_transformers("kernels")
     dtype = torch_dtype(config.train.precision)
     cases = Cases(config, dtype)
-    limits = Limits(max(measure_peak_flops(CPU, dtype) for _ in range(keys.rounds)), copy_rate(CPU, keys.rounds))
+    peak = max(measure_peak_flops(CPU, dtype, clock=now) for _ in range(keys.rounds))
+    limits = Limits(peak, copy_rate(CPU, keys.rounds))
     table, slower = ResultTable(COLUMNS, []), list[float]()
     for case in cases:
         rows = measure(case, keys.rounds, limits, DIFFERENCE[dtype])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe.bench.clock import now
+from moe.bench.clock import clock, now
 from moe.bench.peers import DEFAULTS
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, split
@@ -58,7 +58,7 @@ def run(overrides: list[str]) -> Results:
         for route in ROUTES[:: -1 if index % 2 else 1]:
             with route.context():
                 for name, shape in shapes.items():
-                    rate = measure_peak_flops(CPU, route.dtype, shape, torch.mm)
+                    rate = measure_peak_flops(CPU, route.dtype, shape, torch.mm, now)
                     rates[name, route.name] = max(rates[name, route.name], rate)
         copied, small = max(copied, copy_rate(CPU)), min(small, small_operation())
     products: list[list[Cell]] = [
@@ -77,8 +77,9 @@ def run(overrides: list[str]) -> Results:
             ResultTable(["memory and calls", "measured"], others),
         ],
         [
-            f"the best of {keys.rounds} rounds, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
-            f"errors are those of {checked[0]} × {checked[1]} × {checked[2]} against float64",
+            f"the best of {keys.rounds} rounds, {clock()}, {torch.get_num_threads()} threads, "
+            f"load {os.getloadavg()[0]:.1f}; errors are those of {checked[0]} × {checked[1]} × {checked[2]} against "
+            "float64",
             str(chosen),
         ],
         {"bfloat16 GFLOP/s {}": float(routes[2][1] or 0), "float32 GFLOP/s {}": float(routes[chosen.onednn][1] or 0)},

@@ -72,6 +72,8 @@ def run(overrides: list[str]) -> Results:
     exponents = ResultTable(["series", "time", "formula", "difference"], [])
     mesh = rendezvous.start(1)
     try:
+        if mesh.device.type != "cpu":
+            raise UserError("bench scale measures a CPU")
         for each in series():
             configs = {size: load_config([*DEFAULTS, *own, *rest]) for size, own in each.sizes.items()}
             seconds, flops = measure(configs, keys, mesh), {n: flops_per_token(one) for n, one in configs.items()}

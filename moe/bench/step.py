@@ -60,6 +60,8 @@ def run(overrides: list[str]) -> Results:
     )
     mesh = rendezvous.start(1)
     try:
+        if mesh.device.type != "cpu":
+            raise UserError("bench step measures a CPU; on a GPU: moe train profile=true")
         return measure(keys, config, mesh, loader)
     finally:
         rendezvous.stop()
@@ -95,7 +97,7 @@ def measure(keys: Rounds, config: Config, mesh: Mesh, loader: Loader) -> Results
     seconds = statistics.median(plain)
     total = sum(forward.values()) + sum(backward.values())
     dtype = torch_dtype(config.train.precision)
-    peak = max(measure_peak_flops(mesh.device, dtype) for _ in range(keys.rounds))
+    peak = max(measure_peak_flops(mesh.device, dtype, clock=now) for _ in range(keys.rounds))
     tokens = config.train.global_batch_size * config.train.sequence_length
     needed = {FLOPS_OF.get(name, name): tokens * part.total for name, part in flops_by_part(config).items()}
     parts = ResultTable(["part", "forward, ms", "backward, ms", "% of step", "GFLOP/s", "% of product", "what"], [])

@@ -178,6 +178,7 @@ def measure_peak_flops(
     dtype: torch.dtype,
     shape: tuple[int, int, int] | None = None,
     product: Callable[[Tensor, Tensor], Tensor] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """FLOP/s of a matrix product on this rank's share of the machine (best of five, after a warm-up).
 
@@ -189,17 +190,17 @@ def measure_peak_flops(
     a, b = (torch.randn(size, inner, device=device, dtype=dtype) for size in (rows, columns))
     best = 0.0
     for attempt in range(6):
-        seconds = _timed(lambda: product(a, b.t()), device)
+        seconds = _timed(lambda: product(a, b.t()), device, clock)
         if attempt:
             best = max(best, 2 * rows * inner * columns / seconds)
     return best
 
 
-def _timed(action: Callable[[], object], device: torch.device) -> float:
+def _timed(action: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return clock()
 
     start = now()
     action()

@@ -56,6 +56,13 @@ def test_every_run_is_of_a_benchmark_and_has_the_keys_that_it_takes(each: BenchR
     assert set(each.takes) <= {"rounds", "steps"}
 
 
+def test_stated_rounds_take_the_place_of_a_runs_own() -> None:
+    each = BenchRun("saving", ("rounds=3", "model=tiny"), ranks=2)
+    assert each.title == "saving, model=tiny, 2 ranks of 1 thread"
+    assert each.command([])[5:] == ["bench", "saving", "rounds=3", "model=tiny"]
+    assert each.command(["rounds=1"])[5:] == ["bench", "saving", "model=tiny", "rounds=1"]
+
+
 def test_every_benchmark_of_the_cpu_is_run() -> None:
     assert {each.name for each in bench_all.RUNS} == BENCHMARKS.keys() - {"all", "gpu"}
 

@@ -16,7 +16,7 @@ LIMITS = kernels.Limits(flops=1e9, bytes=1e9)
 @pytest.fixture
 def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "copy_rate", lambda device, attempts: 1e9)
-    monkeypatch.setattr(kernels, "measure_peak_flops", lambda device, dtype: 1e10)
+    monkeypatch.setattr(kernels, "measure_peak_flops", lambda device, dtype, clock: 1e10)
 
 
 @pytest.mark.usefixtures("_small_copies")
