@@ -20,7 +20,7 @@ from data.examples.training import active_parameters, final_metrics
 from moe.config import DataConfig, RecordKind
 from moe.data.records import DataRecord
 from moe.data.sources import open_sources
-from moe.data.survey import hash_of, survey_source
+from moe.data.survey import hash_of, survey_of, survey_part, wanted_threshold
 
 HELD_OUT = 0.1  # data.held_out of the script
 SHOWN = 4  # answers on the page
@@ -42,7 +42,8 @@ def turn(messages: list[dict[str, Any]], role: str) -> str:
 def held_out(path: Path, share: float) -> list[Row]:
     """The rows that `data.held_out=share` keeps from training, as prompt and completion (first question and answer)."""
     (source,) = open_sources(DataConfig(path=str(path), records=RecordKind.messages))
-    threshold = survey_source(source, share).threshold
+    parts = (survey_part(part, wanted_threshold(share)) for part in source.parts())
+    threshold = survey_of(source, share, parts).threshold
     kept = [one for one in source.chunks() if isinstance(one, DataRecord) and hash_of(one) < threshold]
     return [{"prompt": turn(one.messages, "user"), "completion": turn(one.messages, "assistant")} for one in kept]
 

@@ -76,7 +76,8 @@ class Desk:
             if verb == "sweep":
                 rest += ["sweep.trials=1", "train.steps=2"]
             if verb in ("train", "sweep", "prepare") and "--cfg" not in rest and "--help" not in rest:
-                rest += [f"data.cache_dir={self._folder / 'cache'}", *(SHORT if verb != "prepare" else [])]
+                short = [*SHORT, *(["train.steps=8"] if "profile=true" in rest else [])]  # it profiles steps 5 to 8
+                rest += [f"data.cache_dir={self._folder / 'cache'}", *(short if verb != "prepare" else [])]
                 if (
                     rest
                     and verb in ("train", "sweep")
