@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -85,6 +86,7 @@ def prepare(mesh: Mesh) -> Mesh:
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_worth_reading)
     check_version()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even in a single process
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it has torch's; the type itself is compared
         ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     # NOTE: disables DeepSpeed's shared-memory collectives: they are compiled at first use (45 s, needs a compiler) and
