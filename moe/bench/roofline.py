@@ -117,14 +117,14 @@ def shapes_of(config: Config) -> dict[str, tuple[int, int, int]]:
 
 
 def error(route: ProductRoute, shape: tuple[int, int, int]) -> float:
-    """Largest error of a product, relative to its largest element, against float64."""
+    """`largest_error` of a product, against float64."""
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, inner, generator=generator) for size in (rows, columns))
     exact = a.double() @ b.double().t()
     with route.context():
         product = torch.mm(a.to(route.dtype), b.to(route.dtype).t())
-    return float((product.double() - exact).abs().max() / exact.abs().max())
+    return float32_products.largest_error(product, exact)
 
 
 def copy_rate(device: torch.device, attempts: int = 4) -> float:

@@ -64,10 +64,9 @@ def series() -> list[Growth]:
 
 def run(overrides: list[str]) -> Results:
     """A row for each size and a row of exponents for each series. Raises UserError."""
-    keys, _ = parse(overrides)
+    keys, rest = parse(overrides)
     if rendezvous.world_from_environment()[1] != 1:
         raise UserError("bench scale measures one process: start it without torchrun")
-    _, rest = split(overrides)
     sizes = ResultTable(["series", "size", "µs/token", "MFLOP/token", "GFLOP/s"], [])
     exponents = ResultTable(["series", "time", "formula", "difference"], [])
     mesh = rendezvous.start(1)
@@ -94,14 +93,16 @@ def run(overrides: list[str]) -> Results:
     return Results([sizes, exponents], notes, {"largest difference of exponents {}": largest})
 
 
-def parse(overrides: list[str]) -> tuple[Rounds, Config]:
-    """`rounds=`, `steps=` and the overrides of `moe train` but for the sizes of a series. Raises UserError."""
+def parse(overrides: list[str]) -> tuple[Rounds, list[str]]:
+    """`rounds=`, `steps=` and the checked overrides of `moe train`, none of which is the size of a series. Raises
+    UserError."""
     keys, rest = split(overrides, Rounds(rounds=3, steps=1))
     taken = {one.partition("=")[0] for each in series() for own in each.sizes.values() for one in own}
     for override in rest:
         if override.partition("=")[0] in taken:
             raise UserError(f"bench scale {override}: it sets {', '.join(sorted(taken))} itself")
-    return keys, load_config([*DEFAULTS, *rest])
+    load_config([*DEFAULTS, *rest])
+    return keys, rest
 
 
 def measure(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> dict[int, float]:

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from moe.bench import BENCHMARKS
-from moe.cli.verbs import VERBS, schema
+from moe.cli.verbs import SCHEMAS, VERBS, schema
 from moe.config.compose import compose_dict
 from moe.config.presets import groups, presets
 
@@ -37,10 +37,7 @@ def completion_script() -> str:
     """A script for bash, and for zsh with bashcompinit."""
     words = {"": list(VERBS), "ls": groups(), "bench": list(BENCHMARKS), "completion": ["bash"]}
     words["cp"] = [f"{group}/{name}" for group in groups() for name in presets(group)]
-    for verb in VERBS:
-        composed_from = schema(verb)
-        if composed_from is not None:
-            words[verb] = _overrides(*composed_from)
+    words |= {verb: _overrides(verb, schema(verb)) for verb in SCHEMAS}
     cases = [f'    "{verb}") candidates="{" ".join(candidates)}" ;;' for verb, candidates in words.items()]
     return _SCRIPT.format(cases="\n".join(cases))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe.cli.verbs import VERBS, schema
+from moe.cli.verbs import SCHEMAS, VERBS, schema
 from moe.config.compose import compose_dict
 from moe.config.presets import choices, groups
 
@@ -13,16 +13,14 @@ def help_text(verb: str) -> str:
     from omegaconf import OmegaConf
 
     text = [f"moe {verb}: {VERBS[verb].__doc__}"]
-    composed_from = schema(verb)
-    if composed_from is None:
+    if verb not in SCHEMAS:
         return "\n".join(text)
-    name, kind = composed_from
     text.append(
         f"\nUsage: moe {verb} [GROUP=NAME|FILE.yaml …] [KEY=VALUE …] [--config-dir DIR] [--cfg job]\n"
         "--config-dir adds your folder of presets, laid out as configs/ is (./configs is one without being named); "
         "--cfg job prints the composed config."
     )
-    composed: Any = OmegaConf.to_container(compose_dict([], name, kind), resolve=False, enum_to_str=True)
+    composed: Any = OmegaConf.to_container(compose_dict([], verb, schema(verb)), resolve=False, enum_to_str=True)
     named = [group for group in groups() if group in (*composed, *["experiment"] * ("model" in composed))]
     if named:
         text.append("\nGroups:")

@@ -30,13 +30,13 @@ def load(overrides: list[str], verb: str = "train") -> Any:
     from moe.config import Config
     from moe.config.keys import check_form, check_names
 
-    schema = _schema(verb)
+    composed_as = schema(verb)
     check_form(overrides)
-    check_names(overrides, verb, schema)
+    check_names(overrides, verb, composed_as)
     from moe.config.compose import load_config
 
-    of_run = (_count_pieces, _read_source) if issubclass(schema, Config) else (None, None)
-    return load_config(overrides, verb, schema, *of_run)
+    of_run = (_count_pieces, _read_source) if issubclass(composed_as, Config) else (None, None)
+    return load_config(overrides, verb, composed_as, *of_run)
 
 
 def _read_source(init_from: str, run_dir: str | None) -> Any:
@@ -299,12 +299,8 @@ SCHEMAS = {
 }
 
 
-def _schema(verb: str) -> type:
+def schema(verb: str) -> type:
+    """The dataclass of a verb in SCHEMAS."""
     import moe.config
 
     return getattr(moe.config, SCHEMAS[verb])
-
-
-def schema(verb: str) -> tuple[str, type] | None:
-    """(name of the YAML, dataclass); None for a verb that composes nothing."""
-    return (verb, _schema(verb)) if verb in SCHEMAS else None

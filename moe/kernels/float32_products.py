@@ -119,6 +119,11 @@ def decide(mkl: LibraryTimes, onednn: LibraryTimes) -> Route:
 def _error(a: Tensor, b: Tensor, exact: Tensor, context: Callable[[], AbstractContextManager[None]]) -> float:
     with context():
         product = a @ b
+    return largest_error(product, exact)
+
+
+def largest_error(product: Tensor, exact: Tensor) -> float:
+    """The largest difference from `exact` (float64), relative to its largest element."""
     return float((product - exact).abs().max() / exact.abs().max())
 
 

@@ -65,6 +65,36 @@ def _resume(folder: Path, overrides: list[str], frozen: tuple[str, ...] = ()) ->
     return engine_steps(config, mesh, engine, state.step, AFTER).losses, state
 
 
+def _at(world: tuple[int, ...], more: list[str]) -> list[str]:
+    return [f"parallel.expert_parallel_size={world[1]}", f"parallel.zero_stage={world[2]}", *more]
+
+
+def _saved_and_resumed(
+    folder: Path,
+    saved: tuple[int, ...],
+    resumed: tuple[int, ...],
+    more: list[str],
+    tolerance: float,
+    frozen: tuple[str, ...] = (),
+) -> list[TrainState]:
+    """The states that the ranks of `resumed` found, after the losses that followed were those of `saved`."""
+    expected = run_ranks(saved[0], _save_and_go_on, folder, _at(saved, more), frozen)[0]
+    results = run_ranks(resumed[0], _resume, folder, _at(resumed, more), frozen)
+    for losses, _ in results:
+        assert losses == (expected if tolerance == 0 else pytest.approx(expected, rel=tolerance))
+    return [state for _, state in results]
+
+
+def _saved_moments(run: Path) -> tuple[Path, set[str]]:
+    """A run's only checkpoint, and the names of the moments in it."""
+    (folder,) = committed(run / "checkpoints")
+    moments: set[str] = set()
+    for path in (folder / "optimizer").iterdir():
+        with safe_open(path, "pt") as file:
+            moments.update(file.keys())
+    return folder, moments
+
+
 CASES = [
     # (ranks, expert-parallel size, ZeRO stage) that saved → that resumes, and the tolerance
     ((1, 1, 1), (1, 1, 1), 0.0),
@@ -85,18 +115,8 @@ def test_resume_is_exact(
     if precision == "bfloat16" and saved != resumed:
         tolerance = 5e-3  # activations have 8 bits: another order of sums shows there
 
-    def overrides(world: tuple[int, ...]) -> list[str]:
-        return [
-            f"parallel.expert_parallel_size={world[1]}",
-            f"parallel.zero_stage={world[2]}",
-            f"train.precision={precision}",
-        ]
-
-    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved))
-    results = run_ranks(resumed[0], _resume, tmp_path, overrides(resumed))
-    for losses, state in results:
+    for state in _saved_and_resumed(tmp_path, saved, resumed, [f"train.precision={precision}"], tolerance):
         assert (state.step, state.consumed, state.tokens) == (BEFORE, BEFORE * 8, BEFORE * 128)
-        assert losses == (expected[0] if tolerance == 0 else pytest.approx(expected[0], rel=tolerance))
 
 
 MUON_CASES = [
@@ -114,18 +134,9 @@ MUON_CASES = [
 def test_muon_resumes_exactly(
     saved: tuple[int, ...], resumed: tuple[int, ...], precision: str, tolerance: float, tmp_path: Path
 ) -> None:
-    def overrides(world: tuple[int, ...]) -> list[str]:
-        stages = [f"parallel.expert_parallel_size={world[1]}", f"parallel.zero_stage={world[2]}"]
-        return [*stages, f"train.precision={precision}", "optim=muon"]
-
-    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved))[0]
-    for losses, _ in run_ranks(resumed[0], _resume, tmp_path, overrides(resumed)):
-        assert losses == (expected if tolerance == 0 else pytest.approx(expected, rel=tolerance))
-    (folder,) = committed(tmp_path / "checkpoints")
-    moments: set[str] = set()
-    for path in (folder / "optimizer").iterdir():
-        with safe_open(path, "pt") as file:
-            moments.update(file.keys())
+    more = [f"train.precision={precision}", "optim=muon"]
+    _saved_and_resumed(tmp_path, saved, resumed, more, tolerance)
+    folder, moments = _saved_moments(tmp_path)
     for name, _ in load_model(folder).named_parameters():
         by_muon = "_proj" in name
         kinds = ("momentum_buffer",) if by_muon else ("exp_avg", "exp_avg_sq")
@@ -158,19 +169,10 @@ def test_parameters_that_do_not_train_are_saved_without_moments(
     frozen: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
-    def overrides(world: tuple[int, ...]) -> list[str]:
-        stages = [f"parallel.expert_parallel_size={world[1]}", f"parallel.zero_stage={world[2]}"]
-        return [*stages, f"train.precision={precision}"]
-
-    expected = run_ranks(saved[0], _save_and_go_on, tmp_path, overrides(saved), frozen)[0]
-    for losses, _ in run_ranks(resumed[0], _resume, tmp_path, overrides(resumed), frozen):
-        assert losses == (expected if tolerance == 0 else pytest.approx(expected, rel=tolerance))
-    (folder,) = committed(tmp_path / "checkpoints")
-    moments: set[str] = set()
-    for path in (folder / "optimizer").iterdir():
-        with safe_open(path, "pt") as file:
-            moments.update(file.keys())
-    config = config_of(overrides(saved))
+    more = [f"train.precision={precision}"]
+    _saved_and_resumed(tmp_path, saved, resumed, more, tolerance, frozen)
+    folder, moments = _saved_moments(tmp_path)
+    config = config_of(_at(saved, more))
     start = Transformer(config.model, config.router, config.experts)
     start.init_weights(config.train.seed)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32

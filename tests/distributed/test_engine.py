@@ -18,8 +18,16 @@ from torch import nn
 
 from moe.config import Config
 from moe.model.build import build_model
-from moe.sparse.balance import balance_loss
-from tests.distributed.training import Training, build, config_of, engine_steps, gathered, micro_batches, router_buffers
+from tests.distributed.training import (
+    Training,
+    backward_by_hand,
+    build,
+    config_of,
+    engine_steps,
+    gathered,
+    micro_batches,
+    router_buffers,
+)
 from tests.ranks import run_ranks
 
 STEPS = 20
@@ -302,12 +310,7 @@ def _by_hand() -> tuple[list[float], dict[str, torch.Tensor]]:
     optimizer = torch.optim.AdamW([decay, no_decay], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     norms = []
     for step in range(STEPS):
-        batches = micro_batches(config, step)
-        targets = sum(int((batch.labels_BS != -100).sum()) for batch in batches)
-        for batch in batches:
-            output = model(batch.input_ids_BS, labels_BS=batch.labels_BS)
-            balance = balance_loss(output.routers)
-            ((output.lm_loss_sum * (len(batches) / targets) + balance) / len(batches)).backward()
+        backward_by_hand(model, config, step)
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from moe.config import Config, EngineKind
 from moe.distributed import rendezvous
 from moe.engine import build_engine, prepare
 from moe.engine.base import ADAM_MOMENTS, Engine, SkipReason, States, StepResult
-from tests.distributed.training import build, config_of, engine_steps
+from tests.distributed.training import around_two_steps, config_of
 from tests.ranks import run_ranks
 
 LR, ACCUMULATION = 1e-2, 4
@@ -301,18 +301,10 @@ def test_any_engine_resumes_what_any_engine_saved(saver: str, other: str, precis
                 torch.testing.assert_close(b.state[kind][name], tensor, rtol=1e-6, atol=1e-8)
 
 
-def _idle_expert(kind: str) -> tuple[States, States]:
-    config = config_of([f"engine={kind}"])
-    mesh, engine = build(config, [1])
-    before = engine.optimizer_state.gather()
-    engine_steps(config, mesh, engine, 0, 2)
-    return before, engine.optimizer_state.gather()
-
-
 @each_engine
 def test_an_expert_without_tokens_has_a_zero_gradient(kind: str) -> None:
     """Its moments stay zero; weight decay alone moves its weights."""
-    before, after = run_ranks(1, _idle_expert, kind)[0]
+    before, after = run_ranks(1, around_two_steps, [f"engine={kind}"], [1])[0]
     config = config_of([])
     kept = (1 - config.optim.lr * config.optim.weight_decay) ** 2
     experts = [name for name in after["weights"] if ".experts." in name]

@@ -17,9 +17,17 @@ from moe.engine.parameters import muon_shapes
 from moe.errors import UserError
 from moe.model.build import build_model
 from moe.plan.trained import parameter_shapes
-from moe.sparse.balance import balance_loss
 from moe.train.objective import training_step
-from tests.distributed.training import Training, build, config_of, engine_steps, gathered, micro_batches
+from tests.distributed.training import (
+    Training,
+    around_two_steps,
+    backward_by_hand,
+    build,
+    config_of,
+    engine_steps,
+    gathered,
+    micro_batches,
+)
 from tests.ranks import run_ranks
 from tests.unit.engine.test_muon import by_singular_values
 
@@ -46,12 +54,7 @@ def _by_hand() -> dict[str, Tensor]:
     )  # fmt: skip
     momentum = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items() if name not in rest}
     for step in range(STEPS):
-        batches = micro_batches(config, step)
-        targets = sum(int((batch.labels_BS != -100).sum()) for batch in batches)
-        for batch in batches:
-            output = model(batch.input_ids_BS, labels_BS=batch.labels_BS)
-            balance = balance_loss(output.routers)
-            ((output.lm_loss_sum * (len(batches) / targets) + balance) / len(batches)).backward()
+        backward_by_hand(model, config, step)
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         for name, moment in momentum.items():
@@ -165,20 +168,14 @@ def test_a_skipped_step_moves_nothing(override: str, ranks: int, expert: int, pr
         assert all(tensor.any() for tensor in before[MOMENTUM].values())
 
 
-def _idle(kind: str) -> tuple[States, States]:
-    config = config_of([*MUON, f"engine={kind}"])
-    mesh, engine = build(config, [1])
-    before = engine.optimizer_state.gather()
-    engine_steps(config, mesh, engine, 0, 2)
-    return before, engine.optimizer_state.gather()
-
-
 @each_engine
 def test_an_expert_that_never_had_tokens_only_decays(kind: str) -> None:
-    before, after = run_ranks(1, _idle, kind)[0]
+    before, after = run_ranks(1, around_two_steps, [*MUON, f"engine={kind}"], [1])[0]
     optim = config_of(MUON).optim
     kept = (1 - optim.lr * optim.weight_decay) ** 2
-    for name in (name for name in after[MOMENTUM] if ".experts." in name):
+    experts = [name for name in after[MOMENTUM] if ".experts." in name]
+    assert experts
+    for name in experts:
         assert not after[MOMENTUM][name][1].any()
         assert after[MOMENTUM][name].any(), "no expert had a gradient"
         torch.testing.assert_close(after["weights"][name][1], before["weights"][name][1] * kept, rtol=1e-6, atol=0)

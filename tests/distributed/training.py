@@ -25,10 +25,11 @@ from moe.data.loader import Batch
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
-from moe.engine.base import Engine
+from moe.engine.base import Engine, States
 from moe.engine.parameters import freeze
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
+from moe.sparse.balance import balance_loss
 from moe.train.objective import training_step
 from tests.bias_router.router import install
 
@@ -108,6 +109,16 @@ def _packed(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return labels, documents
 
 
+def backward_by_hand(model: Transformer, config: Config, step: int) -> None:
+    """Gradients of a step's loss over all of its micro-batches, without any of the engines' code."""
+    batches = micro_batches(config, step)
+    targets = sum(int((batch.labels_BS != -100).sum()) for batch in batches)
+    for batch in batches:
+        output = model(batch.input_ids_BS, labels_BS=batch.labels_BS)
+        balance = balance_loss(output.routers)
+        ((output.lm_loss_sum * (len(batches) / targets) + balance) / len(batches)).backward()
+
+
 def starve(model: Transformer, idle: list[int]) -> None:
     """Make every layer's router pass the experts `idle` over, by a hidden dimension that is large for all tokens."""
     with torch.no_grad():
@@ -159,6 +170,15 @@ def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: 
         done.norms.append(result.result.grad_norm)
     hook.remove()
     return done
+
+
+def around_two_steps(overrides: list[str], idle: list[int]) -> tuple[States, States]:
+    """The optimizer's state before and after two steps in which the router passes over the experts `idle`."""
+    config = config_of(overrides)
+    mesh, engine = build(config, idle)
+    before = engine.optimizer_state.gather()
+    engine_steps(config, mesh, engine, 0, 2)
+    return before, engine.optimizer_state.gather()
 
 
 def gathered(results: list[Training], expert: int) -> dict[str, dict[str, Tensor]]:

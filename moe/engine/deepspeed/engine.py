@@ -42,11 +42,11 @@ from moe.engine.adamw import AdamW
 from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.bfloat16_shortcuts import BFloat16Shortcuts
 from moe.engine.deepspeed.borrowed import borrow, check_version, require_meaning
-from moe.engine.deepspeed.matrices import share_matrices
-from moe.engine.deepspeed.muon import import_muon_uncompiled
+from moe.engine.deepspeed.muon import share_matrices
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.engine.deepspeed.shortcuts import Shortcuts
 from moe.engine.deepspeed.skip import NormLimit
+from moe.engine.deepspeed.uncompiled import import_muon_uncompiled
 from moe.engine.muon import Muon
 from moe.engine.optimizers import make_optimizer
 from moe.engine.parameters import (

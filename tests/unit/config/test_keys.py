@@ -16,8 +16,8 @@ from moe.errors import ConfigError
 
 
 def _composed(overrides: list[str], verb: str) -> list[str]:
-    name, kind = schema(verb) or ("", Config)
-    return dotted_keys(omegaconf.OmegaConf.to_container(compose_dict(overrides, name, kind), resolve=False))  # type: ignore[arg-type]
+    composed = compose_dict(overrides, verb, schema(verb))
+    return dotted_keys(omegaconf.OmegaConf.to_container(composed, resolve=False))  # type: ignore[arg-type]
 
 
 def test_a_missing_value_is_omegaconfs() -> None:
@@ -26,8 +26,7 @@ def test_a_missing_value_is_omegaconfs() -> None:
 
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_the_known_keys_are_those_of_the_composed_configuration(verb: str) -> None:
-    name, kind = schema(verb) or ("", Config)
-    tree = _chosen_tree([], name, kind)
+    tree = _chosen_tree([], verb, schema(verb))
     assert tree is not None
     assert dotted_keys(tree) == _composed([], verb)
 
@@ -41,10 +40,9 @@ def test_the_known_keys_have_the_options_of_the_chosen_router(router: str) -> No
 
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_every_preset_and_every_key_there_is_passes(verb: str) -> None:
-    name, kind = schema(verb) or ("", Config)
     keys = _composed([], verb)
     named = [f"{group}={preset}" for group in groups() for preset in presets(group) if group in keys]
-    check_names([*named, *(f"{key}=???" for key in keys)], name, kind)
+    check_names([*named, *(f"{key}=???" for key in keys)], verb, schema(verb))
 
 
 GOOD = [
