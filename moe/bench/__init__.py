@@ -27,6 +27,7 @@ BENCHMARKS = {
     "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",
     "memory_peers": "the peak memory of our step's process beside transformers'",
+    "time_to_loss": "held-out loss after equal seconds of training, beside a dense GPT",
     "all": "every benchmark of the CPU, and the measured part of docs/performance.md",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }

@@ -74,6 +74,7 @@ RUNS = (
     BenchRun("saving", ("rounds=3",)),
     BenchRun("prepare", takes=("rounds",)),
     BenchRun("memory", takes=()),
+    BenchRun("time_to_loss", takes=("rounds",)),
 )
 
 
