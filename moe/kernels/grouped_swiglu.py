@@ -232,12 +232,13 @@ def activation_backward(
         for parts in zip(*(one.split(block) for one in (act_NF, dgate_up_NG, gate_up_NG, dact_NF)), strict=True):
             _activation_backward_into(*parts)
         return act_NF, dgate_up_NG
-    wide_act = act_NF.new_empty(min(block, rows), act_NF.shape[1], dtype=work)
-    wide_dgate_up = act_NF.new_empty(len(wide_act), dgate_up_NG.shape[1], dtype=work)
+    # Buffers that all blocks use: new ones for each would cost page faults.
+    wide = [one.new_empty(min(block, rows), one.shape[1], dtype=work) for one in (act_NF, dgate_up_NG) * 2]
     for start in range(0, rows, block):
         at = slice(start, start + block)
-        gate_up, dact = gate_up_NG[at].to(work), dact_NF[at].to(work)
-        act, dgate_up = wide_act[: len(dact)], wide_dgate_up[: len(dact)]
+        act, dgate_up, dact, gate_up = (one[: min(block, rows - start)] for one in wide)
+        gate_up.copy_(gate_up_NG[at])
+        dact.copy_(dact_NF[at])
         _activation_backward_into(act, dgate_up, gate_up, dact)
         act_NF[at], dgate_up_NG[at] = act, dgate_up
     return act_NF, dgate_up_NG
