@@ -55,9 +55,9 @@ def parts(prompt: str) -> tuple[int, str, int]:
 
 
 def pair(row: Row) -> str:
-    """The sign and the two operands, the smaller one first."""
+    """The problem with its smaller operand first."""
     a, sign, b = parts(row["prompt"])
-    return f"{sign} {min(a, b)} {max(a, b)}"
+    return f"{min(a, b)}{sign}{max(a, b)}"
 
 
 def is_small(row: Row) -> bool:
