@@ -6,8 +6,7 @@ first token, int64, and at its end the stream's length. A document is [BOS] toke
 into the next.
 
 A stream of rows for fine-tuning is packed when it is written: every `packed_length` tokens begin a sequence and a
-document. Beside each shard lies a mask, a byte for each token: 1 where it is a target, 2 where it only fills up its
-sequence.
+document. Beside each shard lies a mask, a byte for each token: 1 a target, 2 what only fills up a sequence, 0 others.
 
 Files are read with `pread`, not mapped: beyond the end of a file that was cut, a mapped page is a SIGBUS, which ends
 the process without a word, and the rest of the last page is zeros.

@@ -50,7 +50,7 @@ class SparseMLP(nn.Module):
         Where only some tokens are `real`, no expert computes the others: they get zeros, as if all choices were
         dropped.
         """
-        routed = self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real)
+        routed = self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
         x_TH = x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
         rows = megablocks if self.moves_by_megablocks and order.filled_TK is None else permute

@@ -56,6 +56,7 @@ class StepSums:
         self._scalars: list[set[str]] = []  # those of them that are the router's own
         self._sums: Tensor | None = None  # [2 + numbers of all layers]: see `add`
         self._maxima: Tensor | None = None  # [layers, LARGEST]
+        self._tokens = 0  # that were routed
         self._micro_batches = 0
 
     def add(self, lm_loss_sum: Tensor, total_loss: Tensor, routers: list[RouterOutput], weight: float = 1.0) -> None:
@@ -77,34 +78,35 @@ class StepSums:
         else:
             assert names == self._names, "the routers named other metrics in an earlier micro-batch"
             self._sums, self._maxima = self._sums + sums, torch.maximum(self._maxima, largest)
+        self._tokens += routers[0].choices.num_tokens if routers else 0
         self._micro_batches += 1
 
     def reduced(
-        self, targets: int, tokens: int, mine: float, flags: Sequence[float], gradients: Sequence[Tensor] = ()
+        self, targets: int, mine: float, flags: Sequence[float], gradients: Sequence[Tensor] = ()
     ) -> StepTotals:
         """The step's totals over all ranks. A collective.
 
-        `targets` and `tokens` are the numbers of target and of routed tokens of the global batch. `gradients` are those
-        of each layer's router over this rank's micro-batches, one vector a layer (none: no metric); their mean over the
-        ranks is the step's.
+        `targets` is the number of target tokens of the global batch. `gradients` are those of each layer's router over
+        this rank's micro-batches, one vector a layer (none: no metric); their mean over the ranks is the step's.
         """
         assert self._sums is not None
         assert self._maxima is not None
         ranks = self._mesh.world_size
         by_rank, maxima = self._sums.new_zeros(ranks), self._sums.new_zeros(ranks, *self._maxima.shape)
         by_rank[self._mesh.rank], maxima[self._mesh.rank] = mine, self._maxima  # a sum that keeps the ranks apart
-        parts = [by_rank, self._sums.new_tensor(flags), maxima.flatten(), self._sums]
+        parts = [by_rank, self._sums.new_tensor([self._tokens, *flags]), maxima.flatten(), self._sums]
         parts += [gradient.double() for gradient in gradients]
         summed = self._mesh.sum_(torch.cat(parts)).split([len(part) for part in parts])
         norms = [torch.linalg.vector_norm(gradient).reshape(1) / ranks for gradient in summed[4:]]
         sizes = [*(len(part) for part in summed[:4]), len(norms)]
         busy, raised, maxima, sums, norms = torch.cat([*summed[:4], *norms]).cpu().split(sizes)
         layers = self._by_layer(sums[2:], maxima.view(ranks, *self._maxima.shape).amax(0))
+        tokens, *flags = raised.tolist()
         metrics = self._metrics(sums, layers, targets, tokens)
         if gradients:
             metrics |= layered("router_gradient_norm", norms)
         counts = [layer[demand.__name__].long() for layer in layers]
-        return StepTotals(metrics, counts, busy.tolist(), raised.tolist())
+        return StepTotals(metrics, counts, busy.tolist(), flags)
 
     def _by_layer(self, sums: Tensor, maxima: Tensor) -> list[dict[str, Tensor]]:
         layers, start = list[dict[str, Tensor]](), 0
@@ -116,7 +118,7 @@ class StepSums:
             layers.append(layer)
         return layers
 
-    def _metrics(self, sums: Tensor, layers: list[dict[str, Tensor]], targets: int, tokens: int) -> dict[str, Any]:
+    def _metrics(self, sums: Tensor, layers: list[dict[str, Tensor]], targets: int, tokens: float) -> dict[str, Any]:
         micro_batches = self._micro_batches * self._mesh.data_parallel_size
         metrics: dict[str, Any] = {
             "loss": sums[1].item() / micro_batches,

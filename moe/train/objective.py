@@ -88,7 +88,7 @@ def training_step(
         losses.append((loss.detach(), batch.sample_ids_B))
         sums.add(output.lm_loss_sum, loss, output.routers, weight)
     assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
-    totals = sums.reduced(targets, tokens, busy_seconds, flags(), updates.gradients())
+    totals = sums.reduced(targets, busy_seconds, flags(), updates.gradients())
     if result.skipped is None:
         for router, counts_E in zip(routers, totals.counts, strict=True):
             router.after_step(counts_E.to(mesh.device))

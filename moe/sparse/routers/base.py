@@ -100,7 +100,7 @@ class Router(nn.Module):
     ) -> RouterOutput:
         """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere.
 
-        `real` are the tokens to route where not all of them are, and the output is about them alone; it is passed only
+        `real` are the tokens to route where not all of them are, and the output is about them alone; it is given only
         then.
         """
         raise NotImplementedError
