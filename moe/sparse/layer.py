@@ -53,7 +53,8 @@ class SparseMLP(nn.Module):
         routed = self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
         x_TH = x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
-        rows = megablocks if self.moves_by_megablocks and order.filled_TK is None else permute
+        by_megablocks = self.moves_by_megablocks and order.filled_TK is None and len(order.tokens_N) > 0
+        rows = megablocks if by_megablocks else permute
         # The exchange of counts overlaps with gathering the rows.
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_TH, order)
