@@ -59,8 +59,8 @@ def choose_sequences(corpus: Corpus, settings: AnalyzeSettings, length: int) -> 
         for place in range(count):
             index = place * available // count
             sample = pack(stream, index, length, corpus.tokenizer.eos_id)
-            here = min(length, stream.tokens - 1 - index * length)  # the rest would be padding
-            parts = sample.input_ids_L[:here], sample.labels_L[:here], sample.document_ids_L[:here]
+            real = slice(sample.length)
+            parts = sample.input_ids_L[real], sample.labels_L[real], sample.document_ids_L[real]
             chosen.append((place, TextSequence(source, *parts)))
     require(
         len(chosen) > 1,

@@ -28,7 +28,8 @@ class Batch:
     none that is learnt from.
 
     `sample_ids_B` is the sample's number in the run's global order (−1: padding of a held-out batch); `source_ids_B`
-    indexes `Corpus.source_names`.
+    indexes `Corpus.source_names`. `real_T` are the places b·S + s of the T tokens that don't only fill up a sequence or
+    the batch, ascending; None where none does.
     """
 
     input_ids_BS: Tensor  # int64
@@ -36,13 +37,24 @@ class Batch:
     document_ids_BS: Tensor  # int32, from 0 in each sequence, non-decreasing
     sample_ids_B: Tensor  # int64
     source_ids_B: Tensor  # int64
+    real_T: Tensor | None = None  # int64
+
+    @property
+    def tokens(self) -> int:
+        """T: without those that only fill up."""
+        return self.input_ids_BS.numel() if self.real_T is None else len(self.real_T)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; to CUDA through pinned memory, so that the host goes on while it travels."""
         if device.type == "cpu":
             return self
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        there = {
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        return Batch(**there)
 
 
 class Loader:
@@ -146,12 +158,18 @@ def held_out_batches(
 
 
 def _collate(samples: list[Sample], sample_ids: list[int], source_ids: list[int]) -> Batch:
+    sequence_length, real_T = len(samples[0].input_ids_L), None
+    if any(sample.length < sequence_length for sample in samples):
+        starts = range(0, len(samples) * sequence_length, sequence_length)
+        parts = [np.arange(start, start + sample.length) for start, sample in zip(starts, samples, strict=True)]
+        real_T = torch.from_numpy(np.concatenate(parts))
     return Batch(
         input_ids_BS=torch.from_numpy(np.stack([sample.input_ids_L for sample in samples])),
         labels_BS=torch.from_numpy(np.stack([sample.labels_L for sample in samples])),
         document_ids_BS=torch.from_numpy(np.stack([sample.document_ids_L for sample in samples])),
         sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
         source_ids_B=torch.tensor(source_ids, dtype=torch.int64),
+        real_T=real_T,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe.data.readers import DataError
-from moe.data.shards import TokenStream
+from moe.data.shards import PADDING, TARGET, TokenStream
 
 NO_TARGET = -100  # what cross-entropy ignores
 
@@ -18,11 +18,12 @@ NO_TARGET = -100  # what cross-entropy ignores
 @dataclass(slots=True)
 class Sample:
     """One packed sequence: `labels_L[t]` is the token after position t; NO_TARGET where that token opens a document or
-    is masked."""
+    is masked. What follows the first `length` positions only fills the sequence up: a document of its own."""
 
     input_ids_L: np.ndarray  # int64
     labels_L: np.ndarray  # int64
     document_ids_L: np.ndarray  # int32, from 0, non-decreasing
+    length: int
 
 
 def full_samples(stream: TokenStream, sequence_length: int, name: str) -> int:
@@ -47,8 +48,8 @@ def held_out_samples(stream: TokenStream, sequence_length: int) -> int:
 def pack(stream: TokenStream, index: int, sequence_length: int, pad_id: int) -> Sample:
     """Sample `index`: tokens [index·L, index·L + L], the last one only as a target.
 
-    Where the stream ends earlier (held-out text), the rest is filled with `pad_id`, as a document without targets. The
-    samples of a packed stream are those it was written with, with targets where its mask says so.
+    Where the stream ends earlier (held-out text), the rest is filled with `pad_id`. The samples of a packed stream are
+    those it was written with, with targets where its mask says so.
     """
     start = index * sequence_length
     if stream.packed_length is not None:
@@ -61,15 +62,18 @@ def pack(stream: TokenStream, index: int, sequence_length: int, pad_id: int) -> 
         ids = np.concatenate([ids[:-1], np.full(missing + 1, pad_id, np.int64)])
         documents = np.concatenate([documents[:-1], np.full(missing + 1, documents[-1] + 1, np.int32)])
         labels = np.concatenate([labels, np.full(missing, NO_TARGET, np.int64)])
-    return Sample(ids[:-1], labels, documents[:-1])
+    return Sample(ids[:-1], labels, documents[:-1], sequence_length - missing)
 
 
 def _packed(stream: TokenStream, start: int, stop: int) -> Sample:
-    ids, documents, targets = stream.read(start, stop), stream.document_ids(start, stop), stream.mask(start, stop)
+    ids, documents, mask = stream.read(start, stop), stream.document_ids(start, stop), stream.mask(start, stop)
     labels = np.full(stop - start, NO_TARGET, np.int64)
-    follows = (documents[1:] == documents[:-1]) & targets[1:]
+    follows = (documents[1:] == documents[:-1]) & (mask[1:] == TARGET)
     labels[:-1][follows] = ids[1:][follows]
-    return Sample(ids, labels, documents)
+    (filled,) = np.nonzero(mask != PADDING)
+    length = int(filled[-1]) + 1 if len(filled) else 0
+    documents[length:] += 1
+    return Sample(ids, labels, documents, length)
 
 
 def _check_length(stream: TokenStream, sequence_length: int) -> None:
@@ -86,4 +90,5 @@ def empty_sample(sequence_length: int, pad_id: int) -> Sample:
         np.full(sequence_length, pad_id, np.int64),
         np.full(sequence_length, NO_TARGET, np.int64),
         np.zeros(sequence_length, np.int32),
+        0,
     )

@@ -17,7 +17,7 @@ from moe.data.parts import Part
 from moe.data.readers import Chunk, DataError
 from moe.data.record_encoding import EncodedRow, Recipe, in_batches
 from moe.data.records import DataRecord
-from moe.data.shards import MASK, OFFSET, StreamWriter, token_dtype
+from moe.data.shards import MASK, OFFSET, PADDING, TARGET, StreamWriter, token_dtype
 from moe.data.sources import Source
 from moe.data.survey import Survey, content_bytes, hash_of, require_same
 
@@ -124,7 +124,7 @@ def write_records(
 
 
 class _Sequences:
-    """Writes the rows of one sequence, and fills it up: the rest belongs to the last row, which sees nothing of it."""
+    """Writes the rows of one sequence, and fills it up: the mask says from where."""
 
     def __init__(self, writer: StreamWriter, recipe: Recipe) -> None:
         self._writer, self._length, self._filler = writer, recipe.sequence_length, recipe.tokenizer.eos_id
@@ -134,8 +134,9 @@ class _Sequences:
         room = self._length - sum(sizes)
         starts_R = np.cumsum([0, *sizes[:-1]], dtype=OFFSET)
         ids_L = np.concatenate([*(row.ids_T for row in rows), np.full(room, self._filler, rows[0].ids_T.dtype)])
-        targets_L = np.concatenate([*(row.targets_T for row in rows), np.zeros(room, bool)])
-        self._writer.write_documents(ids_L, starts_R, targets_L)
+        masks = (row.targets_T.astype(MASK) * TARGET for row in rows)
+        mask_L = np.concatenate([*masks, np.full(room, PADDING, MASK)])
+        self._writer.write_documents(ids_L, starts_R, mask_L)
 
 
 def _text_bytes(record: Chunk) -> int:

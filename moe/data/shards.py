@@ -6,7 +6,7 @@ first token, int64, and at its end the stream's length. A document is [BOS] toke
 into the next.
 
 A stream of rows for fine-tuning is packed when it is written: every `packed_length` tokens begin a sequence and a
-document. Beside each shard lies a mask, a byte for each token: 1 where it is a target.
+document. Beside each shard lies a mask, a byte for each token: 1 a target, 2 what only fills up a sequence, 0 others.
 
 Files are read with `pread`, not mapped: beyond the end of a file that was cut, a mapped page is a SIGBUS, which ends
 the process without a word, and the rest of the last page is zeros.
@@ -35,6 +35,7 @@ OFFSETS_FILE = "documents.bin"
 OFFSET = np.dtype("<i8")
 MASK = np.dtype("u1")
 MASK_SUFFIX = ".mask"
+TARGET, PADDING = 1, 2  # in a mask; 0: neither
 MOST_SHARDS = 10**6
 OPEN_FILES = 32  # of one stream: it may have more shards than a process may open files
 BLOCK = 512  # offsets read at once: 4 KiB
@@ -64,8 +65,8 @@ class StreamWriter:
         self._offsets.write(np.array([self.tokens], OFFSET).tobytes())
         self.documents += 1
 
-    def write(self, ids: list[int] | np.ndarray, targets_N: np.ndarray | None = None) -> None:
-        """`targets_N`, bool: the mask, of a packed stream."""
+    def write(self, ids: list[int] | np.ndarray, mask_N: np.ndarray | None = None) -> None:
+        """`mask_N`, of a packed stream, has 0, TARGET and PADDING."""
         ids_N = np.asarray(ids, dtype=self._dtype)
         while len(ids_N):
             shard, used = divmod(self.tokens, self._shard_tokens)
@@ -75,19 +76,17 @@ class StreamWriter:
             part_N, ids_N = np.split(ids_N, [self._shard_tokens - used])
             self._shard.write(part_N.tobytes())
             if self._mask is not None:
-                assert targets_N is not None, "a packed stream has a mask"
-                mask_N, targets_N = np.split(targets_N, [self._shard_tokens - used])
-                self._mask.write(mask_N.astype(MASK).tobytes())
-                self.targets += int(mask_N.sum())
+                assert mask_N is not None, "a packed stream has a mask"
+                here_N, mask_N = np.split(mask_N, [self._shard_tokens - used])
+                self._mask.write(here_N.astype(MASK).tobytes())
+                self.targets += int((here_N == TARGET).sum())
             self.tokens += len(part_N)
 
-    def write_documents(
-        self, ids: bytes | np.ndarray, starts_D: np.ndarray, targets_N: np.ndarray | None = None
-    ) -> None:
+    def write_documents(self, ids: bytes | np.ndarray, starts_D: np.ndarray, mask_N: np.ndarray | None = None) -> None:
         """Ids, as bytes or an array of the stream's dtype, in which documents begin at the places `starts_D`."""
         self._offsets.write((starts_D + self.tokens).astype(OFFSET).tobytes())
         self.documents += len(starts_D)
-        self.write(np.frombuffer(ids, self._dtype) if isinstance(ids, bytes) else ids, targets_N)
+        self.write(np.frombuffer(ids, self._dtype) if isinstance(ids, bytes) else ids, mask_N)
 
     def _begin(self, shard: int) -> None:
         self._end(self._shard)
@@ -223,10 +222,10 @@ class TokenStream:
         return ids_N
 
     def mask(self, start: int, stop: int) -> np.ndarray:
-        """[N] bool: which of tokens `start` … `stop` − 1 are targets. Raises OSError as `read` does."""
+        """[N] uint8: TARGET, PADDING or 0 for each of tokens `start` … `stop` − 1. Raises OSError as `read` does."""
         if self.packed_length is None:
-            return np.ones(stop - start, bool)
-        return self._read(self._masks, MASK, start, stop) != 0
+            return np.full(stop - start, TARGET, MASK)
+        return self._read(self._masks, MASK, start, stop)
 
     def _read(self, files: list[Path], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         parts = [np.zeros(0, dtype)]
@@ -247,7 +246,7 @@ class TokenStream:
         """[N] int64: a document's tokens before its first target, its BOS included; none where they are more than
         `limit`, or all tokens but the first are targets. Raises as `read` does."""
         start, stop = (int(offset) for offset in self._offsets(index, 2))
-        targets_N = self.mask(start, min(stop, start + limit + 1))
+        targets_N = self.mask(start, min(stop, start + limit + 1)) == TARGET
         first = int(targets_N.argmax())
         return self.read(start, start + (first if targets_N.any() and first > 1 else 0))
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from moe.data.readers import DataError
-from moe.data.shards import MASK_SUFFIX, OFFSET, TokenStream
+from moe.data.shards import MASK_SUFFIX, OFFSET, PADDING, TokenStream
 
 READ_BYTES = 1 << 22
 THREADS = 8  # files read at once: while one is hashed, hashlib and numpy let the other threads run
@@ -72,8 +72,8 @@ def _check(path: Path, stream: TokenStream) -> str:
                         raise DataError(f"{path}: a document doesn't begin after the one before: the cache is damaged")
                     last = offsets[-1]
                 elif path.suffix == MASK_SUFFIX:
-                    if max(block) > 1:
-                        raise DataError(f"{path}: a mask has 0 and 1 alone: the cache is damaged")
+                    if max(block) > PADDING:
+                        raise DataError(f"{path}: a mask has 0, 1 and 2 alone: the cache is damaged")
                 elif (highest := int(np.frombuffer(block, stream.dtype).max())) >= stream.vocab_size:
                     raise DataError(
                         f"{path}: token id {highest} must be < the tokenizer's vocabulary, {stream.vocab_size}: the "

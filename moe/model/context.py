@@ -14,7 +14,7 @@ from moe.config import AttentionBackend
 from moe.kernels.attention import Attend, make_attend
 from moe.kernels.rotary import RotaryTable
 from moe.model.cache import KVCache
-from moe.sparse import Randomness
+from moe.sparse import Randomness, RealTokens
 
 AFTER_ATTENTION, ROUTER, AFTER_MLP, ATTENTION = range(4)  # places of a block that take random numbers
 
@@ -28,6 +28,7 @@ class Context:
     document_ids_BS: Tensor | None
     cache: KVCache | None
     randomness: Randomness | None
+    real: RealTokens | None = None  # the tokens that are routed; None: all
     _attends: dict[int | None, Attend] = field(default_factory=dict)
 
     def randomness_at(self, layer: int, place: int) -> Randomness | None:

@@ -24,7 +24,7 @@ from moe.model.loss import head_loss
 from moe.model.mlp import DenseMLP
 from moe.model.neftune import noisy
 from moe.model.norm import build_norm
-from moe.sparse import Randomness, RouterOutput, SparseMLP, build_sparse_mlp, routers_of
+from moe.sparse import Randomness, RealTokens, RouterOutput, SparseMLP, build_sparse_mlp, routers_of
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class Block(nn.Module):
     def _feed_forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
         normed_BSH, routed = self.post_attention_layernorm(x_BSH), None
         if isinstance(self.mlp, SparseMLP):
-            y_BSH, routed = self.mlp(normed_BSH, context.randomness_at(self.layer, ROUTER))
+            y_BSH, routed = self.mlp(normed_BSH, context.randomness_at(self.layer, ROUTER), context.real)
         else:
             y_BSH = self.mlp(normed_BSH)
         return self._dropped(y_BSH, context, AFTER_MLP), routed
@@ -117,13 +117,14 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         randomness: Randomness | None,
         neftune_noise_alpha: float | None = None,
+        real_T: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterOutput]]:
         x_BSH, routers = self.embed_tokens(input_ids_BS), []
         if neftune_noise_alpha is not None and self.training:
             if randomness is None:
                 raise ValueError(f"neftune_noise_alpha={neftune_noise_alpha} needs the batch's randomness")
             x_BSH = noisy(x_BSH, document_ids_BS, neftune_noise_alpha, randomness)
-        context = self._context(x_BSH, document_ids_BS, cache, randomness)
+        context = self._context(x_BSH, document_ids_BS, cache, randomness, real_T)
         for block in self.layers:
             x_BSH, routed = block(x_BSH, context)
             if routed is not None:
@@ -133,7 +134,12 @@ class Decoder(nn.Module):
         return self.norm(x_BSH), routers
 
     def _context(
-        self, x_BSH: Tensor, document_ids_BS: Tensor | None, cache: KVCache | None, randomness: Randomness | None
+        self,
+        x_BSH: Tensor,
+        document_ids_BS: Tensor | None,
+        cache: KVCache | None,
+        randomness: Randomness | None,
+        real_T: Tensor | None,
     ) -> Context:
         """Back-end and dtypes follow the activations, not the weights."""
         batch, count, _ = x_BSH.shape
@@ -145,7 +151,8 @@ class Decoder(nn.Module):
             config = self.config
             backend, _ = resolve_attention(config.attention, x_BSH.device, x_BSH.dtype, config.head_size)
         table = self._rotary_tables(start, count, x_BSH.device, x_BSH.dtype)
-        return Context(table, backend, (batch, count), x_BSH.device, document_ids_BS, cache, randomness)
+        real = None if real_T is None else RealTokens(real_T, batch, count)
+        return Context(table, backend, (batch, count), x_BSH.device, document_ids_BS, cache, randomness, real)
 
 
 class Transformer(nn.Module):
@@ -203,15 +210,18 @@ class Transformer(nn.Module):
         randomness: Randomness | None = None,
         neftune_noise_alpha: float | None = None,
         logits_to_keep: int | None = None,
+        real_T: Tensor | None = None,
     ) -> ModelOutput:
         """Logits, or the summed loss if labels (already shifted, −100 for no target) are given. `logits_to_keep` is the
         number of last positions whose logits are computed; None: all.
 
         `document_ids_BS` must not decrease along S; tokens see only their own document (None: a row is one document).
         With a `cache` the tokens continue those of earlier calls and are added to it. In training, dropout, jitter
-        and the embeddings' noise (`moe.model.neftune`) take their random numbers from `randomness`.
+        and the embeddings' noise (`moe.model.neftune`) take their random numbers from `randomness`. `real_T` (int64,
+        ascending) are the places b·S + s of the tokens that sparse layers route; None: all. The others only fill up
+        their sequence: they count in no loss, metric or capacity, and their logits mean nothing.
         """
-        x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness, neftune_noise_alpha)
+        x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness, neftune_noise_alpha, real_T)
         if labels_BS is None:
             kept_BSH = x_BSH if logits_to_keep is None else x_BSH[:, -logits_to_keep:]
             return ModelOutput(self.lm_head(kept_BSH), None, routers)

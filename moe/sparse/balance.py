@@ -1,6 +1,8 @@
 """Balance: the losses that keep experts in use, and the metrics that show whether they are.
 
-Shapes: T tokens, E experts, L sparse layers.
+Tokens are those that are routed: what only fills up a sequence counts nowhere.
+
+Shapes: T tokens, E experts, L sparse layers, B sequences.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from moe.sparse.real_tokens import RealTokens, token_mean
 
 if TYPE_CHECKING:
     from moe.sparse.routers.base import RouterOutput
@@ -23,12 +27,16 @@ def load_balancing_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     scores E; 1.0 is the least for a router whose choices follow its probabilities.
     """
     fractions_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
-    return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(0))
+    return probs_TE.shape[1] * torch.dot(fractions_E, token_mean(probs_TE))
 
 
-def sequence_balancing_loss(probs_TE: Tensor, ids_TK: Tensor, num_sequences: int) -> Tensor:
+def sequence_balancing_loss(
+    probs_TE: Tensor, ids_TK: Tensor, num_sequences: int, real: RealTokens | None = None
+) -> Tensor:
     """Mean over sequences of `load_balancing_loss`, f and P over one sequence's tokens alone (DeepSeek-V3, arXiv
-    2412.19437, eq. 17–20), a scalar."""
+    2412.19437, eq. 17–20), a scalar. Where sequences have `real` tokens only in part, each weighs as many as it has."""
+    if real is not None:
+        return _unequal_sequences(probs_TE, ids_TK, real)
     probs_BSE = probs_TE.unflatten(0, (num_sequences, -1))
     ids_BN = ids_TK.reshape(num_sequences, -1)
     counts_BE = probs_BSE.new_zeros(num_sequences, probs_TE.shape[1])
@@ -37,14 +45,25 @@ def sequence_balancing_loss(probs_TE: Tensor, ids_TK: Tensor, num_sequences: int
     return probs_TE.shape[1] * (fractions_BE * probs_BSE.mean(1)).sum(1).mean()
 
 
+def _unequal_sequences(probs_TE: Tensor, ids_TK: Tensor, real: RealTokens) -> Tensor:
+    tokens, experts = probs_TE.shape
+    lengths_B1 = real.lengths_B[:, None]
+    counts_BE = real.lengths_B.new_zeros(real.num_sequences * experts)
+    places_TK = real.sequences_T[:, None] * experts + ids_TK
+    counts_BE = counts_BE.scatter_add_(0, places_TK.flatten(), torch.ones_like(ids_TK.flatten())).view(-1, experts)
+    fractions_BE = counts_BE.to(probs_TE.dtype) / (lengths_B1 * ids_TK.shape[1]).clamp(min=1)
+    total_BE = real.spread(probs_TE).unflatten(0, (real.num_sequences, -1)).sum(1)  # P times the sequence's tokens
+    return experts * (fractions_BE * total_BE).sum() / max(1, tokens)
+
+
 def usage_variance(probs_TE: Tensor) -> Tensor:
     """Σᵢ (Pᵢ − 1/E)² with Pᵢ the mean router probability, a scalar: 0 when uniform, 1 − 1/E when one expert has all."""
-    return (probs_TE.mean(0) - 1 / probs_TE.shape[1]).square().sum()
+    return (token_mean(probs_TE) - 1 / probs_TE.shape[1]).square().sum()
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
     """mean over tokens of logsumexp(logits)², a scalar (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small."""
-    return torch.logsumexp(logits_TE, dim=1).square().mean()
+    return token_mean(torch.logsumexp(logits_TE, dim=1).square())
 
 
 def balance_loss(outputs: Sequence[RouterOutput], *, num_layers: int | None = None) -> Tensor:
@@ -88,4 +107,4 @@ def max_violation(counts_LE: Tensor) -> Tensor:
 
 def router_entropy(probs_TE: Tensor) -> Tensor:
     """Mean over tokens of the router's entropy in nats, a scalar: ln E when indifferent, 0 when certain."""
-    return torch.special.entr(probs_TE).sum(-1).mean()
+    return token_mean(torch.special.entr(probs_TE).sum(-1))

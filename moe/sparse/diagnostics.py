@@ -61,7 +61,9 @@ def absolute_logits(routed: RouterOutput) -> Tensor:
 
 
 def largest_logit(routed: RouterOutput) -> Tensor:
-    """max |logit|."""
+    """max |logit|; 0 of no tokens."""
+    if not routed.logits_TE.numel():
+        return routed.logits_TE.new_zeros(())
     return torch.stack(torch.aminmax(routed.logits_TE)).abs().amax()
 
 

@@ -1,7 +1,7 @@
 """The sparse layer: router → dispatch → experts → combine, in place of a block's dense MLP.
 
-Shapes: B sequences, S positions, T = B·S tokens, N rows to compute (choices), M rows received from the expert group,
-H hidden, E experts.
+Shapes: B sequences, S positions, P = B·S places, T tokens (all places, less those that only fill up their sequence),
+N rows to compute (choices), M rows received from the expert group, H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from moe.kernels import megablocks, permute
 from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
 from moe.sparse.experts import Experts
 from moe.sparse.randomness import Randomness
+from moe.sparse.real_tokens import RealTokens
 from moe.sparse.routers import Router, RouterOutput, build_router
 
 
@@ -41,21 +42,30 @@ class SparseMLP(nn.Module):
         self.shared_experts = shared_experts
         self.moves_by_megablocks = megablocks
 
-    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> tuple[Tensor, RouterOutput]:
-        """x [B, S, H] → (y [B, S, H], the router's output). Every rank of the expert group must call it together."""
-        routed = self.gate(x_BSH, randomness)
+    def forward(
+        self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
+    ) -> tuple[Tensor, RouterOutput]:
+        """x [B, S, H] → (y [B, S, H], the router's output). Every rank of the expert group must call it together.
+
+        Where only some tokens are `real`, no expert computes the others: they get zeros, as if all choices were
+        dropped.
+        """
+        routed = self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
+        x_TH = x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
-        rows = megablocks if self.moves_by_megablocks and order.filled_TK is None else permute
+        by_megablocks = self.moves_by_megablocks and order.filled_TK is None and len(order.tokens_N) > 0
+        rows = megablocks if by_megablocks else permute
         # The exchange of counts overlaps with gathering the rows.
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
-        x_NH = rows.gather_rows(x_BSH.flatten(0, 1), order)
+        x_NH = rows.gather_rows(x_TH, order)
         if counts is None:
             y_NH = self.experts(x_NH, order.counts_E)
         else:
             exchange = plan_exchange(counts)
             y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)
             y_NH = from_experts(y_MH, exchange)
-        y_BSH = rows.combine_rows(y_NH, weights_TK, order).view_as(x_BSH)
+        y_TH = rows.combine_rows(y_NH, weights_TK, order)
+        y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
         return y_BSH if self.shared_experts is None else y_BSH + self.shared_experts(x_BSH), routed
 
 

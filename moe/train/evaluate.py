@@ -66,7 +66,7 @@ class Evaluation:
         for index, batch in enumerate(self._batches):
             begins(f"evaluation batch {index + 1} of {len(self._batches)}")
             here = batch.to(device)
-            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS)
+            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS, real_T=here.real_T)
             loss_B = _loss_by_sequence(output.logits_BSV, here.labels_BS)
             pairs = torch.stack([loss_B, (here.labels_BS != -100).sum(-1).double()], dim=-1)
             sums.index_add_(0, here.source_ids_B, pairs)
@@ -74,6 +74,8 @@ class Evaluation:
                 held_out.add(batch, output.routers)
             if index == 0 and output.routers:
                 length = min(ROUTED_TOKENS, batch.input_ids_BS.shape[1])
+                if batch.real_T is not None:
+                    length = int((batch.real_T < length).sum())
                 routing = {
                     "tokens": [self._tokenizer.piece(int(token)) for token in batch.input_ids_BS[0, :length]],
                     "experts": [_first_experts(router, length) for router in output.routers],
@@ -109,7 +111,7 @@ class Evaluation:
         sums = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)  # (nats, targets)
         for batch in self._batches:
             here = batch.to(self._mesh.device)
-            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS)
+            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS, real_T=here.real_T)
             nats = _loss_by_sequence(output.logits_BSV, here.labels_BS).sum()
             sums += torch.stack((nats, (here.labels_BS != -100).sum().double()))
         nats, targets = self._mesh.sum_(sums).tolist()
@@ -123,7 +125,7 @@ class Evaluation:
         first_B = batch.sample_ids_B < len(batch.sample_ids_B)  # rank 0's, so that the number of ranks changes nothing
 
         def batch_loss() -> Tensor:
-            output = model(batch.input_ids_BS, document_ids_BS=batch.document_ids_BS)
+            output = model(batch.input_ids_BS, document_ids_BS=batch.document_ids_BS, real_T=batch.real_T)
             nats_B, targets_B = _loss_by_sequence(output.logits_BSV, batch.labels_BS), (batch.labels_BS != -100).sum(-1)
             return torch.stack(((nats_B * first_B).sum(), (targets_B * first_B).sum().double()))
 

@@ -2,7 +2,7 @@
 
 The text is the same in every evaluation, so a difference is the model's. All of it is summed over the ranks.
 
-Shapes: L sparse layers, T tokens, E experts, N rows of a layer's experts.
+Shapes: L sparse layers, T tokens, E experts, N rows of a layer's experts, B sequences, S positions, P = B·S places.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.data.loader import Batch
-from moe.data.packing import NO_TARGET
 from moe.distributed.mesh import Mesh
-from moe.sparse import RouterOutput, SparseMLP
+from moe.sparse import RealTokens, RouterOutput, SparseMLP
 from moe.sparse.balance import max_violation
 from moe.sparse.diagnostics import chosen, churn, coactivation, dependence, overlap, served_by_both
 from moe.train.metrics import layered
@@ -50,19 +49,21 @@ class HeldOutRouting:
         self._choices: dict[int, Tensor] = {}  # by sample id: bool [positions, experts of all layers]
 
     def add(self, batch: Batch, routers: Sequence[RouterOutput]) -> None:
-        """After the forward pass of `batch` (on the CPU). Tokens that only fill up a sequence or the last batch don't
-        count."""
-        real_T = _real(batch).flatten().to(self._mesh.device)
+        """After the forward pass of `batch` (on the CPU), in which tokens that only fill up a sequence or the batch
+        weren't routed."""
         length = batch.input_ids_BS.shape[1]
-        layers = [chosen(routed.choices, routed.counts_E.numel()) & real_T[:, None] for routed in routers]
+        layers = [chosen(routed.choices, routed.counts_E.numel()) for routed in routers]
         both = [*zip(layers, layers, strict=True), *pairwise(layers)]
         for sums, (one, other) in zip(self._pairs, both, strict=True):
             sums += served_by_both(one, other)
-        self._tokens += real_T.sum()
+        self._tokens += batch.tokens
+        if batch.real_T is not None:
+            real = RealTokens(batch.real_T.to(self._mesh.device), *batch.input_ids_BS.shape)
+            layers = [real.spread(chosen_TE) for chosen_TE in layers]
         for place, sample in enumerate(batch.sample_ids_B.tolist()):
             if 0 <= sample < CHURN_SEQUENCES:
                 start = place * length
-                kept = [chosen_TE[start : start + min(length, CHURN_POSITIONS)] for chosen_TE in layers]
+                kept = [chosen_PE[start : start + min(length, CHURN_POSITIONS)] for chosen_PE in layers]
                 self._choices[sample] = torch.cat(kept, dim=1).cpu()
 
     def close(self) -> None:
@@ -92,15 +93,6 @@ class HeldOutRouting:
         after = _packed(self._mesh.gather(self._choices))
         metrics |= layered("router_churn", _churn(before, after, [len(pairs_EE) for pairs_EE in within]))
         return metrics, [lift_EE.tolist() for lift_EE in lifts], after
-
-
-def _real(batch: Batch) -> Tensor:
-    """bool [B, S]: all tokens but those of a last document without targets, which fills up its sequence, and of a
-    sequence that fills up the batch."""
-    documents_BS = batch.document_ids_BS
-    last_BS = documents_BS == documents_BS[:, -1:]
-    learnt_B = ((batch.labels_BS != NO_TARGET) & last_BS).any(1)
-    return (~last_BS | learnt_B[:, None]) & (batch.sample_ids_B >= 0)[:, None]
 
 
 @torch.no_grad()

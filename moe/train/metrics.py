@@ -56,13 +56,14 @@ class StepSums:
         self._scalars: list[set[str]] = []  # those of them that are the router's own
         self._sums: Tensor | None = None  # [2 + numbers of all layers]: see `add`
         self._maxima: Tensor | None = None  # [layers, LARGEST]
-        self._tokens = 0
+        self._tokens = 0  # that were routed
         self._micro_batches = 0
 
-    def add(self, lm_loss_sum: Tensor, total_loss: Tensor, routers: list[RouterOutput]) -> None:
-        """`lm_loss_sum` in nats over this micro-batch's targets; `total_loss` is what was given to backward."""
+    def add(self, lm_loss_sum: Tensor, total_loss: Tensor, routers: list[RouterOutput], weight: float = 1.0) -> None:
+        """`lm_loss_sum` in nats over this micro-batch's targets; `total_loss` is what was given to backward. `weight`
+        is the micro-batch's in means over micro-batches: its routed tokens over their mean."""
         with torch.no_grad():
-            own = [_own(router) for router in routers]
+            own = [_own(router, weight) for router in routers]
             layers = [
                 named | {name: measure(router) for name, measure in self._summed.items()}
                 for named, router in zip(own, routers, strict=True)
@@ -93,18 +94,19 @@ class StepSums:
         ranks = self._mesh.world_size
         by_rank, maxima = self._sums.new_zeros(ranks), self._sums.new_zeros(ranks, *self._maxima.shape)
         by_rank[self._mesh.rank], maxima[self._mesh.rank] = mine, self._maxima  # a sum that keeps the ranks apart
-        parts = [by_rank, self._sums.new_tensor(flags), maxima.flatten(), self._sums]
+        parts = [by_rank, self._sums.new_tensor([self._tokens, *flags]), maxima.flatten(), self._sums]
         parts += [gradient.double() for gradient in gradients]
         summed = self._mesh.sum_(torch.cat(parts)).split([len(part) for part in parts])
         norms = [torch.linalg.vector_norm(gradient).reshape(1) / ranks for gradient in summed[4:]]
         sizes = [*(len(part) for part in summed[:4]), len(norms)]
         busy, raised, maxima, sums, norms = torch.cat([*summed[:4], *norms]).cpu().split(sizes)
         layers = self._by_layer(sums[2:], maxima.view(ranks, *self._maxima.shape).amax(0))
-        metrics = self._metrics(sums, layers, targets)
+        tokens, *flags = raised.tolist()
+        metrics = self._metrics(sums, layers, targets, tokens)
         if gradients:
             metrics |= layered("router_gradient_norm", norms)
         counts = [layer[demand.__name__].long() for layer in layers]
-        return StepTotals(metrics, counts, busy.tolist(), raised.tolist())
+        return StepTotals(metrics, counts, busy.tolist(), flags)
 
     def _by_layer(self, sums: Tensor, maxima: Tensor) -> list[dict[str, Tensor]]:
         layers, start = list[dict[str, Tensor]](), 0
@@ -116,7 +118,7 @@ class StepSums:
             layers.append(layer)
         return layers
 
-    def _metrics(self, sums: Tensor, layers: list[dict[str, Tensor]], targets: int) -> dict[str, Any]:
+    def _metrics(self, sums: Tensor, layers: list[dict[str, Tensor]], targets: int, tokens: float) -> dict[str, Any]:
         micro_batches = self._micro_batches * self._mesh.data_parallel_size
         metrics: dict[str, Any] = {
             "loss": sums[1].item() / micro_batches,
@@ -132,7 +134,6 @@ class StepSums:
                     by_name.setdefault(name, []).append(layer[name][0])
         for name, values in by_name.items():
             metrics |= layered(name, torch.stack(values) / micro_batches)
-        tokens = self._tokens * self._mesh.data_parallel_size
         for name, diagnostic in DIAGNOSTICS.items():
             measure = diagnostic.measure.__name__
             if measure not in layers[0]:
@@ -154,12 +155,13 @@ def layered(name: str, values: Tensor, over_layers: Callable[[Tensor], Tensor] =
 TAKEN = {"loss", "lm_loss", *ALWAYS, *SUMMED, *LARGEST, *DIAGNOSTICS} - {"load_balancing_loss"}
 
 
-def _own(router: RouterOutput) -> dict[str, Tensor]:
-    """The losses and diagnostics that a router names itself."""
+def _own(router: RouterOutput, weight: float) -> dict[str, Tensor]:
+    """The losses and diagnostics that a router names itself, times `weight`."""
     twice = router.losses.keys() & router.diagnostics.keys()
     taken = (router.losses.keys() | router.diagnostics.keys()) & TAKEN
     assert not twice | taken, f"{sorted(twice | taken)}: a router's names must differ, also from other metrics'"
-    return {name: loss.value for name, loss in router.losses.items()} | router.diagnostics
+    own = {name: loss.value for name, loss in router.losses.items()} | router.diagnostics
+    return own if weight == 1 else {name: weight * value for name, value in own.items()}
 
 
 def entropy_nats(counts_V: Tensor) -> float:

@@ -2,7 +2,8 @@
 
 For each of the step's micro-batches: forward pass → language-model and balance losses → backward pass → engine. The
 language-model loss is the sum over the target tokens of the step's whole global batch divided by their number, so it
-doesn't depend on how many ranks or micro-batches the batch is cut into; balance losses are means over micro-batches.
+doesn't depend on how many ranks or micro-batches the batch is cut into; balance losses are means over micro-batches,
+each of which weighs as many tokens as it has without those that only fill up its sequences.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def training_step(
     micro-batch's index. `diagnose=False` leaves out what `moe.sparse.diagnostics` and `RouterUpdates` measure, for a
     benchmark of what they cost.
     """
-    targets, scales = _global_targets(batches, mesh), lr_scales(config, step)
+    (targets, tokens), scales = _global_counts(batches, mesh), lr_scales(config, step)
     micro_batches = len(batches) * mesh.data_parallel_size
     sums, losses = StepSums(mesh, diagnose=diagnose), list[tuple[Tensor, Tensor]]()
     routers, sparse_layers = list(routers_of(engine.model)), len(config.model.sparse_layer_numbers)
@@ -78,12 +79,14 @@ def training_step(
         output = engine(here.input_ids_BS, labels_BS=here.labels_BS, **_settings(config, here, step))
         # The engine averages over micro-batches and ranks: this makes that average Σ nats / Σ targets.
         loss = output.lm_loss_sum * (micro_batches / max(1, targets))
+        weight = batch.tokens * micro_batches / max(1, tokens)  # 1 where nothing is filled up
         if sparse_layers:
-            loss = loss + balance_loss(output.routers, num_layers=sparse_layers)
+            balance = balance_loss(output.routers, num_layers=sparse_layers)
+            loss = loss + (balance if weight == 1 else weight * balance)
         engine.backward(loss)
         result = engine.step(lr, norm_limit, scales)
         losses.append((loss.detach(), batch.sample_ids_B))
-        sums.add(output.lm_loss_sum, loss, output.routers)
+        sums.add(output.lm_loss_sum, loss, output.routers, weight)
     assert result is not None, f"{len(batches)} micro-batches are not a whole step of {engine.accumulation}"
     totals = sums.reduced(targets, busy_seconds, flags(), updates.gradients())
     if result.skipped is None:
@@ -97,6 +100,7 @@ def _settings(config: Config, batch: Batch, step: int) -> dict[str, Any]:
     """What the forward pass in training takes beside token ids and labels."""
     return {
         "document_ids_BS": batch.document_ids_BS,
+        "real_T": batch.real_T,
         "randomness": Randomness.of(config.train.seed, step, batch.sample_ids_B),
         "neftune_noise_alpha": config.train.neftune_noise_alpha,
     }
@@ -109,7 +113,7 @@ def _count_global_batch(
     """Gives the routers the choices of all ranks and micro-batches of the step, before the first is trained on.
 
     The global batch's balance loss is E Σ f P with both over the whole batch, and only P has a gradient: with f known,
-    its gradient is the mean of the micro-batches'. f is known after a forward pass over all of them.
+    its gradient is the mean of the micro-batches', by their tokens. f is known after a forward pass over all of them.
     """
     counts: list[Tensor] = []
     for batch in batches:
@@ -122,6 +126,9 @@ def _count_global_batch(
         router.global_counts_E = counts_E
 
 
-def _global_targets(batches: Sequence[Batch], mesh: Mesh) -> int:
-    mine = sum(int((batch.labels_BS != NO_TARGET).sum()) for batch in batches)
-    return int(mesh.sum_(torch.tensor(mine, device=mesh.device)))
+def _global_counts(batches: Sequence[Batch], mesh: Mesh) -> tuple[int, int]:
+    """Targets, and tokens that are routed, of the step's global batch."""
+    targets = sum(int((batch.labels_BS != NO_TARGET).sum()) for batch in batches)
+    mine = torch.tensor([targets, sum(batch.tokens for batch in batches)], device=mesh.device)
+    targets, tokens = mesh.sum_(mine).tolist()
+    return targets, tokens

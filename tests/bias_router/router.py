@@ -21,6 +21,7 @@ from moe.config.router import register_router
 from moe.config.rules import positive
 from moe.sparse.balance import load_balancing_loss, router_entropy
 from moe.sparse.randomness import Randomness
+from moe.sparse.real_tokens import RealTokens, token_mean
 from moe.sparse.routers.base import Choices, Router, RouterLoss, RouterOutput, count_choices
 
 
@@ -62,9 +63,12 @@ class BiasRouter(Router):
     def keeps_balance(self) -> bool:
         return True
 
-    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
+    def forward(
+        self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
+    ) -> RouterOutput:
         dtype = torch.promote_types(x_BSH.dtype, torch.float32)
-        logits_TE = F.linear(x_BSH.flatten(0, 1).to(dtype), self.weight.to(dtype))
+        x_TH = x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
+        logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
         scores_TE = logits_TE.sigmoid()
         ids_TK = (scores_TE.detach() + self.bias).topk(self.config.top_k, dim=1).indices
         chosen_TK = scores_TE.gather(1, ids_TK)
@@ -75,7 +79,7 @@ class BiasRouter(Router):
             logits_TE=logits_TE,
             probs_TE=probs_TE,
             counts_E=counts_E,
-            losses={"score_penalty": RouterLoss(scores_TE.square().mean(), 0.01)},
+            losses={"score_penalty": RouterLoss(token_mean(scores_TE.square()).mean(), 0.01)},
             diagnostics={
                 "load_balancing_loss": load_balancing_loss(probs_TE.detach(), counts_E),
                 "router_entropy": router_entropy(probs_TE.detach()),

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
 
-from moe.data.loader import Batch
 from moe.train.objective import training_step
-from tests.distributed.training import build, config_of, micro_batches
+from tests.distributed.training import build, config_of, joined, micro_batches
 from tests.ranks import run_ranks
 
 STEPS, COEFFICIENT = 6, 0.5
 NO_LOSS = ["router.aux_loss_coef=0", "router.z_loss_coef=0", "engine=plain"]
 
 
-def _together(batches: list[Batch]) -> Batch:
-    return Batch(**{one.name: torch.cat([getattr(batch, one.name) for batch in batches]) for one in fields(Batch)})
-
-
 def _steps(overrides: list[str], whole: bool) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Gradient norms, load-balancing losses and last weights."""
-    config, cut = config_of([*NO_LOSS, *overrides]), config_of([])
+    config = config_of([*NO_LOSS, *overrides])
+    cut = config_of([one for one in overrides if one.startswith("data")])
     mesh, engine = build(config)
     norms, losses = [], []
     for step in range(STEPS):
         batches = micro_batches(cut, step)
-        batches = [_together(batches)] if whole else batches
+        batches = [joined(batches)] if whole else batches
         done = training_step(config, mesh, engine, batches, step=step, lr=config.optim.lr)
         norms.append(done.result.grad_norm)
         losses.append(done.metrics["load_balancing_loss" if whole else "global_balancing_loss"])
@@ -36,8 +30,13 @@ def _steps(overrides: list[str], whole: bool) -> tuple[list[float], list[float],
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["router=noisy_topk", "model.recompute=block"], ["model.hidden_dropout=0.1", "router.scoring_func=sigmoid"]],
-    ids=["topk", "noisy, recomputed", "dropout, sigmoid"],
+    [
+        [],
+        ["router=noisy_topk", "model.recompute=block"],
+        ["model.hidden_dropout=0.1", "router.scoring_func=sigmoid"],
+        ["data=sft", "data.path=unread"],
+    ],
+    ids=["topk", "noisy, recomputed", "dropout, sigmoid", "rows and padding"],
 )
 def test_many_micro_batches_train_as_one(more: list[str]) -> None:
     cut = [*more, f"router.global_aux_loss_coef={COEFFICIENT}"]

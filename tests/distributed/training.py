@@ -11,7 +11,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def config_of(overrides: list[str]) -> Config:
 def micro_batches(config: Config, step: int) -> list[Batch]:
     """All of a step's micro-batches in global order; a fifth of the targets is masked, and the whole last micro-batch:
     on four ranks one rank has no target at all. With rows for fine-tuning sequences are packed: a question without
-    targets and its answer, again, and what fills the rest."""
+    targets and its answer, again, and padding, of which the last micro-batch consists."""
     generator = torch.Generator().manual_seed(step)
     train = config.train
     count, batches = train.global_batch_size // train.micro_batch_size, []
@@ -83,20 +83,33 @@ def micro_batches(config: Config, step: int) -> list[Batch]:
         shape = (train.micro_batch_size, train.sequence_length)
         ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
         labels = torch.where(torch.rand(shape, generator=generator) < 0.2, -100, ids.roll(-1, 1))
-        documents = torch.zeros_like(ids, dtype=torch.int32)
+        documents, real_T = torch.zeros_like(ids, dtype=torch.int32), None
         if config.data.has_records:
-            labels, documents = _packed(ids, generator)
+            labels, documents, real_T = _packed(ids, generator)
+            real_T = real_T[:0] if index == count - 1 else real_T
         labels = torch.full_like(labels, -100) if index == count - 1 else labels
         first = step * train.global_batch_size + index * train.micro_batch_size
         samples_B = torch.arange(first, first + train.micro_batch_size)
-        batches.append(Batch(ids, labels, documents, samples_B, samples_B * 0))
+        batches.append(Batch(ids, labels, documents, samples_B, samples_B * 0, real_T))
     return batches
 
 
-def _packed(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(labels, document ids) of rows of 3 to 6 tokens end to end, of which the first half is a question; the last
-    row fills the sequence and has no targets."""
+def joined(batches: list[Batch]) -> Batch:
+    """One micro-batch of several."""
+    names = [one.name for one in fields(Batch) if one.name != "real_T"]
+    whole = Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+    if any(batch.real_T is not None for batch in batches):
+        size = batches[0].input_ids_BS.numel()
+        parts = [torch.arange(size) if batch.real_T is None else batch.real_T for batch in batches]
+        whole.real_T = torch.cat([number * size + real_T for number, real_T in enumerate(parts)])
+    return whole
+
+
+def _packed(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(labels, document ids, places of the rows' tokens) of rows of 3 to 6 tokens end to end, of which the first half
+    is a question; padding fills the sequence."""
     labels, documents = torch.full_like(ids, -100), torch.zeros_like(ids, dtype=torch.int32)
+    real = torch.zeros_like(ids, dtype=torch.bool)
     for sequence in range(len(ids)):
         start = row = 0
         while start + 6 <= ids.shape[1]:
@@ -106,7 +119,8 @@ def _packed(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             labels[sequence, learnt] = ids[sequence, 1:][learnt]
             start, row = end, row + 1
         documents[sequence, start:] = row
-    return labels, documents
+        real[sequence, :start] = True
+    return labels, documents, real.flatten().nonzero().squeeze(1)
 
 
 def backward_by_hand(model: Transformer, config: Config, step: int) -> None:
@@ -152,16 +166,16 @@ def router_buffers(engine: Engine) -> dict[str, Tensor]:
 def engine_steps(config: Config, mesh: Mesh, engine: Engine, first: int, count: int) -> Training:
     """Steps `first` … `first + count − 1` on this rank's micro-batches; losses, norms and counts are over all ranks."""
     done = Training(experts=engine.expert_names)
-    tokens = config.train.global_batch_size * config.train.sequence_length
     layers = config.model.sparse_layer_numbers
-    choices_L1 = torch.tensor([[tokens * config.router.for_layer(layer).experts_per_token] for layer in layers])
+    per_token_L1 = torch.tensor([[config.router.for_layer(layer).experts_per_token] for layer in layers])
 
     def record(module: Any, inputs: Any, output: Any) -> None:
         done.idle_here |= any(bool((router.counts_E == 0).any()) for router in output.routers)
 
     hook = engine.model.register_forward_hook(record)
     for step in range(first, first + count):
-        batches = micro_batches(config, step)[mesh.rank :: mesh.world_size]
+        whole = micro_batches(config, step)
+        batches, choices_L1 = whole[mesh.rank :: mesh.world_size], per_token_L1 * sum(batch.tokens for batch in whole)
         result = training_step(config, mesh, engine, batches, step=step, lr=config.optim.lr)
         assert result.result.skipped is None
         done.losses.append(result.metrics["loss"])

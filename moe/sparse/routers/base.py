@@ -1,6 +1,7 @@
 """The interface of a router, and what it returns for a micro-batch.
 
-Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, K choices per token, N choices.
+Shapes: B sequences, S positions, T tokens (row-major: B·S, less those that only fill up their sequence), H hidden,
+E experts, K choices per token, N choices.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from moe.config import RouterConfig
 from moe.sparse.randomness import Randomness
+from moe.sparse.real_tokens import RealTokens
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class LowRankWeight(Protocol):
 
 
 class Router(nn.Module):
-    """`forward(x_BSH, randomness) -> RouterOutput`. A subclass is registered in `moe.config.router`.
+    """`forward(x_BSH, randomness, real) -> RouterOutput`. A subclass is registered in `moe.config.router`.
 
     Buffers are part of the model: they are saved, resharded and verified like weights, and keep their dtype when the
     model is cast. `reset_buffers` sets their initial values.
@@ -93,8 +95,14 @@ class Router(nn.Module):
         self.lora: LowRankWeight | None = None  # an adapter's addition to `weight`
         self.reads_prefix = False  # in evaluation a router that isn't causal sees no token after the one it routes
 
-    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
-        """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere."""
+    def forward(
+        self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
+    ) -> RouterOutput:
+        """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere.
+
+        `real` are the tokens to route where not all of them are, and the output is about them alone; it is given only
+        then.
+        """
         raise NotImplementedError
 
     def route(self, x_TH: Tensor) -> Choices:

@@ -7,7 +7,8 @@ future that it predicts. `reads_prefix` reads the trained router causally, in ev
 among the best of the tokens up to itself. Text can't be generated from a cache, since a token's experts change with
 what follows.
 
-Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, N choices.
+Shapes: B sequences, S positions, T tokens (row-major: B·S, less those that only fill up their sequence), H hidden,
+E experts, N choices.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch.nn import functional as F
 from moe.config import ExpertChoiceRouterConfig
 from moe.sparse.balance import router_entropy, z_loss
 from moe.sparse.randomness import Randomness
+from moe.sparse.real_tokens import RealTokens, token_mean
 from moe.sparse.routers.base import Choices, Router, RouterLoss, RouterOutput
-from moe.sparse.routers.capacity import expert_capacity
+from moe.sparse.routers.capacity import expert_capacities, expert_capacity
 
 COMPARED = 1 << 24  # pairs of positions and experts that are compared at a time
 
@@ -40,7 +42,9 @@ class ExpertChoiceRouter(Router):
     def keeps_balance(self) -> bool:
         return True
 
-    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
+    def forward(
+        self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
+    ) -> RouterOutput:
         del randomness
         dtype = torch.promote_types(x_BSH.dtype, torch.float32)
         with torch.autocast(x_BSH.device.type, enabled=False):
@@ -48,17 +52,19 @@ class ExpertChoiceRouter(Router):
             probs_BSE = logits_BSE.softmax(-1)
             scores_BSE = probs_BSE.detach()
             in_prefix = self.reads_prefix and not self.training
-            taken_BSE = self.best_so_far(scores_BSE) if in_prefix else self.best(scores_BSE)
-            logits_TE, probs_TE = logits_BSE.flatten(0, 1), probs_BSE.flatten(0, 1)
+            taken_BSE = self.best_so_far(scores_BSE) if in_prefix else self.best(scores_BSE, real)
+            logits_TE, probs_TE, taken_TE = (one.flatten(0, 1) for one in (logits_BSE, probs_BSE, taken_BSE))
+            if real is not None:
+                logits_TE, probs_TE, taken_TE = map(real.select, (logits_TE, probs_TE, taken_TE))
             return RouterOutput(
-                choices=_choices(taken_BSE.flatten(0, 1), probs_TE),
+                choices=_choices(taken_TE, probs_TE),
                 logits_TE=logits_TE,
                 probs_TE=probs_TE,
-                counts_E=taken_BSE.sum((0, 1)),
+                counts_E=taken_TE.sum(0),
                 losses={"router_z_loss": RouterLoss(z_loss(logits_TE), self.at("z_loss_coef"))},
                 diagnostics={
                     "router_entropy": router_entropy(probs_TE.detach()),
-                    "unserved_fraction": (~taken_BSE.any(-1)).to(dtype).mean(),
+                    "unserved_fraction": token_mean((~taken_TE.any(-1)).to(dtype)),
                 },
             )
 
@@ -66,10 +72,17 @@ class ExpertChoiceRouter(Router):
         """Tokens that an expert takes of a sequence of so many."""
         return expert_capacity(tokens, self.config.capacity_factor, self.config.num_experts, 1.0)
 
-    def best(self, scores_BSE: Tensor) -> Tensor:
-        """Which tokens each expert takes, bool [B, S, E]; of equal scores the earliest."""
+    def best(self, scores_BSE: Tensor, real: RealTokens | None = None) -> Tensor:
+        """Which tokens each expert takes, bool [B, S, E]; of equal scores the earliest. With `real` tokens as many as
+        of a sequence of these alone."""
+        capacity: int | Tensor = self.capacity(scores_BSE.shape[1])
+        if real is not None:
+            rule = 1.0, self.config.num_experts, self.config.capacity_factor
+            capacity = expert_capacities(real, *rule)[:, None, None]
+            real_BS1 = real.spread(torch.ones_like(real.places_T, dtype=torch.bool)).view(*scores_BSE.shape[:2], 1)
+            scores_BSE = scores_BSE.masked_fill(~real_BS1, -1.0)
         order_BSE = scores_BSE.argsort(dim=1, descending=True, stable=True)
-        return order_BSE.argsort(dim=1) < self.capacity(scores_BSE.shape[1])
+        return order_BSE.argsort(dim=1) < capacity
 
     def best_so_far(self, scores_BSE: Tensor) -> Tensor:
         """The same for each token as if it were the last of its sequence."""

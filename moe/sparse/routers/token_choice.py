@@ -2,7 +2,8 @@
 
 input (jitter) → logits → noise → scores → choice (bias, groups) → weights → capacity → losses
 
-Shapes: B sequences, S positions, T = B·S tokens (row-major), H hidden, E experts, K choices per token.
+Shapes: B sequences, S positions, P = B·S places, T tokens (all places, less those that only fill up their sequence),
+H hidden, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from moe.config import BiasUpdate, ScoringFunction, TokenChoiceConfig
 from moe.sparse.balance import load_balancing_loss, router_entropy, sequence_balancing_loss, usage_variance, z_loss
 from moe.sparse.randomness import Randomness
+from moe.sparse.real_tokens import RealTokens
 from moe.sparse.routers.base import Choices, Router, RouterLoss, RouterOutput, count_choices
-from moe.sparse.routers.capacity import expert_capacity, keep_choices
+from moe.sparse.routers.capacity import expert_capacities, expert_capacity, keep_choices
 
 NOISE = 1  # the place of noise on logits in a layer's randomness; jitter has the layer's own
 
@@ -49,7 +51,9 @@ class TokenChoiceRouter(Router):
     def counts_global_batch(self) -> bool:
         return self.config.highest("global_aux_loss_coef") > 0
 
-    def forward(self, x_BSH: Tensor, randomness: Randomness | None = None) -> RouterOutput:
+    def forward(
+        self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
+    ) -> RouterOutput:
         """Route x [B, S, H] of any float dtype. Differentiable through logits, probabilities, weights and losses.
 
         NOTE: noise and `router.capacity_factor` act in training mode only. In evaluation a token would otherwise lose
@@ -59,18 +63,20 @@ class TokenChoiceRouter(Router):
         dtype = torch.promote_types(x_BSH.dtype, torch.float32)
         with torch.autocast(x_BSH.device.type, enabled=False):
             input_BSH = self.jittered(x_BSH.to(dtype), randomness)
-            input_TH = input_BSH.flatten(0, 1)
-            logits_TE = F.linear(input_TH, self.trained(self.adapted(self.weight)).to(dtype))
-            scored_TE = self.noisy(logits_TE, input_TH, x_BSH.shape[:2], randomness)
+            input_PH = input_BSH.flatten(0, 1)
+            logits_TE = F.linear(input_PH, self.trained(self.adapted(self.weight)).to(dtype))
+            scored_TE = self.noisy(logits_TE, input_PH, x_BSH.shape[:2], randomness)
+            if real is not None:
+                logits_TE, scored_TE = real.select(logits_TE), real.select(scored_TE)
             scores_TE, probs_TE = self.scores(scored_TE)
             ids_TK, weights_TK = self.chosen(scores_TE)
             counts_E = count_choices(ids_TK.flatten(), self.config.num_experts)
             return RouterOutput(
-                choices=Choices.top_k(ids_TK, weights_TK, self.kept(ids_TK, scores_TE.detach(), x_BSH.shape)),
+                choices=Choices.top_k(ids_TK, weights_TK, self.kept(ids_TK, scores_TE.detach(), x_BSH.shape, real)),
                 logits_TE=logits_TE,
                 probs_TE=probs_TE,
                 counts_E=counts_E,
-                losses=dict(self.losses(logits_TE, probs_TE, ids_TK, counts_E, x_BSH.shape[0])),
+                losses=dict(self.losses(logits_TE, probs_TE, ids_TK, counts_E, x_BSH.shape[0], real)),
                 diagnostics={"router_entropy": router_entropy(probs_TE.detach())},
             )
 
@@ -125,21 +131,30 @@ class TokenChoiceRouter(Router):
         factor = self.config.routed_scaling_factor
         return chosen_TK if factor == 1 else chosen_TK * factor
 
-    def kept(self, ids_TK: Tensor, scores_TE: Tensor, shape: torch.Size) -> Tensor | None:
+    def kept(
+        self, ids_TK: Tensor, scores_TE: Tensor, shape: torch.Size, real: RealTokens | None = None
+    ) -> Tensor | None:
         """Which choices the experts' capacity leaves, bool [T, K]; None when it leaves all."""
         config = self.config
         if config.capacity_factor is None or not self.training:
             return None
-        capacity = expert_capacity(shape[1], ids_TK.shape[1], config.num_experts, config.capacity_factor)
-        return keep_choices(ids_TK, scores_TE, shape[0], capacity, config.drop_policy)
+        rule = ids_TK.shape[1], config.num_experts, config.capacity_factor
+        capacity = expert_capacity(shape[1], *rule) if real is None else expert_capacities(real, *rule)
+        return keep_choices(ids_TK, scores_TE, shape[0], capacity, config.drop_policy, real)
 
     def losses(
-        self, logits_TE: Tensor, probs_TE: Tensor, ids_TK: Tensor, counts_E: Tensor, num_sequences: int
+        self,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        ids_TK: Tensor,
+        counts_E: Tensor,
+        num_sequences: int,
+        real: RealTokens | None = None,
     ) -> Iterator[tuple[str, RouterLoss]]:
         """The first and the last are metrics also with a coefficient of 0; the others are computed where they count."""
         yield "load_balancing_loss", RouterLoss(load_balancing_loss(probs_TE, counts_E), self.at("aux_loss_coef"))
         if self.config.highest("sequence_aux_loss_coef"):
-            value = sequence_balancing_loss(probs_TE, ids_TK, num_sequences)
+            value = sequence_balancing_loss(probs_TE, ids_TK, num_sequences, real)
             yield "sequence_balancing_loss", RouterLoss(value, self.at("sequence_aux_loss_coef"))
         if self.counts_global_batch:
             counted = self.global_counts_E if self.training else None

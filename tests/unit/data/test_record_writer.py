@@ -15,6 +15,7 @@ from moe.data.loader import Loader, held_out_batches
 from moe.data.packing import NO_TARGET, pack
 from moe.data.prepare import prepare
 from moe.data.readers import DataError
+from moe.data.shards import PADDING
 from moe.model.build import build_model
 
 MISTRAL = TokenizerConfig(kind=TokenizerKind.mistral)
@@ -54,7 +55,7 @@ def answers(stream, tokenizer):
     found = []
     for index in range(stream.tokens // stream.packed_length):
         sample = pack(stream, index, stream.packed_length, 0)
-        for document in range(sample.document_ids_L[-1] + 1):
+        for document in range(sample.document_ids_L[sample.length - 1] + 1):
             labels = sample.labels_L[sample.document_ids_L == document]
             ids = [int(label) for label in labels if label != NO_TARGET]
             assert ids[-1] == tokenizer.eos_id
@@ -105,7 +106,7 @@ def test_packing_changes_no_rows_loss(chats, tmp_path):
     for index in range(6):
         sample = pack(stream, index, LENGTH, corpus.tokenizer.eos_id)
         packed = losses(model, sample.input_ids_L, sample.labels_L, sample.document_ids_L)
-        for document in range(sample.document_ids_L[-1] + 1):
+        for document in range(sample.document_ids_L[sample.length - 1] + 1):
             own = sample.document_ids_L == document
             alone = losses(model, sample.input_ids_L[own], sample.labels_L[own], None)
             assert np.abs(packed[own] - alone).max() <= 1e-6
@@ -132,6 +133,30 @@ def test_rows_are_whole_and_sequences_are_full(chats, tmp_path):
     assert starts <= firsts
     filled = 1 - (stream.read(0, stream.tokens)[:-1] == corpus.tokenizer.eos_id).mean()
     assert filled > 0.85
+
+
+def test_what_fills_a_sequence_is_known_and_a_document_of_its_own(chats, tmp_path):
+    corpus = make(chats, tmp_path)
+    stream, eos = corpus.train[0], corpus.tokenizer.eos_id
+    samples = [pack(stream, index, LENGTH, eos) for index in range(stream.tokens // LENGTH)]
+    filled = 0
+    for sample in samples:
+        if sample.length < LENGTH:  # else it may be a row that was cut
+            assert sample.input_ids_L[sample.length - 1] == eos, "a row's own end is no padding"
+        assert (sample.input_ids_L[sample.length :] == eos).all()
+        assert (sample.labels_L[sample.length - 1 :] == NO_TARGET).all()
+        documents = sample.document_ids_L
+        assert set(documents[sample.length :]) <= {documents[sample.length - 1] + 1}
+        filled += LENGTH - sample.length
+    assert 0 < filled == (stream.mask(0, stream.tokens) == PADDING).sum()
+    loader = Loader(corpus, sequence_length=LENGTH, micro_batch_size=4, global_batch_size=4, seed=0)
+    batch = loader.next_step()[0]
+    real_BS = torch.zeros(4, LENGTH, dtype=torch.bool)
+    real_BS.view(-1)[batch.real_T] = True
+    assert batch.tokens == int(real_BS.sum()) < 4 * LENGTH
+    assert (batch.input_ids_BS[~real_BS] == eos).all()
+    for row, real in zip(batch.input_ids_BS, real_BS, strict=True):
+        assert any(np.array_equal(row, one.input_ids_L) and one.length == int(real.sum()) for one in samples)
 
 
 @pytest.mark.parametrize("rule", LongRows)
@@ -230,7 +255,7 @@ def test_a_damaged_mask_is_noticed_and_written_again(chats, tmp_path):
     corpus = make(chats, tmp_path)
     path = corpus.train[0].folder / "00000.mask"
     content = path.read_bytes()
-    for damaged in (content[:-1], content.replace(b"\1", b"\2", 1), content.replace(b"\1", b"\0", 1)):
+    for damaged in (content[:-1], content.replace(b"\1", b"\3", 1), content.replace(b"\1", b"\0", 1)):
         path.write_bytes(damaged)
         logged = []
         make(chats, tmp_path, logged=logged)

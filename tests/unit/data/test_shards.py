@@ -137,6 +137,8 @@ def test_the_last_held_out_sequence_is_padded(tmp_path):
     count = len(FLAT) - 1
     sample = pack(stream, 1, 20, pad_id=9)
     left = count - 20
+    assert sample.length == left
+    assert pack(stream, 0, 20, pad_id=9).length == 20
     assert sample.labels_L[:left].tolist() == [
         FLAT[t + 1] if OWNER[t + 1] == OWNER[t] else NO_TARGET for t in range(20, count)
     ]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moe.config.compose import load_config
-from moe.data.loader import Batch
 from moe.model.build import build_model
 from moe.model.neftune import noisy
 from moe.sparse import Randomness
 from moe.train.objective import training_step
-from tests.distributed.training import build, config_of, micro_batches
+from tests.distributed.training import build, config_of, joined, micro_batches
 
 ALPHA, HIDDEN = 5.0, 64
 
@@ -54,21 +53,17 @@ def test_the_model_has_noise_in_training_only() -> None:
     assert torch.equal(loss(ALPHA), loss(None))
 
 
-def _losses(joined: int, alpha: str = "5") -> list[float]:
-    """With micro-batches of 2 · `joined` sequences. A dense model's: a balance loss is per micro-batch."""
+def _losses(together: int, alpha: str = "5") -> list[float]:
+    """With micro-batches of 2 · `together` sequences. A dense model's: a balance loss is per micro-batch."""
     config = config_of(["engine=plain", "model.mlp=dense", f"train.neftune_noise_alpha={alpha}"])
-    cut = replace(config, train=replace(config.train, micro_batch_size=2 * joined))
+    cut = replace(config, train=replace(config.train, micro_batch_size=2 * together))
     mesh, engine = build(cut)
     losses = []
     for step in range(5):
         parts = micro_batches(config, step)
-        batches = [_joined(parts[start : start + joined]) for start in range(0, len(parts), joined)]
+        batches = [joined(parts[start : start + together]) for start in range(0, len(parts), together)]
         losses.append(training_step(cut, mesh, engine, batches, step=step, lr=1e-3).metrics["loss"])
     return losses
-
-
-def _joined(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(batch, one.name) for batch in batches]) for one in fields(Batch)))
 
 
 def test_losses_are_the_same_at_any_split_into_micro_batches() -> None:

@@ -51,28 +51,30 @@ def _evaluated(model: Transformer) -> dict[str, Any]:
     return Evaluation(corpus, [batch], mesh, 300)(model, lambda name: None).metrics
 
 
-def test_held_out_balance_leaves_out_what_only_fills_sequences() -> None:
+def test_held_out_balance_and_norms_leave_out_what_only_fills_sequences() -> None:
     model, mesh = _model("topk").eval(), Mesh(0, 1, 0, 1, 1, torch.device("cpu"))
     ids = torch.randint(0, 300, (3, 24), generator=torch.Generator().manual_seed(0))
     documents = torch.zeros_like(ids, dtype=torch.int32)
     documents[0, 10:], documents[1, 5:] = 1, 1
-    labels = ids.roll(-1, 1)
-    labels[0, 10:] = -100  # fills the sequence; the second sequence's last document is learnt from
-    labels[1, :8] = -100
-    batch = Batch(ids, labels, documents, torch.tensor([0, 1, -1]), torch.zeros(3, dtype=torch.int64))
-    held_out = HeldOutRouting(model, mesh)
+    labels, real_T = ids.roll(-1, 1), torch.cat([torch.arange(10), torch.arange(24, 48)])
+    labels[0, 10:] = -100  # fills the sequence, as the third does the batch; the second's last document has no target
+    labels[1, 5:] = -100
+    batch = Batch(ids, labels, documents, torch.tensor([0, 1, -1]), torch.zeros(3, dtype=torch.int64), real_T)
     with torch.no_grad():
-        routers = model(ids, document_ids_BS=documents).routers
-    held_out.add(batch, routers)
+        everything = model(ids, document_ids_BS=documents).routers
+        held_out = HeldOutRouting(model, mesh)
+        held_out.add(batch, model(ids, document_ids_BS=documents, real_T=real_T).routers)
     held_out.close()
     expected = []
-    for routed in routers:
+    for routed in everything:
         chosen = torch.zeros(3, 24, 8)
         tokens_N, experts_N = routed.choices.tokens_N, routed.choices.experts_N
         chosen[tokens_N // 24, tokens_N % 24, experts_N] = 1
         counts_E = chosen[0, :10].sum(0) + chosen[1].sum(0)
         expected.append((counts_E.max() / counts_E.mean() - 1).item())
+    rows_E = [norms[1].sum().item() for norms in held_out._norms]
     found, _, _ = held_out.metrics("")
+    assert rows_E == [2.0 * 34, 2.0 * 34]
     assert found["val_max_violation_layers"] == pytest.approx(expected, rel=1e-6)
 
 
