@@ -38,7 +38,7 @@ OWN = ("run_dir", "train.seed", "train.eval_every", "train.epochs")
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class TimedRun:
     """`module` is run under torchrun with `PRESET`, `keys` and the run's own."""
 
     name: str
@@ -73,15 +73,15 @@ def run(overrides: list[str]) -> Results:
     return results(runs, config)
 
 
-def sides_of(config: Config) -> list[Side]:
+def sides_of(config: Config) -> list[TimedRun]:
     """The quickstart; with Muon; dense at the same active width; the reference."""
     train, width = ("moe", "train"), config.router.experts_per_token * config.model.intermediate_size
     dense = ("model.mlp=dense", f"model.intermediate_size={width}", "parallel.expert_parallel_size=1")
     return [
-        Side(FIRST, train),
-        Side("quickstart, Muon", train, ("optim=muon",)),
-        Side("quickstart, dense", train, dense),
-        Side(f"GPT-2 of transformers, {gpt.layers_of(config)} layers", ("moe.bench.gpt",)),
+        TimedRun(FIRST, train),
+        TimedRun("quickstart, Muon", train, ("optim=muon",)),
+        TimedRun("quickstart, dense", train, dense),
+        TimedRun(f"GPT-2 of transformers, {gpt.layers_of(config)} layers", ("moe.bench.gpt",)),
     ]
 
 
@@ -128,7 +128,7 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config) -> Resu
     )
 
 
-def _rows(side: Side, overrides: list[str], steps: int, seed: int) -> list[dict[str, Any]]:
+def _rows(side: TimedRun, overrides: list[str], steps: int, seed: int) -> list[dict[str, Any]]:
     """A run's metrics, a dict a step. Raises UserError with the end of its output where it failed."""
     with tempfile.TemporaryDirectory() as folder:
         own = [f"train.steps={steps}", f"train.seed={seed}", f"train.eval_every={max(1, steps // PARTS)}"]
