@@ -120,8 +120,8 @@ def page(folder: Path) -> Page:
 A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − ×, digit by digit, from {EPOCHS} epochs of
 {EPOCH:,} drawn rows. It is asked about problems with operands from 1 to {ASKED}, of which there are {len(small):,}.
 
-- **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of sign, smaller and larger operand. Where 7*8
-  is held out, 8*7 is too, so that no answer can be had by swapping.
+- **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of the problem with its smaller operand
+  first. Where 7*8 is held out, 8*7 is too, so that no answer can be had by swapping.
 - **Training rows** have operands up to {TRAINED}; a quarter of them, up to {ASKED}. The larger ones are there
   so that sums and differences can't be learnt by heart.
 - **Products by a number of two digits are worked out**: `17*13=` → `51+170=221`, the ones and the tens of the second

@@ -6,7 +6,7 @@ It takes `moe train`'s keys and reads the same token shards in the same order; o
 vocabulary, the hidden size, the heads and, as its own number of layers, `layers_of`. Gradients are averaged by torch's
 DistributedDataParallel. The recipe is nanoGPT's for small models: learned positions, LayerNorm, GELU, tied embeddings,
 AdamW with betas (0.9, 0.99) and weight decay 0.1, clipping at 1, warm-up, cosine to a tenth; `LEARNING_RATE` is the
-best of 1e-3, 2e-3, 4e-3, 8e-3 on the quickstart's data. DIR/metrics.jsonl gets each step's step, lm_loss and
+best of 1e-3, 2e-3 and 4e-3 on the quickstart's data. DIR/metrics.jsonl gets each step's step, lm_loss and
 step_seconds, and val_loss every `train.eval_every` steps.
 """
 
@@ -36,7 +36,7 @@ from moe.train.build import open_data
 from moe.train.optim import learning_rate
 from moe.train.progress import Display
 
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 2e-3
 
 
 def layers_of(config: Config) -> int:
