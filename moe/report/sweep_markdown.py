@@ -30,9 +30,11 @@ class Size:
 def write_sweep_markdown(folder: Path, page: Path, reference: str, size_of: Callable[[TrialRow], Size]) -> None:
     """Replaces what stands between the markers of `page`; a page that doesn't exist is made of the table alone.
 
-    Raises UserError for a sweep that can't be read, a `reference` that is none of its points, or a page without
-    markers.
+    Raises UserError for a sweep that can't be read, a `reference` that is none of its points, a folder that doesn't
+    exist, or a page without markers.
     """
+    if not page.absolute().parent.is_dir():
+        raise UserError(f"markdown={page} must be a file in a folder that exists")
     lines = list(render(read_sweep(folder), reference, size_of))
     if not page.exists():
         page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")

@@ -82,6 +82,8 @@ def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="must have the lines"):
         write_sweep_markdown(folder, page, "aux", lambda _: Size(1, 1, 2))
     assert page.read_text() == "no markers"
+    with pytest.raises(UserError, match=r"none/page\.md must be a file in a folder that exists"):
+        write_sweep_markdown(folder, tmp_path / "none" / "page.md", "aux", lambda _: Size(1, 1, 2))
 
 
 def test_a_reference_that_is_no_point_is_named(tmp_path: Path) -> None:
