@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moe.bench.peer import adamw
 from moe.config import Config
 from moe.config.compose import load_config
 from moe.data.loader import Batch
+from moe.data.packing import NO_TARGET
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.durable import append_line
@@ -81,7 +83,7 @@ def nats(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def targets(batches: list[Batch]) -> Tensor:
-    return torch.tensor(sum(int((batch.labels_BS != -100).sum()) for batch in batches), dtype=torch.float64)
+    return torch.tensor(sum(int((batch.labels_BS != NO_TARGET).sum()) for batch in batches), dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -106,13 +108,7 @@ def _train(config: Config, mesh: Mesh) -> None:
     bare = Gpt(config)
     model = DistributedDataParallel(bare) if mesh.world_size > 1 else bare
     optim = replace(config.optim, lr=LEARNING_RATE, betas=[0.9, 0.99])
-    decayed = [one for one in bare.parameters() if one.ndim >= 2]
-    others = [one for one in bare.parameters() if one.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(optim.betas[0], optim.betas[1]),
-        fused=True,
-    )
+    optimizer = adamw(bare.parameters(), replace(config, optim=optim))
     file = Path(config.run_dir) / "metrics.jsonl"
     if mesh.is_main:
         file.parent.mkdir(parents=True, exist_ok=True)

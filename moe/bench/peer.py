@@ -66,7 +66,7 @@ class Peer:
             self._trained = [nn.Parameter(one.detach().float()) for one in self.model.parameters()]
         else:
             self._trained = list(self.model.parameters())
-        self._optimizer = _adamw(self._trained, config)
+        self._optimizer = adamw(self._trained, config)
 
     def __call__(self, ids_BS: Tensor) -> float:
         """One optimizer step; returns its loss."""
@@ -100,7 +100,8 @@ class Peer:
         return nullcontext()
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.AdamW:
+    """torch's, with `config.optim`'s rates; weight decay for matrices alone."""
     parameters, optim = list(parameters), config.optim
     decayed = [one for one in parameters if one.ndim >= 2]
     others = [one for one in parameters if one.ndim < 2]

@@ -56,6 +56,8 @@ def run(overrides: list[str]) -> Results:
     config: Config = load_config([*PRESET, *rest])
     config.check_world(RANKS, RANKS)
     steps = config.train.steps
+    if steps % PARTS:
+        raise UserError(f"bench time_to_loss train.steps={steps} must be divisible by {PARTS}: it evaluates as often")
     rest = [one for one in rest if not one.startswith("train.steps=")]
     sides = sides_of(config)
     seconds_a_step = {side.name: _seconds_a_step(_rows(side, rest, PILOT_STEPS, 0)) for side in sides}
@@ -63,13 +65,16 @@ def run(overrides: list[str]) -> Results:
     for seed in range(keys.rounds):
         budget = 0.0
         for side in sides:
-            wanted = steps if side.name == FIRST else max(1, round(budget / seconds_a_step[side.name]))
+            wanted = steps if side.name == FIRST else _whole_parts(budget / seconds_a_step[side.name])
             rows = _rows(side, rest, wanted, seed)
             if side.name == FIRST:
                 budget = _seconds(rows)
             seconds_a_step[side.name] = _seconds_a_step(rows)
             runs[side.name].append(rows)
-            print(f"seed {seed}, {side.name}: {wanted} steps, {_seconds(rows):.0f} s, {rows[-1]['val_loss']:.3f} nats")
+            print(
+                f"seed {seed}, {side.name}: {wanted} steps, {_seconds(rows):.0f} s, {rows[-1]['val_loss']:.3f} nats",
+                flush=True,
+            )
     return results(runs, config)
 
 
@@ -92,7 +97,7 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config) -> Resu
     losses: dict[str, list[float]] = {}
     for name, seeds in runs.items():
         losses[name] = [rows[-1]["val_loss"] for rows in seeds]
-        evaluated = [[row["val_loss"] for row in rows if "val_loss" in row][-PARTS:] for rows in seeds]
+        evaluated = [[row["val_loss"] for row in rows if "val_loss" in row] for rows in seeds]
         spread = statistics.stdev(losses[name]) if len(seeds) > 1 else None
         violation = [
             row["max_violation"] for rows in seeds for row in rows[-LAST:] if row.get("max_violation") is not None
@@ -131,7 +136,7 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config) -> Resu
 def _rows(side: TimedRun, overrides: list[str], steps: int, seed: int) -> list[dict[str, Any]]:
     """A run's metrics, a dict a step. Raises UserError with the end of its output where it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"train.steps={steps}", f"train.seed={seed}", f"train.eval_every={max(1, steps // PARTS)}"]
+        own = [f"train.steps={steps}", f"train.seed={seed}", f"train.eval_every={steps // PARTS}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m"]
         command += [*side.module, *PRESET, *side.keys, *overrides, *own, f"run_dir={folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -139,6 +144,11 @@ def _rows(side: TimedRun, overrides: list[str], steps: int, seed: int) -> list[d
             raise UserError(f"bench time_to_loss, {side.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
         with (Path(folder) / "run" / "metrics.jsonl").open() as file:
             return [json.loads(line) for line in file]
+
+
+def _whole_parts(steps: float) -> int:
+    """The nearest number of steps that is divisible by PARTS, so that each side is evaluated after the same shares."""
+    return PARTS * max(1, round(steps / PARTS))
 
 
 def _seconds(rows: list[dict[str, Any]]) -> float:

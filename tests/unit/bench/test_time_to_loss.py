@@ -44,7 +44,9 @@ def test_sides_have_the_active_width_of_the_quickstart() -> None:
     assert blocks == pytest.approx(active, rel=0.1)
 
 
-@pytest.mark.parametrize("override", ["run_dir=here", "train.seed=1", "train.eval_every=5", "rounds=0", "steps=3"])
+@pytest.mark.parametrize(
+    "override", ["run_dir=here", "train.seed=1", "train.eval_every=5", "train.steps=10", "rounds=0", "steps=3"]
+)
 def test_bad_keys(override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
         run_bench(["time_to_loss", override])
