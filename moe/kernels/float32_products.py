@@ -1,7 +1,7 @@
 """Which library computes float32 matrix products on a CPU: MKL, torch's own choice, or oneDNN, chosen by measurement.
 
-MKL runs float32 products at about half of an AMD core's speed; oneDNN reaches all of it, with the same accuracy. On an
-Intel core both are as fast. torch hands a product to oneDNN where `torch.backends.mkldnn.matmul.fp32_precision` is
+MKL runs float32 products at about half of some AMD cores' speed; oneDNN reaches all of it, with the same accuracy. On
+other cores both are as fast. torch hands a product to oneDNN where `torch.backends.mkldnn.matmul.fp32_precision` is
 `bf16`, which allows oneDNN to round the factors to bfloat16: it does so on cores with AMX units and nowhere else. So
 `choose` measures both libraries' errors and speeds, and takes oneDNN only where it is as accurate and much faster.
 
@@ -24,10 +24,13 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SHAPE = 256, 512, 1024  # rows, length of a dot product, columns
-ROUNDS = 6
+SHAPE = 128, 512, 512  # rows, length of a dot product, columns: well under a time slice
+ROUNDS = 20
 MOST_ERROR = 4.0  # oneDNN's largest error over MKL's: its order of summation is another, a bfloat16 factor gives 4,000
-LEAST_GAIN = 1.3  # oneDNN's speed over MKL's: far from what noise makes of equal speeds, or two runs would differ
+LEAST_GAIN = (
+    1.5  # oneDNN's speed over MKL's. It was 1.0 to 1.2 on Intel and on one kind of AMD core, 2.1 to 2.5 on another:
+)
+# the limit is far from both, since a run that resumes must choose what it chose before, on a busy machine too
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,16 @@ _route = _UNMEASURED
 
 
 def choose() -> Route:
-    """Measures both libraries, once in a process, and uses the better one from now on. Takes some 10 ms."""
+    """Measures both libraries, once in a process and on one thread, and uses the better one from now on. Takes some
+    20 ms."""
     global _route
     if _route is _UNMEASURED:
-        _route = _measured_route()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # several wait for each other where another process has a core
+        try:
+            _route = _measured_route()
+        finally:
+            torch.set_num_threads(threads)
     return _route
 
 
@@ -128,7 +137,8 @@ def largest_error(product: Tensor, exact: Tensor) -> float:
 
 
 def _seconds(a: Tensor, b: Tensor, context: Callable[[], AbstractContextManager[None]]) -> float:
+    """CPU time: on a busy machine wall-clock would say who else ran, and two runs of one configuration would differ."""
     with context():
-        start = time.perf_counter()
+        start = time.thread_time()
         torch.mm(a, b)
-        return time.perf_counter() - start
+        return time.thread_time() - start

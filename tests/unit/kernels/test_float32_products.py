@@ -12,6 +12,7 @@ import torch
 from moe.kernels import float32_products
 from moe.kernels.float32_products import LibraryTimes, Route, decide
 from moe.kernels.padded_rows import pads
+from tests.ranks import run_ranks
 
 SWITCH = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 MKL = LibraryTimes(error=5e-7, seconds=1e-3)
@@ -38,6 +39,17 @@ def test_a_choice_is_made_once_and_leaves_the_switch_alone(monkeypatch: pytest.M
     assert float32_products.choose() is route
     assert str(route).startswith("float32 matrix products: ")
     assert SWITCH.fp32_precision == before
+
+
+def _choices() -> list[bool]:
+    return [float32_products._measured_route().onednn for _ in range(10)]
+
+
+def test_a_busy_machine_chooses_as_an_idle_one() -> None:
+    """A run that resumes beside others must compute the same. More processes than cores, each choosing ten times."""
+    processes = 2 * len(os.sched_getaffinity(0))
+    chosen = run_ranks(min(processes, 16), _choices, timeout=120)
+    assert len({onednn for one in chosen for onednn in one}) == 1, chosen
 
 
 @pytest.mark.parametrize("onednn", [False, True])
