@@ -3,7 +3,9 @@ processes it starts: on a machine that does something else too, two threads wait
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +35,13 @@ def _environment_of_before() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_group() -> Iterator[None]:
+    """What joins a process group runs in a rank of its own (tests/ranks.py): ranks forked later would wait for the
+    threads of this process's group for ever."""
+    yield
+    deepspeed: Any = sys.modules.get("deepspeed.comm.comm")
+    assert not torch.distributed.is_initialized(), "a test of this file left a process group"
+    assert getattr(deepspeed, "cdb", None) is None, "a test of this file left DeepSpeed's process group"

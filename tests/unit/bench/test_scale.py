@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from itertools import pairwise
 
 import pytest
@@ -10,6 +12,7 @@ from moe.bench import run_bench, scale
 from moe.config.compose import load_config
 from moe.errors import UserError
 from moe.plan import flops_per_token
+from tests.ranks import run_ranks
 
 TINY = [
     "rounds=1", "steps=1", "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48",
@@ -17,13 +20,19 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_every_size_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(scale, "TOKENS", 64)
-    monkeypatch.setattr(scale, "LENGTHS", (8, 16, 32))
-    monkeypatch.setattr(scale, "WINDOW", 4)
-    monkeypatch.setattr(scale, "series", lambda every=scale.series: every()[:2])
-    run_bench(["scale", *TINY])
-    lines = capsys.readouterr().out.splitlines()
+def _printed() -> str:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(scale, "TOKENS", 64)
+    patch.setattr(scale, "LENGTHS", (8, 16, 32))
+    patch.setattr(scale, "WINDOW", 4)
+    patch.setattr(scale, "series", lambda every=scale.series: every()[:2])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_bench(["scale", *TINY])
+    return printed.getvalue()
+
+
+def test_every_size_is_measured() -> None:
+    lines = run_ranks(1, _printed)[0].splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == [
         "sequence length, all keys seen", "sequence length, window 4",
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from moe.model.neftune import noisy
 from moe.sparse import Randomness
 from moe.train.objective import training_step
 from tests.distributed.training import build, config_of, joined, micro_batches
+from tests.ranks import run_ranks
 
 ALPHA, HIDDEN = 5.0, 64
 
@@ -66,8 +67,12 @@ def _losses(together: int, alpha: str = "5") -> list[float]:
     return losses
 
 
+def _splits() -> list[list[float]]:
+    return [_losses(1), _losses(2), _losses(4), _losses(1, "null")]
+
+
 def test_losses_are_the_same_at_any_split_into_micro_batches() -> None:
-    two = _losses(1)
-    assert two == pytest.approx(_losses(2), rel=1e-6)
-    assert two == pytest.approx(_losses(4), rel=1e-6)
-    assert two != pytest.approx(_losses(1, "null"), rel=1e-4)
+    ((two, four, eight, without),) = run_ranks(1, _splits)
+    assert two == pytest.approx(four, rel=1e-6)
+    assert two == pytest.approx(eight, rel=1e-6)
+    assert two != pytest.approx(without, rel=1e-4)
