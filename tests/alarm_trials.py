@@ -114,7 +114,7 @@ BROKEN = {
 }
 FROM_THE_START = {
     "no balance from step 0": list(NONE),
-    "topk 2 of 8, weaker": ["router.aux_loss_coef=0.005"],  # too weak: an expert of layer 1 serves every token
+    "no balance from step 0, initializer=normal": [*NONE, "model.initializer=normal"],
 }
 
 
@@ -240,7 +240,8 @@ def _table(folder: Path) -> None:
             from_step = 1 if name in FROM_THE_START else SAVED_AT + 1 if changed else BROKEN_AT
             firsts = [next((a for a in found if a["step"] >= from_step), None) for _, found, _ in runs]
             steps = [first["step"] - from_step + 1 for first in firsts if first is not None]
-            by = sorted({f"{a['metric']} {a['layer']}, {a['expert']}" for a in firsts if a is not None})
+            found = [a for a in firsts if a is not None]
+            by = sorted({f"{a['metric']} {a['layer']}, {'–' if a['expert'] is None else a['expert']}" for a in found})
             middle = f"{statistics.median(steps):g} ({min(steps)}–{max(steps)})" if steps else "–"
             print(f"| {name} | {len(steps)} of {len(runs)} | {middle} | {'; '.join(by)} |")
 

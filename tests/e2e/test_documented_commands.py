@@ -210,7 +210,7 @@ def test_a_documented_command_works(command: Command, desk: Desk) -> None:
         planned.check_world(planned.hardware.world_size, planned.hardware.gpus_per_node)
     if _runs_here(command):
         for done in desk.run(command):
-            assert done.code == (2 if message else 0), done.err
+            assert done.code == (2 if message else 0), done.out + done.err
             assert (message or "") in done.err
         if run_dir := _run_dir(command):
             found = desk._folder / run_dir / ("trials.csv" if verb == "sweep" else "metrics.jsonl")
