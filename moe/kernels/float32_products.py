@@ -27,10 +27,9 @@ R = TypeVar("R")
 SHAPE = 128, 512, 512  # rows, length of a dot product, columns: well under a time slice
 ROUNDS = 20
 MOST_ERROR = 4.0  # oneDNN's largest error over MKL's: its order of summation is another, a bfloat16 factor gives 4,000
-LEAST_GAIN = (
-    1.5  # oneDNN's speed over MKL's. It was 1.0 to 1.2 on Intel and on one kind of AMD core, 2.1 to 2.5 on another:
-)
-# the limit is far from both, since a run that resumes must choose what it chose before, on a busy machine too
+# oneDNN's speed over MKL's. It was 1.0 to 1.2 on Intel and on one kind of AMD core, 2.1 to 2.5 on another: the limit is
+# far from both, since a run that resumes must choose what it chose before, on a busy machine too.
+LEAST_GAIN = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ _route = _UNMEASURED
 
 def choose() -> Route:
     """Measures both libraries, once in a process and on one thread, and uses the better one from now on. Takes some
-    20 ms."""
+    30 ms."""
     global _route
     if _route is _UNMEASURED:
         threads = torch.get_num_threads()
