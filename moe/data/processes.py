@@ -142,7 +142,7 @@ class Processes:
             assert worker.number is not None
             try:
                 done[worker.number] = worker.connection.recv()
-            except (EOFError, ConnectionError) as error:
+            except (EOFError, OSError) as error:  # OSError where it was ended in the middle of a result
                 raise self._lost(worker) from error
             worker.number = None
 

@@ -32,7 +32,7 @@ def main() -> None:
                 continue
             assert job is not None
             connection.send(_done(job, message))
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):  # of the connection: `_done` returns the errors of a job
         os._exit(0)  # nothing is left to do, and nobody is there to be told
 
 

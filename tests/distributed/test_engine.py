@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.config import Config
 from moe.model.build import build_model
+from moe.sparse.routers.token_choice import TokenChoiceRouter
 from tests.distributed.training import (
     Training,
     backward_by_hand,
@@ -35,7 +37,7 @@ TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel
 ZERO_2, NO_CLIP = "parallel.zero_stage=2", "optim.max_grad_norm=1e9"
 LORA = ["adapter=lora", "init_from=unread", "adapter.r=4"]
 # Partitions end inside matrices. The rate is below the others' for the reason of "Gumbel, annealed".
-MUON = ["optim=muon", "optim.lr=1e-3", "model.num_hidden_layers=3", "model.intermediate_size=44"]
+MUON = ["optim=muon", "optim.lr=1e-3", "model.num_hidden_layers=3", "model.intermediate_size=44", "train.seed=1"]
 ROWS = ["data=sft", "data.path=unread"]
 VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     # name → (overrides, experts that the router passes over)
@@ -43,7 +45,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     "clipping, ZeRO-2": ([ZERO_2], []),
     "no clipping": ([NO_CLIP], []),
     "no clipping, ZeRO-2": ([NO_CLIP, ZERO_2], []),
-    "capacity by position": (["router.capacity_factor=1.0"], []),
+    "capacity by position": (["router.capacity_factor=1.0", "train.seed=1"], []),
     "capacity by probability": (["router.capacity_factor=0.75", "router.drop_policy=probability"], []),
     "one expert idle everywhere": ([], [1]),
     "all experts of a rank idle": ([], [2, 3]),
@@ -96,7 +98,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         ],
         [],
     ),
-    "noisy top-k": (["router=noisy_topk", "router.schedules.noise_std={0:1.0,15:0.0}"], []),
+    "noisy top-k": (["router=noisy_topk", "router.schedules.noise_std={0:1.0,15:0.0}", "train.seed=2"], []),
     "Gumbel, annealed": (  # at a learning rate of 3e-3 Adam makes rounding errors of 1e-7 ones of 1e-5
         ["router=gumbel", "router.schedules.temperature={0:2.0,15:0.5}", "optim.lr=1e-3"],
         [],
@@ -180,7 +182,18 @@ def launched(world_size: int, quick: bool) -> list[dict[tuple[int, str], Trainin
 
 
 def _plain_steps(overrides: list[str], idle: list[int], steps: int = STEPS) -> Training:
-    return _steps(config_of([*overrides, "engine=plain", "parallel.zero_stage=1"]), idle, steps)
+    """With `closest_choice`, where the router is one of token choice without groups."""
+    gaps, choose = [], TokenChoiceRouter.choose
+
+    def measured(router: TokenChoiceRouter, scores_TE: Tensor, top_k: int) -> Tensor:
+        last_T, next_T = scores_TE.detach().topk(top_k + 1, -1).values[:, -2:].unbind(1)
+        gaps.extend(((last_T - next_T) / last_T.abs()).tolist())
+        return choose(router, scores_TE, top_k)
+
+    with patch.object(TokenChoiceRouter, "choose", measured):
+        done = _steps(config_of([*overrides, "engine=plain", "parallel.zero_stage=1"]), idle, steps)
+    done.closest_choice = min(gaps, default=float("inf"))
+    return done
 
 
 def _steps(config: Config, idle: list[int], steps: int = STEPS) -> Training:
@@ -244,6 +257,16 @@ def test_deepspeed_equals_the_plain_engine(ranks: int, expert: int, name: str) -
     assert found.buffers_equal
     for result in launched(ranks, name in QUICK):
         assert result[expert, name].counts == reference(name).counts, "the router chose otherwise"
+
+
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=SLOW)])
+def test_no_choice_is_so_close_that_rounding_decides_it(quick: bool) -> None:
+    """Ranks add in another order than one process, so where two scores are equal but for rounding another expert may
+    be chosen, on one kind of CPU and not on another. Such a case needs another `train.seed`."""
+    close = {
+        name: f"{done.closest_choice:.0e}" for name, done in references(quick).items() if done.closest_choice < 5e-6
+    }
+    assert not close
 
 
 def test_the_cases_are_what_they_say() -> None:

@@ -57,6 +57,8 @@ class Training:
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     experts: set[str] = field(default_factory=set)
     buffers: dict[str, Tensor] = field(default_factory=dict)  # of the routers
+    # The least difference of a token's last chosen score from the next one, relative, where a test measures it.
+    closest_choice: float = float("inf")
 
 
 def config_of(overrides: list[str]) -> Config:

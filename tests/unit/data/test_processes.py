@@ -6,9 +6,11 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pyarrow
@@ -24,6 +26,7 @@ from moe.data.worker import WorkerFault
 from moe.errors import UserError
 
 pytestmark = pytest.mark.timeout(200)
+ROOT = Path(__file__).parents[3]
 MISTRAL = TokenizerConfig(kind=TokenizerKind.mistral)
 SLOW_FIRST = ["__import__('time').sleep(0.6) or 0", *(str(number) for number in range(1, 30))]
 
@@ -91,9 +94,15 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         list(processes.run(eval, ["1", "1 / 0"]))
 
 
-def test_a_killed_process_is_one_line_and_the_others_end():
+PART_OF_A_MESSAGE = struct.pack("!i", 1000) + b"part"  # its length, then less than that
+KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
+KILL_WHILE_SENDING = f"(__import__('os').write(int(__import__('sys').argv[1]), {PART_OF_A_MESSAGE!r}), {KILL})"
+
+
+@pytest.mark.parametrize("kill", [KILL, KILL_WHILE_SENDING])
+def test_a_killed_process_is_one_line_and_the_others_end(kill):
     with Processes(2) as processes:
-        results = processes.run(eval, ["1", "__import__('os').kill(__import__('os').getpid(), 9)", "3"])
+        results = processes.run(eval, ["1", kill, "3"])
         with pytest.raises(DataError) as caught:
             list(results)
         pids = [worker.process.pid for worker in processes._workers]
@@ -113,11 +122,29 @@ with Processes(2) as processes:
 
 def test_no_process_outlives_a_killed_parent():
     command = [sys.executable, "-c", PARENT]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout is not None
         pids = {int(parent.stdout.readline()) for _ in range(2)}
         parent.kill()
     assert all(map(gone, pids))
+
+
+def test_a_process_ends_without_a_word_when_its_parent_was_killed_while_sending():
+    ours, theirs = Pipe()
+    command = [sys.executable, "-P", "-m", "moe.data.worker", str(theirs.fileno())]
+    with subprocess.Popen(
+        command,
+        pass_fds=[theirs.fileno()],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as worker:
+        theirs.close()
+        os.write(ours.fileno(), PART_OF_A_MESSAGE)
+        ours.close()
+        _, said = worker.communicate(timeout=60)
+    assert (worker.returncode, said) == (0, "")
 
 
 def test_the_number_of_processes(monkeypatch):
@@ -221,7 +248,7 @@ def test_a_stopped_preparation_leaves_no_process_and_nothing_that_looks_whole(tm
     os.utime(path, (1e9, 1e9))
     command = [sys.executable, "-m", "moe", "prepare", f"data.path={path}", f"data.cache_dir={cache}"]
     command += ["data.processes=2", "tokenizer=mistral", "model.vocab_size=32000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     with process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not list(cache.glob("*.tmp")) and process.poll() is None:
