@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # One node of a run, or the only one: bash launch/torchrun.sh VERB [KEY=VALUE …]
-#   bash launch/torchrun.sh train model=mixtral_8x7b parallel.expert_parallel_size=8 train.global_batch_size=64
-#                                                                               every GPU of this machine, here 8
+#   bash launch/torchrun.sh train model=mixtral_8x7b tokenizer=mistral parallel.expert_parallel_size=8 parallel.zero_stage=2 \
+#       parallel.offload_optimizer=true model.recompute=block train.precision=bfloat16 train.sequence_length=4096 \
+#       train.micro_batch_size=1 train.global_batch_size=64 data=files data.path=corpus/ run_dir=runs/mixtral
+#                                                                               every GPU of this machine, here 8 of 80 GB
 #   NPROC=2 bash launch/torchrun.sh train parallel.expert_parallel_size=2       two processes, on a CPU too
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash launch/torchrun.sh train …      the same command on every node, NODE_RANK 0, 1, …
 #

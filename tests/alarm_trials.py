@@ -221,11 +221,11 @@ def _table(folder: Path) -> None:
         largest = max(max(row["load_concentration_layers"]) for row in rows if row["step"] > 220)
         chosen.setdefault(name, []).append((seed, alarms(rows), largest))
     for title, kept in (
-        ("chosen on", lambda seed: seed in CHOSEN_ON),
-        ("stated for", lambda seed: seed not in CHOSEN_ON),
+        ("seeds that limits were chosen on", lambda seed: seed in CHOSEN_ON),
+        ("other seeds", lambda seed: seed not in CHOSEN_ON),
     ):
         seeds = sorted({seed for runs in chosen.values() for seed, *_ in runs if kept(seed)})
-        print(f"\nseeds that limits were {title}: {', '.join(map(str, seeds))}\n")
+        print(f"\n{title}: {', '.join(map(str, seeds))}\n")
         print("| healthy run | false alarms | largest load concentration after step 220 |\n| --- | --- | --- |")
         for name in HEALTHY:
             runs = [run for run in chosen.get(name, []) if run[0] in seeds]

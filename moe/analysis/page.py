@@ -121,7 +121,7 @@ def _pair(figures: list[str]) -> str:
 
 
 def _name(analysis: Analysis) -> str:
-    return analysis.checkpoint.resolve().parent.parent.name
+    return analysis.run.resolve().name
 
 
 def _brief(analysis: Analysis) -> list[str]:

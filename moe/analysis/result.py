@@ -12,6 +12,7 @@ from moe.analysis.leave_out import LeaveOut
 from moe.analysis.observe import Observed
 from moe.analysis.repetition import Repetition
 from moe.analysis.similarity import Similarity
+from moe.checkpoint.layout import CHECKPOINTS
 from moe.config import AnalyzeConfig
 from moe.data.corpus import Corpus
 
@@ -35,6 +36,12 @@ class Analysis:
     similarity: list[Similarity]
     leave_out: LeaveOut | None
     why_not_left_out: str
+
+    @property
+    def run(self) -> Path:
+        """The run directory of the checkpoint, or itself where it is a model alone."""
+        above = self.checkpoint.resolve().parent
+        return above.parent if above.name == CHECKPOINTS else self.checkpoint
 
     def shown_layers(self) -> list[int]:
         """The layers that the page shows one at a time: all, or so many evenly spaced ones, the last included, that

@@ -15,7 +15,7 @@ from moe.analysis.repetition import repetitions
 from moe.analysis.result import Analysis
 from moe.analysis.similarity import similarities
 from moe.analysis.text import choose_sequences
-from moe.checkpoint.layout import CHECKPOINTS, CONFIG
+from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
 from moe.checkpoint.state import read_state
 from moe.config import AnalyzeConfig, Config, TokenizerConfig, TokenizerKind
@@ -32,8 +32,7 @@ def run_analysis(config: AnalyzeConfig) -> Path:
     """Writes the analysis and returns the page's path. Raises UserError, also for a dense model."""
     folder = resolve(Path(config.checkpoint), lambda line: _say(f"moe: {line}"))
     analysis = analyze(config, folder)
-    run = folder.resolve().parent.parent if folder.resolve().parent.name == CHECKPOINTS else folder
-    return write_files(analysis, run / FOLDER)
+    return write_files(analysis, analysis.run / FOLDER)
 
 
 def analyze(config: AnalyzeConfig, folder: Path) -> Analysis:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from moe.config.choices import Precision, TemplateName
-from moe.config.rules import MAX_REAL, filled, is_seed, positive, require
+from moe.config.rules import MAX_REAL, filled, is_seed, is_utf8, positive, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +36,7 @@ class Sampling:
         require(self.temperature <= MAX_REAL, f"temperature={self.temperature} must be ≤ {MAX_REAL:g}")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
         require(self.stop != "", "stop='' must have a character: null means no stop text")
+        is_utf8("stop=", self.stop)
 
 
 def check_source(checkpoint: str, device: str) -> None:
@@ -65,6 +66,7 @@ class Answering(Sampling):
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)  # slots=True creates a new class, in which a bare super() fails
         check_source(self.checkpoint, self.device)
+        is_utf8("system=", self.system)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,6 +81,7 @@ class GenerateConfig(Answering):
     def __post_init__(self) -> None:
         Answering.__post_init__(self)
         filled("", self, "prompts_file")
+        is_utf8("prompt=", self.prompt)
         given = (self.prompt is not None) + (self.prompts_file is not None)
         require(
             given == 1, f"prompt={self.prompt} and prompts_file={self.prompts_file}: exactly one of them must be set"

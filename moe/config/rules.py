@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moe.errors import UserError
+from moe.errors import UserError, shown
 
 # More than any run needs; the product of two still fits in int64, as sample numbers must.
 MAX_COUNT = 10**9
@@ -38,6 +38,14 @@ def filled(prefix: str, owner: object, *names: str) -> None:
         value = getattr(owner, name)
         key = f"{prefix}.{name}" if prefix else name
         require(value is None or bool(value.strip()), f"{key}={value!r} is empty: give a value or leave the key out")
+
+
+def is_utf8(name: str, text: str | None) -> None:
+    """Requires what a command line or a pipe gave to be UTF-8: Python has a lone surrogate for any other byte."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}{shown(error.object)} is not UTF-8: type it, or save it, as UTF-8") from error
 
 
 def share(prefix: str, owner: object, *names: str) -> None:

@@ -114,10 +114,9 @@ class ChatTemplate:
 
     def _check_nothing_is_lost(self, messages: list[Message], text: str, place: str) -> None:
         for number, message in enumerate(messages):
-            # Templates leave out what a model thought in earlier turns.
-            content = (message.get("content") or "").rpartition("</think>")[2].strip()
+            parts = _kept(message, number == len(messages) - 1)
             names = [str(call.get("function", call).get("name", "")) for call in message.get("tool_calls") or ()]
-            lost = next((part for part in (content, *names) if part not in text), None)
+            lost = next((part for part in (*parts, *names) if part not in text), None)
             if lost is not None:
                 raise DataError(
                     f"{place}: {self.name} leaves out what message {number} ({message['role']}) has, {shown(lost)!r}: "
@@ -139,8 +138,8 @@ class ChatTemplate:
             before = self._render(messages[:number], tools, place, answer=True) if number else ""
             through = text if last == len(roles) else self._render(messages[:last], tools, place)
             found = self._span(text, before, through)
-            content = (messages[last - 1].get("content") or "").rpartition("</think>")[2].strip()
-            if found is None or content not in text[slice(*found)]:
+            parts = _kept(messages[last - 1], last == len(roles))
+            if found is None or any(part not in text[slice(*found)] for part in parts):
                 raise DataError(
                     f"{place}: {self.name} writes earlier turns in another way than the answer to a prompt, so where "
                     "the answer begins can't be told: mark it with {% generation %}, or use another template"
@@ -181,6 +180,17 @@ class ChatTemplate:
             at = stop
         add(at, len(text), -1)
         return segments
+
+
+def _kept(message: Message, is_last: bool) -> list[str]:
+    """The parts of a message's content that a template must not leave out: all, but what the model thought in earlier
+    turns. The marks of a thought are the template's own."""
+    content = message.get("content") or ""
+    if message["role"] != "assistant":
+        return [content.strip()]
+    thoughts, _, said = content.rpartition("</think>")
+    parts = [*re.split("</?think>", thoughts), said] if is_last else [said]
+    return [part.strip() for part in parts]
 
 
 @dataclass(frozen=True, slots=True)

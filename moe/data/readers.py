@@ -29,6 +29,7 @@ class Chunk:
 
     data: bytes  # valid UTF-8
     starts_document: bool = True
+    others: bytes = b""  # content that the hash of the chunk, and so its split, doesn't follow
 
     @property
     def text(self) -> str:

@@ -75,9 +75,7 @@ class Recipe:
 
     def _without_prompt(self, segments: list[Segment], record: DataRecord) -> list[Segment]:
         """The assistant turns of the messages that are given belong to no turn."""
-        given = record.messages[: record.given]
-        last = max(number for number, message in enumerate(given) if message["role"] == "assistant")
-        begun = self.template.segments(given[: last + 1], record.tools, record.place)
+        begun = self.template.segments(record.messages[: record.given], record.tools, record.place)
         turns = 1 + max(segment.turn for segment in begun)
         return [replace(one, turn=one.turn - turns if one.turn >= turns else -1) for one in segments]
 

@@ -22,7 +22,8 @@ from moe.data.rows import kind_of, listed
 from moe.data.tables import TableRow
 from moe.errors import shown
 
-Message = dict[str, Any]  # role, content; of templates that know them also name, tool_calls, tool_call_id
+Message = dict[str, Any]  # role, content; of templates that know them also name, tool_calls, tool_call_id, or others
+HASHED = frozenset(("role", "content", "name", "tool_calls", "tool_call_id"))
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -33,8 +34,9 @@ SHAREGPT_ROLES = {
 @dataclass(slots=True)
 class DataRecord(Chunk):
     """A row as a conversation, or as the text `body` where there are no `messages`. `data` is its canonical JSON, which
-    its hash, and so its split, follows: the same conversation in other columns has the same. The first `given` messages
-    are a prompt, whose assistant turns are not learnt (0 where it has none)."""
+    its hash, and so its split, follows: the same conversation in other columns, or with another id or time in a message
+    (`others`), has the same. The first `given` messages are a prompt, whose assistant turns are not learnt (0 where it
+    has none)."""
 
     place: str = ""
     messages: list[Message] = field(default_factory=list)
@@ -124,9 +126,18 @@ def _columns(row: TableRow, shape: Shape) -> None:
 
 
 def _record(messages: list[Message], tools: list[Any] | None = None, given: int = 0) -> DataRecord:
-    content: Any = [messages, tools, given] if given else [messages, tools] if tools else messages
-    data = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
-    return DataRecord(data, messages=messages, tools=tools, given=given)
+    hashed = [{key: value for key, value in message.items() if key in HASHED} for message in messages]
+    others = [{key: value for key, value in message.items() if key not in HASHED} for message in messages]
+    content: Any = [hashed, tools, given] if given else [hashed, tools] if tools else hashed
+    try:
+        data, more = _json(content), _json(others, str) if any(others) else b""
+    except TypeError as error:  # Parquet has times and bytes
+        raise DataError(f"tool_calls, tools or names hold what JSON can't ({error}): write it as text") from error
+    return DataRecord(data, others=more, messages=messages, tools=tools, given=given)
+
+
+def _json(value: Any, default: Callable[[Any], str] | None = None) -> bytes:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=default).encode()
 
 
 def _text(row: TableRow, shape: Shape) -> DataRecord:

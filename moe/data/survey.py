@@ -28,7 +28,10 @@ def hash_of(chunk: Chunk) -> int:
 
 def content_bytes(chunk: Chunk, number: int) -> bytes:
     """What a source's content hash covers of a chunk whose hash is `number`."""
-    return number.to_bytes(8, "little") + len(chunk.data).to_bytes(8, "little") + bytes([chunk.starts_document])
+    others = hashlib.blake2b(chunk.others, digest_size=8).digest() if chunk.others else b""
+    return (
+        number.to_bytes(8, "little") + len(chunk.data).to_bytes(8, "little") + bytes([chunk.starts_document]) + others
+    )
 
 
 @dataclass(slots=True)

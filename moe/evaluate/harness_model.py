@@ -46,7 +46,8 @@ class HarnessModel(TemplateLM):
         self._model, self._tokenizer, self._mesh, self._config = model, tokenizer, mesh, config
         self.max_length = model.config.max_position_embeddings
         self.answering = False
-        self._template, self._lead = _template(tokenizer) if config.apply_chat_template else (None, "")
+        form = _template(tokenizer) if config.apply_chat_template else (None, "", frozenset())
+        self._template, self._lead, self._ends = form
         self._rendered: dict[str, list[Segment]] = {}  # by the text that the harness has of them
 
     @property
@@ -203,7 +204,8 @@ class HarnessModel(TemplateLM):
 
     def _generated(self, prompts: list[list[int]], settings: Sampling, until: list[str]) -> list[str]:
         texts, going = [""] * len(prompts), set(range(len(prompts)))
-        with closing(stream(self._model, self._tokenizer, prompts, settings, joined=False)) as pieces:
+        found = stream(self._model, self._tokenizer, prompts, settings, ends=self._ends, joined=False)
+        with closing(found) as pieces:
             for piece in pieces:
                 texts[piece.prompt] += piece.text
                 if piece.done or any(end in texts[piece.prompt] for end in until):
@@ -216,15 +218,17 @@ class HarnessModel(TemplateLM):
         return tqdm(total=total, desc=what, disable=None if self._mesh.is_main else True)
 
 
-def _template(tokenizer: Tokenizer) -> tuple[ChatTemplate, str]:
-    """The tokenizer's template, and what it has between a prompt and an answer."""
+def _template(tokenizer: Tokenizer) -> tuple[ChatTemplate, str, frozenset[int]]:
+    """The tokenizer's template, what it has between a prompt and an answer, and the token behind an answer, if it isn't
+    the end of the sequence."""
     require(
         tokenizer.chat_template is not None,
         "apply_chat_template=true: the checkpoint's tokenizer has no chat template, so it was not trained on "
         "conversations: leave it out",
     )
     template = open_template(TemplateName.tokenizer, tokenizer)
-    return template, template.answer_form()[0]
+    lead, end = template.answer_form()
+    return template, lead, frozenset() if end is None else frozenset((end,))
 
 
 def _updates(bar: Any) -> Callable[[int], None]:

@@ -7,6 +7,8 @@ printf 'Hello!\\nAnd now?\\n' | moe chat checkpoint=runs/chat
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import TextIO
 
 from moe.config.chat import ChatConfig
+from moe.config.rules import is_utf8
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError, shown
-from moe.inference.chat import Asking, Conversation
+from moe.inference.chat import Asking, Conversation, conversation
 from moe.model.transformer import Transformer
 
 HELP = """/reset         forget the conversation; the system prompt stays
@@ -33,6 +36,8 @@ def run_chat(
     """Answers every line until the input ends. Raises UserError where the checkpoint can't chat; what is wrong with one
     line is said, and the next one comes."""
     source, sink = sys.stdin if lines is None else lines, sys.stdout if out is None else out
+    if isinstance(source, io.TextIOWrapper):
+        source.reconfigure(errors="surrogateescape")  # a byte that is no text spoils its own line alone
     talk = Conversation(Asking.of(model, tokenizer, config.template, config), config.system)
     people = source is sys.stdin and source.isatty()
     if people:
@@ -40,6 +45,7 @@ def run_chat(
     for line in _typed(sink) if people else source:
         text = line.rstrip("\r\n")
         try:
+            is_utf8("the line ", text)
             if text.startswith("/"):
                 if not _command(talk, text, sink):
                     return
@@ -102,10 +108,19 @@ def _save(talk: Conversation, name: str) -> None:
         raise UserError("/save must be followed by a file, as in /save chat.jsonl")
     if not talk.turns:
         raise UserError(f"/save {shown(name)}: the conversation is empty")
+    # Training refuses an empty answer: the model ended at once, or Ctrl-C came before its first word.
+    pairs = list(zip(talk.turns[::2], talk.turns[1::2], strict=False))
+    answered = [pair for pair in pairs if pair[1].strip()]
+    if not answered:
+        raise UserError(f"/save {shown(name)}: no answer has any text")
     path = Path(name).expanduser()
+    messages = conversation(talk.system, *itertools.chain(*answered))
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": talk.messages()}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     except (OSError, RuntimeError) as error:
         raise UserError(f"/save {shown(name)}: can't be written: {getattr(error, 'strerror', error)}") from error
-    print(f"(saved to {path})", file=sys.stderr)
+    empty = len(pairs) - len(answered)
+    print(
+        f"(saved to {path}{f'; left out, as their answers are empty: {empty} turns' if empty else ''})", file=sys.stderr
+    )

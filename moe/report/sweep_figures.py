@@ -136,10 +136,10 @@ def _places(axis: str, rows: list[TrialRow], sweep: SweepHistory) -> tuple[dict[
     return heights, (kinds[0], kinds[-1] if len(kinds) > 1 else "")
 
 
-def effects(sweep: SweepHistory, key: str, name: str) -> Figure:
-    """A dot a trial, and the mean with its 95 % interval for each value or bin of the searched key."""
+def effects(sweep: SweepHistory, found: list[Point], key: str, name: str) -> Figure:
+    """A dot a trial, and the points' mean with its 95 % interval for each value or bin of the searched key."""
     rows = sweep.complete()
-    told = effect(rows, key, name, log=key in sweep.log)
+    told = effect(found, key, name, log=key in sweep.log)
     number = all(isinstance(value, int | float) and not isinstance(value, bool) for value, *_ in told)
     x = [value if number else value_label(value) for value, *_ in told]
     dots = [row.params[key] if number else value_label(row.params[key]) for row in rows]
@@ -155,7 +155,7 @@ def effects(sweep: SweepHistory, key: str, name: str) -> Figure:
                 "y": [mean for _, _, mean, _ in told], "marker": _marker("@l1", 9),
                 "line": {"color": "@l1", "width": 1.5},
                 "error_y": {"type": "data", "array": halves, "color": "@l1", "thickness": 1.5, "width": 5},
-                "text": [f"{count} trials" for _, count, *_ in told],
+                "text": [f"{count} points" for _, count, *_ in told],
                 "hovertemplate": "%{x}: mean %{y:.4f} (%{text})<extra></extra>",
             },
         ],

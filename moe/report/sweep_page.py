@@ -82,10 +82,11 @@ def _sections(sweep: SweepHistory, found: list[Point]) -> list[tuple[str, str, s
     pair = f"{name} against {sweep_figures.second(sweep)}"
     fronts = _chart(pair, sweep_figures.front(sweep, found), _front_note(sweep), "tall")
     lines = _chart("A line a trial, the best quarter in colour", sweep_figures.parallel(sweep), "", "tall")
-    each = "".join(_chart(key, sweep_figures.effects(sweep, key, name)) for key in sweep.names)
+    each = "".join(_chart(key, sweep_figures.effects(sweep, found, key, name)) for key in sweep.names)
     note = _note(
-        "Dots are trials; with bars, the mean and Student's 95 % interval of it, for each value or for bins of equally "
-        "many trials. Other keys vary at the same time: an interval that includes them is wide."
+        "Dots are trials; with bars, the mean over points and Student's 95 % interval of it, for each value or for "
+        "bins of equally many points; a point is the mean of its seeds. Other keys vary at the same time: an interval "
+        "that includes them is wide."
     )
     return [
         ("best", "The best point again", _command(sweep, found)),

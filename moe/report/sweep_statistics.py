@@ -109,12 +109,13 @@ def differences(base: Point, found: list[Point], name: str) -> list[Difference]:
     return told
 
 
-def effect(rows: list[TrialRow], key: str, name: str, *, log: bool) -> list[tuple[Any, int, float, float]]:
-    """(value of the searched key, trials, mean, half interval) of the objective.
+def effect(found: list[Point], key: str, name: str, *, log: bool) -> list[tuple[Any, int, float, float]]:
+    """(value of the searched key, points, mean, half interval) of the objective. A point counts once, by the mean of
+    its seeds: these differ by noise alone.
 
-    One for each value of a categorical key, or for BINS bins of a number with equally many trials, at their middle.
+    One for each value of a categorical key, or for BINS bins of a number with equally many points, at their middle.
     """
-    pairs = [(row.params[key], row.value(name)) for row in rows if math.isfinite(row.value(name))]
+    pairs = [(point.best.params[key], point.mean(name)) for point in found if math.isfinite(point.mean(name))]
     values = list(dict.fromkeys(value for value, _ in pairs))
     number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not number or len(values) <= BINS:

@@ -40,7 +40,7 @@ LIMITS = {
 WINDOW, LOW, STARVED, FAST = 10, 5, 40, 3  # steps
 USUAL = 0.1  # weight of the newest step in the running mean of update norms
 SETTLED = 100  # steps
-QUIET = 20  # steps without its cause after which an alarm ends
+QUIET = 20  # steps without its cause after which an alarm ends; an output norm stays the cause until it was good again
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class Alarm:
         standing = {(metric, layer, expert): last for metric, layer, expert, last in memory["standing"]}
         new = [cause for cause in causes if cause.key not in standing]
         standing |= dict.fromkeys((cause.key for cause in causes), step)
+        standing |= dict.fromkeys(self._unrefuted(standing, memory), step)
         memory["standing"] = [[*key, last] for key, last in standing.items() if step - last < QUIET]
         self.texts = [f"step {step}: {self._text(cause)}" for cause in new]
         if not new:
@@ -126,7 +127,7 @@ class Alarm:
             "moved": [0.0 for _ in experts],
             "starved": [[0] * count for count in experts],
             "norms": [[None] * count for count in experts],
-            "norms_at": 0,
+            "normal_at": [[0] * count for count in experts],
             "standing": [],
         }
         known = self._state.alarm
@@ -144,7 +145,16 @@ class Alarm:
             yield from self._hasty(metrics, memory, step, layer)
         if "expert_output_norm" in metrics:
             yield from self._changed(metrics["expert_output_norm"], memory, step)
-            memory["norms_at"] = step
+
+    def _unrefuted(
+        self, standing: dict[tuple[str, int, int], int], memory: dict[str, Any]
+    ) -> list[tuple[str, int, int]]:
+        """The alarms by output norms that no evaluation has found good since: what one found holds until the next."""
+        return [
+            (metric, layer, expert)
+            for (metric, layer, expert), last in standing.items()
+            if metric == "expert_output_norm" and memory["normal_at"][layer][expert] < last
+        ]
 
     def _crowded(
         self, metrics: dict[str, Any], memory: dict[str, Any], step: int, layer: int, fullest: int
@@ -208,9 +218,10 @@ class Alarm:
                 change = now / before if before else now if now in (0, math.inf) else 1.0
                 if memory["armed"] and not 1 / limit <= change <= limit:
                     broken = broken or not math.isfinite(now)
-                    yield Cause("expert_output_norm", layer, expert, change, memory["norms_at"] + 1)
+                    yield Cause("expert_output_norm", layer, expert, change, memory["normal_at"][layer][expert] + 1)
                 elif math.isfinite(now):  # one that broke stays compared with what it was
                     memory["norms"][layer][expert] = now
+                    memory["normal_at"][layer][expert] = step
             if broken:  # what it put out has reached every later layer
                 return
 

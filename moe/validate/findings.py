@@ -105,7 +105,8 @@ class Validation:
 def examine(
     source: Source, recipe: Recipe, held_out: float, samples: int, keep: Callable[[str], Any] | None = None
 ) -> Findings:
-    """Reads a source whose `tables` are known. `keep` gets each good row as a line of JSON."""
+    """Reads a source whose `tables` are known. `keep` gets each good row as a line of JSON, in which values that JSON
+    doesn't have (times, bytes, decimals) are Python's text of them."""
     found = Findings(source.name, source.description)
     counted = {split: Bins(recipe.sequence_length, _counter(found, split)) for split in found.sequences}
     for batch in in_batches(good_rows(source, found), lambda pair: pair[1]):
@@ -128,10 +129,16 @@ def examine(
             for part in recipe.fit(encoded, found.long):
                 counted[split].add(part)
             if keep is not None:
-                keep(json.dumps(row.values, ensure_ascii=False))
+                keep(_line(row))
     for one in counted.values():
         one.close()
     return found
+
+
+def _line(row: TableRow) -> str:
+    line = json.dumps(row.values, ensure_ascii=False, default=str)
+    lone = re.search("[\ud800-\udfff]", line)  # half of a surrogate pair, in a column that isn't used
+    return json.dumps(row.values, default=str) if lone else line
 
 
 def _counter(found: Findings, split: str) -> Callable[[list[EncodedRow]], None]:

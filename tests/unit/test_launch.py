@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe.config import PlanConfig
 from moe.config.compose import load_config
+from moe.plan import make_plan
 from tests.e2e.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,9 +296,12 @@ def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) 
 
 
 def _check_overrides(overrides: str, ranks: int) -> None:
+    """They are a run of that many ranks, and fit into GPUs of 80 GB, eight a node."""
     verb, *rest = overrides.split()
     assert verb == "train"
     load_config(rest).check_world(ranks)
+    hardware = ["hardware=h100", f"hardware.nodes={ranks // 8}"]
+    assert make_plan(load_config([*rest, *hardware], "plan", PlanConfig)).fits
 
 
 def _render(command: str, env: dict[str, str]) -> str:

@@ -8,6 +8,9 @@ import torch
 
 from moe.analysis.observe import observe, sparse_layers
 from moe.analysis.text import TextSequence
+from moe.config import ExpertChoiceRouterConfig, ExpertsConfig
+from moe.data.packing import NO_TARGET
+from moe.sparse import build_sparse_mlp
 from tests.unit.analysis.made import model, text, uneven_model
 
 
@@ -45,6 +48,21 @@ def test_layers_are_the_models_own_and_may_differ() -> None:
     assert ragged.taken_TE()[:6].sum(1).tolist() == [0, 1, 2, 3, 4, 0]
     assert ragged.taken_TE(2)[:6].sum(1).tolist() == [0, 1, 2, 2, 2, 0]
     assert ragged.first_T()[:6].tolist() == [-1, 0, 0, 0, 0, -1]
+
+
+def test_expert_choice_reads_no_later_token() -> None:
+    made, (one,) = model(), text(1, length=24)
+    for block in made.model.layers:
+        block.mlp = build_sparse_mlp(16, 24, ExpertChoiceRouterConfig(num_experts=4), ExpertsConfig())
+    one.labels_L[12:] = NO_TARGET
+    changed = TextSequence(
+        one.source, np.append(one.input_ids_L[:12], one.input_ids_L[:12]), one.labels_L, one.document_ids_L
+    )
+    before, after = (observe(made.eval(), [sequence], ["a"]) for sequence in (one, changed))
+    assert before.nats_B == pytest.approx(after.nats_B, rel=1e-6)
+    for layer, other in zip(before.layers, after.layers, strict=True):
+        assert (layer.taken_TE()[:12] == other.taken_TE()[:12]).all()
+        assert (layer.taken_TE()[12:] != other.taken_TE()[12:]).any()
 
 
 def test_a_sequence_of_one_token() -> None:

@@ -7,11 +7,13 @@ import csv
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moe.analysis.files import write_files
+from moe.analysis.page import render
 from moe.analysis.result import Analysis
 from moe.analysis.run import measure
 from moe.config import AnalyzeConfig, AnalyzeSettings
@@ -89,6 +91,14 @@ def test_text_of_the_corpus_and_the_runs_name_are_escaped(folder: Path) -> None:
     assert data["by_layer"].keys() >= {"assignment-all", "assignment-first", "similarity-weights", "worth-of-layer"}
     drawn = set(re.findall(r'data-figure="([^"]+)"', plain))
     assert drawn == data["figures"].keys() | data["by_layer"].keys(), "every figure has its place and every place one"
+
+
+def test_a_model_alone_has_the_name_of_its_own_folder(analysis: Analysis, tmp_path: Path) -> None:
+    alone = replace(analysis, checkpoint=tmp_path / "above" / "imported")
+    assert alone.run == tmp_path / "above" / "imported"
+    page = render(alone)
+    assert "<h1>imported</h1>" in page
+    assert analysis.run.name == "a <run> & more"
 
 
 def test_without_a_budget_the_worth_is_left_out_with_the_reason(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import Config
+from moe.config import Config, OptimizerKind, PlanConfig, PrepareConfig, ValidateConfig
 from moe.config.compose import ConfigError, load_config, read_config, to_yaml
 from moe.config.presets import choices
 from moe.data.tokenizer import count_pieces
@@ -112,6 +112,16 @@ def test_every_preset_composes_and_survives_its_own_yaml(model: str, tmp_path: P
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert read_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("verb", "schema"), [("plan", PlanConfig), ("prepare", PrepareConfig), ("validate", ValidateConfig)]
+)
+def test_a_preset_of_the_optimizer_is_taken_by_every_verb_that_has_the_keys_of_train(
+    verb: str, schema: type[Config]
+) -> None:
+    config = load_config(["optim=muon", "data.path=rows.jsonl"], verb, schema, count_pieces=count_pieces)
+    assert config.optim.kind is OptimizerKind.muon
 
 
 def test_a_changed_file_is_named(tmp_path: Path) -> None:

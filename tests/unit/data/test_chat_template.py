@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from moe.config import RecordKind, SourceConfig, TemplateName, TokenizerConfig, TokenizerKind
+from moe.config import LongRows, LossOn, RecordKind, SourceConfig, TemplateName, TokenizerConfig, TokenizerKind
 from moe.data.chat_template import ChatTemplate, open_template
 from moe.data.chat_templates import CHATML, MISTRAL
 from moe.data.readers import DataError
-from moe.data.record_encoding import encode_segments
+from moe.data.record_encoding import Recipe, encode_segments
 from moe.data.records import parse, shape_of
 from moe.data.tables import TableRow
 from moe.data.tokenizer import open_tokenizer
@@ -271,6 +271,37 @@ def test_a_template_that_drops_earlier_thoughts_is_masked(byte_level):
     ]
     ids, turns = encoded(ChatTemplate(source, tokenizer, "it"), messages, tokenizer)
     assert written(ids, turns, tokenizer) == ["b", "<think>so</think>d"]
+
+
+def test_the_thought_of_the_answer_to_learn_is_never_left_out(byte_level):
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
+    drops = UNMARKED.replace("m['content']", "m['content'].split('</think>')[-1]")
+    thinks = {"role": "assistant", "content": "<think>so</think>d"}
+    answers = {"role": "assistant", "content": "e"}
+    template = ChatTemplate(drops, tokenizer, "it")
+    with pytest.raises(DataError, match=r"row 1: it leaves out what message 1 \(assistant\) has, 'so': remove"):
+        template.segments([USER, thinks], None, "row 1")
+    with pytest.raises(DataError, match=r"leaves out what message 0 \(user\) has, 'how</think>x'"):
+        template.segments([USER | {"content": "how</think>x"}, answers], None, "row 1")
+    ids, turns = encoded(template, [USER, thinks, USER, answers], tokenizer)
+    assert written(ids, turns, tokenizer) == ["d", "e"]
+    assert "".join(one.text for one in template.prompt([USER, thinks, USER])).count("so") == 0
+    row = TableRow("row 1", {"prompt": [USER, thinks, USER], "completion": [answers]})
+    record = parse(row, shape_of(row, "data", SourceConfig(), RecordKind.auto))
+    recipe = Recipe(template, tokenizer, LossOn.completion, LongRows.truncate, 64)
+    assert [one.text for one in recipe.segments(record) if one.turn >= 0] == ["e", "<|im_end|>"]
+    # As Qwen3's, which writes a thought in its own form, and begins one in the prompt.
+    begins = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think>
+{{ m.content.split('</think>')[0].split('<think>')[-1] }}
+</think>
+
+{% endif %}{{ m.content.split('</think>')[-1] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+    ids, turns = encoded(ChatTemplate(begins, tokenizer, "it"), [USER, thinks], tokenizer)
+    assert written(ids, turns, tokenizer) == ["so\n</think>\n\nd"]
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_told_what_to_do(mistral):

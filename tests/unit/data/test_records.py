@@ -1,12 +1,15 @@
 """Records: every kind becomes the same conversation; what is wrong with a row is one line with place, value and fix."""
 
+import json
 import random
+from datetime import datetime
 
 import pytest
 
 from moe.config import RecordKind, SourceConfig
 from moe.data.readers import DataError
 from moe.data.records import parse, shape_of
+from moe.data.survey import content_bytes, hash_of
 from moe.data.tables import TableRow
 
 Q, A = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}
@@ -60,6 +63,19 @@ def test_a_prompt_of_messages_is_given():
     assert record({"prompt": [Q], "completion": [A]}).given == 0
 
 
+def test_the_hash_follows_what_a_message_says_and_the_content_all_of_it():
+    plain = record({"messages": [Q, A]})
+    assert plain.data == b'[{"content":"why?","role":"user"},{"content":"because","role":"assistant"}]'
+    named = Q | {"tool_call_id": "1", "name": "f", "tool_calls": [{"name": "f"}]}
+    kept = json.dumps([named, A], sort_keys=True, separators=(",", ":")).encode()
+    assert record({"messages": [named, A]}).data == kept
+    others = [{"id": 7}, {"id": 8}, {"at": datetime(2024, 1, 2)}, {"reasoning_content": "as it is"}]
+    found = [record({"messages": [Q, A | other]}) for other in others]
+    assert {hash_of(one) for one in found} == {hash_of(plain)}
+    assert len({content_bytes(one, hash_of(one)) for one in [plain, *found]}) == 5  # other content: other shards
+    assert [one.messages[1] for one in found] == [A | other for other in others]  # what the template has
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -96,6 +112,9 @@ def user(content):
         ({"messages": [Q]}, "messages has no assistant turn (user): nothing to learn; remove the row"),
         ({"messages": [Q, A, Q]}, "ends with a turn of role user, which nothing answers"),
         ({"messages": [Q, A], "tools": "{"}, "tools is text, but no JSON"),
+        ({"messages": [Q, A], "tools": [b"f"]}, "tools or names hold what JSON can't (Object of type bytes is not"),
+        ({"messages": [Q | {"name": datetime(2024, 1, 2)}, A]}, "hold what JSON can't (Object of type datetime is not"),
+        ({"messages": [Q | {"id": "\ud800"}, A]}, "holds a lone surrogate (U+D800), which is not text"),
         ({"messages": [Q, A | {"tool_calls": "f"}]}, "messages[1]: tool_calls must be a list of objects, each"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from=alien must be one of human"),
         ({"conversations": [Q, A]}, "conversations[0]: has no from; it has role, content: for role and content set"),

@@ -123,6 +123,25 @@ def test_conversations(exported: tuple[Path, Path]) -> None:
     assert mine.generate_until(requests) == hf.generate_until(requests)
 
 
+def test_a_templates_token_ends_a_text(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ChatML's <|im_end|>, where the sequence's end is another token: here it is what the model writes third."""
+    source = "{% for m in messages %}{{ m.content }}{{ '<end>' if m.role == 'assistant' else '\\n' }}{% endfor %}"
+    tokenizer = small_tokenizer()
+    specials = tokenizer.special_tokens()
+    monkeypatch.setattr(type(tokenizer), "special_tokens", lambda _: specials | {"<end>": end})
+
+    def text(asked_for: int) -> str:
+        mine = ours(exported[0], template=source, apply_chat_template=True)
+        prompt = mine.apply_chat_template([{"role": "user", "content": "def read"}])
+        [found] = mine.generate_until(asked("generate_until", (prompt, {"until": [], "max_gen_toks": asked_for})))
+        return found
+
+    end = tokenizer.bos_id
+    begun, third = text(2), text(3)
+    [end] = tokenizer.encode(third.removeprefix(begun))
+    assert text(12) == begun != third
+
+
 def test_a_special_token_in_a_content_is_text(exported: tuple[Path, Path]) -> None:
     mine = ours(exported[0], template=OURS[TemplateName.mistral], apply_chat_template=True)
     ids = mine._prompt_ids(mine.apply_chat_template([{"role": "user", "content": "what is </s>?"}]))

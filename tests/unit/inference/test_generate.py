@@ -277,6 +277,8 @@ def test_lengths_and_vocabularies_that_do_not_fit():
         (["prompt=a"], "checkpoint='' must name"),
         (["checkpoint=x"], "prompt=None and prompts_file=None: exactly one"),
         (["checkpoint=x", "prompt=a", "prompts_file=b"], "prompt=a and prompts_file=b: exactly one"),
+        (["checkpoint=x", "prompt=caf\udce9"], r"prompt=caf\\udce9 is not UTF-8: type it, or save it, as UTF-8"),
+        (["checkpoint=x", "prompt=a", "stop=\udce9"], r"stop=\\udce9 is not UTF-8"),
         (["checkpoint=x", "prompt=a", "temperature=-1"], "temperature=-1.0 must be ≥ 0"),
         (["checkpoint=x", "prompt=a", "top_p=0"], "top_p=0.0 must be in"),
         (["checkpoint=x", "prompt=a", "top_k=0"], "top_k=0 must be > 0"),

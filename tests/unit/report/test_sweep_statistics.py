@@ -43,12 +43,22 @@ def test_the_front_has_no_point_that_another_beats() -> None:
     assert [point.mean("val_loss") for point in front] == [1]
 
 
-def test_an_effect_is_by_value_or_by_bins_of_equally_many_trials() -> None:
-    rows = [_row(index, float(index), kind="ab"[index % 2], rate=10.0**index) for index in range(8)]
-    assert [(value, count, mean) for value, count, mean, _ in effect(rows, "kind", "val_loss", log=False)] == [
+def test_an_effect_is_by_value_or_by_bins_of_equally_many_points() -> None:
+    found = [Point([_row(index, float(index), kind="ab"[index % 2], rate=10.0**index)]) for index in range(8)]
+    assert [(value, count, mean) for value, count, mean, _ in effect(found, "kind", "val_loss", log=False)] == [
         ("a", 4, 3.0),
         ("b", 4, 4.0),
     ]
-    bins = effect(rows, "rate", "val_loss", log=True)
+    bins = effect(found, "rate", "val_loss", log=True)
     assert [(count, mean) for _, count, mean, _ in bins] == [(2, 0.5), (2, 2.5), (2, 4.5), (2, 6.5)]
     assert bins[0][0] == pytest.approx(10**0.5)
+
+
+def test_the_seeds_of_a_point_are_one_sample_of_an_effect() -> None:
+    found = [
+        Point([_row(seed, loss + 0.001 * (seed - 1), kind="a", rate=rate) for seed in range(3)])
+        for loss, rate in ((1.0, 0.1), (1.2, 0.2))
+    ]
+    ((value, count, mean, half),) = effect(found, "kind", "val_loss", log=False)
+    assert (value, count) == ("a", 2)
+    assert (mean, half) == (pytest.approx(1.1), pytest.approx(12.706 * 0.1))  # deviation 0.2 / √2, 1 degree of freedom

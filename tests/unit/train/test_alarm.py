@@ -178,6 +178,30 @@ def test_an_alarm_stands_until_its_cause_was_away_for_a_while_and_begins_once() 
     assert [step for step, found in standing.items() if found["alarms"]] == list(range(300, 340 + QUIET))
 
 
+@pytest.mark.parametrize("until", [math.inf, 500])
+def test_an_output_norm_stands_between_evaluations_until_one_finds_it_good(until: float) -> None:
+    alarm, standing = Alarm(AlarmConfig(), TrainState(), LAYERS, lambda _: None), {}
+    for step in range(1, 700):
+        row = _row(step)
+        if 300 <= step < until:
+            _norm(0.0)(row, step)
+        if step % 50:
+            row.pop("expert_output_norm", None)
+        standing[step] = alarm.judge(row)
+    new = [(step, one["since"]) for step, found in standing.items() for one in found.get("new_alarms", [])]
+    assert new == [(300, 251)]
+    ends = min(700, until - 1 + QUIET)
+    assert [step for step, found in standing.items() if found["alarms"]] == list(range(300, int(ends)))
+
+
+def test_a_norm_is_broken_since_the_last_evaluation_that_found_it_good() -> None:
+    def unserved_and_then_zero(row: dict[str, Any], step: int) -> None:
+        _norm(math.nan if step < 300 else 0.0)(row, step)
+
+    (found,) = _judged(unserved_and_then_zero, start=281)
+    assert (found["step"], found["since"]) == (300, 281)
+
+
 def test_weights_that_are_not_finite_are_an_alarm_at_once() -> None:
     alarm = Alarm(AlarmConfig(), TrainState(), LAYERS, lambda _: None)
     (found,) = alarm.judge(_row(1), [(1, 2)])["new_alarms"]

@@ -5,9 +5,13 @@ import json
 import random
 import re
 import time
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from rich.console import Console
 
 from moe.cli.verbs import load
@@ -71,6 +75,18 @@ def test_every_bad_row_is_told_and_the_copy_has_the_others(mixed, tmp_path):
     assert "rows        200 of kind prompt_completion" in text
     with pytest.raises(UserError, match=r"fixed=.*: exists already"):
         run_validate(config(mixed, f"fixed={fixed}"))
+
+
+def test_a_copy_has_values_that_json_has_not_as_text(tmp_path):
+    row = GOOD[0] | {"at": datetime(2024, 1, 2), "raw": b"\xff", "price": Decimal("1.50")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    text = {"at": "2024-01-02 00:00:00", "raw": "b'\\xff'", "price": "1.50"}
+    lone = GOOD[0] | {"other": "\ud800 é"}
+    write(tmp_path / "lone.jsonl", [json.dumps(lone)])
+    for name, expected in (("rows.parquet", GOOD[0] | text), ("lone.jsonl", lone)):
+        fixed = tmp_path / f"fixed-{name}.jsonl"
+        assert validate(config(tmp_path / name, f"fixed={fixed}")).rows == 1
+        assert json.loads(fixed.read_text()) == expected
 
 
 def test_the_numbers_are_those_of_the_shards(tmp_path):
