@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe.analysis.text import TextSequence, batches, stacked
 from moe.model.loss import head_loss
 from moe.model.transformer import Transformer
-from moe.sparse import RouterOutput, SparseMLP, routers_of
+from moe.sparse import RouterOutput, SparseMLP, read_prefixes
 
 
 @dataclass(slots=True)
@@ -133,9 +133,7 @@ def passes(
 ) -> Iterator[tuple[list[int], np.ndarray, list[RouterOutput]]]:
     """(indices of the sequences, their summed losses in nats, the layers' router outputs) of each forward pass. Routers
     that aren't causal are read causally, as in training's evaluations."""
-    if not model.is_causal:
-        for router in routers_of(model):
-            router.reads_prefix = True
+    read_prefixes(model)
     for members in batches(sequences):
         ids_BS, labels_BS, documents_BS = stacked([sequences[index] for index in members])
         x_BSH, routers = model.model(ids_BS, documents_BS, None, None)

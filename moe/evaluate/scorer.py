@@ -16,7 +16,7 @@ from torch import Tensor
 from moe.distributed.mesh import Mesh
 from moe.inference.generate import NotFiniteError
 from moe.model.transformer import Transformer
-from moe.sparse import routers_of
+from moe.sparse import read_prefixes
 
 T = TypeVar("T")
 
@@ -44,9 +44,7 @@ class Scorer:
     def __init__(self, model: Transformer, mesh: Mesh, batch_size: int, done: Callable[[int], None]) -> None:
         """`done` is called with the number of sequences that this rank has scored since the last call."""
         self._model, self._mesh, self._batch_size, self._done = model.eval(), mesh, batch_size, done
-        if not model.is_causal:
-            for router in routers_of(model):
-                router.reads_prefix = True
+        read_prefixes(model)
 
     def score(self, sequences: list[Scored]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats of the scored tokens, whether each of them is the most probable) of each sequence. A

@@ -5,7 +5,7 @@ from moe.sparse.experts import Experts
 from moe.sparse.layer import SparseMLP, build_sparse_mlp
 from moe.sparse.randomness import Randomness
 from moe.sparse.real_tokens import RealTokens
-from moe.sparse.routers import Router, RouterOutput, build_router, routers_of
+from moe.sparse.routers import Router, RouterOutput, build_router, read_prefixes, routers_of
 
 __all__ = [
     "Experts",
@@ -18,6 +18,7 @@ __all__ = [
     "build_router",
     "build_sparse_mlp",
     "max_violation",
+    "read_prefixes",
     "router_entropy",
     "routers_of",
 ]

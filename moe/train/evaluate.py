@@ -16,7 +16,7 @@ from moe.data.corpus import Corpus
 from moe.data.loader import Batch, token_counts
 from moe.distributed.mesh import Mesh
 from moe.model.transformer import Transformer
-from moe.sparse import RouterOutput, routers_of
+from moe.sparse import RouterOutput, read_prefixes
 from moe.train.held_out import LEFT_OUT, HeldOutRouting, loss_without_experts, oddity
 from moe.train.metrics import bits_per_byte, entropy_nats
 
@@ -57,9 +57,7 @@ class Evaluation:
         choices. Routers that aren't causal are read causally; `val_loss_leaky` is the loss with training's routing.
         """
         model.eval()
-        leaky = [] if model.is_causal else list(routers_of(model))
-        for router in leaky:
-            router.reads_prefix = True
+        read_prefixes(model)
         device = self._mesh.device
         sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)  # [source, (nats, targets)]
         routing, held_out = None, HeldOutRouting(model, self._mesh)
@@ -98,9 +96,8 @@ class Evaluation:
             metrics |= more
             begins("evaluation without an expert")
             metrics["loss_without_expert"] = self._loss_without_experts(model, number, more["expert_output_norm"])
-        for router in leaky:
-            router.reads_prefix = False
-        if leaky:
+        read_prefixes(model, False)
+        if not model.is_causal:
             begins("evaluation with the routing of training")
             metrics["val_loss_leaky"] = self._mean_loss(model)
         model.train()

@@ -6,9 +6,9 @@ import importlib
 
 from moe.config import RouterConfig
 from moe.config.router import registered_router
-from moe.sparse.routers.base import Choices, Router, RouterLoss, RouterOutput, routers_of
+from moe.sparse.routers.base import Choices, Router, RouterLoss, RouterOutput, read_prefixes, routers_of
 
-__all__ = ["Choices", "Router", "RouterLoss", "RouterOutput", "build_router", "routers_of"]
+__all__ = ["Choices", "Router", "RouterLoss", "RouterOutput", "build_router", "read_prefixes", "routers_of"]
 
 
 def build_router(hidden_size: int, config: RouterConfig) -> Router:

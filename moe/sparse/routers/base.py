@@ -176,6 +176,12 @@ def routers_of(model: nn.Module) -> Iterator[Router]:
     return (module for module in model.modules() if isinstance(module, Router))
 
 
+def read_prefixes(model: nn.Module, reads: bool = True) -> None:
+    """Sets `reads_prefix` of all routers; it changes nothing in those that are causal."""
+    for router in routers_of(model):
+        router.reads_prefix = reads
+
+
 def count_choices(experts_N: Tensor, num_experts: int) -> Tensor:
     """int64 [E]: how often each expert was chosen."""
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_N.device)
