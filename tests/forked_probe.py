@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from moe.distributed.parent import die_with_torchrun
+from moe.distributed.parent import die_with_parent
 
 
 def _seen() -> dict[str, object]:
@@ -60,7 +60,7 @@ def _end(how: str) -> None:
 
 
 if __name__ == "__main__":
-    die_with_torchrun()
+    die_with_parent()
     atexit.register(lambda: print("at exit", flush=True))
     print(json.dumps(_seen() | {"drawn": random.random(), "forked": "tests.forkserver" in sys.modules}), flush=True)
     print(sys.stdin.read(), end="")

@@ -8,8 +8,8 @@
     moe sweep sweep=router_quick                          a search by Optuna: trials.csv and a page
     moe plan model=mistral_7b hardware=h100 train.precision=bfloat16 train.global_batch_size=64
                                                           the memory and time of a run, before it is launched
-    moe prepare data.path=corpus.jsonl                    only the token shards
-    moe validate data.path=chats.jsonl                    rows for fine-tuning: what is wrong with which, what is learnt
+    moe prepare data.path=corpus.jsonl                    write only the token shards
+    moe validate data.path=chats.jsonl                    rows for fine-tuning: which are bad and why, what is learnt
     moe generate checkpoint=RUN_DIR prompt='Once'         text from a checkpoint
     moe chat checkpoint=runs/chat                         a conversation with a fine-tuned one
     moe evaluate checkpoint=RUN_DIR tasks=sums include_path=tasks
@@ -17,11 +17,11 @@
     moe import checkpoint=HF_DIR run_dir=runs/imported    a Hugging Face model as a checkpoint
     moe export checkpoint=RUN_DIR path=runs/exported      a checkpoint as a Hugging Face model
     moe upcycle checkpoint=runs/dense run_dir=runs/upcycled
-                                                          a sparse model of a dense one: experts are copies
+                                                          a sparse model made from a dense one: experts are copies
     moe report RUN_DIR                                    one HTML page about a run, or about a sweep
     moe analyze checkpoint=RUN_DIR                        what its routers learnt: a page, JSON and CSV
     moe bench peers                                       our training step compared with transformers'
-    moe doctor                                            whether this machine can train, and what would run how
+    moe doctor                                            whether this machine can train, and with which back-ends
     moe ls                                                verbs, configuration groups and their presets
     moe cp model/small mine.yaml                          a preset to edit: moe train model=mine.yaml
 
@@ -45,7 +45,7 @@ from typing import NoReturn
 
 from moe.cli.verbs import OPTIONS, SCHEMAS, VERBS, load
 from moe.distributed.environment import world_from_environment
-from moe.distributed.parent import die_with_torchrun
+from moe.distributed.parent import die_with_parent
 from moe.errors import (
     ConfigError,
     OtherRankFailed,
@@ -58,8 +58,8 @@ from moe.errors import (
 )
 
 LONGEST_LINE = 1200  # characters
-HEAD_START = 2.0  # seconds for the rank that prints
-LONG_HEAD_START = 8.0  # seconds for a rank whose connections have closed to have ended
+HEAD_START = 2.0  # seconds that the other ranks wait for the rank that prints
+LONG_HEAD_START = 8.0  # seconds until a rank whose connections have closed should have ended
 
 
 def _run(arguments: list[str]) -> None:
@@ -124,13 +124,13 @@ def _is_local_rank_0() -> bool:
     """A message that is the same on all ranks is printed by one rank of each machine."""
     try:
         return world_from_environment()[2] == 0
-    except StartError:  # no rank at all: whatever was wrong first is the message
+    except StartError:  # it isn't known which rank this is: the error is printed
         return True
 
 
 def _exit(code: int, line: str) -> NoReturn:
-    """Ends with `code` after `line` was printed. torchrun then writes some thirty lines, a traceback of its own among
-    them, which no rank can prevent: say what they are, and let its closing table repeat `line`."""
+    """Ends with `code` after `line` was printed. torchrun then writes some thirty lines, its own traceback among them,
+    which no rank can prevent: print what they are, and have torchrun's closing table repeat `line`."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         if _is_local_rank_0():
@@ -148,7 +148,7 @@ def _exit(code: int, line: str) -> NoReturn:
 
 
 def _shortened(line: str) -> str:
-    """A line of bearable length: a value that fills the screen says no more than its ends."""
+    """The line, or its beginning and end if it is longer than LONGEST_LINE."""
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
 
 
@@ -159,7 +159,7 @@ def _end_with(line: str) -> NoReturn:
 
 
 def _forget_odd_sizes() -> None:
-    """The size of a terminal that is none: rich would fail on it."""
+    """Removes COLUMNS and LINES from the environment where they are not a terminal's size: rich would fail on them."""
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[0-9]{1,4}", os.environ.get(name, "0")):
             del os.environ[name]
@@ -169,7 +169,7 @@ def main() -> None:
     """Console entry point; see the module's docstring for exit codes."""
     try:
         _forget_odd_sizes()
-        die_with_torchrun()  # before the slow imports, during which torchrun may die
+        die_with_parent()  # before the slow imports, during which the parent may die
         _run(sys.argv[1:])
     except UserError as error:
         line = _shortened(f"moe: {' '.join(str(error).split())}")
@@ -185,7 +185,7 @@ def main() -> None:
 
         line = out_of_memory(error)
         if line is None and (line := lost_rank(error)):
-            time.sleep(LONG_HEAD_START)  # torchrun ends this rank meanwhile, and the other one's line is the only one
+            time.sleep(LONG_HEAD_START)  # torchrun ends this rank meanwhile, so only the lost rank's line is printed
         if line is None:
             raise
         _end_with(f"moe: {line}")

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -30,12 +30,14 @@ Load = Callable[[list[str]], Config]  # overrides of `moe train` → a checked c
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """`fixed` are the overrides of every trial, `base` the configuration that they make."""
+    """`fixed` are the overrides of every trial, `base` the configuration that they make; `has_routers`: some trial's
+    model has a sparse layer."""
 
     settings: SweepSettings
     dimensions: list[Dimension]
     fixed: list[str]
     base: Config
+    has_routers: bool
 
     def overrides(self, point: Mapping[str, Value], seed: int) -> list[str]:
         """What follows `moe train` to train this point, without run_dir."""
@@ -105,36 +107,43 @@ def define(settings: SweepSettings, overrides: list[str], load: Load) -> Definit
     for one in dimensions:
         require(one.key != "train.seed", "sweep.space.train.seed: seeds are not searched: sweep.seeds=N trains N each")
         require(one.key != "run_dir", "sweep.space.run_dir: each trial has its own under the sweep's run_dir")
-    definition = Definition(settings, dimensions, fixed, load(fixed))
-    require(
-        definition.base.train.epochs is None,
-        f"train.epochs={definition.base.train.epochs}: a sweep plans its trials in steps: give train.steps instead",
-    )
+    definition = Definition(settings, dimensions, fixed, _in_steps(load(fixed)), has_routers=False)
     if settings.sampler is Sampler.points:
-        for name in settings.points:
-            _tried(lambda name=name: load(definition.overrides({POINT: name}, 0)), f"sweep.points.{name}")
-        return definition
+        tried = [_tried(definition, {POINT: name}, load, f"sweep.points.{name}") for name in settings.points]
+        return _with_routers(definition, tried)
     first: dict[str, Value] = {one.key: one.examples()[0] for one in dimensions}
     presets = [dict(zip([g.key for g in searched_groups], values, strict=True)) for values in _product(searched_groups)]
+    tried = []
     for chosen in presets:
         for one in dimensions:
             values = one.examples() if one not in searched_groups else one.examples()[:1]
             for value in values:
-                point = {**first, one.key: value, **chosen}
-                _tried(lambda point=point: load(definition.overrides(point, 0)), f"sweep.space.{one.key}")
+                tried.append(_tried(definition, {**first, one.key: value, **chosen}, load, f"sweep.space.{one.key}"))
     definition.listed()
-    return definition
+    return _with_routers(definition, tried)
 
 
 def _product(dimensions: list[Dimension]) -> list[tuple[Value, ...]]:
     return list(itertools.product(*(one.examples() for one in dimensions)))
 
 
-def _tried(load: Callable[[], object], where: str) -> None:
+def _tried(definition: Definition, point: Mapping[str, Value], load: Load, where: str) -> Config:
     try:
-        load()
+        return _in_steps(load(definition.overrides(point, 0)))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _in_steps(config: Config) -> Config:
+    require(
+        config.train.epochs is None,
+        f"train.epochs={config.train.epochs}: a sweep plans its trials in steps: give train.steps instead",
+    )
+    return config
+
+
+def _with_routers(definition: Definition, tried: list[Config]) -> Definition:
+    return replace(definition, has_routers=any(config.model.sparse_layer_numbers for config in tried))
 
 
 def merged(*lists: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from moe.config.suggest import closest
 from moe.errors import UserError
 
 VALIDATION = "val_"  # a metric of evaluations, not of every step
+LOSSES = ("loss", "lm_loss", "val_loss")  # which every run has
 TOLD = ("val_loss", "max_violation")  # columns of trials.csv, whatever the objectives are
 
 
@@ -48,12 +49,17 @@ class Metrics:
 
     def value(self, name: str, average_steps: int) -> float | None:
         """Of a val_ metric the last value, of another the mean over the last `average_steps` steps; NaN if one of these
-        is not finite, None where the run has none (MaxVio of a dense model)."""
-        values = [self.rows[step].get(name) for step in sorted(self.rows)]
+        is not finite, None where the run has none (MaxVio of a dense model).
+
+        metrics.jsonl has null for both: a metric that was a number before, and a loss at any time, is not finite.
+        """
+        steps = sorted(self.rows)
         if name.startswith(VALIDATION):
-            given = [value for value in values if value is not None][-1:]
-        else:
-            given = [value for value in values[-average_steps:] if value is not None]
+            steps = [step for step in steps if name in self.rows[step]][-1:]
+        given = [self.rows[step][name] for step in steps[-average_steps:] if name in self.rows[step]]
+        if None in given:
+            numbers = name in LOSSES or any(row.get(name) is not None for row in self.rows.values())
+            return math.nan if numbers else None
         return math.fsum(given) / len(given) if given else None
 
     def evaluations(self, name: str) -> dict[int, float]:

@@ -147,8 +147,10 @@ class _Sweep:
     def _look_at(self, worker: Worker) -> None:
         code = worker.poll()
         if worker.metrics.read():
+            dense = not worker.claimed.config.model.sparse_layer_numbers
             try:
-                worker.metrics.check(self._settings.objectives)
+                if not (dense and self._definition.has_routers):  # an arm without routers beside some with them
+                    worker.metrics.check(self._settings.objectives)
             except UserError:
                 self._give_up()
                 raise
@@ -168,7 +170,7 @@ class _Sweep:
 
     def _ended(self, worker: Worker, code: int) -> None:
         claimed, metrics = worker.claimed, worker.metrics
-        whole = code == 0 and metrics.last_step >= claimed.config.train.steps
+        whole = code == 0  # also where it stopped early
         if not whole and not worker.pruned and (code in INTERRUPTED or (code and self._stopping)):
             self._study.release(claimed, f"ended with code {code}: {worker.last_line()}", stopped=self._stopping)
             self._display.interrupted(worker)

@@ -37,6 +37,7 @@ CLAIMS = ".claims"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")  # what is wanted, see `importance`
 warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with Study.optimize")
 
 
@@ -95,8 +96,10 @@ class Study:
         told = {}
         for index, name in enumerate(objectives):
             if len({trial.values[index] for trial in complete}) > 1:
+                # PED-ANOVA, Optuna's default, takes a lower target for a better one
+                sign = -1 if name in self._definition.settings.maximize else 1
                 told[name] = optuna.importance.get_param_importances(
-                    self._study, target=lambda trial, index=index: trial.values[index]
+                    self._study, target=lambda trial, index=index, sign=sign: sign * trial.values[index]
                 )
         return told
 

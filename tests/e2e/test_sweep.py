@@ -6,6 +6,8 @@ import contextlib
 import csv
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,24 @@ def test_killed_half_way_it_is_finished_by_the_same_command(whole: Path, corpus:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_kill_9_of_the_sweep_alone_ends_its_trial_which_then_goes_on(corpus: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    command = [*QUICK, *TRIAL, *corpus, f"run_dir={folder}", "sweep.trials=1"]
+    with Live(folder, command) as run:
+        run.until(lambda: last_step(folder / "trials/0000") > 1, 600)
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.wait()
+        deadline = time.monotonic() + 20
+        while any(f"run_dir={folder}" in text for text in _commands()):
+            assert time.monotonic() < deadline, "its trial trains on"
+            time.sleep(0.1)
+    with Live(folder, command) as run:
+        assert run.wait(600) == 0, run.output
+    assert [row["state"] for row in rows(folder)] == ["COMPLETE"]
+
+
+@pytest.mark.slow
 def test_sigterm_lets_the_trials_save_and_the_same_command_goes_on(
     whole: Path, corpus: list[str], tmp_path: Path
 ) -> None:
@@ -117,19 +137,34 @@ def test_sigterm_lets_the_trials_save_and_the_same_command_goes_on(
 def test_a_trial_that_crashes_is_recorded_and_the_others_go_on(moe: Run, corpus: list[str], tmp_path: Path) -> None:
     preset = tmp_path / "arms.yaml"
     preset.write_text(
-        "sampler: points\npoints:\n  good: []\n  bad: [data.path=/nowhere]\n  dense: [model.mlp=dense]\nseeds: 2\n"
+        """
+sampler: points
+objectives: [val_loss, router_entropy]
+points:
+  good: []
+  bad: [data.path=/nowhere]
+  dense: [model.mlp=dense]
+  early:
+    - train.eval_every=1
+    - optim.lr=1e-30
+    - checkpoint.metric_for_best_model=val_loss
+    - checkpoint.early_stopping_patience=1
+seeds: 2
+"""
     )
     folder = tmp_path / "arms"
-    done = moe("sweep", f"sweep={preset}", *TRIAL, *corpus, "train.steps=2", f"run_dir={folder}", timeout=900)
+    done = moe("sweep", f"sweep={preset}", *TRIAL, *corpus, "train.steps=3", f"run_dir={folder}", timeout=900)
     assert done.returncode == 0, done.stderr
     found = {(row["params.point"], row["seed"]): row for row in rows(folder)}
     assert {key: row["state"] for key, row in found.items()} == {
         **{("good", seed): "COMPLETE" for seed in "01"},
         **{("bad", seed): "FAIL" for seed in "01"},
         **{("dense", seed): "COMPLETE" for seed in "01"},
+        **{("early", seed): "COMPLETE" for seed in "01"},
     }
+    assert (found["good", "0"]["steps"], found["early", "0"]["steps"]) == ("3", "2")
     assert found["bad", "0"]["error"].startswith("exit code 2: moe: ")
-    assert found["dense", "0"]["max_violation"] == ""
+    assert found["dense", "0"]["max_violation"] == found["dense", "0"]["router_entropy"] == ""
     assert float(found["dense", "0"]["val_loss"]) > 0
 
 

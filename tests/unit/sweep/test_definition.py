@@ -37,6 +37,8 @@ def test_the_command_lines_overrides_replace_the_presets() -> None:
         ({"router": "topk,topq"}, [], "router=topq must be one of "),
         ({"train.seed": "1,2"}, [], "sweep.seeds=N"),
         ({"optim.lr": "interval(-1, 1)"}, [], "sweep.space.optim.lr: optim.lr=-1.0 must be > 0"),
+        ({"train.epochs": "1,2"}, [], "sweep.space.train.epochs: train.epochs=1.0: a sweep plans its trials in steps"),
+        ({"router.top_k": "1,2"}, ["train.epochs=3"], "train.epochs=3.0: a sweep plans its trials in steps"),
     ],
 )
 def test_a_space_that_can_not_be_trained_is_refused(space: dict[str, str], overrides: list[str], said: str) -> None:
@@ -63,6 +65,13 @@ def test_given_points_are_named_lists_of_overrides() -> None:
     broken = SweepSettings(sampler=Sampler.points, points={"c": ["router.top_q=1"]}, overrides=PLAIN)
     with pytest.raises(ValueError, match=r"sweep\.points\.c: router\.top_q=1: no such key"):
         define(broken, [], load_config)
+
+
+def test_whether_some_trial_has_routers() -> None:
+    assert _define({"model.mlp": "dense,sparse"}).has_routers
+    assert not _define({"optim.lr": "0.1,0.2"}, "model.mlp=dense").has_routers
+    points = {"a": ["model.mlp=dense"], "b": []}
+    assert define(SweepSettings(sampler=Sampler.points, points=points, overrides=PLAIN), [], load_config).has_routers
 
 
 def test_the_same_training_has_the_same_digest_wherever_it_is_written() -> None:

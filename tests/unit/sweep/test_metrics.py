@@ -34,6 +34,19 @@ def test_no_router_is_none_and_a_broken_step_is_nan(tmp_path: Path) -> None:
     assert math.isnan(metrics.value("loss", 5) or 0)
 
 
+def test_null_after_a_number_is_not_finite(tmp_path: Path) -> None:
+    """The tracker writes NaN and infinity as null."""
+    rows: list[dict[str, Any]] = [{"step": step, "loss": 1.0, "val_loss": 5.0, "val_entropy": None} for step in (1, 2)]
+    rows += [{"step": 3, "loss": None, "val_loss": None, "val_entropy": None}, {"step": 4, "loss": 1.0}]
+    metrics = _file(tmp_path / "m", rows)
+    assert math.isnan(metrics.value("val_loss", 1) or 0)
+    assert math.isnan(metrics.value("loss", 2) or 0)
+    assert metrics.value("loss", 1) == 1.0, "the broken step is not among the last"
+    assert metrics.value("val_entropy", 2) is None, "it never was a number"
+    diverged = _file(tmp_path / "d", [{"step": 1, "val_loss": None}])
+    assert math.isnan(diverged.value("val_loss", 1) or 0)
+
+
 def test_half_a_line_waits_and_a_file_that_was_cut_back_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "m"
     metrics = _file(path, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}])

@@ -151,6 +151,19 @@ def test_a_missing_metric_is_kept_empty_and_a_broken_one_fails(tmp_path: Path) -
     assert (diverged["state"], diverged["error"]) == ("FAIL", "val_loss is not a finite number")
 
 
+def test_importance_is_that_of_the_good_end_whichever_end_it_is(tmp_path: Path) -> None:
+    found = []
+    for sign, maximize in ((1, []), (-1, ["val_loss"])):
+        definition = _definition(CONTINUOUS, objectives=["val_loss"], maximize=maximize, trials=30)
+        study = _study(tmp_path / str(sign), definition)
+        while (claimed := study.claim()) is not None:
+            coefficient, z = claimed.params["router.aux_loss_coef"], claimed.params["router.z_loss_coef"]
+            loss = 1.0 + z if coefficient < 1e-3 else 50 * coefficient
+            study.finish(claimed, TrialState.COMPLETE, _trained(claimed, sign * loss))
+        found.append(study.importance()["val_loss"])
+    assert found[0] == pytest.approx(found[1])
+
+
 @pytest.mark.parametrize("pruner", [Pruner.median, Pruner.hyperband])
 def test_a_trial_worse_than_the_others_is_pruned(tmp_path: Path, pruner: Pruner) -> None:
     definition = _definition(CONTINUOUS, objectives=["val_loss"], pruner=pruner, trials=12)
