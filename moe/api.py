@@ -12,7 +12,7 @@ Legend: B sequences, S tokens of a text, V vocabulary, K choices per token, L sp
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.model_writer import write_model
 from moe.checkpoint.reader import read_model, resolve, tokenizer_folder
 from moe.checkpoint.state import TrainState, read_state
-from moe.config import Config, Precision
+from moe.config import AdapterConfig, Config, Precision
 from moe.config.compose import read_config
 from moe.config.generate import Sampling
 from moe.data.tokenizer import Tokenizer, load_saved
@@ -122,5 +122,7 @@ class LoadedRun:
 
     def save(self, folder: str | Path) -> None:
         """Writes the model as it is now into a new folder, which `load`, `moe generate` and `init_from`
-        read. Raises UserError where the folder exists, OSError."""
-        write_model(Path(folder), self.model, self.tokenizer, self.config, self.state)
+        read; an adapter is merged into it. Raises UserError where the folder exists, OSError."""
+        config = replace(self.config, adapter=AdapterConfig())
+        state = replace(self.state, base="", base_fingerprint="")
+        write_model(Path(folder), self.model, self.tokenizer, config, state)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from moe.adapters.low_rank import LoRAExperts, LoRALinear, LowRank
+from moe.adapters.merge import adapted, is_part
 from moe.config import AdapterConfig, ExpertBackend
 from moe.config.adapter import WITH_DROPOUT, fits, fits_parameter
 from moe.errors import UserError
@@ -22,7 +23,8 @@ NAMES_SHOWN = 12
 
 def attach(model: Transformer, config: AdapterConfig, seed: int) -> None:
     """Adds the adapters of `config`, with which the model computes as before, and freezes all other parameters but
-    those of `adapter.modules_to_save`. Raises UserError for a name or pattern that fits nothing.
+    those of `adapter.modules_to_save`. Raises UserError for a name or pattern that fits nothing, and for a parameter
+    that has an adapter and would train in full too.
 
     The model may have weights on any device but "meta"; they may be filled later: call `reset_magnitudes` then.
     """
@@ -95,6 +97,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _train_in_full(model: nn.Module, config: AdapterConfig) -> None:
     names = dict(model.named_parameters())
+    have_adapters = {adapted(one) for one in names if is_part(one)}
     for pattern in config.modules_to_save:
         found = [one for one in names if fits_parameter(pattern, one)]
         if not found:
@@ -103,4 +106,10 @@ def _train_in_full(model: nn.Module, config: AdapterConfig) -> None:
                 f"{', '.join(list(names)[:NAMES_SHOWN])}"
             )
         for one in found:
+            if one in have_adapters:
+                targets = next(target for target in config.target_modules if fits_parameter(target, one))
+                raise UserError(
+                    f"adapter.modules_to_save={pattern}: {one} has an adapter, by adapter.target_modules={targets}: "
+                    "leave it out of one of the two"
+                )
             names[one].requires_grad_()

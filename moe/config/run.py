@@ -96,7 +96,7 @@ class Config:
         )
         tail = (optim.decay_steps or 0) + (optim.warmup_steps or 0)
         require(
-            optim.schedule is Schedule.constant or tail <= train.steps,
+            optim.schedule is Schedule.constant or train.epochs is not None or tail <= train.steps,
             f"optim.warmup_steps={optim.warmup_steps} plus optim.decay_steps={optim.decay_steps} must be ≤ "
             f"train.steps={train.steps}",
         )
@@ -162,7 +162,7 @@ class Config:
 
     @property
     def starts(self) -> bool:
-        """Whether it is of a run, which needs data and an adapter's base; a plan can do without."""
+        """Whether this configuration starts a run, which needs data and an adapter's base; a plan needs neither."""
         return True
 
     def check_world(self, world_size: int, node_size: int | None = None) -> None:

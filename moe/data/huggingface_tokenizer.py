@@ -41,10 +41,10 @@ class HuggingFaceTokenizer:
         self._model, self._where = model, where
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
-        self.fingerprint = hashlib.sha256(model + f"|{bos}|{eos}".encode()).hexdigest()
+        self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
+        self.fingerprint = hashlib.sha256(model + f"|{self.bos_id}|{self.eos_id}".encode()).hexdigest()
         self.vocab_size = max(self.vocabulary().values()) + 1
         self._dtype = token_dtype(self.vocab_size)
-        self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
         decoder = json.dumps(self._json.get("decoder"))
         self._byte_level = '"ByteLevel"' in decoder
         if not self._byte_level and '"ByteFallback"' not in decoder and not self._is_closed():

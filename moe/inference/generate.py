@@ -170,6 +170,10 @@ def _begun(text: str, stop: str | None) -> int:
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
-    """The greedy continuation of `prompt`, to look at while training. Ranks that share experts call it together."""
+    """The greedy continuation of `prompt`, to look at while training; of its end alone where the model has too few
+    positions for all of it. Ranks that share experts call it together."""
     settings = Sampling(max_new_tokens=tokens, temperature=0.0)
-    return "".join(piece.text for piece in stream(model, tokenizer, [prompt], settings, all_steps=True))
+    room = model.config.max_position_embeddings - tokens
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    fitting = prompt if len(ids) <= room else ids[-room:]
+    return "".join(piece.text for piece in stream(model, tokenizer, [fitting], settings, all_steps=True))

@@ -118,9 +118,7 @@ class MergedTensors:
         return self._base.infos() | self._own
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
-        if name in self._own:
-            return self._trained.read(name, expert)
-        weight = self._base.read(name, expert)
+        weight = (self._trained if name in self._own else self._base).read(name, expert)
         return merged(name, weight, self._parts, lambda part: self._trained.read(part, expert), self._config)
 
 

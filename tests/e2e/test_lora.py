@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moe import api
 from moe.checkpoint.layout import committed
 from moe.checkpoint.reader import load_model
 from tests.e2e.conftest import SMALL, read_metrics
@@ -101,6 +102,14 @@ def test_a_run_starts_from_an_adapters_merged_weights(tuned: Path, corpus: list[
         assert found.keys() == merged.keys()
         for name, weight in found.items():
             assert torch.equal(weight, merged[name]), name
+
+
+def test_a_loaded_adapters_run_is_saved_as_a_whole_model(tuned: Path, tmp_path: Path) -> None:
+    run = api.load(tuned, device="cpu")
+    run.save(tmp_path / "saved")
+    again = api.load(tmp_path / "saved", device="cpu")
+    assert (again.state.base, again.config.adapter.trains_adapter) == ("", False), "it is read without the base"
+    assert torch.equal(again.logits("3 plus 4"), run.logits("3 plus 4"))
 
 
 def _refused(done: Finished, *texts: str) -> None:

@@ -139,6 +139,23 @@ def test_what_trains() -> None:
     assert all(router.frozen for router in (block.mlp.gate for block in model.model.layers))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("saved", "weight", "target"),
+    [
+        ("o_proj", "self_attn.o_proj.weight", "o_proj"),
+        ("*.gate.weight", "mlp.gate.weight", "gate"),
+        ("experts", "mlp.experts.gate_up_proj", "experts"),
+    ],
+)
+def test_a_weight_with_an_adapter_does_not_train_in_full_too(saved: str, weight: str, target: str) -> None:
+    with pytest.raises(UserError) as caught:
+        attach(_model(), _config(modules_to_save=["lm_head", saved], use_dora=True), 0)
+    assert str(caught.value) == (
+        f"adapter.modules_to_save={saved}: model.layers.0.{weight} has an adapter, by "
+        f"adapter.target_modules={target}: leave it out of one of the two"
+    )
+
+
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     def values(seed: int) -> dict[str, Tensor]:
         model = _model()

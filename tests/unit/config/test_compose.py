@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from moe.config import Config, OptimizerKind, PlanConfig, PrepareConfig, Validat
 from moe.config.compose import ConfigError, load_config, read_config, to_yaml
 from moe.config.presets import choices
 from moe.data.tokenizer import count_pieces
+from moe.errors import UserError
 
 BAD = [
     # (overrides, what the line must hold)
@@ -104,6 +106,13 @@ def test_bad_configuration_is_one_line_with_key_value_and_rule(overrides: list[s
     text = str(caught.value)
     assert expected in text
     assert len(text.splitlines()) == 1
+
+
+def test_a_schedules_steps_are_held_against_those_of_the_epochs_once_they_are_known() -> None:
+    config = load_config(["train.epochs=2", "optim.warmup_steps=500"])
+    assert replace(config, train=replace(config.train, steps=500, epochs=None)).optim.warmup_steps == 500
+    with pytest.raises(UserError, match=r"must be ≤ train\.steps=499"):
+        replace(config, train=replace(config.train, steps=499, epochs=None))
 
 
 @pytest.mark.parametrize("model", choices("model"))

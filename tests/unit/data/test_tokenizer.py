@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, bytes per id, saving and loading, and the messages for unusable ones."""
 
+import hashlib
 import json
 import random
 
@@ -189,6 +190,18 @@ def test_save_and_load(trained, texts, tmp_path):
             tokenizer.eos_id,
         )
         assert loaded.encode("1 + 1 = 2\n") == tokenizer.encode("1 + 1 = 2\n")
+
+
+def test_a_tokenizer_without_bos_is_saved_and_read_again(texts, tmp_path):
+    folder = huggingface_folder(tmp_path / "hf", texts)
+    config = TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder))
+    model = (folder / "tokenizer.json").read_bytes()
+    assert open_tokenizer(config).fingerprint == hashlib.sha256(model + b"|0|1").hexdigest()
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "</s>"}')
+    tokenizer = open_tokenizer(config)
+    tokenizer.save(tmp_path / "saved")
+    loaded = load_saved(tmp_path / "saved")
+    assert (loaded.bos_id, loaded.eos_id, loaded.fingerprint) == (1, 1, tokenizer.fingerprint)
 
 
 def test_saved_tokenizer_with_other_content_is_refused(trained, tmp_path):

@@ -263,6 +263,15 @@ def test_a_bad_prompts_file_is_one_line(tmp_path, content, message):
         read_prompts(path)
 
 
+def test_a_sample_of_a_prompt_that_is_too_long_continues_its_end():
+    model, prompt = build(max_position_embeddings=11), "abcdefghijk"
+    for size in (1, 4):
+        settings = Sampling(max_new_tokens=11 - size, temperature=0)
+        pieces = stream(model, TOKENIZER, [TOKENIZER.encode(prompt[-size:])], settings)
+        assert sample_text(model, TOKENIZER, prompt, 11 - size) == "".join(piece.text for piece in pieces)
+    assert [sample_text(model, TOKENIZER, "abc", 7)] == generate(model, TOKENIZER, ["abc"], settings)
+
+
 def test_lengths_and_vocabularies_that_do_not_fit():
     with pytest.raises(ValueError, match=r"3 prompt tokens \+ max_new_tokens=9 must be ≤ model.max_position_emb.*=11"):
         generate(build(max_position_embeddings=11), TOKENIZER, ["ab"], Sampling(max_new_tokens=9))
