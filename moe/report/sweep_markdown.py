@@ -62,9 +62,9 @@ def render(sweep: SweepHistory, reference: str, size_of: Callable[[TrialRow], Si
             f"{size.parameters / 1e6:.2f} M ({size.active / 1e6:.2f} M)",
             str(len(point.trials)),
             _loss(point, name, curves[id(point)]),
-            _difference(told.get(id(point))),
-            *(_mean(point.values(other), 3) for other in others),
-            _mean([one.over_window for one in curves[id(point)]], 3),
+            difference_text(told.get(id(point))),
+            *(mean_text(point.values(other), 3) for other in others),
+            mean_text([one.over_window for one in curves[id(point)]], 3),
             f"{math.fsum(row.seconds for row in point.trials) / len(point.trials) / 60:.1f}",
         ]
         yield f"| {' | '.join(cells)} |"
@@ -75,11 +75,12 @@ def render(sweep: SweepHistory, reference: str, size_of: Callable[[TrialRow], Si
 
 def _loss(point: Point, name: str, curves: list[Curves]) -> str:
     leaky = [one.leaky for one in curves if not math.isnan(one.leaky)]
-    more = f" (reading ahead, as trained: {_mean(leaky, 3)})" if leaky else ""
-    return f"{_mean(point.values(name), 4)}{more}"
+    more = f" (reading ahead, as trained: {mean_text(leaky, 3)})" if leaky else ""
+    return f"{mean_text(point.values(name), 4)}{more}"
 
 
-def _difference(told: Difference | None) -> str:
+def difference_text(told: Difference | None) -> str:
+    """The mean ± half of its interval, bold where the interval excludes 0."""
     if told is None:
         return "–"
     if math.isnan(told.half):
@@ -88,7 +89,7 @@ def _difference(told: Difference | None) -> str:
     return number if told.within_noise else f"**{number}**"
 
 
-def _mean(values: list[float], digits: int) -> str:
+def mean_text(values: list[float], digits: int) -> str:
     """The mean and the largest distance of a value from it."""
     mean, _ = interval([value for value in values if math.isfinite(value)])
     if math.isnan(mean):
