@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -81,12 +82,14 @@ def _alarm(step: int, one: dict[str, Any]) -> str:
     return f"Step {step:,}: <b>{escape(where)}</b>, {escape(what)}"
 
 
-def tables(details: Details) -> str:
-    """A folded table, layer × expert, for each metric of single experts; and the pairs that serve the same tokens."""
-    return "".join(_table(name, *details.matrices[name]) for name in details.matrices) + _pairs(details.coactivation)
+def tables(details: Details, layers: Callable[[int], Sequence[int]]) -> str:
+    """A folded table, layer × expert, for each metric of single experts; and the pairs that serve the same tokens.
+    `layers(L)` are the numbers of L layers in the model."""
+    found = [_table(name, step, rows, layers(len(rows))) for name, (step, rows) in details.matrices.items()]
+    return "".join(found) + _pairs(details.coactivation, layers)
 
 
-def _table(name: str, step: int, rows: list[list[float | None]]) -> str:
+def _table(name: str, step: int, rows: list[list[float | None]], layers: Sequence[int]) -> str:
     title = escape(name.replace("_", " ").capitalize())
     if sum(map(len, rows)) > CELLS:
         return f'<p class="note">{title}: {sum(map(len, rows)):,} numbers, see metrics.jsonl.</p>'
@@ -95,7 +98,7 @@ def _table(name: str, step: int, rows: list[list[float | None]]) -> str:
         f'<tr><th scope="row">{layer}</th>'
         + "".join(f"<td>{'–' if value is None else short(value)}</td>" for value in row)
         + "</tr>"
-        for layer, row in enumerate(rows)
+        for layer, row in zip(layers, rows, strict=True)
     )
     return (
         f"<details><summary>{title}, step {step:,}</summary>"
@@ -105,12 +108,12 @@ def _table(name: str, step: int, rows: list[list[float | None]]) -> str:
     )
 
 
-def _pairs(found: tuple[int | None, list[np.ndarray]] | None) -> str:
+def _pairs(found: tuple[int | None, list[np.ndarray]] | None, layers: Callable[[int], Sequence[int]]) -> str:
     if found is None or not any(np.isfinite(lift_EE).any() for lift_EE in found[1]):
         return ""
-    step, layers = found
+    step, lifts_LEE = found
     rows = ""
-    for layer, lift_EE in enumerate(layers):
+    for layer, lift_EE in zip(layers(len(lifts_LEE)), lifts_LEE, strict=True):
         lifts = np.where(np.tril(np.ones_like(lift_EE), 0) > 0, -math.inf, np.nan_to_num(lift_EE, nan=-math.inf))
         order = np.argsort(lifts, axis=None)[::-1][:PAIRS_SHOWN]
         best = [(int(place) // len(lifts), int(place) % len(lifts)) for place in order]

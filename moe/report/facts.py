@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config import ModelConfig
 from moe.config.router import RouterConfig, saved_router
 from moe.errors import UserError
 from moe.report.reader import RunHistory
@@ -29,7 +26,7 @@ def parameters(run: RunHistory) -> Parameters | None:
         return None
     vocab, hidden, ffn, layers, heads, kv_heads = values
     head_dim = run.setting("model.head_dim") or hidden // heads
-    model = _model(run)
+    model = run.model
     if model is None:
         return None
     sparse = len(model.sparse_layer_numbers)
@@ -46,15 +43,6 @@ def parameters(run: RunHistory) -> Parameters | None:
     rest += sparse * (router.num_parameters(hidden) + 3 * hidden * model.shared_size)
     chosen = router.choices_in(model.sparse_layer_numbers)
     return Parameters(rest + sparse * router.num_experts * expert, rest + chosen * expert)
-
-
-def _model(run: RunHistory) -> ModelConfig | None:
-    """The run's model; None where config.yaml has keys that this code doesn't know."""
-    try:
-        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), run.setting("model")))
-        return model
-    except (UserError, OmegaConfBaseException):
-        return None
 
 
 def _router(run: RunHistory) -> RouterConfig | None:

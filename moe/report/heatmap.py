@@ -6,6 +6,7 @@ twice the even share or more). The fullest expert's load − 1 is its layer's Ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -28,25 +29,26 @@ def _cell(share: float, experts: int) -> str:
     return f'<td class="{style}{dead}" style="--p:{strength}%">{100 * share:.1f}</td>'
 
 
-def _verdict(shares_LE: np.ndarray, even: float) -> str:
-    layer, expert = np.unravel_index(int(shares_LE.argmax()), shares_LE.shape)
-    most = float(shares_LE[layer, expert])
+def _verdict(shares_LE: np.ndarray, even: float, layers: Sequence[int]) -> str:
+    place, expert = np.unravel_index(int(shares_LE.argmax()), shares_LE.shape)
+    most = float(shares_LE[place, expert])
     return (
-        f"Fullest: expert {expert} of layer {layer} with {100 * most:.1f} % of its layer's choices, "
+        f"Fullest: expert {expert} of layer {layers[int(place)]} with {100 * most:.1f} % of its layer's choices, "
         f"{most / even:.2f} × its even share of {100 * even:.3g} %."
     )
 
 
-def heatmap(steps: list[int], frames: list[list[list[float]]]) -> str:
-    """A figure of the last frame, with a slider over the earlier ones. `frames` is [frame][L][E]."""
+def heatmap(steps: list[int], frames: list[list[list[float]]], layers: Sequence[int]) -> str:
+    """A figure of the last frame, with a slider over the earlier ones. `frames` is [frame][L][E]; `layers` are the
+    numbers of the L layers in the model."""
     shares_LE = np.array(frames[-1], dtype=float)
-    layers, experts = shares_LE.shape
+    experts = shares_LE.shape[1]
     even = 1 / experts
     compact = " compact" if experts > WIDE else ""
     head = "".join(f'<th scope="col">{expert}</th>' for expert in range(experts))
     rows = "".join(
-        f'<tr><th scope="row">{layer}</th>{"".join(_cell(float(share), experts) for share in shares_LE[layer])}</tr>'
-        for layer in range(layers)
+        f'<tr><th scope="row">{layer}</th>{"".join(_cell(float(share), experts) for share in shares_E)}</tr>'
+        for layer, shares_E in zip(layers, shares_LE, strict=True)
     )
     slider = data = ""
     if len(frames) > 1:
@@ -56,12 +58,11 @@ def heatmap(steps: list[int], frames: list[list[list[float]]]) -> str:
             f'aria-valuetext="step {steps[-1]}"> <output>{steps[-1]:,}</output></label>'
         )
         numbers = [np.round(np.array(frame, dtype=float) * SHARE_UNIT).astype(int).ravel().tolist() for frame in frames]
-        data = (
-            f'<script type="application/json">{embed({"steps": steps, "frames": numbers, "unit": SHARE_UNIT})}</script>'
-        )
+        shown = {"steps": steps, "frames": numbers, "unit": SHARE_UNIT, "layers": [*layers]}
+        data = f'<script type="application/json">{embed(shown)}</script>'
     return f"""<figure class="heat" id="heat" data-experts="{experts}">
 <figcaption><h3>Expert share</h3> <span class="unit">% of a layer's choices, one optimizer step</span>
-<p class="note">{escape(_verdict(shares_LE, even))} (Last step.)</p></figcaption>
+<p class="note">{escape(_verdict(shares_LE, even, layers))} (Last step.)</p></figcaption>
 <div class="heatbar">{slider}
 <div class="scale" aria-hidden="true"><span>none</span><i></i><span>even {100 * even:.3g} %</span><i class="up"></i>\
 <span>≥ {200 * even:.3g} %</span></div></div>

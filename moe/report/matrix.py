@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -13,17 +14,18 @@ ANCHORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 MISSING = (160, 160, 160)
 
 
-def matrix_page(name: str, rows: list[list[float | None]]) -> str:
-    """The page. Rows are layers, columns experts, rows may differ in length; None is grey. At least one is a number."""
+def matrix_page(name: str, rows: list[list[float | None]], layers: Sequence[int]) -> str:
+    """The page. Rows are layers, by the model's numbers `layers`, columns experts, rows may differ in length; None is
+    grey. At least one is a number."""
     width = max(len(row) for row in rows)
     values_LE = np.full((len(rows), width), np.nan)
-    for layer, row in enumerate(rows):
-        values_LE[layer, : len(row)] = [np.nan if value is None else value for value in row]
+    for place, row in enumerate(rows):
+        values_LE[place, : len(row)] = [np.nan if value is None else value for value in row]
     least, most = float(np.nanmin(values_LE)), float(np.nanmax(values_LE))
     data = base64.b64encode(_png(_colours(values_LE, least, most))).decode()
     return (
-        f'<!doctype html><meta charset="utf-8"><p style="font:14px sans-serif">{escape(name)}: rows are layers, '
-        f"columns experts; {least:.4g} (dark) to {most:.4g} (light)</p>"
+        f'<!doctype html><meta charset="utf-8"><p style="font:14px sans-serif">{escape(name)}: rows are layers '
+        f"{', '.join(map(str, layers))}; columns are experts; {least:.4g} (dark) to {most:.4g} (light)</p>"
         f'<img alt="{escape(name)}" style="width:100%;image-rendering:pixelated" src="data:image/png;base64,{data}">'
     )
 

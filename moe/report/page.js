@@ -96,7 +96,7 @@ if (slider) {
       cell.textContent = (100 * share).toFixed(1);
     });
     const most = frame.indexOf(Math.max(...frame)), share = frame[most] / data.unit;
-    note.textContent = `Fullest: expert ${most % experts} of layer ${Math.floor(most / experts)} with ` +
+    note.textContent = `Fullest: expert ${most % experts} of layer ${data.layers[Math.floor(most / experts)]} with ` +
       `${(100 * share).toFixed(1)} % of its layer's choices, ${(share * experts).toFixed(2)} × its even share. (Step ${step}.)`;
   });
 }
@@ -104,18 +104,18 @@ if (slider) {
 /* text coloured by expert */
 const routed = document.getElementById("routed");
 if (routed) {
-  const layers = numbersOf(routed), tokens = [...routed.querySelectorAll(".t")], text = routed.querySelector(".tokens");
-  const chips = [...routed.querySelectorAll(".chip")];
-  let layer = 0, only = null;
+  const { layers, experts } = numbersOf(routed), text = routed.querySelector(".tokens");
+  const tokens = [...routed.querySelectorAll(".t")], chips = [...routed.querySelectorAll(".chip")];
+  let place = 0, only = null;
   const classOf = (expert) => `c${expert % 8} u${Math.floor(expert / 8) % 4}`; // as moe/report/palette.py
   function paint() {
     const counts = new Map();
     tokens.forEach((token, index) => {
-      const expert = layers[layer][index];
+      const expert = experts[place][index];
       counts.set(expert, (counts.get(expert) || 0) + 1);
       token.className = expert === null ? "t" : `t ${classOf(expert)}${expert === only ? " on" : ""}`;
       token.dataset.e = expert ?? "–";
-      token.title = `layer ${layer}: ${expert === null ? "no expert" : `expert ${expert}`}`;
+      token.title = `layer ${layers[place]}: ${expert === null ? "no expert" : `expert ${expert}`}`;
     });
     for (const chip of chips) {
       const expert = Number(chip.dataset.e);
@@ -124,7 +124,7 @@ if (routed) {
     }
     text.classList.toggle("only", only !== null);
   }
-  routed.querySelector(".layers").addEventListener("change", (event) => { layer = Number(event.target.value); paint(); });
+  routed.querySelector(".layers").addEventListener("change", (event) => { place = Number(event.target.value); paint(); });
   for (const chip of chips) {
     chip.addEventListener("click", () => {
       only = only === Number(chip.dataset.e) ? null : Number(chip.dataset.e);

@@ -6,6 +6,7 @@ identified by its hash, so that text of a run could not run as a script even if 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ def render(run: RunHistory) -> str:
     )
 
 
-def routing_page(routing: dict[str, Any]) -> str:
-    """A page of its own with what routing.json says: one text, coloured by expert."""
+def routing_page(routing: dict[str, Any], layers: Sequence[int]) -> str:
+    """A page of its own with what routing.json says: one text, coloured by expert. `layers` are the model's numbers."""
     return (
         f'<!doctype html><meta charset="utf-8"><style>{asset("moe.report", "page.css")}\n{palette.css()}</style>'
         f'<button type="button" id="theme" class="js-only" aria-label="Switch between light and dark">◐</button>'
-        f"<main>{texts.coloured_text(Routing(**routing))}</main><script>{asset('moe.report', 'page.js')}</script>"
+        f"<main>{texts.coloured_text(Routing(**routing), layers)}</main>"
+        f"<script>{asset('moe.report', 'page.js')}</script>"
     )
 
 
@@ -56,10 +58,16 @@ def _sections(run: RunHistory) -> list[tuple[str, str, str]]:
     balance = details.alarms(run.details) + charts.balance_charts(run) if run.sparse else DENSE
     shares, routed = DENSE, DENSE
     if run.sparse:
-        shares = heatmap(run.frame_steps, run.frames) if run.frames else _empty("No expert shares in metrics.jsonl.")
-        shares += details.tables(run.details)
+        shares = (
+            heatmap(run.frame_steps, run.frames, run.layers(len(run.frames[-1])))
+            if run.frames
+            else _empty("No expert shares in metrics.jsonl.")
+        )
+        shares += details.tables(run.details, run.layers)
         routed = (
-            texts.coloured_text(run.routing) if run.routing else _empty("No routing.json yet: evaluations write it.")
+            texts.coloured_text(run.routing, run.layers(len(run.routing.experts)))
+            if run.routing
+            else _empty("No routing.json yet: evaluations write it.")
         )
     return [
         ("curves", "Loss", charts.loss_charts(run) or _empty("No finite loss in metrics.jsonl.")),

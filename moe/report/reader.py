@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from moe.config import ModelConfig
 from moe.config.migrate import migrate
 from moe.config.rules import MAX_COUNT
 from moe.config.saved import read_saved
@@ -64,6 +68,7 @@ class RunHistory:
     answers: AnsweredRows | None
     config: dict[str, Any]
     config_text: str
+    model: ModelConfig | None  # None where config.yaml has none, or keys that this code doesn't know
     details: Details
     torn_lines: int
     repeated_steps: int
@@ -76,6 +81,11 @@ class RunHistory:
     def setting(self, dotted: str) -> Any:
         """A configuration value by dotted key; None where the run's config.yaml has none."""
         return _setting(self.config, dotted)
+
+    def layers(self, count: int) -> Sequence[int]:
+        """The numbers in the model of its `count` sparse layers; from 0 on where config.yaml doesn't say which."""
+        stated = range(0) if self.model is None else self.model.sparse_layer_numbers
+        return stated if len(stated) == count else range(count)
 
     @property
     def sparse(self) -> bool:
@@ -109,6 +119,7 @@ def read_run(run_dir: Path) -> RunHistory:
         answers=read_answers(run_dir / "answers.json"),
         config=config,
         config_text=text,
+        model=_model(_setting(config, "model")),
         details=details,
         torn_lines=torn,
         repeated_steps=repeated,
@@ -154,6 +165,16 @@ def _setting(config: dict[str, Any], dotted: str) -> Any:
     return value
 
 
+def _model(values: Any) -> ModelConfig | None:
+    if not isinstance(values, dict):
+        return None
+    try:
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+        return model
+    except (UserError, OmegaConfBaseException):
+        return None
+
+
 def _read_routing(path: Path) -> Routing | None:
     """None if the run has written none, or has no router. Raises UserError where the lists don't fit together."""
     if not path.exists():
@@ -165,10 +186,10 @@ def _read_routing(path: Path) -> Routing | None:
     if not experts or not tokens:
         return None
     count = data.count("num_experts", 1, MOST_EXPERTS)
-    for layer, ids in enumerate(experts):
+    for place, ids in enumerate(experts):
         fits = isinstance(ids, list) and len(ids) == len(tokens)
         if not fits or not all(one is None or is_count(one, count - 1) for one in ids):
-            raise UserError(f"{path}: layer {layer} needs {len(tokens)} expert ids in 0…{count - 1}; {fix}")
+            raise UserError(f"{path}: experts[{place}] needs {len(tokens)} expert ids in 0…{count - 1}; {fix}")
     return Routing(_step(data), tokens, experts, count)
 
 

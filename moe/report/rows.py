@@ -120,7 +120,8 @@ def _router_metrics(values: Values) -> dict[str, float]:
     for name in line:
         if name in WITHOUT_LAYERS or name + LAYERS in line:
             layers = [_checked(values, name + LAYERS, value) for value in _list(values, name + LAYERS)]
-            measured |= {name: _number(values, name), name + HIGHEST_LAYER: max(layers, default=math.nan)}
+            known = [value for value in layers if not math.isnan(value)]
+            measured |= {name: _number(values, name), name + HIGHEST_LAYER: max(known, default=math.nan)}
     return measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -18,9 +19,9 @@ SAMPLE_CHARACTERS = 3000
 CONFIG_CHARACTERS = 100_000
 
 
-def coloured_text(routing: Routing) -> str:
+def coloured_text(routing: Routing, layers: Sequence[int]) -> str:
     """One held-out text. Each token's background is the colour of its first expert in the selected layer (initially the
-    first layer); a token without an expert has none."""
+    first layer); a token without an expert has none. `layers` are the numbers of the layers in the model."""
     shown = min(len(routing.tokens), TOKENS_SHOWN)
     experts = [ids[:shown] for ids in routing.experts]
     counts = Counter(experts[0])
@@ -29,9 +30,9 @@ def coloured_text(routing: Routing) -> str:
         for token, expert in zip(routing.tokens[:shown], experts[0], strict=True)
     )
     radios = "".join(
-        f'<label><input type="radio" name="layer" value="{layer}"{" checked" if layer == 0 else ""}>'
+        f'<label><input type="radio" name="layer" value="{place}"{" checked" if place == 0 else ""}>'
         f"<span>{layer}</span></label>"
-        for layer in range(len(experts))
+        for place, layer in enumerate(layers)
     )
     chips = "".join(
         f'<button type="button" class="chip {expert_class(expert)}" data-e="{expert}" aria-pressed="false">'
@@ -48,7 +49,7 @@ def coloured_text(routing: Routing) -> str:
 <div class="chips" role="group" aria-label="Experts: press one to see only its tokens">{chips}
 <label class="numbers js-only"><input type="checkbox"> show numbers</label></div>
 <div class="tokens" tabindex="0" role="region" aria-label="The text, token by token">{spans}</div>
-<script type="application/json">{embed(experts)}</script>
+<script type="application/json">{embed({"layers": [*layers], "experts": experts})}</script>
 </figure>"""
 
 

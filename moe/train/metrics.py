@@ -1,6 +1,6 @@
 """Metrics of one optimizer step, exact over its whole global batch: one packed sum over ranks at the end of the step.
 
-E experts of a layer.
+L sparse layers, E experts of a layer.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class StepTotals:
 class StepSums:
     """Sums over a step's micro-batches on this rank; `reduced` adds up the ranks and names the metrics.
 
-    The names of a router's losses and diagnostics are the metrics' names. `diagnose=False` measures no more than the
-    routers say and their counts.
+    The names of a router's losses and diagnostics are the metrics' names. `diagnose=False` measures only the
+    counts and what the routers name themselves.
     """
 
     def __init__(self, mesh: Mesh, *, diagnose: bool = True) -> None:
@@ -127,13 +127,16 @@ class StepSums:
         }
         if not layers:
             return metrics
-        by_name: dict[str, list[Tensor]] = {}  # the routers' own, sums over micro-batches and ranks, a layer each
-        for layer, names in zip(layers, self._scalars, strict=True):
+        by_name: dict[str, dict[int, Tensor]] = {}  # the routers' own, sums over micro-batches and ranks, by layer
+        for place, (layer, names) in enumerate(zip(layers, self._scalars, strict=True)):
             for name in layer:
                 if name in names:
-                    by_name.setdefault(name, []).append(layer[name][0])
-        for name, values in by_name.items():
-            metrics |= layered(name, torch.stack(values) / micro_batches)
+                    by_name.setdefault(name, {})[place] = layer[name][0]
+        for name, by_place in by_name.items():
+            values = torch.stack([*by_place.values()]) / micro_batches
+            values_L = values.new_full((len(layers),), math.nan)  # NaN: the layer's router has none of this name
+            values_L[[*by_place]] = values
+            metrics |= layered(name, values_L) | {name: values.mean().item()}
         for name, diagnostic in DIAGNOSTICS.items():
             measure = diagnostic.measure.__name__
             if measure not in layers[0]:

@@ -4,7 +4,8 @@ The names and shapes of a step's metrics decide, so that a router's new loss or 
 
     a number                      SECTION/NAME, every step
     {name: number}                SECTION/NAME/name, every step
-    [number of each layer]        layers/NAME_00 …, every `tracking.detail_every` steps
+    [number of each layer]        layers/NAME_00 …, by the layers' numbers in the model, every `tracking.detail_every`
+                                  steps; of pairs of neighbouring layers, by the first one's
     [[of each layer's experts]]   experts/NAME: a histogram over all of them, and experts/NAME_heatmap: layer × expert;
                                   every `tracking.detail_every` steps
 
@@ -14,6 +15,7 @@ the training loop's nor an evaluation's is a router's and belongs to "balance".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +39,9 @@ class Matrix:
         return [value for row in self.rows for value in row if value is not None]
 
 
-def panels(metrics: dict[str, Any], *, detailed: bool) -> dict[str, float | Matrix]:
-    """A step's metrics by their names in W&B, without nulls; layers and experts only if `detailed`."""
+def panels(metrics: dict[str, Any], *, layers: Sequence[int], detailed: bool) -> dict[str, float | Matrix]:
+    """A step's metrics by their names in W&B, without nulls; layers and experts only if `detailed`. `layers` are the
+    numbers of the model's sparse layers."""
     shown: dict[str, Any] = {}
     for name, value in metrics.items():
         if name in UNSHOWN:
@@ -48,7 +51,7 @@ def panels(metrics: dict[str, Any], *, detailed: bool) -> dict[str, float | Matr
         elif not isinstance(value, list):
             shown[_section(name)] = value
         elif detailed:
-            shown |= _details(name, value)
+            shown |= _details(name, value, layers)
     return {name: value for name, value in shown.items() if isinstance(value, int | float | Matrix)}
 
 
@@ -61,9 +64,9 @@ def _section(name: str) -> str:
     return f"{section}/{name}"
 
 
-def _details(name: str, values: list[Any]) -> dict[str, Any]:
+def _details(name: str, values: list[Any], layers: Sequence[int]) -> dict[str, Any]:
     if values and all(isinstance(one, list) for one in values):
         matrix = Matrix(values)
         return {f"experts/{name}": matrix} if matrix.values() else {}
     base = f"layers/{name.removesuffix(LAYERS)}"
-    return {f"{base}_{layer:02d}": value for layer, value in enumerate(values)}
+    return {f"{base}_{layer:02d}": value for layer, value in zip(layers, values, strict=False)}

@@ -23,4 +23,4 @@ def test_the_agents_command_composes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(words[5:])
     assert (config.router.aux_loss_coef, config.router.z_loss_coef) == (0.0123, 0.001)
     assert config.run_dir == "runs/wandb-abc123"
-    assert sweep["metric"]["name"] in panels({"val_loss": 1.0}, detailed=False)
+    assert sweep["metric"]["name"] in panels({"val_loss": 1.0}, layers=[], detailed=False)

@@ -13,8 +13,8 @@ from moe.report.matrix import ANCHORS, MISSING, matrix_page
 
 
 def test_the_picture_has_a_pixel_for_each_value() -> None:
-    page = matrix_page("a <b>", [[0.0, 1.0, 4.0], [None, 2.0]])
-    assert "a &lt;b&gt;: rows are layers, columns experts; 0 (dark) to 4 (light)" in page
+    page = matrix_page("a <b>", [[0.0, 1.0, 4.0], [None, 2.0]], [1, 3])
+    assert "a &lt;b&gt;: rows are layers 1, 3; columns are experts; 0 (dark) to 4 (light)" in page
     (data,) = re.findall(r"base64,([^\"]+)", page)
     png = base64.b64decode(data)
     assert struct.unpack(">II", png[16:24]) == (3, 2)
@@ -26,4 +26,4 @@ def test_the_picture_has_a_pixel_for_each_value() -> None:
 
 
 def test_equal_values_are_a_picture_too() -> None:
-    assert "0.5 (dark) to 0.5 (light)" in matrix_page("x", [[0.5, 0.5]])
+    assert "0.5 (dark) to 0.5 (light)" in matrix_page("x", [[0.5, 0.5]], range(1))

@@ -184,7 +184,9 @@ def test_whatever_a_router_measured_is_charted_by_its_name(tmp_path: Path) -> No
     """The report has no list of names: it charts every metric that is also given per layer."""
     folder = _with_metrics(
         fake_run(tmp_path / "run", steps=30),
-        lambda line: line | {"bias_range": 0.25, "bias_range_layers": [0.125, 0.375]} if line["step"] > 10 else line,
+        lambda line: (
+            line | {"bias_range": 0.25, "bias_range_layers": [None, 0.125, 0.375]} if line["step"] > 10 else line
+        ),
     )
     run = read_run(folder)
     assert "bias_range" in run.router_metrics
@@ -290,6 +292,37 @@ def test_tokens_are_coloured_by_their_first_expert(tmp_path: Path) -> None:
     assert len(layers) == 4
 
 
+def _layers_shown(folder: Path) -> list[list[str]]:
+    """The layers' numbers in the heatmap, a table of single experts, the pairs of experts, and the text's buttons."""
+    text, page = report(folder)
+    tables = [re.findall(r'<th scope="row">(\d+)</th>', table) for table in re.findall(r"<tbody>.*?</tbody>", text)]
+    held = [json.loads(body) for attributes, body in page.scripts if attributes.get("type") == "application/json"]
+    for one in held:
+        if "layers" in one:
+            assert [str(layer) for layer in one["layers"]] == tables[0], "what page.js names"
+    assert sum("layers" in one for one in held) == 2
+    fullest = re.search(r"Fullest: expert \d+ of layer (\d+) ", page.text)
+    assert fullest is not None
+    last = read_run(folder).frames[-1]
+    assert fullest[1] == tables[0][max(range(len(last)), key=lambda place: max(last[place]))]
+    return [*tables, re.findall(r'name="layer" value="\d+"[^>]*><span>(\d+)</span>', text)]
+
+
+def test_layers_have_the_models_numbers(tmp_path: Path) -> None:
+    """Of a model whose layers 1 and 3 are sparse; without a config.yaml that says which, they are counted."""
+    folder = _with_metrics(
+        fake_run(tmp_path / "run", steps=30, layers=2), lambda line: line | {"new_norm": [[1.0, 2.0], [3.0, 4.0]]}
+    )
+    lifts = [[[None, 0.5], [0.5, None]]] * 2
+    (folder / "coactivation.json").write_text(json.dumps({"step": 30, "layers": lifts}))
+    config = load_config(["model.num_hidden_layers=4", "model.sparse_layers=[3,1]"])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    assert _layers_shown(folder) == [["1", "3"]] * 4
+    for text in ("", "model: {num_hidden_layers: 4, sparse_layers: [1, 2, 3]}", "model: {unknown: 1}"):
+        (folder / "config.yaml").write_text(text)
+        assert _layers_shown(folder) == [["0", "1"]] * 4
+
+
 PAYLOAD = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
@@ -383,8 +416,12 @@ def test_missing_run_directory(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("routing.json", "{", "not valid JSON"),
-        ("routing.json", '{"tokens": ["a"], "experts": [[8]], "num_experts": 8}', "layer 0 needs 1 expert ids in 0…7"),
-        ("routing.json", '{"tokens": ["a"], "experts": [[1, 2]], "num_experts": 8}', "layer 0 needs 1 expert ids"),
+        (
+            "routing.json",
+            '{"tokens": ["a"], "experts": [[8]], "num_experts": 8}',
+            "experts[0] needs 1 expert ids in 0…",
+        ),
+        ("routing.json", '{"tokens": ["a"], "experts": [[1, 2]], "num_experts": 8}', "experts[0] needs 1 expert ids"),
         ("config.yaml", "a: [", "not readable as YAML"),
         ("config.yaml", "- a\n", "not a mapping"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_metrics_are_what_the_router_measured_and_what_counts_say(config: Router
         layers = torch.tensor(values, dtype=torch.float64).mean(0)
         assert metrics[f"{name}_layers"] == pytest.approx(layers.tolist(), rel=1e-12)
         assert metrics[name] == pytest.approx(layers.mean().item(), rel=1e-12)
-        shown = panels(metrics, detailed=True)
+        shown = panels(metrics, layers=range(2), detailed=True)
         assert shown[f"balance/{name}"] == metrics[name]
         assert shown[f"layers/{name}_01"] == metrics[f"{name}_layers"][1]
     counts_LE = torch.stack([sum(layers[layer].counts_E for layers in micro_batches) for layer in range(2)])
@@ -88,6 +89,30 @@ def test_the_keys_that_scripts_read_are_in_every_line() -> None:
     assert dense["load_balancing_loss"] is dense["max_violation"] is sparse["load_balancing_loss"] is None
     assert sparse["max_violation"] > 0
     assert not any(name.endswith("_layers") for name in dense)
+
+
+def _layers_that_differ() -> dict[str, Any]:
+    """The first layer's router has no z-loss, the second's load-balancing loss is not finite."""
+    sums = StepSums(rendezvous.start(1))
+    for routers in _micro_batches(TopKRouterConfig(), 0):
+        del routers[0].losses["router_z_loss"]
+        routers[1].losses["load_balancing_loss"] = RouterLoss(torch.tensor(math.nan), 0.01)
+        sums.add(torch.tensor(3.0), torch.tensor(4.0), routers)
+    return sums.reduced(12, 0.0, []).metrics
+
+
+def test_a_loss_of_some_layers_has_a_place_for_each_layer() -> None:
+    (metrics,) = run_ranks(1, _layers_that_differ)
+    values = [routers[1].losses["router_z_loss"].value.double() for routers in _micro_batches(TopKRouterConfig(), 0)]
+    expected = pytest.approx(torch.stack(values).mean().item(), rel=1e-12)
+    missing, second = metrics["router_z_loss_layers"]
+    assert math.isnan(missing)
+    assert second == expected
+    assert metrics["router_z_loss"] == expected, "the mean of the layers that have it"
+    finite, broken = metrics["load_balancing_loss_layers"]
+    assert math.isfinite(finite)
+    assert math.isnan(broken)
+    assert math.isnan(metrics["load_balancing_loss"]), "one that is not finite shows in the mean"
 
 
 ZERO = torch.zeros(())
