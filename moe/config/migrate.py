@@ -56,7 +56,8 @@ def migrate(config: dict[str, Any]) -> dict[str, Any]:
         if version < since:
             for key, value in values.items():
                 section, name = key.split(".")
-                if name not in (there := config.get(section) or {name: value}):
+                there = config.get(section)
+                if isinstance(there, dict) and name not in there:  # a section that is none is an error of its reader
                     config = {**config, section: {**there, name: value}}
     return {**config, "config_version": CONFIG_VERSION}
 

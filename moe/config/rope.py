@@ -22,7 +22,8 @@ def check_rope_scaling(key: str, scaling: Mapping[str, Any]) -> None:
     if not scaling:
         return
     kind = scaling.get("rope_type")
-    require(kind in ROPE_TYPES, f"{key}.rope_type={kind} must be one of {', '.join(ROPE_TYPES)}; {{}} scales nothing")
+    known = isinstance(kind, str) and kind in ROPE_TYPES
+    require(known, f"{key}.rope_type={kind} must be one of {', '.join(ROPE_TYPES)}; {{}} scales nothing")
     needed, optional = ROPE_TYPES[str(kind)]
     for name in needed:
         require(name in scaling, f"{key}.{name} must be set for rope_type={kind}")

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe.config import ModelConfig
 from moe.config.compose import ConfigError, load_config, read_config, to_yaml
 from moe.config.migrate import CONFIG_VERSION, RENAMED, migrate, renamed
+from moe.errors import UserError
 from moe.report.reader import read_run
 from moe.train.run_directory import check_resumable
 
@@ -225,3 +227,9 @@ def test_a_configuration_of_before_a_default_changed_keeps_what_it_meant() -> No
     assert migrate({"config_version": 2, "model": {"hidden_size": 64}})["model"]["initializer"] == "normal"
     assert migrate({"config_version": 2, "model": {"initializer": "fan_in"}})["model"]["initializer"] == "fan_in"
     assert "model" not in migrate({"config_version": CONFIG_VERSION})
+
+
+def test_values_of_another_type_are_left_to_their_rules() -> None:
+    assert migrate({"model": 3})["model"] == 3
+    with pytest.raises(UserError, match=r"rope_scaling\.rope_type=\[1\] must be one of llama3, yarn"):
+        ModelConfig(rope_scaling={"rope_type": [1]})
