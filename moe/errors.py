@@ -6,7 +6,7 @@ import errno
 
 DEVICE_FAULTS = {errno.EIO, errno.ENODEV, errno.ESTALE, errno.EREMOTEIO}
 # How gloo and NCCL say that the process at the other end is gone.
-LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
+LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "remote process exited")
 
 
 class UserError(ValueError):

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,18 @@ LIBRARIES = (
     "safetensors.torch",
 )  # fmt: skip
 
+_held: deque[socket.socket] = deque(maxlen=16)  # one that falls out is closed: its run has long had its port
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a server on this machine. It is kept from other processes until 16 more have been asked for: bound but
+    without a listener, a port is left out where a free one is looked for, and only a server that asks for it by number
+    and sets SO_REUSEADDR, as TCPStore does, gets it."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    _held.append(probe)
+    return probe.getsockname()[1]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:

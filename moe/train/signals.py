@@ -3,7 +3,7 @@
 The handler only counts the signal. The counts of all ranks are part of the all-reduce that sums each step's metrics, so
 all ranks learn after the same step that one of them was signalled, and by which signal; no rank is left waiting for one
 that has stopped. A further signal during the save changes nothing, except a second Ctrl-C, which ends the process at
-once.
+once. Where another rank is lost instead, no step will end: a SIGTERM then ends this rank, as torchrun wants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moe.errors import Stopped, UserError
+from moe.errors import Stopped, UserError, lost_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -38,9 +38,11 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._received[signal.SIGTERM] and isinstance(error, RuntimeError) and lost_rank(error):
+            signal.raise_signal(signal.SIGTERM)  # only counted so far, and torchrun sends no second one
 
     def flags(self) -> list[int]:
         """How often this rank received each of SIGNALS."""

@@ -29,6 +29,8 @@ from moe.train.wandb_key import BASE_URL, NETRC, find_key
 from moe.untrusted import read_text
 
 Warn = Callable[[str], None]
+ONLINE_SECONDS = 15.0  # until the server must have answered; WANDB_INIT_TIMEOUT says otherwise
+OFFLINE_SECONDS = 60.0  # until W&B's service must have: a busy machine may take a while to start a process
 
 
 class WandbRun:
@@ -36,6 +38,7 @@ class WandbRun:
 
     def __init__(self, config: Config, run_dir: Path, facts: dict[str, Any], *, resumed: bool, warn: Warn) -> None:
         self._config, self._folder, self._facts, self._warn = config, run_dir, facts, warn
+        self._layers = config.model.sparse_layer_numbers
         self._again = True
         self._run: Any = self._start(resumed)
 
@@ -57,7 +60,9 @@ class WandbRun:
     def routing(self, routing: dict[str, Any]) -> None:
         """{"step", "tokens", "experts", "num_experts"}, as routing.json has it."""
         if self._run is not None:
-            self._guarded(lambda run: _log_page(run, "samples/routing", routing_page(routing), routing["step"]))
+            self._guarded(
+                lambda run: _log_page(run, "samples/routing", routing_page(routing, self._layers), routing["step"])
+            )
 
     def report(self, path: Path) -> None:
         """The report as an artifact of the run, if `tracking.report`."""
@@ -66,7 +71,7 @@ class WandbRun:
 
     def close(self) -> None:
         finished = None
-        while self._run is not finished:  # if it fails here, another has replaced it
+        while self._run is not finished:  # if finishing fails, an offline run has replaced this one
             finished = self._run
             self._guarded(_finish)
 
@@ -74,6 +79,8 @@ class WandbRun:
         import wandb
 
         tracking = self._config.tracking
+        stated = os.environ.get("WANDB_INIT_TIMEOUT", ONLINE_SECONDS)
+        seconds = OFFLINE_SECONDS if mode == "offline" else float(stated)
         return wandb.init(
             project=tracking.project,
             name=tracking.name or self._folder.name,
@@ -83,10 +90,8 @@ class WandbRun:
             resume="allow" if mode == "online" else None,
             config=_plain(asdict(self._config)) | {"facts": self._facts},
             dir=str(self._folder),
-            mode=mode,  # type: ignore[arg-type]  # what the user put into WANDB_MODE is wandb's to judge
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "15"))
-            ),
+            mode=mode,  # type: ignore[arg-type]  # wandb checks what the user put into WANDB_MODE
+            settings=wandb.Settings(silent=True, console="off", init_timeout=seconds),
         )
 
     def _start(self, resumed: bool) -> Any:
@@ -104,7 +109,7 @@ class WandbRun:
         for attempt, attempt_id in ((mode, run_id), ("offline", secrets.token_hex(4))):
             try:
                 run = self._init(attempt, attempt_id)
-            except Exception as error:  # its own errors, its service's, the network's: none may cost the run
+            except Exception as error:  # of wandb, its service or the network: none may end the run
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 failed += f"W&B can't start in mode {attempt} ({reason}); "
                 continue
@@ -122,10 +127,10 @@ class WandbRun:
         step, every = metrics["step"], self._config.tracking.detail_every
         detailed = step % every == 0 or step in (1, self._config.train.steps)
         logged: dict[str, Any] = {}
-        for name, value in panels(metrics, detailed=detailed).items():
+        for name, value in panels(metrics, layers=self._layers, detailed=detailed).items():
             if isinstance(value, Matrix):
                 logged[name] = wandb.Histogram(np_histogram=np.histogram(value.values(), bins=32))
-                logged[f"{name}_heatmap"] = _page(matrix_page(name, value.rows))
+                logged[f"{name}_heatmap"] = _page(matrix_page(name, value.rows, self._layers))
             else:
                 logged[name] = value
         run.log(logged, step=step)
@@ -134,7 +139,7 @@ class WandbRun:
         """Calls `action` with the W&B run. After one failure an offline run replaces it; after two, W&B is off."""
         try:
             action(self._run)
-        except Exception as error:  # whatever it is, it must not cost the run
+        except Exception as error:  # no error of W&B may end the run
             self._run = None
             reason = f"W&B stopped ({type(error).__name__}: {error})"
             _end_service()

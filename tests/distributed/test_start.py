@@ -62,7 +62,8 @@ def test_a_missing_rank_is_named_by_the_others() -> None:
         message, _, seconds = results[rank]
         assert message.startswith("rank 2 of 4 did not reach the start within 3 s"), message
         assert "MOE_START_TIMEOUT" in message
-        assert 2.5 < seconds < 15
+        assert seconds < 15
+    assert results[0][2] >= 3, "rank 0 waits all the time; a rank that came later only for its verdict"
     assert [prints for _, prints, _ in results] == [True, False, False, False], "printed once"
 
 

@@ -16,7 +16,7 @@ from moe.distributed import rendezvous
 from moe.train.watchdog import EXIT_CODE, LONG, Watchdog
 from tests.ranks import run_ranks, run_until_dead
 
-SECONDS = 1.5
+SECONDS = 3.0  # a live rank posts at least once in 0.9 s, also on a busy machine
 Act = Callable[[int], None]
 
 
@@ -75,7 +75,7 @@ def test_a_stopped_rank_is_named_and_killed_and_all_others_write_their_stacks(
         assert " in barrier" in texts[rank]
         assert f"(guard.hang_seconds={SECONDS:g})" in texts[rank]
     assert texts[1] == ""
-    assert seconds < 20
+    assert seconds < 25
     outcome(f"one of three ranks stopped: named by both others, whose stacks are printed, all ended with {EXIT_CODE}")
 
 

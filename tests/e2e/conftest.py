@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ SMALL = [
     "train.sample_every=20", "train.sample_tokens=8", "checkpoint.every=5", "optim.warmup_steps=2", "optim.lr=0.003",
     "tracking=none", "train.peak_tflops=0.1",
 ]  # fmt: skip
+
+CHOICES = 4 * 64 * 2  # of experts, in each layer and step of SMALL: tokens × experts per token
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -71,3 +74,30 @@ def moe() -> Run:
 
 def read_metrics(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def tied_step(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> int | None:
+    """The step in which a token of two runs of SMALL chose another expert, None if there is none.
+
+    Where two experts' scores differ only by rounding, another order of summation may choose the other expert
+    (docs/parallelism.md). AssertionError if more than one choice of a layer differs, or choices of more than one step.
+    """
+    tied: set[int] = set()
+    for here, there in zip(one, other, strict=True):
+        for mine, theirs in zip(here["expert_shares"], there["expert_shares"], strict=True):
+            moved = sum(abs(a - b) for a, b in zip(mine, theirs, strict=True)) * CHOICES / 2
+            assert moved < 1.5, f"{moved:.0f} choices differ at step {here['step']}"
+            if moved:
+                tied.add(here["step"])
+    assert len(tied) < 2, f"choices differ at the steps {sorted(tied)}"
+    return min(tied, default=None)
+
+
+def allowed_by_tie(key: str) -> float:
+    """By how much a metric that counts choices, or depends on them, may differ in the step of a tie."""
+    return 16 / CHOICES if key.startswith(("loss", "load_", "max_violation", "grad_norm")) else 0.0
+
+
+def queued_seconds(pid: int) -> float:
+    """How long the process's main thread was ready to run and waited for a core, which other load makes longer."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9

@@ -103,22 +103,20 @@ def sleep(*, seconds: float, steps: Iterable[int] | None = None) -> None:
 
 def stop(*, name: str, steps: Iterable[int], in_save: str = "", save_seconds: float = 0.0) -> None:
     """Sends this process the signal `name` in the middle of each of these steps, and the signal `in_save` during the
-    next save, which then takes `save_seconds` longer."""
-    sent = False
+    step's save, which then takes `save_seconds` longer."""
+    wanted = set(steps)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
 
     def change(engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
-        nonlocal sent
-        sent = True
         if engine._backwards % engine.accumulation == 0:
             os.kill(os.getpid(), signal.Signals[name])
         return loss
 
-    _before_backward(steps, change)
+    _before_backward(wanted, change)
     original = Saver._write_shards
 
     def write(self: Saver, snapshot: Any, partial: Any) -> dict[str, Any]:
-        if sent and in_save:
+        if snapshot.step in wanted and in_save:  # an earlier step's save may still be under way
             os.kill(os.getpid(), signal.Signals[in_save])
             time.sleep(save_seconds)
         return original(self, snapshot, partial)

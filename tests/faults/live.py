@@ -80,8 +80,11 @@ class Live:
         """Waits until `condition()`; AssertionError with the output after `timeout` s, or if the process ends first."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < deadline, f"not within {timeout:g} s:\n{self.output[-5000:]}"
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output[-5000:]}"
+            # Asked again: it may have become true since, and the process ended.
+            in_time = time.monotonic() < deadline or condition()
+            assert in_time, f"not within {timeout:g} s:\n{self.output[-5000:]}"
+            in_life = self.process.poll() is None or condition()
+            assert in_life, f"ended with {self.process.returncode}:\n{self.output[-5000:]}"
             time.sleep(0.01)
 
     def until_step(self, step: int, timeout: float = 180) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from moe.train.signals import StopSignals
 from tests.faults.forked import moe_ranks
 from tests.faults.live import OVERRIDES, TORCHRUN_SH, Live, assert_same_run, checkpoints, send
-from tests.ranks import free_port
+from tests.ranks import free_port, run_until_dead
 
 Outcome = Callable[[str], None]
 SHORT = "train.steps=15"
@@ -66,6 +69,27 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(corpus: list[str], tmp_pa
     assert done.code == 0, done.err
     assert (tmp_path / "report.html").exists()
     assert checkpoints(tmp_path) == [5, 6]
+
+
+def _signalled_in_a_step_that_fails(error: Exception) -> None:
+    with StopSignals(prints=False):
+        signal.raise_signal(signal.SIGTERM)
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), -signal.SIGTERM),
+        (RuntimeError("shapes differ"), 0),
+        (OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)), 0),
+    ],
+    ids=["another rank's end", "a fault", "a file system's fault"],
+)
+def test_a_signal_before_another_rank_was_lost_ends_this_one(error: Exception, code: int) -> None:
+    """torchrun sends SIGTERM as soon as a rank has ended, perhaps before this one has noticed. An error of this rank's
+    own is reported (code 0: `tests.ranks` caught it)."""
+    assert run_until_dead(1, _signalled_in_a_step_that_fails, error) == [code]
 
 
 @pytest.mark.fault(8)

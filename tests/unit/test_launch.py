@@ -284,6 +284,24 @@ def test_slurm_signals(job: dict[str, str], tmp_path: Path, number: signal.Signa
     assert _record(job)[1:] == after
 
 
+@pytest.mark.parametrize(
+    ("script", "code", "queued"),
+    [("slurm.sbatch", 1, "scontrol requeue 41234"), ("sweep_slurm.sbatch", 143, "scontrol requeue 17_3")],
+)
+def test_a_signal_before_the_work_begins_is_not_lost(
+    job: dict[str, str], tmp_path: Path, script: str, code: int, queued: str
+) -> None:
+    """It comes when the script changes its folder; what it then starts ends by nothing else."""
+    _write(tmp_path / "venv/bin/python", "#!/bin/bash\ntrap 'exit 143' TERM\nwhile true; do sleep 0.05; done\n")
+    early = _write(tmp_path / "early", 'cd() { kill -USR1 $$; builtin cd "$@"; }\n')
+    more = {"BASH_ENV": str(early), "HOLD": str(tmp_path / "held")}
+    more |= {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    done = _bash(script, "train", env=job | more)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == f"launch/{script}: out of time, requeued\n"
+    assert _record(job)[-1] == queued
+
+
 def test_slurm_from_another_folder_says_so(job: dict[str, str], tmp_path: Path) -> None:
     done = _bash("slurm.sbatch", "train", env=job | {"SLURM_SUBMIT_DIR": str(tmp_path)})
     assert (done.returncode, done.stderr) == (

@@ -27,6 +27,7 @@ from moe.bench.gpu.settings import Settings
 from moe.config.compose import load_config
 from moe.data.prepare import prepare
 from moe.errors import UserError
+from tests.faults.live import gone
 
 ROOT = Path(__file__).resolve().parents[3]
 FAKES = {
@@ -93,6 +94,14 @@ def test_a_failed_stage_is_recorded_and_the_others_run(report: Any, tmp_path: Pa
     assert "no such kernel" in (tmp_path / "out/log.txt").read_text()
 
 
+def _ends(pid: int) -> None:
+    """A killed process takes a moment to end."""
+    deadline = time.monotonic() + 10
+    while not gone(pid):
+        assert time.monotonic() < deadline, f"process {pid} goes on"
+        time.sleep(0.05)
+
+
 def test_a_stage_that_hangs_is_killed_with_its_child_processes(report: Any, tmp_path: Path) -> None:
     started = time.monotonic()
     passed, values = report(100, ("hangs", 8), ("good", 30))
@@ -104,8 +113,7 @@ def test_a_stage_that_hangs_is_killed_with_its_child_processes(report: Any, tmp_
     assert hung["error"][0] == "no end within 8 s"
     assert any("in run" in line for line in hung["error"]), hung["error"]  # the stack at which it hung
     assert values["stages"]["good"]["state"] == "passed"
-    child = Path(f"/proc/{(tmp_path / 'out/child').read_text()}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    _ends(int((tmp_path / "out/child").read_text()))
 
 
 def test_a_stage_whose_limit_is_over_the_rest_is_skipped_by_name(report: Any) -> None:
@@ -127,8 +135,7 @@ def test_a_report_that_is_ended_ends_its_stage(tmp_path: Path, report: Any) -> N
         time.sleep(0.05)
     process.terminate()
     assert process.wait(timeout=30) == 143
-    stat = Path(f"/proc/{child.read_text()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    _ends(int(child.read_text()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -269,7 +276,7 @@ def test_scripts_refuse_in_one_line(script: str, arguments: list[str], text: str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(840)
 def test_every_stage_passes_its_dry_run(tmp_path: Path) -> None:
     """Takes a minute on an idle machine. The limit is on CPU time, which other load hardly changes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -278,12 +285,12 @@ def test_every_stage_passes_its_dry_run(tmp_path: Path) -> None:
         env=os.environ | {"OUT": str(tmp_path / "out"), "VENV": sys.prefix, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 240
     values = json.loads((tmp_path / "out/report.json").read_text())
     assert {name: each["state"] for name, each in values["stages"].items()} == {
         stage.name: "passed" for stage in STAGES

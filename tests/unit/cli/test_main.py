@@ -29,3 +29,4 @@ def test_only_a_lost_connection_is_another_ranks_end() -> None:
     line = lost_rank(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1.\nmore"))
     assert line is not None
     assert line.endswith("says why ([pair.cc:553] Connection closed by peer [127.0.0.1]:1.)")
+    assert lost_rank(RuntimeError("[pair.cc:457] writev [127.0.0.1]:1: Broken pipe")) is not None

@@ -112,11 +112,12 @@ def test_layers_and_experts_are_logged_every_n_steps(tmp_path: Path, monkeypatch
 def test_wandb_gets_samples_routing_facts_tags_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     overrides = ["tracking=wandb", "tracking.group=sweep", "tracking.tags=[small,first]", "tracking.report=true"]
+    overrides += ["model.sparse_layers=[1,3]"]
     facts = {"ranks": 2, "code": {"code.moe": "0123"}}
     tracker = Tracker(load_config(overrides), tmp_path, resumed=False, warn=[].append, facts=facts)
     tracker.log(FIGURES)
     tracker.sample({"step": 1, "prompt": "Once <upon", "text": " a time \ud800"})
-    tracker.routing({"step": 1, "tokens": ["a", "b"], "experts": [[0, None]], "num_experts": 2})
+    tracker.routing({"step": 1, "tokens": ["a", "b"], "experts": [[0, None], [1, 0]], "num_experts": 2})
     (tmp_path / "report.html").write_text("the report")
     tracker.report(tmp_path / "report.html")
     tracker.close()
@@ -125,7 +126,11 @@ def test_wandb_gets_samples_routing_facts_tags_and_the_report(tmp_path: Path, mo
     assert {"samples/text/path", "samples/routing/path"} <= step.keys()
     pages = [page.read_text() for page in path.parent.glob("files/media/html/**/*.html")]
     assert any("<b>Once &lt;upon</b> a time ?" in page for page in pages)
-    assert any('class="t c0 u0"' in page for page in pages)
+    (routing,) = [page for page in pages if 'class="t c0 u0"' in page]
+    assert 'value="0" checked><span>1</span>' in routing
+    assert 'value="1"><span>3</span>' in routing
+    assert any("experts/expert_shares: rows are layers 1, 3;" in page for page in pages)
+    assert {"layers/load_balancing_loss_01", "layers/load_balancing_loss_03"} <= step.keys()
     records = _parsed(path)
     (started,) = [record.run for record in records if record.HasField("run")]
     assert (started.run_group, list(started.tags)) == ("sweep", ["small", "first"])
@@ -152,6 +157,26 @@ def test_a_wandb_that_fails_twice_ends_and_metrics_go_on(tmp_path: Path, monkeyp
     (path,) = tmp_path.glob(f"wandb/{second}/*.wandb")
     assert [step["_step"] for step in history(path)] == [1, 2, 3]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_time_limit_of_the_start_is_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short limit for a server must not cost the offline run, whose service takes its time on a busy machine."""
+    import wandb
+
+    limits: dict[str, float] = {}
+
+    def init(*, mode: str, settings: Any, **_: Any) -> None:
+        limits[mode] = settings.init_timeout
+        raise OSError("it doesn't answer")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    warnings: list[str] = []
+    Tracker(load_config(["tracking=wandb"]), tmp_path, resumed=False, warn=warnings.append).close()
+    assert limits == {"online": 2.0, "offline": 60.0}
+    assert len(warnings) == 1, warnings
 
 
 def test_what_is_not_finite_is_null_and_no_point_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
