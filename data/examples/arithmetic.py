@@ -5,7 +5,7 @@
 
 Held out are pairs of operands, by the hash of the problem with its smaller operand first: where 7*8 is held out, 8*7 is
 too. A product by a number of two digits is written as the sum of two, by its ones and by its tens: `17*13=` →
-`51+170=221`. What follows the last `=` is the answer, and alone is scored.
+`51+170=221`. Only the answer, which follows the last `=`, is scored.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ A dense model of 3 layers and hidden size 64 learns a∘b with the signs + − �
 {EPOCH:,} drawn rows. It is asked about problems with operands from 1 to {ASKED}, of which there are {len(small):,}.
 
 - **Held out** are pairs of operands: {HELD_OUT:.0%} of them, by the hash of the problem with its smaller operand
-  first. Where 7*8 is held out, 8*7 is too, so that no answer can be had by swapping.
+  first. Where 7*8 is held out, 8*7 is too, so that swapping the operands gives no answer away.
 - **Training rows** have operands up to {TRAINED}; a quarter of them, up to {ASKED}. The larger ones are there
   so that sums and differences can't be learnt by heart.
 - **Products by a number of two digits are worked out**: `17*13=` → `51+170=221`, the ones and the tens of the second
-  operand. What follows the last `=` is the answer, and alone is scored.
-- `direct` does without both: operands up to {ASKED}, and the value alone.""",
+  operand. Only the answer, which follows the last `=`, is scored.
+- `direct` uses neither: operands up to {ASKED}, and the value alone.""",
         script=script_of("arithmetic"),
         bars=[
             Bar(

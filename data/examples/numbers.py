@@ -71,10 +71,10 @@ def page(folder: Path) -> Page:
     return Page(
         title="Number sequences",
         shows=f"""
-A model with 51 tokens, 2 layers and hidden size 32 learns from rows of prompt and completion to go on counting. A row
-gives 3 to 10 consecutive numbers; the completion is every number that follows, up to {LAST}. Training is 5 epochs of
-{EPOCH:,} rows, drawn from the {1 - HELD_OUT:.0%} of all {len(all_rows())} distinct rows that the hash of their prompt
-puts there; the others are held out. An answer counts when the whole of it is right, its end too.""",
+A model with 51 tokens, 2 layers and hidden size 32 learns from rows of prompt and completion to continue counting. A
+row gives 3 to 10 consecutive numbers; the completion is every number that follows, up to {LAST}. Training is 5 epochs
+of {EPOCH:,} rows, drawn from the {1 - HELD_OUT:.0%} of all {len(all_rows())} distinct rows that the hash of their
+prompt puts there; the others are held out. An answer counts as right only if all of it is right, its end included.""",
         script=script_of("numbers"),
         bars=[
             Bar("held-out rows, exact", "100 %", reached[0], met[0]),

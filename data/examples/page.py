@@ -71,7 +71,7 @@ class Page:
         parts = [
             f"# {self.title}",
             f"Written by `{command}`; not edited by hand."
-            + ("" if self.seconds is not None else " Its commands ran in several goes, so no time is stated."),
+            + ("" if self.seconds is not None else " Its commands were run in several parts, so no time is stated."),
             self.shows.strip(),
             "## Reached",
             _table(

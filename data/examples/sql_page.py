@@ -121,9 +121,9 @@ held-out rows are scored, greedy, one answer each.
 
 The prompt is the question alone, without the table's columns, so a name that the question words differently can only be
 guessed: {percent(sum(knowable), len(knowable))} of the held-out queries have only columns that training rows have or
-that stand in the question as they are, and only values that stand there. Nor does the question tell whether there is a
-WHERE: {percent(sum(kinds["no condition"]), len(rows))} of these rows have none, most of them although their question
-states a condition.
+that stand in the question as they are, and only values that stand there. Nor does the question show whether the query
+has a WHERE: {percent(sum(kinds["no condition"]), len(rows))} of these rows have none, most of them although their
+question states a condition.
 """,
         script=script_of("sql"),
         bars=[

@@ -14,7 +14,7 @@ from moe.errors import UserError
 
 # Name → what it measures. The module of that name has `run(overrides)`, which returns its `Results` on rank 0.
 BENCHMARKS = {
-    "roofline": "the machine's matrix products by every route, copies, small operations: what all else is measured by",
+    "roofline": "the machine's matrix products by every route, copies, small operations: reference for all the rest",
     "kernels": "each part of a training step beside plain PyTorch and transformers' modules",
     "step": "where a training step's time goes: data wait, parts of the model, optimizer",
     "peers": "our training step beside transformers' MixtralForCausalLM",

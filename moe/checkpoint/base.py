@@ -1,4 +1,4 @@
-"""An adapter's checkpoint holds what trains; the frozen weights are read from its base, another checkpoint."""
+"""An adapter's checkpoint holds the parameters that train; its base, another checkpoint, holds the frozen weights."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def misfits(folder: Path, model: nn.Module, mesh: Mesh) -> list[str]:
 def newest(run_dir: Path, mesh: Mesh, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies, the same on all ranks; with a warning for each one skipped. A collective.
 
-    Raises UserError when there are checkpoints but none is whole: starting anew in their place would lose them.
+    Raises UserError when there are checkpoints but none is whole: starting over in their place would lose them.
     """
     root = run_dir / CHECKPOINTS
     folders = mesh.from_main(mesh.agree(lambda: committed(root), "resume"))

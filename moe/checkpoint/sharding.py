@@ -1,5 +1,5 @@
-"""How a run's expert tensors lie over its ranks: DTensors over a (replicas, expert) mesh, which is what lets
-torch.distributed.checkpoint cut them anew for another number of ranks."""
+"""How a run's expert tensors lie over its ranks: DTensors over a (replicas, expert) mesh, which lets
+torch.distributed.checkpoint redistribute them for another number of ranks."""
 
 from __future__ import annotations
 

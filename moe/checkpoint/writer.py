@@ -44,10 +44,10 @@ from moe.durable import PARTIAL, fsync, write_durably
 from moe.engine.base import MOMENTS, Engine
 from moe.errors import UserError
 
-# A rank may wait so long for a slower one's disk. A dead rank is detected by training's collectives, whose timeout is
-# shorter.
+# The longest that a rank waits for a slower rank's disk. A dead rank is detected by training's collectives, whose
+# timeout is shorter.
 LONGEST_SAVE = timedelta(days=1)
-VISIBLE_SECONDS = 60.0  # until rank 0 must see what others wrote: network file systems remember for a while
+VISIBLE_SECONDS = 60.0  # until rank 0 must see the others' files: network file systems cache directories for a while
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class Saver:
     ) -> None:
         self.folder = run_dir / layout.CHECKPOINTS
         if mesh.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)  # here: a save must not make a run directory anew
+            self.folder.mkdir(parents=True, exist_ok=True)  # here: a save must not recreate the run directory
         self.failures = 0  # in a row
         self.failure: OSError | None = None  # the last save's
         self._mesh, self._config = mesh, config
@@ -99,7 +99,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, engine: Engine, state: TrainState, config_yaml: str) -> None:
-        """Begin a save after the end of the one before; `checkpoint.background=false` ends it too. Raises as `wait`."""
+        """Waits for the save before, then begins one; `checkpoint.background=false` ends it too. Raises as `wait`."""
         started = time.perf_counter()
         self.wait()
         snapshot = self._snapshot(engine, state, config_yaml)
@@ -110,9 +110,9 @@ class Saver:
             self.wait()
 
     def wait(self) -> bool:
-        """Until the save under way has ended; whether the last one succeeded.
+        """Waits until the save under way has ended; returns whether the last save succeeded.
 
-        Raises UserError once `checkpoint.max_failures` in a row have failed: to train on unsaved is to lose more.
+        Raises UserError once `checkpoint.max_failures` saves in a row have failed, since training on would lose more.
         """
         if self._thread is not None:
             self._join(self._thread)

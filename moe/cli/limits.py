@@ -1,4 +1,4 @@
-"""What the limits of the machine and of the shell (`ulimit`) do to a command, as one line."""
+"""One-line errors for a command that meets the limits of the machine or of the shell (`ulimit`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moe.config import EngineKind
 from moe.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Measured peaks: 27 in one process with W&B; of 2, 4 and 6 ranks that share experts in pairs 40, 53 and 61 in each.
+# Measured peaks: 27 in one process with W&B; 40, 53 and 61 in each of 2, 4 and 6 ranks that share experts in pairs.
 OPEN_FILES, OPEN_FILES_PER_RANK = 32, 6
-# How torch, the thread library and the loader of shared libraries say that there is no memory.
+# What torch, the thread library and the loader of shared libraries write when there is no memory.
 NO_MEMORY = (
     "DefaultCPUAllocator", "can't start new thread", "Resource temporarily unavailable", "failed to map segment",
     "Cannot allocate memory",
 )  # fmt: skip
-# What the libraries and threads of one process take, of a model of a few kB; with less, gloo may wait for ever for a
+# What the libraries and threads of one process take with a model of a few kB. With less, gloo may wait forever for a
 # thread that could not start.
 LIBRARIES = 1_250_000  # kB
 
@@ -45,7 +45,7 @@ def require_address_space(engine: EngineKind) -> None:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """One line about an error that says that there is no memory left; None for any other."""
+    """One line about an error that reports a lack of memory; None for any other error."""
     text = str(error)
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, of CUDA
     if not known and not (isinstance(error, (RuntimeError, ImportError)) and any(part in text for part in NO_MEMORY)):

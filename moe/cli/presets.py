@@ -1,4 +1,4 @@
-"""`moe ls` and `moe cp`: the presets there are, and a copy of one to edit."""
+"""`moe ls` and `moe cp`: list the presets, and copy one to edit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe.errors import ConfigError
 
 
 def list_presets(group: str | None = None) -> str:
-    """The groups and their presets, one line a group; with a group, one line a preset: name, origin, first comment."""
+    """The groups and their presets, one line per group; of `group` one line per preset: name, origin, first comment."""
     if group is None:
         width = max(map(len, groups()))
         lines = [f"  {name:{width}}  {' '.join(presets(name)) or '(none shipped)'}" for name in groups()]

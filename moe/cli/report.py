@@ -1,4 +1,4 @@
-"""`moe report RUN_DIR`, and of a sweep a table for a page of Markdown."""
+"""`moe report RUN_DIR`; for a sweep also a table in a Markdown page."""
 
 from __future__ import annotations
 

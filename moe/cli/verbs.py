@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def load(overrides: list[str], verb: str = "train") -> Any:
-    """What the verb composes, checked. A run's model takes its vocabulary from an existing tokenizer unless it is
-    stated, and from `init_from` what that has. Raises UserError."""
+    """The verb's configuration, composed and checked. Unless the overrides state them, a run's vocabulary size comes
+    from an existing tokenizer, and its model, router and tokenizer come from `init_from`. Raises UserError."""
     from moe.config import Config
     from moe.config.keys import check_form, check_names
 
@@ -213,7 +213,8 @@ def _analyze(overrides: list[str]) -> None:
 
 
 def _bench(overrides: list[str]) -> None:
-    """Measure: `peers` (a training step beside transformers'), `attention` (time per token against length)."""
+    """Run a benchmark, as `peers` (a training step beside transformers') or `step` (where its time goes); without a
+    name `moe bench` lists all of them."""
     from moe.bench import run_bench
 
     run_bench(overrides)

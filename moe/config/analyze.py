@@ -13,9 +13,10 @@ from moe.config.rules import is_seed, not_negative, positive, require
 class AnalyzeSettings:
     """How much text is routed, and how much is computed with it.
 
-    `sequences` of the run's sequence length, shared equally between the sources, but at most `tokens`. An expert's
-    worth takes a pass over some of them for each expert of each layer, at most `leave_out_tokens` in all (0: not
-    measured). `permutations` of each test; the page shows `text_tokens` of each source.
+    `sequences` of the run's sequence length are read, divided equally among the sources, but at most `tokens` tokens.
+    An expert's worth takes a pass without it over some of them, for each expert of each layer: at most
+    `leave_out_tokens` in all (0: not measured). Each test makes `permutations`; the page shows `text_tokens` of each
+    source.
     """
 
     sequences: int = 96

@@ -9,6 +9,6 @@ from moe.config.generate import Answering
 
 @dataclass(kw_only=True, slots=True)
 class ChatConfig(Answering):
-    """Answers are longer than a continuation of `moe generate`."""
+    """The keys of `moe chat`: by default answers may be longer than a continuation by `moe generate`."""
 
     max_new_tokens: int = 512

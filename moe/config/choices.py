@@ -218,7 +218,7 @@ class DeviceKind(Enum):
 
 
 class Sampler(Enum):
-    """Who chooses the next point of a sweep: every one in turn, chance, TPE, NSGA-II, or the list `sweep.points`."""
+    """How a sweep's next point is chosen: every one in turn, at random, by TPE, by NSGA-II, or from `sweep.points`."""
 
     grid = "grid"
     random = "random"

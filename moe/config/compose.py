@@ -69,7 +69,7 @@ def compose_dict(
     except UserError as error:
         raise ConfigError(str(error)) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        around = cache(lambda: _around(overrides, name, schema))  # it takes as long again: only where it is needed
+        around = cache(lambda: _around(overrides, name, schema))  # composes a second time: only where it is needed
         if any(re.match(r"\+*router\.", override) for override in overrides) and "router" in around():
             message = of_other_routers(around().router.kind, overrides)
         else:
@@ -100,7 +100,7 @@ def _store_router(kind: str, schema: type) -> None:
 
 
 def _around(overrides: list[str], name: str, schema: type) -> DictConfig:
-    """What these overrides, of which one is wrong, are written for: the defaults, with the router that they choose."""
+    """The defaults with the router and experiment that these overrides choose, without the others: one is wrong."""
     chosen = [one for one in overrides if re.match(r"\+*(router|experiment)=", one)]
     try:
         return compose_dict(chosen if chosen != overrides else [], name, schema) if overrides else OmegaConf.create({})
@@ -151,7 +151,7 @@ def _fill_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None
 
 
 def _grow_vocabulary(node: DictConfig, count_pieces: CountPieces | None) -> None:
-    """A row of the source's embedding for each added token, where it hasn't enough. Raises as `compose_dict` does."""
+    """Enlarges `model.vocab_size` if the source's has no room for the added tokens. Raises as `compose_dict` does."""
     if count_pieces is not None and node.tokenizer.add_special_tokens:
         node.model.vocab_size = max(node.model.vocab_size, count_pieces(_existing(node)))
 

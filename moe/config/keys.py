@@ -1,7 +1,7 @@
 """Overrides of a key or preset that doesn't exist, or of the wrong type, found without Hydra.
 
-Hydra finds them too, and says so less soon: its import and its composing take most of the time until `moe` answers.
-What can't be decided from the dataclasses and the shipped presets alone is left to it.
+Hydra finds them too, but later: importing it and composing take most of the time until `moe` answers. What can't be
+decided from the dataclasses and the shipped presets alone is left to Hydra.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN = r"(?P<key>\w+(\.\w+)*)=(?P<value>.*)"
 
 
 def check_form(overrides: list[str]) -> None:
-    """Raises ConfigError for an override that isn't key=value, or that sets what an earlier version had."""
+    """Raises ConfigError for an override that isn't key=value, or that sets a key of earlier versions."""
     for override in overrides:
         if not re.match(r"~|[^=]+=", override):
             raise ConfigError(f"{override}: must be key=value, as in model=small or train.steps=100")
@@ -69,13 +69,13 @@ def check_names(overrides: list[str], name: str, schema: type) -> None:
 
 
 def _is_preset(value: str) -> bool:
-    """Whether the value names a preset, and neither a file nor what isn't in one (null, a schema)."""
+    """Whether the value can be a preset's name: neither a file, nor null, nor a schema."""
     return bool(re.fullmatch(r"[\w.+-]+", value)) and not re.search(r"(^null|\.ya?ml|_schema)$", value.lower())
 
 
 def _look_up(tree: Mapping[str, Any], parts: list[str]) -> tuple[str | None, Any]:
-    """Of a dotted key the first part that isn't there, with all before it; or None and the type of its value, if that
-    is known."""
+    """(the dotted key up to its first part that doesn't exist, None); for a key that exists (None, its value's type, or
+    None where that isn't known)."""
     node: Any = tree
     for number, part in enumerate(parts, 1):
         if not isinstance(node, Mapping) or not node:  # below a value, or in a mapping whose keys are the user's own
@@ -87,7 +87,7 @@ def _look_up(tree: Mapping[str, Any], parts: list[str]) -> tuple[str | None, Any
 
 
 def _broken_rule(hint: Any, value: str) -> str | None:
-    """What a value that is one word must be, and isn't, to have this type."""
+    """The rule that a value of one word breaks if it isn't of this type; None if it breaks none."""
     kinds = get_args(hint) or (hint,)
     if not re.fullmatch(r"[A-Za-z]\w*", value) or value.lower() == "null" or not isinstance(kinds[0], type):
         return None

@@ -11,7 +11,7 @@ from moe.config.rules import default_of, not_negative, positive, require, share
 # aren't among them.
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ITERATIONS = 5  # Newton–Schulz steps
-MOST_ELEMENTS = 1 << 24  # that are orthogonalised at the same time, if a matrix has no more
+MOST_ELEMENTS = 1 << 24  # orthogonalised at the same time; a larger matrix is orthogonalised alone
 
 
 def matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Composes a run's model, router and tokenizer from `init_from`: what the command doesn't state is as it is there."""
+"""Composes a run's model, router and tokenizer from those of `init_from`, for what the command doesn't state."""
 
 from __future__ import annotations
 

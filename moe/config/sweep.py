@@ -1,4 +1,4 @@
-"""`moe sweep`: what is searched, by whom, and when it ends."""
+"""`moe sweep`: what is searched, by which sampler, and when the search ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_TOKENS = 10**15
 
 @dataclass(kw_only=True, slots=True)
 class SweepSettings:
-    """What is searched, by whom, and when it ends.
+    """What is searched, by which sampler, and when the search ends.
 
     `space` gives each searched key of `moe train` its values in Hydra's override language: choice(…), range(…),
     interval(…), tag(log, interval(…)), int(interval(…)) or `a,b`. `points` (with sampler=points) names lists of

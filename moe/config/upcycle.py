@@ -1,4 +1,4 @@
-"""`moe upcycle`: how many experts become of each dense layer, and how they differ at first."""
+"""`moe upcycle`: how many experts each dense layer is turned into, and how they differ at first."""
 
 from __future__ import annotations
 

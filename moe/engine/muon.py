@@ -46,7 +46,7 @@ def orthogonalized(u_NOI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements [start, start + size) of one of the optimizer's tensors: whole matrices of `shape`, or, if the others
+    """Elements [start, start + size) of one of the optimizer's tensors: whole matrices of `shape`, or, if other ranks
     hold the rest of it, one matrix's elements from `skip` on."""
 
     start: int

@@ -1,8 +1,8 @@
-"""What the harness would run or read from a task's files and must not, and messages for what isn't there.
+"""Refuses what a task's files must not have the harness run or read; messages for what isn't there.
 
 A task is a YAML file. The harness imports the Python that it names (`!function`), renders its templates in a Jinja
-without a sandbox, and gets metrics and data sets that it doesn't know from the Hub. These four places are replaced
-while tasks are loaded and run; each is checked to be there.
+without a sandbox, and gets metrics and data sets that it doesn't know from the Hub. These four attributes of lm_eval
+are replaced while tasks are loaded and run, after a check that each exists.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _load(config: EvaluateConfig, folder: Path, mesh: Mesh) -> HarnessModel:
 
 
 def _evaluate(config: EvaluateConfig, lm: HarnessModel, tasks: Any, mesh: Mesh) -> dict[str, Any]:
-    """The harness's own results. Its random numbers are those of its own command."""
+    """The harness's own results, with the random seeds of its own command."""
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
@@ -153,7 +153,7 @@ def _quiet(mesh: Mesh) -> Iterator[None]:
 
 
 def _says_more_than_defaults(record: logging.LogRecord) -> bool:
-    """Not that a metric is aggregated as it is by default, two lines for each."""
+    """False for the two lines about each metric that say that it is aggregated as it is by default."""
     return "is not. using default" not in record.getMessage()
 
 

@@ -20,8 +20,8 @@ YAML = (".yaml", ".yml")
 
 
 def load_tasks(config: EvaluateConfig) -> Any:
-    """What `lm_eval.evaluator.evaluate` takes. The harness's own thousands of tasks are only looked at where a name
-    isn't among the user's own. Raises UserError."""
+    """What `lm_eval.evaluator.evaluate` takes. The harness's thousands of tasks are only listed if a name isn't among
+    the user's own. Raises UserError."""
     files = _stated_files(config)
     own = _own_manager(config)
     names = [name for name in config.task_names if name not in files]
@@ -97,7 +97,7 @@ _Loader.add_constructor("!function", lambda loader, node: loader.construct_scala
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A task's file. Raises UserError naming it, and the line, where it is no YAML mapping."""
+    """A task's file. Raises UserError naming it, and the line, if it isn't a YAML mapping."""
     try:
         content = yaml.load(read_text(path), Loader=_Loader)
     except yaml.MarkedYAMLError as error:

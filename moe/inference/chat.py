@@ -26,8 +26,8 @@ def conversation(system: str | None, *turns: str) -> list[Message]:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """A model that is asked: `lead` is what its template has between a prompt and an answer, `ends` the token behind
-    an answer, if it isn't the end of the sequence."""
+    """A model and how it is asked: `lead` is the text that its template has between a prompt and an answer, `ends` the
+    token behind an answer, if that isn't the end of the sequence."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -38,7 +38,7 @@ class Asking:
 
     @classmethod
     def of(cls, model: Transformer, tokenizer: Tokenizer, name: TemplateName, settings: Sampling) -> Asking:
-        """Raises UserError where the tokenizer has no template, or hasn't the tokens of the one that is named."""
+        """Raises UserError if the tokenizer has no template, or lacks the tokens of the one that is named."""
         if name is TemplateName.tokenizer and tokenizer.chat_template is None:
             raise UserError(
                 "template=tokenizer: the checkpoint's tokenizer has no chat template, so it was not trained on "
@@ -74,8 +74,8 @@ class Asking:
 
 
 class Conversation:
-    """Messages so far. When they don't fit the model's positions any more, the oldest turns are forgotten. What the
-    conversation's tokens have in common with those of the last answer is not computed again."""
+    """The messages so far. When they no longer fit the model's positions, the oldest turns are forgotten. Leading
+    tokens that are the same as at the last answer are not computed again."""
 
     def __init__(self, asking: Asking, system: str | None) -> None:
         self._asking, self.system, self._kept = asking, system, KeptCache()

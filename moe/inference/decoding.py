@@ -15,16 +15,16 @@ BROKEN = "\ufffd"
 
 
 class IncrementalDecoder:
-    """The text of the tokens added after `before`. What the next token may change, a character that isn't complete,
-    waits."""
+    """The text of the tokens added after `before`. A character that isn't complete is held back, since the next token
+    may change it."""
 
     def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = self._visible(list(before))  # decoded again: a window that begins with text that is out
-        self._out = len(self._ids)  # of its ids, those whose text is out
+        self._ids = self._visible(list(before))  # decoded again: a window that begins with text already returned
+        self._out = len(self._ids)  # how many of these ids have had their text returned
 
     def add(self, token: int) -> str:
-        """The text that this token settles."""
+        """The text that is final with this token."""
         self._ids.append(token)
         text = self._new_text()
         if text.endswith(BROKEN) and len(self._ids) - self._out < MOST_UNSETTLED:
@@ -34,7 +34,7 @@ class IncrementalDecoder:
         return text
 
     def end(self) -> str:
-        """What still waits."""
+        """The text that is still held back."""
         text = self._new_text()
         self._out = len(self._ids)
         return text

@@ -33,11 +33,11 @@ PROMPT = "you: "
 def run_chat(
     config: ChatConfig, model: Transformer, tokenizer: Tokenizer, lines: TextIO | None = None, out: TextIO | None = None
 ) -> None:
-    """Answers every line until the input ends. Raises UserError where the checkpoint can't chat; what is wrong with one
-    line is said, and the next one comes."""
+    """Answers every line until the input ends. Raises UserError if the checkpoint can't chat; an error about one line
+    is printed, and the next line is read."""
     source, sink = sys.stdin if lines is None else lines, sys.stdout if out is None else out
     if isinstance(source, io.TextIOWrapper):
-        source.reconfigure(errors="surrogateescape")  # a byte that is no text spoils its own line alone
+        source.reconfigure(errors="surrogateescape")  # a byte that can't be decoded makes only its own line fail
     talk = Conversation(Asking.of(model, tokenizer, config.template, config), config.system)
     people = source is sys.stdin and source.isatty()
     if people:

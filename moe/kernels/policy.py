@@ -1,9 +1,10 @@
 """Decisions that hold for all modules and kernels: dtypes, float32 products, compilation, recomputation.
 
-- Activations have the dtype of the weights (`train.precision`). Statistics, softmaxes, losses, router
-  arithmetic and the element-wise part of hand-written backward passes are float32 for narrower dtypes: `wide_dtype`.
-- float32 matrix products on CUDA are IEEE float32, never TF32; on a CPU the faster of two libraries that are equally
-  exact computes them: `exact_float32`.
+- Activations have the dtype of the weights (`train.precision`). Where that is narrower than float32, statistics,
+  softmaxes, losses, router arithmetic and the element-wise part of hand-written backward passes are float32:
+  `wide_dtype`.
+- float32 matrix products on CUDA are IEEE float32, never TF32; on a CPU the faster of two equally exact libraries
+  computes them: `exact_float32`.
 - On CUDA the Triton kernels of `moe.kernels.fused` run where `runs_fused` says so, else the plain code beside them.
 - `torch.compile` is used only where eager mode has no kernel (flex attention), and only through `compiled`.
 - What `device` and `dtype` of a command name: `choose_device`, `torch_dtype`.

@@ -1,6 +1,6 @@
 """Balance: the losses that keep experts in use, and the metrics that show whether they are.
 
-Tokens are those that are routed: what only fills up a sequence counts nowhere.
+Tokens are those that are routed: padding, which only fills up a sequence, is never counted.
 
 Shapes: T tokens, E experts, L sparse layers, B sequences.
 """

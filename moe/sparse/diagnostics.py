@@ -1,9 +1,9 @@
 """What the routers did: metrics of balance, confidence and size, layer by layer. None of them influences the training.
 
-A diagnostic of DIAGNOSTICS is two functions and its name. `measure` makes a few numbers of a router's output on one
+A diagnostic of DIAGNOSTICS is two functions and its name. `measure` makes a few numbers from a router's output on one
 micro-batch; they are summed (or their largest is taken) over all micro-batches and ranks of a step, so the result is
-exact over the global batch. `finish` makes a layer's metric of them. metrics.jsonl, W&B and the report take the name as
-it is: NAME is one number of all layers, NAME_layers has each layer's.
+exact over the global batch. `finish` makes a layer's metric from them. metrics.jsonl, W&B and the report use the name
+as it is: NAME is one number of all layers, NAME_layers has each layer's.
 
 Those below it need a pass over held-out text, so evaluations compute them (`moe.train.held_out`).
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RealTokens:
-    """`places_T`, int64 and ascending: which of a batch's P places hold real tokens. Where all do there is no such
-    object. Its length is known to the host, so nothing waits for a GPU."""
+    """`places_T`, int64 and ascending: which of a batch's P places hold real tokens. If all do, None takes this
+    object's place. The number T is known to the host, so nothing waits for a GPU."""
 
     places_T: Tensor
     num_sequences: int

@@ -3,8 +3,8 @@
 It reads the metrics, so it is the same on every rank, can be tried on any metrics.jsonl, and influences nothing. All
 that a resume needs is in TrainState. docs/diagnostics.md says how the LIMITS were chosen and what they find.
 
-Routers look collapsed while they start, and come back by themselves. So the alarm is armed once no layer has been over
-a limit for SETTLED steps in a row, and in any case after `alarm.after` steps.
+Routers look collapsed at the start of training, and recover by themselves. So the alarm is armed once no layer has
+been over a limit for SETTLED steps in a row, and in any case after `alarm.after` steps.
 
 | metric | alarm | names |
 | --- | --- | --- |
@@ -40,7 +40,7 @@ LIMITS = {
 WINDOW, LOW, STARVED, FAST = 10, 5, 40, 3  # steps
 USUAL = 0.1  # weight of the newest step in the running mean of update norms
 SETTLED = 100  # steps
-QUIET = 20  # steps without its cause after which an alarm ends; an output norm stays the cause until it was good again
+QUIET = 20  # steps without its cause after which an alarm ends; an output norm is one until an evaluation refutes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Cause:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What makes it the same alarm in the next step. The fullest expert may change."""
+        """Causes with the same key in successive steps are one alarm. The fullest expert may change."""
         return self.metric, self.layer, self.expert if self.metric in OF_AN_EXPERT and self.expert is not None else -1
 
 
@@ -73,8 +73,8 @@ class Alarm:
         self.texts: list[str] = []  # of the alarms that began in the last step
 
     def judge(self, metrics: dict[str, Any], not_finite: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
-        """What is added to the step's metrics: `alarms`, how many stand, and where new ones began `new_alarms`, each
-        with layer, expert, metric, value and since.
+        """What is added to the step's metrics: `alarms`, the number of active alarms, and, if new ones began,
+        `new_alarms`, each with layer, expert, metric, value and since.
 
         `not_finite`: sparse layer (by its place among them) and expert of weights that are not finite.
         """
@@ -114,7 +114,7 @@ class Alarm:
             )
 
     def _memory(self, shares: list[list[float]]) -> dict[str, Any]:
-        """What is known of earlier steps: nothing where the model, or what the alarm remembers, was another then."""
+        """What is known of earlier steps: nothing if the model or the alarm's own fields have changed since."""
         experts = [len(shares_E) for shares_E in shares]
         fresh = {
             "experts": experts,
@@ -149,7 +149,7 @@ class Alarm:
     def _unrefuted(
         self, standing: dict[tuple[str, int, int], int], memory: dict[str, Any]
     ) -> list[tuple[str, int, int]]:
-        """The alarms by output norms that no evaluation has found good since: what one found holds until the next."""
+        """Alarms about output norms that no later evaluation has found good: they stay active between evaluations."""
         return [
             (metric, layer, expert)
             for (metric, layer, expert), last in standing.items()
@@ -199,7 +199,7 @@ class Alarm:
             return
         fast = usual > 0 and norm > LIMITS["router_update_norm"] * usual
         memory["fast"][layer] = memory["fast"][layer] + 1 if fast else 0
-        if not (fast and memory["armed"]):  # what is usual doesn't follow what isn't
+        if not (fast and memory["armed"]):  # an unusual norm doesn't enter the running mean
             memory["moved"][layer] = (1 - USUAL) * usual + USUAL * norm if usual > 0 else norm
         if memory["fast"][layer] >= FAST:
             since = step - memory["fast"][layer] + 1
@@ -219,10 +219,10 @@ class Alarm:
                 if memory["armed"] and not 1 / limit <= change <= limit:
                     broken = broken or not math.isfinite(now)
                     yield Cause("expert_output_norm", layer, expert, change, memory["normal_at"][layer][expert] + 1)
-                elif math.isfinite(now):  # one that broke stays compared with what it was
+                elif math.isfinite(now):  # a broken expert is still compared with its last good norm
                     memory["norms"][layer][expert] = now
                     memory["normal_at"][layer][expert] = step
-            if broken:  # what it put out has reached every later layer
+            if broken:  # its output has reached every later layer
                 return
 
     def _entry(self, cause: Cause) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Answers to held-out rows while training: greedy, from the prompt part of each row, beside the text expected.
 
 A row's prompt is everything before its last run of targets, and that run is the answer: in a conversation the last
-turn. Rows are the first of the held-out sequences; all ranks know them all. The ranks that share experts answer the
-same batches, with equally many passes; other groups of ranks answer others. Batches are formed before they are divided,
-so that the number of ranks changes no answer.
+turn. The rows asked are those of the first held-out sequences; every rank knows all of them. The ranks that share
+experts answer the same batches, with equally many passes; other groups of ranks answer other batches. Batches are
+formed before they are divided, so that the number of ranks changes no answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHOWN = 8  # rows that the report shows
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A row: the tokens of its prompt, and of the answer, with the token that ends it."""
+    """A row: the tokens of its prompt, and those of its answer, including the token that ends the answer."""
 
     prompt: list[int]
     answer: list[int]
@@ -143,7 +143,7 @@ class Answers:
             texts = [""] * len(prompts)
             for piece in stream(model, self._tokenizer, prompts, settings, ends=self._ends, all_steps=all_steps):
                 texts[piece.prompt] += piece.text
-        except NotFiniteError:  # whether training can go on is the guard's to say
+        except NotFiniteError:  # the guard decides whether training can go on
             return [None] * len(places)
         return [text.strip() for text in texts]
 

@@ -117,7 +117,7 @@ class Evaluation:
     def _loss_without_experts(self, model: Transformer, number: int, norms: list[list[float]]) -> list[list[float]]:
         """[L][E] the first batch's loss without an expert less its loss with all, in nats per target; NaN for experts
         that weren't left out. Each evaluation leaves out LEFT_OUT experts: the one whose output norm differs most from
-        its layer's median, then all in turn. A negative number: the expert harms."""
+        its layer's median, then all in turn. A negative number: the loss is lower without the expert."""
         batch = self._batches[0].to(self._mesh.device)
         first_B = batch.sample_ids_B < len(batch.sample_ids_B)  # rank 0's, so that the number of ranks changes nothing
 

@@ -28,11 +28,11 @@ from moe.sparse.diagnostics import chosen, churn, coactivation, dependence, over
 from moe.train.metrics import layered
 
 CHURN_SEQUENCES, CHURN_POSITIONS = 16, 256  # of the held-out text, whose choices are kept between evaluations
-LEFT_OUT = 2  # experts of an evaluation without which the loss is measured, each a pass over one batch
+LEFT_OUT = 2  # experts left out in each evaluation, one at a time, in a pass over one batch
 
 
 class HeldOutRouting:
-    """Around one evaluation's passes on this rank: `add` after each, then `metrics`. A collective on the whole."""
+    """Collects over one evaluation's passes on this rank: `add` after each, then `metrics`, a collective."""
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self._mesh = mesh

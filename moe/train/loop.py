@@ -1,4 +1,4 @@
-"""`moe train`: from a checked configuration to a trained model, or from where the run directory stands.
+"""`moe train`: from a checked configuration, or from the run directory's newest checkpoint, to a trained model.
 
     moe train                                                   # one process
     torchrun --nproc-per-node 2 -m moe train parallel.expert_parallel_size=2  # two, experts split over both
@@ -122,7 +122,7 @@ def _loop(run: TrainingRun, held: RunLock | None) -> None:
 
 
 def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """One optimizer step over the next global batch; its metrics, and where weights made it not finite."""
+    """One optimizer step over the next global batch: its metrics, and the experts whose weights are not finite."""
     run.collective_timing.begin()
     config, mesh, state = run.config, run.mesh, run.state
     number = state.step + 1
@@ -210,7 +210,7 @@ def _sample(run: TrainingRun) -> None:
     run.watchdog.beat(run.state.step, "the sample")
     try:
         text = sample_text(_transformer(run), run.corpus.tokenizer, prompt, tokens)
-    except NotFiniteError as error:  # the same on all ranks; whether training can go on is the guard's to say
+    except NotFiniteError as error:  # the same on all ranks; the guard decides whether training can go on
         run.display.warn(f"step {run.state.step}: no sample: {error}")
         return
     if run.mesh.is_main:
@@ -230,7 +230,7 @@ def _report(run: TrainingRun) -> None:
 
 
 def _written(run: TrainingRun, write: Callable[[], None]) -> None:
-    """A full disk costs what can be made again, not the run: checkpoints alone decide (checkpoint.max_failures)."""
+    """Warns if `write` fails, as on a full disk: only failed checkpoints end a run (checkpoint.max_failures)."""
     try:
         write()
     except OSError as error:

@@ -59,8 +59,8 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
 
 
 def _whole_model(path: Path, config: Config, folder: Path, mesh: Mesh, display: Display) -> Path:
-    """The checkpoint to start from: that of `path`, or one in the run directory, which is made of it, where the run
-    needs other tensors; it is removed once read, unless an adapter is trained on it."""
+    """The checkpoint to start from: that of `path`, or, if the run needs other tensors, one that is made from it in the
+    run directory. The latter is removed once read, unless an adapter is trained on it."""
     source = path if mesh.from_main(is_hub_folder(path)) else _undamaged(path, mesh, display)
     tokens = config.tokenizer.add_special_tokens
     needed = mesh.agree(lambda: mesh.is_main and must_be_written(source, tokens), "init_from")

@@ -1,8 +1,8 @@
-"""How strongly a step pulls at each router, and how far it moves.
+"""The gradient of each router in a step, and how far the step moves the router.
 
 A router's gradient is caught where autograd adds it to the parameter, so every engine, ZeRO stage and precision gives
-the same: what the engine then makes of it may be partitioned, in place or freed. Only routers are kept a second time:
-experts × hidden numbers a layer.
+the same: afterwards the engine may partition, overwrite or free it. Only routers are stored a second time: experts ×
+hidden numbers per layer.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ FIXED = (
     "model", "router.kind", "router.num_experts", "optim.kind", "optim.freeze", "adapter.kind", "adapter.r",
     "adapter.target_modules", "adapter.rank_pattern", "adapter.modules_to_save", "adapter.use_dora",
 )  # fmt: skip
-BIAS = "bias_update"  # a router has a bias, or with none it hasn't
+BIAS = "bias_update"  # `none`: the router has no bias; any other value: it has one
 # These change how the run is computed, split, watched or stored, not its mathematics. Data and tokenizer are compared
 # by fingerprint.
 NEUTRAL = (

@@ -71,7 +71,7 @@ class TrainingRun:
 
 
 def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> TrainingRun:
-    """A fresh run, or one that goes on from the newest whole checkpoint. A collective. Raises UserError."""
+    """A fresh run, or one that continues from the newest whole checkpoint. A collective. Raises UserError."""
     data = open_data(config, mesh, display)
     steps = config.train.steps_for(data.loader.epoch_samples)
     config = replace(config, train=replace(config.train, steps=steps, epochs=None))

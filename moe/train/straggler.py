@@ -1,8 +1,8 @@
-"""Which rank the others wait for.
+"""Finds the rank that the others wait for.
 
-All ranks' steps take equally long, as they wait for one another; a straggler is the rank that waits least. Each step's
-busy seconds of every rank (`moe.distributed.collective_timing`) come with the step's metrics, and medians over a window
-of steps are compared: a rank that is busy for much longer than the median of the others is named.
+All ranks' steps take equally long, as they wait for one another; a straggler is the rank that waits least. The busy
+seconds of every rank (`moe.distributed.collective_timing`) are gathered with each step's metrics, and their medians
+over a window of steps are compared: a rank that is busy for much longer than the median of the others is named.
 """
 
 from __future__ import annotations

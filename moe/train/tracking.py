@@ -15,7 +15,7 @@ from moe.untrusted import Values, json_lines
 
 
 def finite(value: Any) -> Any:
-    """Metrics with None for NaN and infinities, which JSON doesn't have."""
+    """Metrics with None for NaN and infinities, for which JSON has no value."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -13,7 +13,7 @@ DEFAULT_URL = "https://api.wandb.ai"
 def find_key() -> tuple[bool, dict[str, str]]:
     """(whether there is a key, {variable: what is wrong with it}).
 
-    A netrc that can't be read and an address that is none stop W&B itself: no key is found there.
+    With a netrc that can't be read, or a server address that isn't one, W&B itself would fail: no key is found there.
     """
     wrong: dict[str, str] = {}
     url = os.environ.get(BASE_URL, DEFAULT_URL)

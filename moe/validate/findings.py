@@ -1,6 +1,6 @@
 """One pass over the rows: what is wrong with which, how long they are, and what is learnt from them.
 
-Memory is about 20 bytes a row, and the problems.
+Memory is about 20 bytes per row, plus the problems.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def examine(
     source: Source, recipe: Recipe, held_out: float, samples: int, keep: Callable[[str], Any] | None = None
 ) -> Findings:
     """Reads a source whose `tables` are known. `keep` gets each good row as a line of JSON, in which values that JSON
-    doesn't have (times, bytes, decimals) are Python's text of them."""
+    doesn't have (times, bytes, decimals) are written as Python's `str` of them."""
     found = Findings(source.name, source.description)
     counted = {split: Bins(recipe.sequence_length, _counter(found, split)) for split in found.sequences}
     for batch in in_batches(good_rows(source, found), lambda pair: pair[1]):

@@ -36,7 +36,7 @@ class BFloat16Shortcuts:
             engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: self._for_reduction()
 
     def begin_step(self) -> None:
-        """Nothing: reductions are counted from one update to the next."""
+        """Does nothing: reductions are counted from one update to the next."""
 
     def end_update(self, applied: bool) -> None:
         """Raises RuntimeError unless sums that got no gradient were set to zero, which comes with the reduction."""

@@ -37,7 +37,7 @@ class Fragment:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A matrix of which a rank has only the elements [first, end), in its partition from `start` on."""
+    """A matrix of which a rank has only the elements [first, end); they begin at `start` of its partition."""
 
     matrix: tuple[str, int]  # parameter, and the matrix's place in it
     first: int

@@ -1,4 +1,4 @@
-"""Removes work that DeepSpeed's ZeRO-1/2 does at every step and a float32 run doesn't need: a tenth of a small model's
+"""Removes work that DeepSpeed's ZeRO-1/2 does at every step and a float32 run doesn't need: a sixth of a small model's
 step on a CPU, where every pass over the gradients takes time. Results are the same
 (tests/distributed/test_shortcuts.py).
 

@@ -20,7 +20,7 @@ from moe.sparse.real_tokens import RealTokens
 
 @dataclass(slots=True)
 class Choices:
-    """Which token goes to which expert with which weight: one row a choice, in token order.
+    """Which token goes to which expert with which weight: one row per choice, in token order.
 
     A token may have any number of rows, also none. `per_token` is K when every token has exactly K: shapes are
     then known without counting rows, which on a GPU would wait for the device.
@@ -93,7 +93,7 @@ class Router(nn.Module):
         self.step, self.total_steps = 0, 1  # of the optimizer, 0-based; set before each step
         self.global_counts_E: Tensor | None = None  # the step's choices, where `counts_global_batch`
         self.lora: LowRankWeight | None = None  # an adapter's addition to `weight`
-        self.reads_prefix = False  # in evaluation a router that isn't causal sees no token after the one it routes
+        self.reads_prefix = False  # in evaluation, whether a router that isn't causal is kept from seeing later tokens
 
     def forward(
         self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
