@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
         "report", "interop", "inference", "plan", "data", "checkpoint", "engine", "adapters", "model", "sparse",
         "kernels", "distributed", "config", "durable", "locks", "untrusted", "errors",
     },
-    "sweep": {"train", "report", "config", "durable", "locks", "untrusted", "errors"},
+    "sweep": {"train", "report", "distributed", "config", "durable", "locks", "untrusted", "errors"},
     "bench": {
         "train", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
         "config", "durable", "untrusted", "errors",
