@@ -33,11 +33,15 @@ class HuggingFaceTokenizer:
         try:
             self._backend = Backend.from_str(model.decode("utf-8"))
             self._json = json.loads(model)
+            self._behind_special = self._backend
+            if (words := self._json.get("pre_tokenizer")) != (behind := _without_first_space(words)):
+                self._behind_special = Backend.from_str(json.dumps(self._json | {"pre_tokenizer": behind}))
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{where}: not a tokenizer.json: {str(error).splitlines()[0]}") from error
-        self._backend.encode_special_tokens = True  # "</s>" inside a document is text and must not become the EOS id
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        for backend in (self._backend, self._behind_special):
+            backend.encode_special_tokens = True  # "</s>" inside a document is text and must not become the EOS id
+            backend.no_truncation()
+            backend.no_padding()
         self._model, self._where = model, where
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
@@ -75,9 +79,10 @@ class HuggingFaceTokenizer:
         except Exception:
             return [self.encode(text) for text in texts]  # raises for the text that has no pieces
 
-    def encode_raw(self, texts: list[str]) -> list[bytes]:
+    def encode_raw(self, texts: list[str], behind_special: bool = False) -> list[bytes]:
+        backend = self._behind_special if behind_special else self._backend
         try:
-            encoded = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            encoded = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception:
             encoded = self.encode_many(texts)  # raises for the text that has no pieces
         return [np.array(ids, self._dtype).tobytes() for ids in encoded]
@@ -129,6 +134,17 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         save_files(folder, self.files())
+
+
+def _without_first_space(part: Any) -> Any:
+    """The pre-tokenizer for text behind a special token: a Metaspace with `prepend_scheme` "first" puts a space at the
+    start of the whole text only."""
+    if isinstance(part, list):
+        return [_without_first_space(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    changed = {"prepend_scheme": "never"} if part.get("prepend_scheme") == "first" else {}
+    return {name: _without_first_space(value) for name, value in part.items()} | changed
 
 
 def _byte_alphabet() -> dict[str, int]:

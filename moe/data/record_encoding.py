@@ -20,7 +20,7 @@ from moe.data.records import DataRecord
 from moe.data.shards import token_dtype
 from moe.data.tokenizer_base import Tokenizer
 
-FORMAT = 2  # of what is made of a row, and of the mask; part of the fingerprint
+FORMAT = 3  # of what is made of a row, and of the mask; part of the fingerprint
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 4096  # encoded at once
 
 
@@ -129,15 +129,27 @@ def encode_segments(rows: list[list[Segment]], tokenizer: Tokenizer) -> list[tup
     Neighbouring segments of text are encoded as one, as other tools do, and cut into turns between its tokens. Where a
     token would cross from one into the next, each is encoded alone, as a prompt and its answer are.
     """
-    pieces = [[[*group] for _, group in groupby(row, key=_is_token)] for row in rows]
-    texts: dict[str, bytes] = {}
-    for row in pieces:
-        for piece in row:
+    split = [_pieces(row) for row in rows]
+    texts: dict[bool, dict[str, bytes]] = {False: {}, True: {}}  # {behind a special token: {text: its ids}}
+    for row in split:
+        for piece, behind in row:
             if piece[0].token is None:
-                texts |= {text: b"" for text in accumulate(segment.text for segment in piece)}
-    texts = dict(zip(texts, tokenizer.encode_raw([*texts]), strict=True))
+                texts[behind] |= {text: b"" for text in accumulate(segment.text for segment in piece)}
+    for behind, some in texts.items():
+        texts[behind] = dict(zip(some, tokenizer.encode_raw([*some], behind), strict=True))
     dtype = token_dtype(tokenizer.vocab_size)
-    return [_joined([_piece(piece, texts, tokenizer, dtype) for piece in row], dtype) for row in pieces]
+    return [_joined([_piece(piece, texts[behind], tokenizer, dtype) for piece, behind in row], dtype) for row in split]
+
+
+def _pieces(row: list[Segment]) -> list[tuple[list[Segment], bool]]:
+    """Neighbouring segments of one kind, and whether they stand behind a special token that the row's text has. (A BOS
+    whose segment has no text isn't in it, as one that a tokenizer puts before every text.)"""
+    pieces, written = list[tuple[list[Segment], bool]](), False
+    for _, group in groupby(row, key=_is_token):
+        piece = [*group]
+        pieces.append((piece, written))
+        written = written or any(segment.text for segment in piece)
+    return pieces
 
 
 def _is_token(segment: Segment) -> bool:

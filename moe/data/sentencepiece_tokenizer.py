@@ -52,7 +52,7 @@ class SentencePieceTokenizer:
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         return self._encode_many(texts, self._processor)
 
-    def encode_raw(self, texts: list[str]) -> list[bytes]:
+    def encode_raw(self, texts: list[str], behind_special: bool = False) -> list[bytes]:
         encoder = self._word_encoder
         if encoder is None:
             return [np.array(ids, self._dtype).tobytes() for ids in self.encode_many(texts)]

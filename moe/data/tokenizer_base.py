@@ -37,8 +37,9 @@ class Tokenizer(Protocol):
 
     def encode_many(self, texts: list[str]) -> list[list[int]]: ...
 
-    def encode_raw(self, texts: list[str]) -> list[bytes]:
-        """As `encode_many`, with the ids of each text as they are in a shard: integers of `token_dtype`."""
+    def encode_raw(self, texts: list[str], behind_special: bool = False) -> list[bytes]:
+        """As `encode_many`, with the ids of each text as they are in a shard: integers of `token_dtype`.
+        `behind_special`: each text stands directly behind a special token of a longer text."""
         ...
 
     def encode_long(self, text: str) -> Iterator[list[int]]:

@@ -100,6 +100,37 @@ def test_mistral_is_mistral_commons_first_format_token_for_token(mistral):
         assert encoded(template, messages, mistral)[0] == expected, messages
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_spaces_of_a_metaspace_tokenizer_are_transformers(tmp_path, scheme):
+    """`prepend_scheme=first` (Mistral 7B v0.3) puts a space before a text's first word, and none behind its tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = {piece: number for number, piece in enumerate([*bytes_, "▁", *map(chr, range(33, 127))])}
+    backend = Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = ["<s>", "<|im_start|>", "<|im_end|>"]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": UNMARKED}))
+
+    ours = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tmp_path)))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "how"}, {"role": "assistant", "content": "so it is"}]
+    expected = theirs.apply_chat_template(messages, tokenize=False)
+    ids, turns = encoded(open_template(TemplateName.tokenizer, ours), messages, ours)
+    assert ids == theirs(expected, add_special_tokens=False)["input_ids"]
+    assert [number for number, turn in zip(ids, turns, strict=True) if turn == 0][-1] == ours.eos_id
+
+    recipe = Recipe(open_template(TemplateName.plain, ours), ours, LossOn.everything, LongRows.truncate, 64)
+    row = TableRow("a.jsonl:1", {"text": "how"})
+    [row] = recipe.encode([parse(row, shape_of(row, "data", SourceConfig(), RecordKind.auto))])
+    assert row.ids_T.tolist() == [ours.bos_id, *theirs("how", add_special_tokens=False)["input_ids"], ours.eos_id]
+
+
 def test_what_is_learnt_is_what_the_assistant_says(mistral, byte_level):
     other = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
     dice = random.Random(1)
