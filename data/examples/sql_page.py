@@ -17,7 +17,7 @@ from data.examples.score import Scored, scored
 from data.examples.splits import leaks, read_rows
 from data.examples.sql import NotSQL, Query, parse
 from data.examples.sql_execution import is_prepared, same_results
-from data.examples.sql_rows import COPIES, HELD_OUT, ROUNDS
+from data.examples.sql_rows import COPIES, HELD_OUT, columns
 from data.examples.training import active_parameters, final_metrics, runs
 
 PARSES = 0.99  # required
@@ -84,16 +84,14 @@ def is_knowable(query: Query, question: str, seen: set[str]) -> bool:
 
 def page(folder: Path) -> Page:
     rows = read_rows(folder / "held_out.jsonl")
-    rounds = [read_rows(folder / f"{name}.jsonl") for name in ROUNDS]
-    train = [row for made in rounds for row in made]
+    train = read_rows(folder / "train.jsonl")
     queries = [parse(row["completion"]) for row in rows]
-    seen = {name for row in train for name in parse(row["completion"]).columns}
+    seen = set(columns(train))
     knowable = [is_knowable(query, row["prompt"], seen) for query, row in zip(queries, rows, strict=True)]
     every = runs(folder, "seed_*")
     answers = [scored(folder / "held_out.jsonl", run / "held_out.jsonl") for run in every]
     judged = [[judge(one.expected, one.answer) for one in each.samples] for each in answers]
     last = [final_metrics(run) for run in every]
-    first = [final_metrics(folder / "runs" / run.name.replace("seed_", "first_")) for run in every]
 
     def reached(name: str, chosen: Sequence[bool] | None = None) -> list[str]:
         """Of each seed, over the chosen rows."""
@@ -108,16 +106,16 @@ def page(folder: Path) -> Page:
     }
     both = len(leaks(train, rows))
     parses = all(sum(one.parses for one in each) >= PARSES * len(each) for each in judged)
-    passes, seeds = COPIES * len(ROUNDS), len(every) > 1
+    seeds = len(every) > 1
     names = [run.name.replace("_", " ") for run in every]
     return Page(
         title="Questions to SQL",
         shows=f"""
 A model of {active_parameters(every[0]) / 1e6:.1f} M parameters learns from scratch, tokenizer included, to answer
-questions of WikiSQL with a query: {len(rounds[0]) // COPIES:,} questions to train on, {len(rows):,} held out (the
-hash of a question decides, {HELD_OUT:.0%}; no seed). Training sees each question {passes} times in {len(ROUNDS)}
-rounds: in each once as it is, then with other values in question and query, taken from other training rows. All
-held-out rows are scored, greedy, one answer each.
+questions of WikiSQL with a query: {len(train) // COPIES:,} questions to train on, {len(rows):,} held out (the
+hash of a question decides, {HELD_OUT:.0%}; no seed). Training sees each question {COPIES} times: once as it is, then
+with other values and columns in question and query, taken from other training rows. All held-out rows are scored,
+greedy, one answer each.
 
 The prompt is the question alone, without the table's columns, so a name that the question words differently can only be
 guessed: {percent(sum(knowable), len(knowable))} of the held-out queries have only columns that training rows have or
@@ -131,7 +129,7 @@ question states a condition.
             Bar(TITLES["exact"], "stated, with seeds", " / ".join(reached("exact")), seeds),
             Bar(TITLES["executes"], "stated, with seeds", " / ".join(reached("executes")), seeds),
             Bar("questions on both sides of the split", "0", str(both), both == 0),
-            Bar("passes over the training questions", f"≤ {MOST_PASSES}", str(passes), passes <= MOST_PASSES),
+            Bar("passes over the training questions", f"≤ {MOST_PASSES}", str(COPIES), COPIES <= MOST_PASSES),
             *time_bars(folder, MOST_MINUTES),
         ],
         tables=[
@@ -144,13 +142,7 @@ question states a condition.
             Table(
                 "Training",
                 ("", *names),
-                [
-                    *(
-                        (f"{what}, {which} round", *(say(one) for one in metrics))
-                        for which, metrics in (("first", first), ("second", last))
-                        for what, say in TRAINING.items()
-                    ),
-                ],
+                [(what, *(say(one) for one in last)) for what, say in TRAINING.items()],
             ),
         ],
         samples=_samples(answers[0], judged[0]),

@@ -1,9 +1,10 @@
-"""Questions and their SQL: training rows with exchanged values, and held-out rows.
+"""Questions and their SQL: training rows with exchanged values and columns, and held-out rows.
 
-    python -m data.examples.sql_rows wikisql_train.jsonl FOLDER   # train, train_again, held_out .jsonl, held_out.txt
+    python -m data.examples.sql_rows wikisql_train.jsonl FOLDER   # train.jsonl, held_out.jsonl, held_out.txt
 
-Each training file has a row once as it is and then with other values in its question and its query alike, which teaches
-to copy a value rather than to remember it. Values come from the training side only, from conditions on the same column.
+Training has each row once as it is, then with other values and columns in question and query alike, which teaches to
+copy what the question says rather than to remember it. They come from training rows only: values from conditions on
+the same column, columns from any query.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from data.examples.splits import Row, asked, read_rows, split, write_rows
 from data.examples.sql import Query, parse
 
 HELD_OUT = 0.1  # of the questions
-COPIES = 4  # of each training row in each round, the row itself included
-ROUNDS = ("train", "train_again")  # files; each has other exchanged values
+COPIES = 8  # of each training row, the row itself included
+COLUMNS = 0.5  # of the copies get other columns too
+SEED = 0
 Pool = dict[tuple[str, bool], list[str]]
 
 
@@ -35,9 +37,12 @@ def values_by_column(rows: Sequence[Row]) -> Pool:
     return {key: sorted(values) for key, values in found.items()}
 
 
-def exchanged(row: Row, pool: Pool, generator: random.Random) -> Row:
-    """The row with other values, where a value stands in the question exactly once; the row itself where none does."""
+def exchanged(row: Row, pool: Pool, names: Sequence[str], generator: random.Random) -> Row:
+    """The row with values from `pool` and, for a share of COLUMNS, columns from `names` in the place of those that
+    stand in the question exactly once; the row itself where none does."""
     question, query = row["prompt"], parse(row["completion"])
+    if generator.random() < COLUMNS:
+        question, query = with_other_columns(question, query, names, generator)
     conditions = list(query.conditions)
     for number, condition in enumerate(conditions):
         value = condition.value
@@ -51,10 +56,38 @@ def exchanged(row: Row, pool: Pool, generator: random.Random) -> Row:
     return {"prompt": question, "completion": str(Query(query.aggregate, query.column, tuple(conditions)))}
 
 
+def with_other_columns(
+    question: str, query: Query, names: Sequence[str], generator: random.Random
+) -> tuple[str, Query]:
+    """Question and query with another of `names` for each column that the question has exactly once, in any case, and
+    outside the values. Where the question has it in small letters, it gets the other one in small letters."""
+    others: dict[str, str] = {}
+    for column in dict.fromkeys(query.columns):
+        pattern = re.compile(_whole(column), re.IGNORECASE)
+        found = pattern.findall(question)
+        if len(found) != 1 or any(pattern.search(one.value) for one in query.conditions):
+            continue
+        others[column] = generator.choice(names)
+        written = others[column].lower() if found[0] == column.lower() else others[column]
+        question = pattern.sub(lambda _, text=written: text, question)
+    changed = Query(
+        query.aggregate,
+        others.get(query.column, query.column),
+        tuple(replace(one, column=others.get(one.column, one.column)) for one in query.conditions),
+    )
+    return question, changed
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Every column of the rows' queries; sorted, each once."""
+    return sorted({name for row in rows for name in parse(row["completion"]).columns})
+
+
 def training_rows(rows: Sequence[Row], copies: int, seed: int) -> list[Row]:
-    """`copies` of every row: as it is, then with exchanged values; in random order."""
+    """`copies` of every row: as it is, then with exchanged values and columns; in random order."""
     pool, generator = values_by_column(rows), random.Random(seed)
-    made = [row if copy == 0 else exchanged(row, pool, generator) for copy in range(copies) for row in rows]
+    names = columns(rows)
+    made = [row if copy == 0 else exchanged(row, pool, names, generator) for copy in range(copies) for row in rows]
     generator.shuffle(made)
     return made
 
@@ -78,9 +111,8 @@ def _replaced(question: str, value: str, other: str) -> str:
 def main(source: Path, folder: Path) -> None:
     train, held_out = split(read_rows(source), HELD_OUT)
     held = {asked(row) for row in held_out}
-    for seed, name in enumerate(ROUNDS):
-        made = training_rows(train, COPIES, seed)
-        write_rows(folder / f"{name}.jsonl", [row for row in made if asked(row) not in held])
+    made = [row for row in training_rows(train, COPIES, SEED) if asked(row) not in held]
+    write_rows(folder / "train.jsonl", made)
     write_rows(folder / "held_out.jsonl", held_out)
     write_prompts(folder / "held_out.txt", held_out)
 

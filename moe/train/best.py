@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moe.checkpoint.state import TrainState
@@ -39,10 +40,11 @@ class Best:
                 f"{', '.join(there)}"
             )
         best = self._state.best
-        if not best or self._sign * value > self._sign * best["value"]:  # NaN is never better
+        if math.isfinite(value) and (not best or self._sign * value > self._sign * best["value"]):
             self._state.best = {"metric": self._metric, "value": value, "step": self._state.step, "since": 0}
             return True
-        best["since"] += 1
+        if best:
+            best["since"] += 1
         return False
 
     @property
