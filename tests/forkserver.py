@@ -43,7 +43,7 @@ from tests.ranks import LIBRARIES
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
     *LIBRARIES, "torch.distributed.run", "optuna", "moe.cli.main", "moe.train.loop", "moe.engine.plain",
-    "moe.analysis.run", "moe.sweep.run", "moe.engine.deepspeed.engine", "moe.engine.deepspeed.uncompiled",
+    "moe.analysis.run", "moe.sweep.run", "moe.engine.deepspeed.engine", "moe.engine.deepspeed.lean_imports",
 )  # fmt: skip
 # Each child imports these itself: the first sets variables, the second is run as a program.
 FORGOTTEN = ("moe.engine.deepspeed", "torch.distributed.run")
@@ -340,7 +340,7 @@ def _main(descriptor: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != ROOM}
     for module in MODULES:
         importlib.import_module(module)
-    sys.modules["moe.engine.deepspeed.uncompiled"].import_muon_uncompiled()
+    sys.modules["moe.engine.deepspeed.lean_imports"].import_muon_uncompiled()
     for module in [name for name in sys.modules if name.startswith(FORGOTTEN)]:
         del sys.modules[module]
     threads = os.listdir("/proc/self/task")

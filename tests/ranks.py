@@ -86,7 +86,7 @@ def _start(world_size: int, function: Callable[..., Any], arguments: tuple[Any, 
     torch.set_num_threads(1)  # NOTE: without this a fork after multi-threaded torch operations hangs
     for module in LIBRARIES:  # once, not in every rank
         importlib.import_module(module)
-    importlib.import_module("moe.engine.deepspeed.uncompiled").import_muon_uncompiled()
+    importlib.import_module("moe.engine.deepspeed.lean_imports").import_muon_uncompiled()
     context = multiprocessing.get_context("fork")
     port, queue = free_port(), context.Queue()
     processes = [

@@ -147,7 +147,8 @@ class HandWrittenProjectRotated(torch.autograd.Function):
         heads_BSND = joined.view(*x_BSH.shape[:2], -1, head_dim)
         query_heads, rotated_heads = len(q_weight) // head_dim, (len(q_weight) + len(k_weight)) // head_dim
         turned_BSND = rotate(heads_BSND[:, :, :rotated_heads], table)
-        return turned_BSND[:, :, :query_heads], turned_BSND[:, :, query_heads:], heads_BSND[:, :, rotated_heads:]
+        v_BSGD = heads_BSND[:, :, rotated_heads:].clone()  # a view would keep the whole product alive
+        return turned_BSND[:, :, :query_heads], turned_BSND[:, :, query_heads:], v_BSGD
 
     @staticmethod
     @once_differentiable

@@ -68,22 +68,19 @@ def _attention(shapes: Shapes) -> int:
         copies = (first * (first + 1) / 2 + whole * (back + 1)) / blocks  # times each key is copied
         width = (3 + whole / blocks) * queries + 2 * (copies + 1) * keys
         return round(shapes.tokens * (blocks * block / length * width * s + log_sum_exp))
-    joined = queries + 2 * keys  # v is a view that keeps the whole joined product alive; q and k are rotated copies
-    width = joined + (queries + keys) + queries
+    width = (queries + 2 * keys) + queries
     if not shapes.cuda and CAUSAL_BLOCK < length <= CAUSAL_SPAN:
         width += queries  # the blocks' outputs, and their concatenation
     return shapes.tokens * (width * s + log_sum_exp)
 
 
 def _qk_norm(shapes: Shapes) -> int:
-    """What norms of queries and keys keep besides: a root mean square each, and their input, which takes the place of
-    the joined product where that is kept."""
+    """What norms of queries and keys keep besides: their input and a root mean square each."""
     model = shapes.config.model
     if model.qk_norm is QkNorm.none:
         return 0
     norms = model.num_attention_heads + model.num_key_value_heads if model.qk_norm is QkNorm.head else 2
-    apart = shapes.cuda and shapes.s == 2  # varlen, which keeps no joined product
-    return shapes.tokens * (4 * norms + (shapes.queries + shapes.keys) * shapes.s * apart)
+    return shapes.tokens * (4 * norms + (shapes.queries + shapes.keys) * shapes.s)
 
 
 def kept_by_layers(shapes: Shapes, layers: int) -> list[MemoryBlock]:

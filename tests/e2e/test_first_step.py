@@ -23,10 +23,10 @@ def first_step(*_, **__):
 loop.training_step = first_step
 main.main()
 """
-# torch's compiler and SymPy, the checkpoints' reader and writer, the probing of DeepSpeed's ops with a C compiler, and
-# what prepares data and tracks runs. (Triton, where it is installed, DeepSpeed imports itself.)
+# torch's compiler, SymPy and Triton, the checkpoints' reader and writer, the probing of DeepSpeed's ops with a C
+# compiler, and what prepares data and tracks runs.
 LATER = {
-    "torch._dynamo", "torch._inductor", "sympy", "torch.distributed.checkpoint", "torch.distributed.tensor",
+    "torch._dynamo", "torch._inductor", "sympy", "triton", "torch.distributed.checkpoint", "torch.distributed.tensor",
     "distutils.ccompiler", "datasets", "transformers", "wandb",
     "pandas", "pyarrow", "lm_eval", "optuna",
 }  # fmt: skip

@@ -42,11 +42,11 @@ from moe.engine.adamw import AdamW
 from moe.engine.base import NO_SCALES, OptimizerState, SkipReason, StepResult
 from moe.engine.deepspeed.bfloat16_shortcuts import BFloat16Shortcuts
 from moe.engine.deepspeed.borrowed import borrow, check_version, require_meaning
+from moe.engine.deepspeed.lean_imports import import_muon_uncompiled, import_ops_without_triton
 from moe.engine.deepspeed.muon import share_matrices
 from moe.engine.deepspeed.optimizer_state import ZeroOptimizerState
 from moe.engine.deepspeed.shortcuts import Shortcuts
 from moe.engine.deepspeed.skip import NormLimit
-from moe.engine.deepspeed.uncompiled import import_muon_uncompiled
 from moe.engine.muon import Muon
 from moe.engine.optimizers import make_optimizer
 from moe.engine.parameters import (
@@ -182,6 +182,8 @@ class DeepSpeedEngine:
         filled = [group for group in param_groups if group["params"]]  # DeepSpeed fails on an empty group
         optimizer, shapes = make_optimizer(filled, config, mesh.device), muon_shapes(model, config)
         import_muon_uncompiled()
+        if mesh.device.type == "cpu":
+            import_ops_without_triton()
         engine, zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
