@@ -14,17 +14,13 @@ mkdir -p "$folder" && touch "$folder/began"
 python -m data.examples.sql_rows "$rows" "$folder"
 
 learn() { # SEED
-    local always=(engine=plain tracking=none data=sft data.template=plain data.held_out=0.01 data.cache_dir="$folder/cache")
-    local rounds=(
-        train.epochs=1 train.sequence_length=256 train.micro_batch_size=4 train.global_batch_size=4
-        optim.lr=3e-3 optim.min_lr_ratio=0.02 train.eval_every=500 train.sample_every=500 checkpoint.every=500
-    )
-    local first="$folder/runs/first_$1" run="$folder/runs/seed_$1"
-    moe train run_dir="$first" data.path="$folder/train.jsonl" "${always[@]}" "${rounds[@]}" train.seed="$1" \
+    local run="$folder/runs/seed_$1"
+    moe train run_dir="$run" train.seed="$1" engine=plain tracking=none \
+        data=sft data.path="$folder/train.jsonl" data.template=plain data.held_out=0.01 data.cache_dir="$folder/cache" \
         tokenizer.vocab_size=2048 model.mlp=dense model.sliding_window=null model.intermediate_size=384 \
-        model.num_key_value_heads=4 model.tie_word_embeddings=true model.qk_norm=head model.initializer=equal_output
-    moe train run_dir="$run" init_from="$first" data.path="$folder/train_again.jsonl" "${always[@]}" "${rounds[@]}" \
-        train.seed="$1"
+        model.num_key_value_heads=4 model.tie_word_embeddings=true model.qk_norm=head model.initializer=equal_output \
+        train.epochs=1 train.sequence_length=256 train.micro_batch_size=4 train.global_batch_size=4 \
+        optim=muon optim.lr=2e-3 optim.min_lr_ratio=0.02 train.eval_every=500 train.sample_every=500
     moe generate checkpoint="$run" chat=true temperature=0 max_new_tokens=160 batch_size=64 \
         prompts_file="$folder/held_out.txt" >"$run/held_out.jsonl"
 }
