@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from moe.config import ExpertBackend
 from moe.kernels.grouped_lora import LowRankPair, lora_ffn
+from moe.kernels.permute import RowSource
 from moe.sparse import Experts, Randomness
 
 ALIGNED = 8  # elements: rows of 16 bytes in bfloat16, which grouped products need
@@ -98,8 +99,9 @@ class LoRAExperts(Experts):
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.gate_up_proj_lora, self.down_proj_lora = gate_up, down
 
-    def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+    def forward(self, x_NH: Tensor, counts_E: Tensor, source: RowSource | None = None) -> Tensor:
+        """As `Experts.forward`; autograd keeps the rows."""
+        del source
         pairs = self.gate_up_proj_lora.pair(), self.down_proj_lora.pair()
         loop = self.config.backend is ExpertBackend.loop
         return lora_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, *pairs, loop=loop)

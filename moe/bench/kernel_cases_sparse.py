@@ -12,7 +12,13 @@ from torch import Tensor
 
 from moe.bench.kernel_case import Case, Side
 from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
-from moe.kernels.permute import combine_rows, combine_rows_reference, gather_rows, gather_rows_reference
+from moe.kernels.permute import (
+    RowSource,
+    combine_rows,
+    combine_rows_reference,
+    gather_rows,
+    gather_rows_reference,
+)
 from moe.sparse.balance import max_violation
 from moe.sparse.dispatch import sort_by_expert
 from moe.sparse.routers.base import Choices, count_choices
@@ -69,7 +75,8 @@ def sparse_cases(
 
     def whole() -> list[Tensor]:
         now, placed_TK = sort_by_expert(Choices.top_k(ids_TK, weights_TK), counts_E)
-        y_NH = grouped_ffn(gather_rows(x_TH, now), counts_E, gate_up, down, backend)
+        source = RowSource(x_TH, now.tokens_N)
+        y_NH = grouped_ffn(gather_rows(x_TH, now), counts_E, gate_up, down, backend, source)
         return [combine_rows(y_NH, placed_TK, now)]
 
     def reference() -> list[Tensor]:

@@ -1,8 +1,9 @@
 """The SwiGLU of many experts as one autograd function, with the backward pass written out.
 
-y = (silu(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ row by row, each row with its expert's weights. Only the input and gate/up are saved for
-the backward pass; the activation is recomputed there (as in SonicMoE, arXiv 2512.14080), with a = silu(g) ⊙ u and σ the
-sigmoid:  dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
+y = (silu(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ row by row, each row with its expert's weights. Only the input (or what its rows are
+copies of) and gate/up are saved for the backward pass; the activation is recomputed there (as in SonicMoE, arXiv
+2512.14080), with a = silu(g) ⊙ u and σ the sigmoid:
+dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
 The element-wise part is float32 for narrower dtypes.
 
 `resolve_backend` picks the back-end; `loop_ffn` is the plain reference. On CUDA Triton's kernels compute the
@@ -27,6 +28,7 @@ from moe.kernels import megablocks
 from moe.kernels.float32_products import float32_products
 from moe.kernels.grouped_products import GroupedProducts, torch_products
 from moe.kernels.padded_rows import PaddedRows
+from moe.kernels.permute import RowSource
 from moe.kernels.policy import runs_fused, wide_dtype
 from moe.kernels.swiglu import activation
 
@@ -70,9 +72,17 @@ def _grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shapes: tuple
 
 
 def grouped_ffn(
-    x_NH: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, backend: ExpertBackend
+    x_NH: Tensor,
+    counts_E: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    backend: ExpertBackend,
+    source: RowSource | None = None,
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
+
+    With a `source`, of which `x_NH` is a copy, the backward pass copies the rows again instead of keeping them (but for
+    the loop): with k choices a token, a k-th of the memory.
 
     On CUDA the loop and megablocks read the counts on the host, which waits for the device once per call; grouped_mm
     doesn't wait (its backward pass without Triton waits for the counts' copy, which the forward pass started).
@@ -82,12 +92,13 @@ def grouped_ffn(
     if x_NH.shape[0] == 0:
         return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, [0] * counts_E.numel())  # type: ignore[return-value]
     if x_NH.device.type != "cuda":
-        return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts_E.tolist())  # type: ignore[return-value]
+        return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts_E.tolist(), source)  # type: ignore[return-value]
     if backend is ExpertBackend.megablocks:
-        counts = counts_E.tolist()
-        return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, lambda: counts, megablocks.products(counts))  # type: ignore[return-value]
-    counts = counts_E if runs_fused(x_NH) else LateCounts(counts_E)
-    return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts, torch_products(counts_E))  # type: ignore[return-value]
+        known = counts_E.tolist()
+        counts, products = (lambda: known), megablocks.products(known)
+    else:
+        counts, products = counts_E if runs_fused(x_NH) else LateCounts(counts_E), torch_products(counts_E)
+    return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts, products, source)  # type: ignore[return-value]
 
 
 def loop_ffn(x_NH: Tensor, counts: list[int], gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -129,27 +140,28 @@ class GroupedSwiGLU(torch.autograd.Function):
         down_proj: Tensor,
         counts: Tensor | Callable[[], list[int]],
         products: GroupedProducts,
+        source: RowSource | None = None,
     ) -> Tensor:
         x_NH = x_NH.contiguous()
         gate_up_NG = products.times_weight_t(x_NH, gate_up_proj)
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=1)
-        ctx.save_for_backward(x_NH, gate_up_proj, down_proj, gate_up_NG)
+        ctx.save_for_backward(gate_up_proj, down_proj, gate_up_NG, *(source or (x_NH,)))
         ctx.counts, ctx.products = counts, products
         return products.times_weight_t(activation(gate_NF, up_NF), down_proj)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x_NH, gate_up_proj, down_proj, gate_up_NG = ctx.saved_tensors
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        gate_up_proj, down_proj, gate_up_NG, *kept = ctx.saved_tensors
         products: GroupedProducts = ctx.products
         dy_NH = dy_NH.contiguous()
         act_NF, dgate_up_NG = activation_backward(gate_up_NG, products.times_weight(dy_NH, down_proj))
         ddown = products.outer(dy_NH, act_NF)
-        dgate_up = products.outer(dgate_up_NG, x_NH)
+        dgate_up = products.outer(dgate_up_NG, _rows_of(kept))
         # Kernels leave an empty group's gradient unwritten: grouped_gemm always, grouped_mm on some GPUs.
         zero_idle(ctx.counts if isinstance(ctx.counts, Tensor) else ctx.counts(), dgate_up, ddown)
         dx_NH = products.times_weight(dgate_up_NG, gate_up_proj) if ctx.needs_input_grad[0] else None
-        return dx_NH, dgate_up, ddown, None, None
+        return dx_NH, dgate_up, ddown, None, None, None
 
 
 class PerExpertSwiGLU(torch.autograd.Function):
@@ -159,7 +171,14 @@ class PerExpertSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @float32_products
-    def forward(ctx: Any, x_NH: Tensor, gate_up_proj: Tensor, down_proj: Tensor, counts: list[int]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_NH: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        counts: list[int],
+        source: RowSource | None = None,
+    ) -> Tensor:
         padding = PaddedRows.of(counts, x_NH.device, x_NH.dtype)
         x_PH = padding.spread(x_NH.contiguous())
         gate_up_PG = x_PH.new_empty(x_PH.shape[0], gate_up_proj.shape[1])
@@ -171,16 +190,17 @@ class PerExpertSwiGLU(torch.autograd.Function):
             gate, up = gate_up.chunk(2, dim=1)
             act = torch.ops.aten.silu.out(gate, out=act_MF[: padding.sizes[expert]]).mul_(up)
             torch.mm(act, down_proj[expert].t(), out=y_PH[rows])
-        ctx.save_for_backward(x_PH, gate_up_proj, down_proj, gate_up_PG)
+        ctx.save_for_backward(gate_up_proj, down_proj, gate_up_PG, *(source or (x_PH,)))
         ctx.padding = padding
         return padding.collect(y_PH)
 
     @staticmethod
     @once_differentiable
     @float32_products
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        x_PH, gate_up_proj, down_proj, gate_up_PG = ctx.saved_tensors
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        gate_up_proj, down_proj, gate_up_PG, *kept = ctx.saved_tensors
         padding: PaddedRows = ctx.padding
+        x_PH = kept[0] if len(kept) == 1 else padding.spread(_rows_of(kept))
         dy_PH = padding.spread(dy_NH.contiguous())
         dx_PH = torch.empty_like(x_PH) if ctx.needs_input_grad[0] else None
         dgate_up, ddown = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
@@ -195,7 +215,12 @@ class PerExpertSwiGLU(torch.autograd.Function):
             torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
             if dx_PH is not None:
                 torch.mm(dgate_up_rows, gate_up_proj[expert], out=dx_PH[rows])
-        return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None
+        return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None, None
+
+
+def _rows_of(kept: list[Tensor]) -> Tensor:
+    """The rows that were kept, or those of the source that was."""
+    return kept[0] if len(kept) == 1 else RowSource(*kept).rows()
 
 
 def zero_idle(counts: Tensor | list[int], *grads: Tensor) -> None:

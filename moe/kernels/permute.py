@@ -10,7 +10,7 @@ H hidden, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ class RowOrder:
     rows_TK: Tensor  # int64, the row at each place; any valid row where the place has no choice
     counts_E: Tensor  # int64, rows per expert
     filled_TK: Tensor | None  # bool, whether the place has a choice; None when all have
+
+
+class RowSource(NamedTuple):
+    """What rows are copies of: the tokens, and the token of each row. The copies can be made again from it."""
+
+    x_TH: Tensor
+    tokens_N: Tensor
+
+    def rows(self) -> Tensor:
+        """[N, H]; no autograd."""
+        return self.x_TH.detach().index_select(0, self.tokens_N)
 
 
 def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:

@@ -42,6 +42,8 @@ class Shapes:
         backend = config.experts.backend
         # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
+        # on one rank the experts' input is gathered again (moe.kernels.permute.RowSource)
+        self.regathers = expert == 1 and not self.loop and not config.adapter.trains_adapter
 
     @property
     def stream(self) -> int:
@@ -107,7 +109,7 @@ def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str])
     """Blocks of `dense` bytes and of `rows` bytes, the latter split into the gate/up tensor and the experts' inputs and
     outputs, whose largest tensors differ in size."""
     gate_up = shapes.received * 2 * shapes.feed * shapes.s
-    middle = rows * 2 * shapes.feed // (2 * shapes.feed + 2 * shapes.hidden)
+    middle = rows * 2 * shapes.feed // (2 * shapes.feed + (1 if shapes.regathers else 2) * shapes.hidden)
     return [
         MemoryBlock(kinds[0], dense, shapes.stream),
         MemoryBlock(kinds[1], middle, gate_up),
@@ -127,7 +129,11 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
         mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32
         mlp += 3 * tokens * shapes.shared_feed * s
         middle = (4 if shapes.loop else 2) * feed
-        rows = (shapes.received * (hidden + middle) + shapes.rows * hidden) * s
+        rows = (shapes.received * middle + shapes.rows * hidden) * s
+        if shapes.regathers:
+            mlp += shapes.stream if s < 4 else 0  # in float32 it is the router's input
+        else:
+            rows += shapes.received * hidden * s
     else:
         routing, rows = 0, 0
         mlp = shapes.stream + 3 * tokens * shapes.dense_feed * s
@@ -147,8 +153,8 @@ def _backward(shapes: Shapes) -> int:
     row = shapes.hidden * s
     # combine: each choice's gradient row; in plain PyTorch also its product with the expert's output, in float32
     combine = shapes.rows * shapes.hidden * (s if shapes.cuda else 8 if s == 4 else 10)
-    # experts: gradients of their output and input, less the output, which is freed by then
-    experts = (2 * shapes.received - shapes.rows) * row
+    # experts: gradients of their output and input, less the output, which is freed by then; their input again
+    experts = (2 * shapes.received - shapes.rows + (shapes.rows if shapes.regathers else 0)) * row
     if (
         shapes.cuda and not shapes.loop
     ):  # all rows at once: the gradients of the activation, which it overwrites, and gate/up

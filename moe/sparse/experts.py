@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
 from moe.kernels.grouped_swiglu import grouped_ffn, resolve_backend
+from moe.kernels.permute import RowSource
 
 
 class Experts(nn.Module):
@@ -41,8 +42,9 @@ class Experts(nn.Module):
             for local, weight in enumerate(getattr(self, name)):
                 yield name, weight, seed_for(name, self.first_expert + local)
 
-    def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]."""
+    def forward(self, x_NH: Tensor, counts_E: Tensor, source: RowSource | None = None) -> Tensor:
+        """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]. With a `source`, the
+        backward pass copies x from it again."""
         shapes = (self.down_proj.shape[1], self.down_proj.shape[2])
         backend, _ = resolve_backend(self.config, x_NH.device, x_NH.dtype, shapes)
-        return grouped_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, backend)
+        return grouped_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, backend, source)

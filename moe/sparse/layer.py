@@ -59,7 +59,8 @@ class SparseMLP(nn.Module):
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_TH, order)
         if counts is None:
-            y_NH = self.experts(x_NH, order.counts_E)
+            source = (permute.RowSource(x_TH, order.tokens_N),) if isinstance(self.experts, Experts) else ()
+            y_NH = self.experts(x_NH, order.counts_E, *source)
         else:
             exchange = plan_exchange(counts)
             y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)

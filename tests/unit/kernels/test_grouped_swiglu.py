@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.config import ExpertBackend, ExpertsConfig
 from moe.kernels.grouped_products import torch_products
 from moe.kernels.grouped_swiglu import GroupedSwiGLU, PerExpertSwiGLU, grouped_ffn, loop_ffn, resolve_backend
+from moe.kernels.permute import RowSource
 
 CPU = torch.device("cpu")
 COUNTS = {
@@ -107,6 +108,33 @@ def test_the_gpu_function_over_torchs_grouped_mm(counts: list[int], dtype: torch
     )
     for name, mine, reference in zip(("y", "dx", "dgate_up", "ddown"), ours, exact, strict=True):
         assert _relative(mine, reference) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", ["per expert", "grouped"])
+def test_rows_gathered_again_change_no_bit_and_are_not_kept(function: str, dtype: torch.dtype) -> None:
+    counts = [3, 0, 5]
+    _, gate_up, down, grad = _inputs(counts, dtype)
+    x_TH = torch.randn(4, gate_up.shape[2], dtype=dtype, requires_grad=True)
+    tokens_N = torch.tensor([0, 2, 3, 0, 1, 2, 3, 1])
+
+    def run(again: bool) -> list[Tensor]:
+        x_NH = x_TH.index_select(0, tokens_N)
+        source = RowSource(x_TH, tokens_N) if again else None
+        kept = set[int]()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
+            if function == "grouped":
+                products = torch_products(torch.tensor(counts))
+                y = GroupedSwiGLU.apply(x_NH, gate_up, down, lambda: counts, products, source)
+            else:
+                y = grouped_ffn(x_NH, torch.tensor(counts), gate_up, down, ExpertBackend.grouped_mm, source)
+        assert (x_TH.data_ptr() in kept) is again
+        if dtype is torch.float32:  # rows of bfloat16 are padded
+            assert (x_NH.data_ptr() in kept) is not again
+        return [y, *torch.autograd.grad(y, [x_TH, gate_up, down], grad)]
+
+    for mine, expected in zip(run(again=True), run(again=False), strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_idle_experts_get_zero_gradients_even_if_the_kernel_writes_none() -> None:

@@ -176,7 +176,7 @@ def test_recomputation_keeps_less_and_imbalance_needs_more():
         phase = kinds(config, 4, "loss", imbalance=imbalance)
         return phase["activations"] + phase["moe_buffers"], phase["moe_buffers"]
 
-    assert rows("none")[0] > 2 * rows("mlp")[0] > 2 * rows("block")[0]
+    assert rows("none")[0] > 1.8 * rows("mlp")[0] > 1.8 * rows("block")[0]
     assert rows("mlp")[1] == rows("block")[1] == 0
     assert rows("none", imbalance=1.5) == rows("none")  # one rank holds all experts: it gets all rows, always
     assert rows("none", 2, 1.5)[1] > 1.3 * rows("none", 2)[1]
