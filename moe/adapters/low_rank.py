@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import ExpertBackend
-from moe.kernels.grouped_lora import LowRankPair, lora_ffn
+from moe.kernels.grouped_lora import ALIGNED, LowRankPair, lora_ffn
 from moe.kernels.permute import RowSource
 from moe.sparse import Experts, Randomness
-
-ALIGNED = 8  # elements: rows of 16 bytes in bfloat16, which grouped products need
 
 
 class LowRank(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ def _fill(engine: Engine, mesh: Mesh, model: ShardReader, optimizer: ShardReader
             yield tensors
 
     mesh.agree(lambda: engine.optimizer_state.fill(parts(), adam_steps), "checkpoint")
-    mesh.agree(lambda: model.fill_untrained(engine.model, experts.sharded), "checkpoint")
+    fill = partial(model.fill_untrained, engine.model, experts.sharded, adapters=optimizer is not None)
+    mesh.agree(fill, "checkpoint")
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:

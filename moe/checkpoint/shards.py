@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from moe.adapters.merge import is_part
 from moe.checkpoint.untrained import empty_parts, untrained_tensors
 from moe.errors import UserError
 
@@ -97,10 +98,15 @@ class ShardReader(HuggingFaceStorageReader):
             raise UserError(f"{self.path}: does not fit this model ({first})") from error
 
     def fill_untrained(
-        self, model: nn.Module, sharded: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
+        self,
+        model: nn.Module,
+        sharded: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+        *,
+        adapters: bool = True,
     ) -> None:
-        """The tensors of `model` that no optimizer updates. Raises UserError if shapes or dtypes differ."""
-        tensors = untrained_tensors(model)
+        """The tensors of `model` that no optimizer updates, those of `adapters` too. Raises UserError if shapes or
+        dtypes differ."""
+        tensors = {name: one for name, one in untrained_tensors(model).items() if adapters or not is_part(name)}
         for part in empty_parts(tensors, READ_BYTES):
             buffers = {name: value for name, value in part.items() if not isinstance(tensors[name], nn.Parameter)}
             self._check_dtypes(buffers)

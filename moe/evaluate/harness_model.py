@@ -190,7 +190,8 @@ class HarnessModel(TemplateLM):
             most = stated.pop("max_gen_toks")
             sampled = stated.get("do_sample")
             temperature = float(stated.get("temperature", 0.0)) if sampled else 0.0
-            options = {name: stated[name] for name in SAMPLING[2:] if sampled and stated.get(name)}
+            used = SAMPLING[2:] if sampled else ("repetition_penalty",)
+            options = {name: stated[name] for name in used if stated.get(name)}
             unknown = sorted(stated.keys() - set(SAMPLING))
             require(not unknown, f"{', '.join(unknown)}: not an option here; {', '.join(SAMPLING)} are")
             require(

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe.adapters.merge import is_part
+from moe.adapters.merge import adapted, is_part
 from moe.config import Config
+from moe.config.adapter import WITH_DROPOUT
 from moe.durable import new_folder
 from moe.errors import UserError
 from moe.interop.tensor_files import TensorInfo, write_tensor_file
@@ -32,10 +33,14 @@ def export_adapter(folder: Path, config: Config, base: Path, path: Path) -> str:
     """Writes the new folder `path`; says what was written. Raises UserError, OSError."""
     adapter, source = config.adapter, CheckpointTensors(folder)
     parts = [name for name in source.infos() if is_part(name)]
-    experts = any(name.rpartition(".")[0].endswith(tuple(STACKED)) for name in parts)
+    others = any(adapted(name).split(".")[-2] not in WITH_DROPOUT for name in parts)
     for key, holds, reason in (
         ("modules_to_save", not adapter.modules_to_save, "peft has no place for parameters that trained in full here"),
-        ("use_dora", not (adapter.use_dora and experts), "peft has no DoRA beside adapters on experts"),
+        (
+            "use_dora",
+            not (adapter.use_dora and others),
+            "peft has DoRA on all modules or none, and here attention alone has it",
+        ),
     ):
         if not holds:
             raise UserError(f"format=peft: adapter.{key}={getattr(adapter, key)}: {reason}: leave format out, to merge")

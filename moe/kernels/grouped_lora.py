@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from moe.kernels.grouped_products import torch_products
 from moe.kernels.swiglu import swiglu
 
+ALIGNED = 8  # elements: rows of 16 bytes in bfloat16, which grouped products need
+
 Product = Callable[[Tensor, Tensor], Tensor]  # rows [N, I], weight [E, O, I] → [N, O]
 
 

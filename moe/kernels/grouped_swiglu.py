@@ -151,16 +151,17 @@ class GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         gate_up_proj, down_proj, gate_up_NG, *kept = ctx.saved_tensors
         products: GroupedProducts = ctx.products
+        needs_dx, needs_dgate_up, needs_ddown = ctx.needs_input_grad[:3]
         dy_NH = dy_NH.contiguous()
         act_NF, dgate_up_NG = activation_backward(gate_up_NG, products.times_weight(dy_NH, down_proj))
-        ddown = products.outer(dy_NH, act_NF)
-        dgate_up = products.outer(dgate_up_NG, _rows_of(kept))
+        ddown = products.outer(dy_NH, act_NF) if needs_ddown else None
+        dgate_up = products.outer(dgate_up_NG, _rows_of(kept)) if needs_dgate_up else None
         # Kernels leave an empty group's gradient unwritten: grouped_gemm always, grouped_mm on some GPUs.
         zero_idle(ctx.counts if isinstance(ctx.counts, Tensor) else ctx.counts(), dgate_up, ddown)
-        dx_NH = products.times_weight(dgate_up_NG, gate_up_proj) if ctx.needs_input_grad[0] else None
+        dx_NH = products.times_weight(dgate_up_NG, gate_up_proj) if needs_dx else None
         return dx_NH, dgate_up, ddown, None, None, None
 
 
@@ -197,22 +198,28 @@ class PerExpertSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @float32_products
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         gate_up_proj, down_proj, gate_up_PG, *kept = ctx.saved_tensors
         padding: PaddedRows = ctx.padding
-        x_PH = kept[0] if len(kept) == 1 else padding.spread(_rows_of(kept))
+        needs_dx, needs_dgate_up, needs_ddown = ctx.needs_input_grad[:3]
         dy_PH = padding.spread(dy_NH.contiguous())
-        dx_PH = torch.empty_like(x_PH) if ctx.needs_input_grad[0] else None
-        dgate_up, ddown = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+        dx_PH = torch.empty_like(dy_PH) if needs_dx else None
+        dgate_up = torch.empty_like(gate_up_proj) if needs_dgate_up else None
+        ddown = torch.empty_like(down_proj) if needs_ddown else None
+        x_PH = None
+        if dgate_up is not None:
+            x_PH = kept[0] if len(kept) == 1 else padding.spread(_rows_of(kept))
         zero_idle(padding.counts, dgate_up, ddown)
-        dact_MF = x_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
-        scratch = torch.empty_like(dact_MF), x_PH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
+        dact_MF = dy_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
+        scratch = torch.empty_like(dact_MF), dy_PH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
         for expert, rows in padding.groups():
             dy = dy_PH[rows]
             dact = torch.mm(dy, down_proj[expert], out=dact_MF[: dy.shape[0]])
             act, dgate_up_rows = activation_backward(gate_up_PG[rows], dact, scratch)
-            torch.mm(dy.t(), act, out=ddown[expert])
-            torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
+            if ddown is not None:
+                torch.mm(dy.t(), act, out=ddown[expert])
+            if dgate_up is not None and x_PH is not None:
+                torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
             if dx_PH is not None:
                 torch.mm(dgate_up_rows, gate_up_proj[expert], out=dx_PH[rows])
         return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None, None
@@ -223,8 +230,9 @@ def _rows_of(kept: list[Tensor]) -> Tensor:
     return kept[0] if len(kept) == 1 else RowSource(*kept).rows()
 
 
-def zero_idle(counts: Tensor | list[int], *grads: Tensor) -> None:
+def zero_idle(counts: Tensor | list[int], *found: Tensor | None) -> None:
     """Fills the gradients [E, O, I] of experts without rows with 0; a tensor of counts is for Triton."""
+    grads = [grad for grad in found if grad is not None]
     if isinstance(counts, Tensor):
         from moe.kernels.fused import rows
 

@@ -15,7 +15,9 @@ import math
 from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, QkNorm, Recompute
 from moe.kernels.attention.block import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
 from moe.kernels.cross_entropy import slice_rows
+from moe.kernels.grouped_lora import ALIGNED
 from moe.plan.gradients import MemoryBlock, element_size
+from moe.plan.trained import MOST_LAYERS
 
 
 class Shapes:
@@ -42,13 +44,24 @@ class Shapes:
         backend = config.experts.backend
         # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
+        self.expert_rank = _expert_rank(config)
         # on one rank the experts' input is gathered again (moe.kernels.permute.RowSource)
-        self.regathers = expert == 1 and not self.loop and not config.adapter.trains_adapter
+        self.regathers = expert == 1 and not self.loop and not self.expert_rank
 
     @property
     def stream(self) -> int:
         """Bytes of the residual stream, [T, H]."""
         return self.tokens * self.hidden * self.s
+
+
+def _expert_rank(config: Config) -> int:
+    """The highest rank of adapters on experts, rounded up as `LowRank.pair` has it; 0 without them."""
+    adapter = config.adapter
+    if not adapter.trains_adapter:
+        return 0
+    names = (f"model.layers.{layer}.mlp.experts" for layer in config.model.sparse_layer_numbers[:MOST_LAYERS])
+    ranks = (adapter.rank_of(name) for name in names if adapter.adapts(name))
+    return -(-max(ranks, default=0) // ALIGNED) * ALIGNED
 
 
 def _attention(shapes: Shapes) -> int:
@@ -129,6 +142,8 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
         mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32
         mlp += 3 * tokens * shapes.shared_feed * s
         middle = (4 if shapes.loop else 2) * feed
+        if shapes.expert_rank:  # the activation, and what both A make
+            middle = 3 * feed + 2 * shapes.expert_rank
         rows = (shapes.received * middle + shapes.rows * hidden) * s
         if shapes.regathers:
             mlp += shapes.stream if s < 4 else 0  # in float32 it is the router's input

@@ -42,19 +42,26 @@ def _refuse(name: str) -> None:
 
 def sql_valid(answer: str, expected: str) -> bool:
     """The answer is one SQL statement that SQLite can prepare, whatever tables, columns and functions there are: that
-    it has no such thing is no fault. It is never executed."""
-    if answer.lower().startswith(("query", "explain")):  # they would belong to the EXPLAIN before them
-        return False
+    it has no such thing is no fault. Comments may follow its semicolon. It is never executed."""
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, LONGEST_SQL)
         database.set_authorizer(lambda code, *_: sqlite3.SQLITE_OK if code in ALLOWED else sqlite3.SQLITE_DENY)
         try:
-            database.execute(f"EXPLAIN {answer}")
+            if _more_follows(answer):  # SQLite may stop before it, at a name that there isn't
+                return False
+            database.execute(f"EXPLAIN QUERY PLAN {answer}")
         except sqlite3.OperationalError as error:
             return str(error).startswith("no such")
         except (sqlite3.Error, sqlite3.Warning, ValueError):  # several statements, a null character, half a character
             return False
     return True
+
+
+def _more_follows(text: str) -> bool:
+    """Whether there is anything but comments behind the semicolon that ends the first statement. Raises ValueError."""
+    ends = (at + 1 for at, sign in enumerate(text) if sign == ";" and sqlite3.complete_statement(text[: at + 1]))
+    rest = text[next(ends, len(text)) :].replace(";", " x")  # a second semicolon is one too many
+    return not sqlite3.complete_statement(f";{rest}")
 
 
 METRICS: dict[AnswerMetric, Callable[[str, str], bool]] = {

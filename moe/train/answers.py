@@ -56,7 +56,7 @@ def questions(batch: Batch, special: frozenset[int]) -> Iterator[Question]:
             first = int(targets[breaks[-1] + 1]) if len(breaks) else int(targets[0])
             ids = ids_S[start:stop].tolist()
             found = Question(ids[: first + 1], ids[first + 1 : last + 2])
-            whole = found.answer[-1] in special or stop < len(ids_S)
+            whole = bool(found.answer) and (found.answer[-1] in special or stop < len(ids_S))
             if len(found.prompt) > 1 and whole:
                 yield found
 
@@ -138,6 +138,9 @@ class Answers:
         """None for every row of a batch whose logits are not finite."""
         prompts = [self._rows[place].prompt for place in places]
         room = model.config.max_position_embeddings - max(map(len, prompts))
+        if room < self._tokens and len(places) > 1:  # so that a long prompt cuts no other's answer
+            half = len(places) // 2
+            return [text for part in (places[:half], places[half:]) for text in self._answer(model, part, all_steps)]
         settings = Sampling(max_new_tokens=min(self._tokens, room), temperature=0.0)
         try:
             texts = [""] * len(prompts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from moe import api
 from moe.checkpoint.layout import committed
@@ -44,17 +44,13 @@ def tuned(base: Path, corpus: list[str], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def _names(folder: Path) -> set[str]:
-    names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names |= set(file.keys())
-    return names
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_a_checkpoint_holds_what_trains_and_text_comes_from_the_merged_model(base: Path, tuned: Path) -> None:
     newest = committed(tuned / "checkpoints")[0]
-    names = _names(newest / "model")
+    names = _tensors(newest / "model").keys()
     attention = {f"self_attn.{name}.lora.{part}" for name in ("q_proj", "v_proj") for part in "AB"}
     experts = {f"mlp.experts.{name}_lora.{part}" for name in ("gate_up_proj", "down_proj") for part in "AB"}
     layer = attention | experts | {"mlp.gate.lora.A", "mlp.gate.lora.B"}
@@ -85,6 +81,21 @@ def test_the_same_losses_on_two_ranks_and_after_a_resume(
     (done,) = _run(tmp_path / "two", f"init_from={base}", *corpus, *TUNE)
     assert "(step 2, " in done.out
     assert [row["lm_loss"] for row in read_metrics(tmp_path / "two")] == pytest.approx(expected, rel=2e-6)
+
+
+def test_a_frozen_part_of_an_adapter_is_kept_and_resumed(base: Path, corpus: list[str], tmp_path: Path) -> None:
+    run, frozen = tmp_path / "run", "optim.freeze=['*.lora.A','*_lora.A']"
+    _run(run, f"init_from={base}", *corpus, *TUNE, frozen)
+    rows, expected = read_metrics(run), load_model(run).state_dict()
+    last, first = (_tensors(folder / "model") for folder in committed(run / "checkpoints"))
+    assert last.keys() == first.keys()
+    assert all(torch.equal(last[name], first[name]) is name.endswith(".A") for name in last)
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    done = _run(run, f"init_from={base}", *corpus, *TUNE, frozen, "parallel.expert_parallel_size=2", ranks=2)
+    assert "(step 2, " in done[0].out
+    losses = [[row["lm_loss"] for row in found] for found in (read_metrics(run), rows)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)
+    torch.testing.assert_close(load_model(run).state_dict(), expected)
 
 
 def test_a_run_starts_from_an_adapters_merged_weights(tuned: Path, corpus: list[str], tmp_path: Path) -> None:

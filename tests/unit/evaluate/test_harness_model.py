@@ -104,6 +104,16 @@ def test_texts(exported: tuple[Path, Path]) -> None:
     assert len(set(found)) > 5
 
 
+def test_a_greedy_text_that_repeats_less(exported: tuple[Path, Path]) -> None:
+    run, out = exported
+    stated = {"until": [], "max_gen_toks": 20}
+    ways = [stated, stated | {"repetition_penalty": 3.0}, stated | {"top_k": 1, "top_p": 0.5}]
+    requests = asked("generate_until", *[("import json\n", dict(one)) for one in ways])
+    found = ours(run).generate_until(requests)
+    assert found == theirs(out).generate_until(requests)
+    assert found[0] == found[2] != found[1]
+
+
 def test_conversations(exported: tuple[Path, Path]) -> None:
     run, out = exported
     template = OURS[TemplateName.mistral]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import ExpertBackend, ExpertsConfig
 from moe.kernels.grouped_products import torch_products
@@ -135,6 +138,47 @@ def test_rows_gathered_again_change_no_bit_and_are_not_kept(function: str, dtype
 
     for mine, expected in zip(run(again=True), run(again=False), strict=True):
         assert torch.equal(mine, expected)
+
+
+class Counted(TorchDispatchMode):
+    """Counts matrix products and copies of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.copies = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += "mm" in str(func)
+        self.copies += "index_select" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [(1,), (2,), (1, 2), (0, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize("function", ["per expert", "grouped"])
+def test_what_is_frozen_costs_nothing_and_changes_no_other_bit(function: str, frozen: tuple[int, ...]) -> None:
+    counts = [3, 0, 5]
+    *tensors, grad = _inputs(counts, torch.float32)
+    tokens_N = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    source = RowSource(tensors[0].detach()[tokens_N.argsort()], tokens_N)
+
+    def run(frozen: tuple[int, ...]) -> tuple[list[Tensor], Counted]:
+        x, gate_up, down = (one.detach().requires_grad_(place not in frozen) for place, one in enumerate(tensors))
+        if function == "grouped":
+            products = torch_products(torch.tensor(counts))
+            y = GroupedSwiGLU.apply(x, gate_up, down, lambda: counts, products, source)
+        else:
+            y = PerExpertSwiGLU.apply(x, gate_up, down, counts, source)
+        with Counted() as counted:
+            return list(torch.autograd.grad(y, [one for one in (x, gate_up, down) if one.requires_grad], grad)), counted
+
+    expected, whole = run(())
+    found, counted = run(frozen)
+    each = 2 if function == "per expert" else 1  # experts that have rows
+    assert (whole.products, whole.copies) == (4 * each, 1)
+    assert (counted.products, counted.copies) == ((4 - len(frozen)) * each, int(1 not in frozen))
+    trained = [one for place, one in enumerate(expected) if place not in frozen]
+    for mine, theirs in zip(found, trained, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_idle_experts_get_zero_gradients_even_if_the_kernel_writes_none() -> None:

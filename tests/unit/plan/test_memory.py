@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe.adapters.attach import attach
 from moe.checkpoint.ownership import FILE_BYTES
 from moe.config.compose import load_config
 from moe.model.transformer import Transformer
@@ -69,6 +70,7 @@ def test_visible_keys_are_counted(length, window):
     assert visible_keys(length, window) == pytest.approx(pairs / length)
 
 
+LORA = ["train.sequence_length=320", "model.sliding_window=null", "adapter=lora", "init_from=base"]
 KEPT = [  # what decides which tensors are kept
     ["model.mlp=dense", "train.sequence_length=64", "model.sliding_window=null"],
     ["train.sequence_length=64", "model.sliding_window=null"],
@@ -80,6 +82,9 @@ KEPT = [  # what decides which tensors are kept
     ["train.sequence_length=320", "model.sliding_window=null", "model.qk_norm=head"],
     ["train.sequence_length=320", "model.sliding_window=null", "model.qk_norm=projection", "model.mlp=dense"],
     ["train.sequence_length=256", "model.sliding_window=96", "model.qk_norm=head"],
+    [*LORA, "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"],
+    [*LORA, "adapter.rank_pattern={experts:30}"],
+    [*LORA, "experts.backend=loop"],
 ]
 
 
@@ -87,6 +92,8 @@ KEPT = [  # what decides which tensors are kept
 def test_activations_are_what_autograd_keeps(overrides):
     config = compose(*overrides, "train.micro_batch_size=4", "train.global_batch_size=4")
     model = build(config)
+    if config.adapter.trains_adapter:
+        attach(model, config.adapter, 0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 

@@ -42,6 +42,10 @@ def test_what_is_no_json(text: str) -> None:
         "CREATE TABLE t (a INTEGER PRIMARY KEY, b TEXT)",
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 9) SELECT i FROM n",
         "SELECT 1 -- one",
+        "SELECT a FROM t; -- all; of them",
+        "SELECT a FROM t WHERE b = 'x; y' /* ; */;",
+        'SELECT "a;b" FROM t',
+        "CREATE TRIGGER r AFTER INSERT ON t BEGIN DELETE FROM u; SELECT 1; END;",
     ],
 )
 def test_sql(text: str) -> None:
@@ -54,7 +58,9 @@ def test_sql(text: str) -> None:
         "", ";", "-- nothing", "SELECT", "SELECT a FROM", "SELECT a FROM t WHERE", "SELECT a b c FROM t", "hello",
         "SELECT (1", "SELECT 1; SELECT 2", "SELECT 'open", "SELECT a FROM t)", "SELECT \0 1", "SELECT \ud800",
         "QUERY PLAN SELECT 1", "EXPLAIN SELECT 1", "ATTACH '/tmp/x' AS y", "PRAGMA user_version = 3",
-        "SELECT " + "(" * 10**4,
+        "SELECT " + "(" * 10**4, "SELECT a FROM t; this is garbage", "SELECT a FROM t; DROP TABLE t;",
+        "SELECT a FROM t;;", "SELECT a FROM t; \ud800", "SELECT a FROM t; \0", "/**/ QUERY PLAN SELECT 1",
+        "-- one\nEXPLAIN SELECT 1",
     ],
 )  # fmt: skip
 def test_what_is_no_sql(text: str) -> None:

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from moe.checkpoint.state import TrainState
-from moe.config import CheckpointConfig
+from moe.config import AnswerMetric, CheckpointConfig
+from moe.errors import UserError
 from moe.train.best import Best
 
 
@@ -23,3 +24,10 @@ def test_a_number_that_is_not_finite_is_never_the_best(unusable):
         assert not best.judge({"score": unusable})
         assert state.best["value"] == 2.0
         assert best.stops
+
+
+@pytest.mark.parametrize("metric", [one.name for one in AnswerMetric])
+def test_of_answers_the_smallest_share_is_never_the_best(metric):
+    CheckpointConfig(metric_for_best_model=metric, greater_is_better=True)
+    with pytest.raises(UserError, match=f"metric_for_best_model={metric} .* set checkpoint.greater_is_better=true"):
+        CheckpointConfig(metric_for_best_model=metric)
