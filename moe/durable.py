@@ -13,6 +13,7 @@ from moe.errors import UserError
 from moe.untrusted import open_regular
 
 PARTIAL = ".partial"
+UNFINISHED = ".moe-unfinished"  # a file in the folders that `new_folder` is writing
 
 
 def fsync(path: Path) -> None:
@@ -76,18 +77,23 @@ def append_line(path: Path, line: str) -> None:
 def new_folder(folder: Path, key: str) -> Iterator[Path]:
     """Yields a folder to write into, which becomes `folder` when the block ends, and is removed when it fails.
 
-    Raises UserError naming the configuration's `key` where `folder` exists, OSError.
+    Raises UserError naming the configuration's `key` where `folder` exists, or a folder that no interrupted command
+    left is in the way; OSError.
     """
     if folder.is_symlink() or folder.exists():
         raise UserError(f"{key}={folder} exists: name a new folder, or remove this one")
     partial = folder.with_name(folder.name + PARTIAL)
     if partial.is_symlink() or partial.is_file():
         partial.unlink()
-    elif partial.exists():  # what an interrupted command left
+    elif partial.exists():  # what an interrupted command left, or a folder of the user's
+        if any(partial.iterdir()) and not (partial / UNFINISHED).exists():
+            raise UserError(f"{key}={folder}: {partial} is in the way: rename it, or remove it")
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
+        (partial / UNFINISHED).touch()
         yield partial
+        (partial / UNFINISHED).unlink()
         for path in (*partial.rglob("*"), partial):
             if path.is_dir():
                 fsync(path)

@@ -129,7 +129,10 @@ class Values:
 
 def shown(value: Any) -> str:
     """A value in a message: its beginning."""
-    text = str(value) if type(value) in (int, float) and abs(value) < 10**SHOWN else json.dumps(value, default=str)
+    try:
+        text = str(value) if type(value) in (int, float) and abs(value) < 10**SHOWN else json.dumps(value, default=str)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 

@@ -59,7 +59,7 @@ def _huggingface(tokenizer: HuggingFaceTokenizer, tokens: Sequence[str]) -> Hugg
         *({"id": tokenizer.vocab_size + number, "content": token, **flags} for number, token in enumerate(tokens)),
     ]
     model = json.dumps(content, ensure_ascii=False).encode()
-    return HuggingFaceTokenizer(model, tokenizer.bos_id, tokenizer.eos_id, KEY)
+    return HuggingFaceTokenizer(model, tokenizer.bos_id if tokenizer.has_bos else None, tokenizer.eos_id, KEY)
 
 
 def _check_new(there: dict[str, int], tokens: Sequence[str]) -> None:

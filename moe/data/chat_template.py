@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import jinja2.meta
 
 from moe.config import TemplateName
 from moe.data.chat_templates import NEEDED_TOKENS, OURS
+from moe.data.hiding import Hiding
 from moe.data.jinja_sandbox import BEGIN, END, Sandbox, trusted_template
 from moe.data.readers import DataError, first_line
 from moe.data.records import Message
@@ -28,8 +28,7 @@ from moe.data.tokenizer_base import Tokenizer
 from moe.errors import shown
 
 LARGEST = 1 << 18  # characters of a template; the largest published ones have about 20,000
-PRIVATE = range(0xE002, 0xF8FF)  # characters that stand for special tokens in contents
-HIDDEN = re.compile("[\ue000-\uf8ff]")
+UNKNOWN = {"pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +54,34 @@ class ChatTemplate:
         self._pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         by_id = {token: text for text, token in self._specials.items()}
         self._names = {"eos_token": by_id.get(tokenizer.eos_id, "")}
-        has_bos = tokenizer.bos_id != tokenizer.eos_id or source in OURS.values()
+        ours = source in OURS.values()
+        has_bos = tokenizer.has_bos or ours
         self._names["bos_token"] = by_id.get(tokenizer.bos_id, "") if has_bos else ""
         sandbox = Sandbox()
         self._budget = sandbox.budget
         try:
-            ours = source in OURS.values()
             self._template = trusted_template(source) if ours else sandbox.compiled(source)
             variables = jinja2.meta.find_undeclared_variables(sandbox.parse(source))
         except Exception as error:  # Jinja's own, and Python's of a code that is nested too deeply
             raise DataError(f"{name}: not a template that can be read: {first_line(error)}") from error
+        if not ours:
+            self._check_tokens(variables)
         self._knows_tools = "tools" in variables
         self._marks = bool(re.search(r"\{%[-+]?\s*generation\b", source))
+
+    def _check_tokens(self, variables: set[str]) -> None:
+        """Raises DataError for a template of which transformers makes other tokens."""
+        if unknown := sorted(variables & UNKNOWN):
+            raise DataError(
+                f"{self.name}: writes {unknown[0]}, and only bos_token and eos_token are known: use another template"
+            )
+        named = {self._names[name] for name in variables & self._names.keys()}
+        for token in sorted(self._tokenizer.stripping):
+            if token in named or token in self.source:
+                raise DataError(
+                    f"{self.name}: writes {shown(token)}, which removes spaces beside it (lstrip or rstrip in "
+                    "tokenizer.json), and they would stay here: use another template"
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self._tokenizer, self.name)
@@ -77,10 +92,10 @@ class ChatTemplate:
             raise DataError(
                 f"{place}: has tools, and {self.name} has no place for them: leave them out, or use another"
             )
-        hiding = _Hiding.of(messages, tools, self._pattern, place)
+        hiding = Hiding.of(messages, tools, self._pattern, place)
         hidden, hidden_tools = hiding.hide(messages), hiding.hide(tools)
         text = self._render(hidden, hidden_tools, place)
-        self._check_nothing_is_lost(hidden, text, place)
+        self._check_nothing_is_lost(hidden, hidden_tools, text, place)
         text, spans = self._turns(hidden, hidden_tools, text, place)
         if not spans:
             raise DataError(f"{place}: {self.name} marks nothing that the model writes: use another template")
@@ -88,10 +103,10 @@ class ChatTemplate:
 
     def prompt(self, messages: list[Message], place: str = "the conversation") -> list[Segment]:
         """The conversation up to where the model answers. Raises as `segments` does."""
-        hiding = _Hiding.of(messages, None, self._pattern, place)
+        hiding = Hiding.of(messages, None, self._pattern, place)
         hidden = hiding.hide(messages)
         text = self._render(hidden, None, place, answer=True)
-        self._check_nothing_is_lost(hidden, text, place)
+        self._check_nothing_is_lost(hidden, None, text, place)
         return self._cut(*self._turns(hidden, None, text, place), hiding)
 
     def answer_form(self) -> tuple[str, int | None]:
@@ -112,11 +127,16 @@ class ChatTemplate:
         except Exception as error:  # a template can raise whatever Python raises
             raise DataError(f"{place}: {self.name}: {first_line(error)}") from error
 
-    def _check_nothing_is_lost(self, messages: list[Message], text: str, place: str) -> None:
-        for number, message in enumerate(messages):
-            parts = _kept(message, number == len(messages) - 1)
-            names = [str(call.get("function", call).get("name", "")) for call in message.get("tool_calls") or ()]
-            lost = next((part for part in (*parts, *names) if part not in text), None)
+    def _check_nothing_is_lost(self, messages: list[Message], tools: Any, text: str, place: str) -> None:
+        """Each part of a message must be in `text` as often as in all messages and the tools' names: that another one
+        has it too isn't enough."""
+        every = [_parts(message, number == len(messages) - 1) for number, message in enumerate(messages)]
+        there = [*map(_tool_name, tools or ()), *(part for parts in every for part in parts)]
+        if _in_order(there, text):
+            return
+        joined = BEGIN.join(there)
+        for number, (message, parts) in enumerate(zip(messages, every, strict=True)):
+            lost = next((part for part in parts if part and text.count(part) < joined.count(part)), None)
             if lost is not None:
                 raise DataError(
                     f"{place}: {self.name} leaves out what message {number} ({message['role']}) has, {shown(lost)!r}: "
@@ -129,7 +149,7 @@ class ChatTemplate:
 
     def _spans(self, messages: list[Message], tools: Any, text: str, place: str) -> list[tuple[int, int]]:
         """(start, end) in `text` of each assistant turn; consecutive ones are one."""
-        spans = []
+        spans = list[tuple[int, int]]()
         roles = [message["role"] for message in messages]
         for number, role in enumerate(roles):
             if role != "assistant" or (number and roles[number - 1] == "assistant"):
@@ -139,7 +159,8 @@ class ChatTemplate:
             through = text if last == len(roles) else self._render(messages[:last], tools, place)
             found = self._span(text, before, through)
             parts = _kept(messages[last - 1], last == len(roles))
-            if found is None or any(part not in text[slice(*found)] for part in parts):
+            overlaps = found is not None and spans and found[0] < spans[-1][1]
+            if found is None or overlaps or any(part not in text[slice(*found)] for part in parts):
                 raise DataError(
                     f"{place}: {self.name} writes earlier turns in another way than the answer to a prompt, so where "
                     "the answer begins can't be told: mark it with {% generation %}, or use another template"
@@ -149,18 +170,23 @@ class ChatTemplate:
 
     def _span(self, text: str, before: str, through: str) -> tuple[int, int] | None:
         """What `text` has behind the prompt `before`, through the end of the turn: its last special token, if only
-        spaces follow it. A template that writes later turns differently (`through` isn't how `text` begins) ends the
-        turn at its first special token."""
+        spaces follow it. A special token that ends `through`, but not the turn in `text`, ends conversations and no
+        turn. A template that writes later turns differently (`through` isn't how `text` begins) ends the turn at its
+        first special token."""
         if not text.startswith(before):
             return None
         start = len(before)
         if not text.startswith(through):
-            first = self._pattern.search(text, start)
-            return (start, first.end()) if first else None
+            last = next(reversed([*self._pattern.finditer(through, start)]), None)
+            if last and not through[last.end() :].strip() and text.startswith(through[: last.start()]):
+                through = through[: last.start()]
+            else:
+                first = self._pattern.search(text, start)
+                return (start, first.end()) if first else None
         ends = [found.end() for found in self._pattern.finditer(text, start, len(through))]
         return (start, ends[-1]) if ends and not through[ends[-1] :].strip() else (start, len(through))
 
-    def _cut(self, text: str, spans: list[tuple[int, int]], hiding: _Hiding) -> list[Segment]:
+    def _cut(self, text: str, spans: list[tuple[int, int]], hiding: Hiding) -> list[Segment]:
         segments: list[Segment] = []
 
         def add(start: int, stop: int, turn: int) -> None:
@@ -193,57 +219,26 @@ def _kept(message: Message, is_last: bool) -> list[str]:
     return [part.strip() for part in parts]
 
 
-@dataclass(frozen=True, slots=True)
-class _Hiding:
-    """Which character stands for which special token in a conversation's texts."""
-
-    characters: dict[str, str]  # special token → character
-    pattern: re.Pattern[str]
-
-    @classmethod
-    def of(cls, messages: Any, tools: Any, pattern: re.Pattern[str], place: str) -> _Hiding:
-        if tools is None and all(message.keys() == {"role", "content"} for message in messages):
-            joined = "\0".join(message["content"] for message in messages)
-            if pattern.search(joined) is None and (joined.isascii() or HIDDEN.search(joined) is None):
-                return cls({}, pattern)
-        found: set[str] = set()
-        used: set[str] = set()
-
-        def look(text: str) -> str:
-            found.update(pattern.findall(text))
-            if not text.isascii():
-                used.update(HIDDEN.findall(text))
-            return text
-
-        _mapped(messages, look)
-        _mapped(tools, look)
-        if used & {BEGIN, END}:
-            raise DataError(
-                f"{place}: holds the private character U+E000 or U+E001, which marks answers here: remove it"
-            )
-        free = (chr(code) for code in PRIVATE if chr(code) not in used)
-        return cls(dict(zip(sorted(found), free, strict=False)), pattern)
-
-    def hide(self, value: Any) -> Any:
-        if not self.characters:
-            return value
-        return _mapped(value, lambda text: self.pattern.sub(lambda found: self.characters[found[0]], text))
-
-    def show(self, text: str) -> str:
-        for token, character in self.characters.items():
-            text = text.replace(character, token)
-        return text
+def _parts(message: Message, is_last: bool) -> list[str]:
+    """What a template must write of a message: the parts of its content, and the names of the tools that it calls."""
+    return [*_kept(message, is_last), *map(_tool_name, message.get("tool_calls") or ())]
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every text in it changed, keys too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key) if isinstance(key, str) else key: _mapped(one, change) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mapped(one, change) for one in value]
-    return value
+def _tool_name(tool: Any) -> str:
+    """That of a tool, or of the one that a call is for."""
+    inner = tool.get("function", tool) if isinstance(tool, dict) else None
+    return str(inner.get("name", "")) if isinstance(inner, dict) else ""
+
+
+def _in_order(parts: list[str], text: str) -> bool:
+    """Whether `text` has the parts one behind the other: the usual case, told in one pass."""
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
 
 
 def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:

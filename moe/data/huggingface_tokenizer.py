@@ -45,7 +45,13 @@ class HuggingFaceTokenizer:
         self._model, self._where = model, where
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
+        self.stripping = frozenset(
+            token["content"] for token in added if token["special"] and (token.get("lstrip") or token.get("rstrip"))
+        )
+        if any(self._backend.token_to_id(text) != number for number, (text, _) in self._added.items()):
+            raise DataError(f"{where}: added_tokens states an id that isn't the token's: copy it again")
         self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)
+        self.has_bos = bos is not None
         self.fingerprint = hashlib.sha256(model + f"|{self.bos_id}|{self.eos_id}".encode()).hexdigest()
         self.vocab_size = max(self.vocabulary().values()) + 1
         self._dtype = token_dtype(self.vocab_size)
@@ -63,7 +69,7 @@ class HuggingFaceTokenizer:
         return model.get("type") == "WordLevel" and model.get("unk_token") not in self._backend.get_vocab()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        made_of = self._model, self.bos_id, self.eos_id, self._where
+        made_of = self._model, self.bos_id if self.has_bos else None, self.eos_id, self._where
         return HuggingFaceTokenizer, made_of, {"chat_template": self.chat_template, "fingerprint": self.fingerprint}
 
     def encode(self, text: str) -> list[int]:

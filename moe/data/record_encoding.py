@@ -57,11 +57,20 @@ class Recipe:
     @property
     def identity(self) -> list[Any]:
         """What the shards depend on, beside the rows and the tokenizer."""
-        return [FORMAT, self.template.source, self.loss_on.name, self.long_rows.name, self.sequence_length]
+        # The tokenizer's fingerprint is the same without a BOS.
+        same = self.tokenizer.has_bos and self.tokenizer.bos_id == self.tokenizer.eos_id
+        stated = [FORMAT, self.template.source, self.loss_on.name, self.long_rows.name, self.sequence_length]
+        return [*stated, "BOS is EOS"] if same else stated
 
     def encode(self, records: Sequence[DataRecord]) -> list[EncodedRow]:
-        """Raises DataError naming the place of a record that the template refuses."""
-        return self.encode_segments([self.segments(record) for record in records])
+        """Raises DataError naming the place of a record that the template or the tokenizer refuses."""
+        encoded = []
+        rows = self.encode_each([self.segments(record) for record in records])
+        for record, row in zip(records, rows, strict=True):
+            if isinstance(row, DataError):
+                raise DataError(f"{record.place}: {row}") from row
+            encoded.append(row)
+        return encoded
 
     def segments(self, record: DataRecord) -> list[Segment]:
         """Raises as `encode` does."""
@@ -79,9 +88,12 @@ class Recipe:
         turns = 1 + max(segment.turn for segment in begun)
         return [replace(one, turn=one.turn - turns if one.turn >= turns else -1) for one in segments]
 
-    def encode_segments(self, rows: list[list[Segment]]) -> list[EncodedRow]:
-        """Many rows at once."""
-        return [self._row(ids_T, turns_T) for ids_T, turns_T in encode_segments(rows, self.tokenizer)]
+    def encode_each(self, rows: list[list[Segment]]) -> list[EncodedRow | DataError]:
+        """Many rows at once; instead of a row that the tokenizer has no pieces for, what it says."""
+        try:
+            return [self._row(ids_T, turns_T) for ids_T, turns_T in encode_segments(rows, self.tokenizer)]
+        except DataError as error:
+            return [error] if len(rows) == 1 else [one for row in rows for one in self.encode_each([row])]
 
     def _row(self, ids_T: np.ndarray, turns_T: np.ndarray) -> EncodedRow:
         match self.loss_on:
@@ -174,7 +186,7 @@ def _piece(
 
 def _continued(text: str, tokenizer: Tokenizer) -> bytes:
     """Ids of a text behind another one, without the space that some tokenizers put before what they encode."""
-    before, both, alone = tokenizer.encode_raw(["\n", "\n" + text, text])
+    before, both, alone = tokenizer.encode_raw(["\n", "\n" + text, text], True)
     return both[len(before) :] if both.startswith(before) else alone
 
 

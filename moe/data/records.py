@@ -19,7 +19,7 @@ from typing import Any
 from moe.config import RecordKind, SourceConfig
 from moe.data.readers import Chunk, DataError
 from moe.data.rows import kind_of, listed
-from moe.data.tables import TableRow
+from moe.data.tables import DEEPEST, TableRow, too_deep
 from moe.errors import shown
 
 Message = dict[str, Any]  # role, content; of templates that know them also name, tool_calls, tool_call_id, or others
@@ -270,15 +270,19 @@ def _sharegpt_message(turn: Any) -> Message:
 
 
 def _tools(value: Any) -> list[Any] | None:
-    if value is None or value in ([], ""):
+    if value == "":
         return None
     if isinstance(value, str):  # as data sets store schemas of many forms
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise DataError(f"tools is text, but no JSON ({error})") from error
+    if value is None:
+        return None
     if not isinstance(value, list):
         raise DataError(f"tools must be a list, is {kind_of(value)}")
+    if too_deep(value):
+        raise DataError(f"tools is nested more than {DEEPEST} levels deep")
     return value or None
 
 

@@ -23,6 +23,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model with byte fallback: Llama's, Mistral's, or one trained here."""
 
     chat_template: str | None = None
+    stripping: frozenset[str] = frozenset()
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, where: str) -> None:
@@ -37,6 +38,7 @@ class SentencePieceTokenizer:
         self.vocab_size = processor.get_piece_size()
         self._dtype = token_dtype(self.vocab_size)
         self.bos_id, self.eos_id = bos_and_eos(processor.bos_id(), processor.eos_id(), where)
+        self.has_bos = processor.bos_id() >= 0
         self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         if not all(processor.is_byte(token_id) for token_id in self._space_ids):
             raise DataError(

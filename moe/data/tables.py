@@ -14,6 +14,7 @@ from moe.data.rows import csv_lines, json_array, kind_of, open_parquet, other_de
 from moe.errors import shown
 
 PARQUET_ROWS = 256  # read at once
+MOST_DIGITS = 4000  # of a whole number; Python refuses to read more than 4,300
 DEEPEST = 64  # levels of a row's lists and objects; a conversation has 3, its tools' schemas about 10
 
 
@@ -68,7 +69,7 @@ def _json_row(place: str, line: bytes) -> TableRow:
         return TableRow(place, problem=f"has two fields named {shown(str(error))!r}: keep one")
     if not isinstance(row, dict):
         return TableRow(place, problem=f"must be a JSON object, is {kind_of(row)}")
-    if line.count(b"[") + line.count(b"{") > DEEPEST and _too_deep(row):
+    if line.count(b"[") + line.count(b"{") > DEEPEST and too_deep(row):
         return TableRow(place, problem=f"nested more than {DEEPEST} levels deep")
     return TableRow(place, row)
 
@@ -78,7 +79,7 @@ class _TwiceError(Exception):
 
 
 def _number(text: str) -> int | float:
-    return int(text) if len(text) < 19 else float(text)  # an int of many digits takes time and may be refused
+    return int(text) if len(text) <= MOST_DIGITS else float(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _READ = json.JSONDecoder(parse_int=_number, object_pairs_hook=_once).decode
 
 
-def _too_deep(value: Any) -> bool:
+def too_deep(value: Any) -> bool:
+    """Whether a list or an object has more than DEEPEST levels."""
     level: list[Any] = [value]
     for _ in range(DEEPEST):
         inner = (one.values() if isinstance(one, dict) else one for one in level)

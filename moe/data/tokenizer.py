@@ -19,8 +19,8 @@ from moe.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moe.data.readers import DataError
 from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.tokenizer_base import INFO_FILE, TEMPLATE_FILE, Tokenizer
-from moe.errors import UserError
-from moe.untrusted import read_object, read_small
+from moe.errors import UserError, shown
+from moe.untrusted import is_count, read_object, read_small
 
 SAVED_FILES = r"tokenizer\.(model|json)"  # names, never paths: the folder may be somebody else's
 LARGEST_MODEL = 1 << 28  # bytes; vocabularies of 256,000 pieces take 35 MB
@@ -36,6 +36,10 @@ def load_saved(folder: Path) -> Tokenizer:
         file, fingerprint = info.text("file", SAVED_FILES), info.text("fingerprint", "[0-9a-f]{64}")
         size = info.count("vocab_size", 1, MAX_PIECES)
         bos, eos = (info.count(key, at_most=size - 1) for key in ("bos_id", "eos_id"))
+        # Folders of earlier releases don't state it.
+        has_bos = bos != eos
+        if "has_bos" in info.values:
+            has_bos = info.take("has_bos", lambda value: isinstance(value, bool), "true or false")
         model = read_small(folder / file, LARGEST_MODEL)
     except OSError as error:
         raise DataError(f"{folder}: holds no saved tokenizer ({error})") from error
@@ -43,7 +47,7 @@ def load_saved(folder: Path) -> Tokenizer:
         raise DataError(str(error)) from error
     where = str(folder / file)
     if file == HuggingFaceTokenizer.file_name:
-        tokenizer: Tokenizer = HuggingFaceTokenizer(model, bos, eos, where)
+        tokenizer: Tokenizer = HuggingFaceTokenizer(model, bos if has_bos else None, eos, where)
     else:
         tokenizer = SentencePieceTokenizer(model, where)
     if tokenizer.fingerprint != fingerprint:
@@ -73,8 +77,8 @@ def _chat_template(folder: Path, names: dict[str, Any]) -> str | None:
 def _as_template(names: dict[str, Any], folder: Path) -> str | None:
     stated = names.get("chat_template")
     if isinstance(stated, list):  # several, by name
-        by_name = {one.get("name"): one.get("template") for one in stated if isinstance(one, dict)}
-        stated = by_name.get("default")
+        named = [one for one in stated if isinstance(one, dict) and one.get("name") == "default"]
+        stated = named[-1].get("template") if named else None
     if stated is not None and not isinstance(stated, str):
         raise DataError(f"{folder / 'tokenizer_config.json'}: chat_template must be text or a list with a `default`")
     return stated
@@ -140,21 +144,46 @@ def _open_huggingface(folder: Path) -> Tokenizer:
         raise DataError(f"{where}: must be a local folder with a tokenizer.json (nothing is downloaded)")
     if (folder / INFO_FILE).is_file():  # a checkpoint's
         return load_saved(folder)
-    if not (folder / "tokenizer.json").is_file():
-        if (folder / "tokenizer.model").is_file():
-            return SentencePieceTokenizer(_read(folder / "tokenizer.model"), where)
-        raise DataError(f"{where}: holds neither tokenizer.json nor tokenizer.model")
     names: dict[str, Any] = {}
     for file_name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second overrides the first
-        if (folder / file_name).is_file():
-            try:
-                names |= {key: value for key, value in json.loads(_read(folder / file_name)).items() if value}
-            except (ValueError, AttributeError) as error:
-                raise DataError(f"{folder / file_name}: broken JSON: {error}") from error
+        names |= {key: value for key, value in _object(folder / file_name).items() if value}
+    if not (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():
+            return _open_sentencepiece(folder, names, where)
+        raise DataError(f"{where}: holds neither tokenizer.json nor tokenizer.model")
     model = _read(folder / "tokenizer.json")
     bos, eos = (_special_id(model, names.get(key)) for key in ("bos_token", "eos_token"))
     tokenizer = HuggingFaceTokenizer(model, bos, eos, where)
     tokenizer.chat_template = _chat_template(folder, names)
+    return tokenizer
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; {} where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: broken JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: broken JSON: must be an object")
+    return found
+
+
+def _open_sentencepiece(folder: Path, names: dict[str, Any], where: str) -> SentencePieceTokenizer:
+    """tokenizer.model with the folder's chat template. Tokens that other files add need a tokenizer.json."""
+    tokenizer = SentencePieceTokenizer(_read(folder / "tokenizer.model"), where)
+    tokenizer.chat_template = _chat_template(folder, names)
+    convert = "save a tokenizer.json beside it with transformers, which has them"
+    stated, last = _object(folder / "added_tokens.json"), tokenizer.vocab_size - 1
+    added = [text for text, one in stated.items() if not is_count(one, last) or tokenizer.piece(one) != text]
+    if added:
+        raise DataError(f"{where}: tokenizer.model lacks {shown(added[0])} of added_tokens.json: {convert}")
+    end = names.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if end is not None and end != tokenizer.piece(tokenizer.eos_id):
+        raise DataError(f"{where}: eos_token={shown(str(end))} is not the end of tokenizer.model: {convert}")
     return tokenizer
 
 

@@ -19,7 +19,8 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
-    """Every stored document begins with `bos_id` and ends with `eos_id`; ids are 0 … vocab_size − 1.
+    """Every stored document begins with `bos_id` and ends with `eos_id`; ids are 0 … vocab_size − 1. `has_bos`: the
+    tokenizer names a BOS, which may be its EOS; without one, `bos_id` is `eos_id`.
 
     `chat_template` is the Jinja text that turns messages into a prompt, if the tokenizer has one. It is saved beside
     the tokenizer; `fingerprint` is of the ids alone.
@@ -28,6 +29,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    has_bos: bool
+    stripping: frozenset[str]  # special tokens beside which other tools remove spaces
     fingerprint: str
     chat_template: str | None
 
@@ -79,6 +82,7 @@ def bos_and_eos(bos: int | None, eos: int | None, where: str) -> tuple[int, int]
 def saved_files(tokenizer: Tokenizer, file_name: str, model: bytes) -> dict[str, bytes]:
     info = {"file": file_name, "fingerprint": tokenizer.fingerprint}
     info |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    info["has_bos"] = tokenizer.has_bos
     files = {file_name: model, INFO_FILE: (json.dumps(info, indent=1) + "\n").encode()}
     if tokenizer.chat_template is not None:
         files[TEMPLATE_FILE] = tokenizer.chat_template.encode()

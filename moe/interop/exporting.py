@@ -19,10 +19,9 @@ from moe.checkpoint.base import find_base
 from moe.checkpoint.layout import CONFIG
 from moe.checkpoint.reader import resolve, tokenizer_folder
 from moe.checkpoint.state import TrainState, read_state
-from moe.config import Config, ExportConfig, ExportDtype, ExportFormat, TemplateName
+from moe.config import Config, ExportConfig, ExportDtype, ExportFormat
 from moe.config.compose import read_config
 from moe.config.rules import require
-from moe.data.chat_template import open_template
 from moe.data.tokenizer import load_saved
 from moe.data.tokenizer_base import Tokenizer
 from moe.durable import fsync, new_folder
@@ -31,7 +30,7 @@ from moe.interop.families import Family, family_for
 from moe.interop.families.base import DiskTensor
 from moe.interop.gguf_file import FILE, check_gguf, gguf_tensors, require_gguf, write_gguf
 from moe.interop.hub_folder import INDEX
-from moe.interop.hub_tokenizer import hub_tokenizer_files
+from moe.interop.hub_tokenizer import hub_tokenizer_files, text_ends
 from moe.interop.model_card import model_card, run_metrics
 from moe.interop.model_folder import in_files
 from moe.interop.peft_adapter import export_adapter
@@ -101,7 +100,8 @@ def export_model(
     small = hub_tokenizer_files(tokenizer, config.model.max_position_embeddings)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     small["config.json"] = _json(hub_config | ids | {"torch_dtype": common})
-    small["generation_config.json"] = _json(ids | {"eos_token_id": _ends(tokenizer)})
+    ends = text_ends(tokenizer)
+    small["generation_config.json"] = _json(ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
     small[CARD] = model_card(config, state, chosen.architecture, metrics or {}).encode()
     total = sum(info.nbytes for info in infos.values())
     if len(files) > 1:
@@ -115,14 +115,6 @@ def export_model(
             data = _data(source, [tensors[one] for one in inside], infos)
             write_tensor_file(partial / name, inside, data)
     return Exported(chosen.architecture, len(infos), len(files), total)
-
-
-def _ends(tokenizer: Tokenizer) -> int | list[int]:
-    """The tokens that end a text: that of the sequence, and that of an answer in the tokenizer's chat template."""
-    if tokenizer.chat_template is None:
-        return tokenizer.eos_id
-    _, end = open_template(TemplateName.tokenizer, tokenizer).answer_form()
-    return tokenizer.eos_id if end in (None, tokenizer.eos_id) else [tokenizer.eos_id, end]
 
 
 def export_gguf(

@@ -24,6 +24,7 @@ from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.interop.families import Family
 from moe.interop.gguf_vocabulary import add_vocabulary
+from moe.interop.hub_tokenizer import MODEL_FILE, check_sentencepiece
 from moe.interop.tensor_files import TensorInfo
 from moe.interop.tensor_source import TensorSource, is_stacked
 
@@ -83,6 +84,7 @@ def check_gguf(family: Family, model: ModelConfig, router: RouterConfig, tokeniz
         "the tokenizer is a tokenizer.json: only SentencePiece models are written; llama.cpp's convert_hf_to_gguf.py "
         "on the exported folder may know this one",
     )
+    check_sentencepiece(tokenizer.files()[MODEL_FILE])
 
 
 def gguf_tensors(

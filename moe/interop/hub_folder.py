@@ -63,7 +63,7 @@ class HubFolder:
                 f"{config.path}: num_hidden_layers={model.num_hidden_layers}, but the files hold {layers} layers: "
                 "copy the folder again"
             )
-        stacks = [one.shape[0] for one in stored.values() if len(one.shape) == 3]
+        stacks = [one.shape[0] for one in stored.values() if len(one.shape) == 3 and one.nbytes]
         if model.mlp is Mlp.sparse and router.num_experts > max([len(stored), *stacks]):
             raise UserError(f"{config.path}: {router.num_experts} experts, but the files hold {len(stored)} tensors")
         self._parts = self._located(stored)
@@ -86,7 +86,10 @@ class HubFolder:
 
     def _located(self, stored: dict[str, StoredTensor]) -> dict[str, list[tuple[DiskTensor, StoredTensor]]]:
         """Where each of our tensors' parts are. Raises UserError for missing, unknown and misshapen tensors."""
-        self._shapes = expected_shapes(self.model, self.router)
+        try:
+            self._shapes = expected_shapes(self.model, self.router)
+        except RuntimeError as error:  # torch's, of a number of elements over 2^63
+            raise UserError(f"{self.path / 'config.json'}: its sizes make a tensor larger than any can be") from error
         found: dict[str, list[tuple[DiskTensor, StoredTensor]]] = {}
         left = dict(stored)
         for name, shape in self._shapes.items():

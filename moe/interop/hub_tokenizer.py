@@ -12,6 +12,9 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
+from moe.config import TemplateName
+from moe.data.chat_template import open_template
+from moe.data.chat_templates import OURS
 from moe.data.long_text import SPACE
 from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.tokenizer_base import TEMPLATE_FILE, Tokenizer
@@ -44,6 +47,17 @@ def hub_tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, byte
     return kept
 
 
+def text_ends(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text: that of the sequence, and that of an answer in the tokenizer's chat template."""
+    if tokenizer.chat_template is None:
+        return [tokenizer.eos_id]
+    try:
+        _, end = open_template(TemplateName.tokenizer, tokenizer).answer_form()
+    except UserError:  # an answer's end can't be told from this template
+        return [tokenizer.eos_id]
+    return [tokenizer.eos_id] if end in (None, tokenizer.eos_id) else [tokenizer.eos_id, end]
+
+
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -51,7 +65,9 @@ def _json(value: Any) -> bytes:
 def _special_names(tokenizer: Tokenizer, model: dict[str, Any]) -> dict[str, str]:
     by_id = {token["id"]: token["content"] for token in model.get("added_tokens", [])}
     by_id |= {index: piece for piece, index in _vocabulary(model).items() if index not in by_id}
-    names = {"bos_token": by_id[tokenizer.bos_id], "eos_token": by_id[tokenizer.eos_id]}
+    names = {"eos_token": by_id[tokenizer.eos_id]}
+    if tokenizer.has_bos or tokenizer.chat_template in OURS.values():  # ours begin with EOS where there is no BOS
+        names["bos_token"] = by_id[tokenizer.bos_id]
     unknown = model["model"].get("unk_token")
     return names | ({"unk_token": unknown} if unknown in by_id.values() else {})  # a closed vocabulary has none
 
@@ -131,6 +147,13 @@ def _sequence(name: str, part: int) -> dict[str, Any]:
     return {"Sequence": {"id": name, "type_id": part}}
 
 
+def check_sentencepiece(model: bytes) -> None:
+    """Raises UserError for a SentencePiece model whose ids no other program's BPE gives."""
+    parsed: Any = protobuf.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    parsed.ParseFromString(model)
+    _check(parsed)
+
+
 def _check(parsed: Any) -> None:
     spec, normalizer = parsed.trainer_spec, parsed.normalizer_spec
     reason = None
@@ -145,7 +168,7 @@ def _check(parsed: Any) -> None:
     elif spec.bos_id < 0:
         reason = "it has no BOS piece"
     if reason:
-        raise UserError(f"the tokenizer can't be written as a tokenizer.json with the same ids: {reason}")
+        raise UserError(f"the tokenizer can't be written for other programs with the same ids: {reason}")
 
 
 def _merges(parsed: Any) -> list[list[str]]:

@@ -12,12 +12,16 @@ from pathlib import Path
 
 from moe.config import Config, ImportConfig, ModelConfig, RouterConfig, TokenizerConfig, TokenizerKind
 from moe.config.compose import load_config
-from moe.data.tokenizer import open_tokenizer
+from moe.data.tokenizer import load_saved, open_tokenizer
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
 from moe.interop.hub_folder import HubFolder
+from moe.interop.hub_tokenizer import text_ends
 from moe.interop.model_folder import write_model_folder
 from moe.plan.counts import count_parameters
+from moe.untrusted import read_object
+
+GENERATION = "generation_config.json"
 
 
 def read_hf_config(folder: Path, ignore_keys: Iterable[str] = ()) -> tuple[ModelConfig, RouterConfig]:
@@ -77,6 +81,18 @@ def run_import(config: ImportConfig) -> str:
     """Imports, and says what was imported. Raises UserError, OSError."""
     folder, destination = Path(config.checkpoint).expanduser(), Path(config.run_dir).expanduser()
     imported = import_model(folder, destination, tokenizer=config.tokenizer, ignore_keys=config.ignore_keys)
+    others = _other_ends(folder, load_saved(destination / "tokenizer"))
+    ids = ", ".join(map(str, others))
+    note = f"; {folder / GENERATION} ends texts at {ids} too, and nothing here does" if others else ""
     total, active = count_parameters(imported)
     each = f"{total:,} parameters" if total == active else f"{total:,} parameters, {active:,} active"
-    return f"{destination}: {each}; `moe generate checkpoint={destination} prompt='Once'` continues a text"
+    return f"{destination}: {each}; `moe generate checkpoint={destination} prompt='Once'` continues a text{note}"
+
+
+def _other_ends(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens at which transformers ends the model's texts and generation here doesn't. Raises UserError."""
+    if not (folder / GENERATION).exists():
+        return []
+    stated = read_object(folder / GENERATION, "copy it again").values.get("eos_token_id")
+    known = text_ends(tokenizer)
+    return [one for one in (stated if isinstance(stated, list) else [stated]) if type(one) is int and one not in known]

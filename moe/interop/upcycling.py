@@ -22,8 +22,8 @@ from moe.config.compose import read_config
 from moe.data.tokenizer import load_saved
 from moe.data.tokenizer_base import Tokenizer
 from moe.errors import UserError
-from moe.interop.hub_folder import HubFolder, is_hub_folder
-from moe.interop.importing import model_config, read_hf_tokenizer
+from moe.interop.hub_folder import is_hub_folder
+from moe.interop.importing import model_config, open_hub_folder
 from moe.interop.model_folder import write_model_folder
 from moe.interop.tensor_files import TensorInfo
 from moe.interop.tensor_source import TensorSource, expected_shapes, header_flaw, open_checkpoint
@@ -53,8 +53,8 @@ def _dense(
 ) -> tuple[TensorSource, Config, Tokenizer]:
     path = Path(config.checkpoint).expanduser()
     if is_hub_folder(path):
-        hub = HubFolder(path, config.ignore_keys)
-        return hub, model_config(hub.model, hub.router, destination), read_hf_tokenizer(path, config.tokenizer)
+        hub, tokenizer = open_hub_folder(path, tokenizer=config.tokenizer, ignore_keys=config.ignore_keys)
+        return hub, model_config(hub.model, hub.router, destination), tokenizer
     folder = resolve(path, warn, header_flaw)
     saved: Config = read_config(folder / CONFIG)
     return open_checkpoint(folder, saved), saved, load_saved(tokenizer_folder(folder))
@@ -70,6 +70,7 @@ def upcycled_config(dense: Config, config: UpcycleConfig, destination: Path) -> 
         mlp=Mlp.sparse,
         sparse_layers=config.sparse_layers,
         moe_intermediate_size=width // parts if parts > 1 else None,
+        n_shared_experts=0,
     )
     router = TopKRouterConfig(num_experts=config.num_experts, top_k=config.top_k)
     whole = model_config(changed, router, destination)

@@ -117,7 +117,10 @@ def examine(
                 records.append((row, record))
             except DataError as error:
                 found.problems.append(str(error))
-        for (row, record), encoded in zip(records, recipe.encode_segments(segments), strict=True):
+        for (row, record), encoded in zip(records, recipe.encode_each(segments), strict=True):
+            if isinstance(encoded, DataError):
+                found.problems.append(f"{row.place}: {encoded}")
+                continue
             number = hash_of(record)
             found.places.add(row.place)
             found.hashes.append(number)

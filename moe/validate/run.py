@@ -48,6 +48,12 @@ def run_validate(config: ValidateConfig, console: Console | None = None) -> None
     if problems := len(validation.problems):
         fix = f"{config.fixed} has the others" if config.fixed else "fixed=rows.jsonl writes a copy without them"
         raise UserError(f"{problems:,} of {validation.rows:,} rows are bad: {fix}")
+    for found in validation.findings:
+        if found.good == found.duplicates()[0] + 1:
+            raise UserError(
+                f"source {found.name!r} ({found.description}) holds one distinct row: training and held-out rows need "
+                "at least one each; give more rows"
+            )
 
 
 def validate(config: ValidateConfig) -> Validation:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe.errors import UserError
-from moe.untrusted import Values, json_lines, open_regular, read_json, read_object, read_small
+from moe.untrusted import Values, json_lines, open_regular, read_json, read_object, read_small, shown
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -97,3 +97,11 @@ def test_torn_lines_have_no_value_and_keep_their_place(tmp_path: Path) -> None:
     ]  # fmt: skip
     content = (tmp_path / "file").read_bytes()
     assert all(content[line.offset :].startswith(line.raw) for line in found)
+
+
+def test_a_deeply_nested_value_is_shown_without_its_contents() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "a deeply nested list"
+    assert shown([1, "a"]) == '[1, "a"]'

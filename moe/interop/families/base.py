@@ -126,8 +126,13 @@ def read_window(family: Family, config: HubConfig) -> int | None:
     if not family.has_window:
         config.only("sliding_window", [None], f"{family.model_type} has no window")
     window = config.optional_count("sliding_window", family.defaults.get("sliding_window"))
-    if not config.flag("use_sliding_window", family.defaults.get("use_sliding_window", True)):
-        window = None
+    if "use_sliding_window" in family.defaults:
+        if not config.flag("use_sliding_window", family.defaults["use_sliding_window"]):
+            window = None
+    elif window is not None:
+        config.only("use_sliding_window", [True], f"transformers' {family.model_type} reads sliding_window alone")
+    else:
+        config.only("use_sliding_window", [True, False, None], "a flag")
     before = config.count("max_window_layers", family.defaults.get("max_window_layers", 0), at_least=0)
     kinds = config.take("layer_types", None, lambda v: v is None or isinstance(v, list), "a list of kinds of attention")
     if window is not None and kinds is None and before > 0 and "max_window_layers" in family.defaults:

@@ -3,11 +3,12 @@ content makes a special token, and what can't be masked is refused."""
 
 import json
 import random
+from typing import Any
 
 import pytest
 
 from moe.config import LongRows, LossOn, RecordKind, SourceConfig, TemplateName, TokenizerConfig, TokenizerKind
-from moe.data.chat_template import ChatTemplate, open_template
+from moe.data.chat_template import ChatTemplate, Segment, open_template
 from moe.data.chat_templates import CHATML, MISTRAL
 from moe.data.readers import DataError
 from moe.data.record_encoding import Recipe, encode_segments
@@ -63,6 +64,21 @@ def byte_level(tmp_path_factory):
     names = {"eos_token": "<|im_end|>", "chat_template": UNMARKED, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+def with_tokens(tokenizer, *names, strips=()) -> Any:
+    """`tokenizer` with the special tokens `names`; spaces beside `strips` are removed elsewhere."""
+
+    class Marked:
+        stripping = frozenset(strips)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def special_tokens(self):
+            return tokenizer.special_tokens() | {name: number for number, name in enumerate(names, 100)}
+
+    return Marked()
 
 
 def encoded(template, messages, tokenizer):
@@ -129,6 +145,24 @@ def test_spaces_of_a_metaspace_tokenizer_are_transformers(tmp_path, scheme):
     row = TableRow("a.jsonl:1", {"text": "how"})
     [row] = recipe.encode([parse(row, shape_of(row, "data", SourceConfig(), RecordKind.auto))])
     assert row.ids_T.tolist() == [ours.bos_id, *theirs("how", add_special_tokens=False)["input_ids"], ours.eos_id]
+
+
+def test_a_text_behind_another_gets_no_space_in_front(tmp_path):
+    """Where a token would cross from one into the next, and each is encoded alone."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = {piece: number for number, piece in enumerate(["▁", "\n", "\n\n", "a", "b"])}
+    backend = Tokenizer(models.BPE(vocab=pieces, merges=[("\n", "\n")], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False, rstrip=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tmp_path)))
+    assert tokenizer.stripping == {"</s>"}
+    [(ids, turns)] = encode_segments([[Segment("a\n", None, -1), Segment("\nb", None, 0)]], tokenizer)
+    assert [backend.id_to_token(token) for token in ids] == ["▁", "a", "\n", "\n", "b"]
+    assert turns.tolist() == [-1, -1, -1, 0, 0]
 
 
 def test_what_is_learnt_is_what_the_assistant_says(mistral, byte_level):
@@ -289,6 +323,35 @@ def test_a_templates_tools_are_rendered_and_masked(byte_level):
         without.segments([messages[0], messages[3]], [{"name": "add"}], "row 1")
 
 
+@pytest.mark.parametrize(
+    ("messages", "rule"),
+    [
+        (
+            [USER, {"role": "assistant", "content": "wait"}, {"role": "tool", "content": "42"}],
+            r"leaves out what message 2 \(tool\) has, '42'",
+        ),
+        (
+            [USER | {"content": "please search"}, {"role": "assistant", "tool_calls": [{"name": "search"}]}],
+            r"leaves out what message 1 \(assistant\) has, 'search'",
+        ),
+    ],
+)
+def test_what_another_message_has_too_is_not_left_out_silently(mistral, messages, rule):
+    source = """{% if tools %}{{ tools | tojson }}
+{% endif %}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}
+{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content or '' }}{{ eos_token }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"""
+    answer = {"role": "assistant", "content": "It is 42."}
+    template = ChatTemplate(source, mistral, "it")
+    tools = [{"type": "function", "function": {"name": "search"}}, "other"]
+    for given in (None, tools):
+        with pytest.raises(DataError, match=rule):
+            template.segments([*messages, answer], given, "row 1")
+        assert template.segments([messages[0], answer, USER, answer], given, "row 1")
+    turned = "{% generation %}{% for m in messages | reverse %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    assert ChatTemplate(turned, mistral, "it").segments([USER, answer, USER, answer], None, "row 1")
+
+
 def test_a_template_that_drops_earlier_thoughts_is_masked(byte_level):
     """As Qwen3's: only the last answer keeps what is before </think>."""
     tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(byte_level)))
@@ -333,6 +396,67 @@ def test_the_thought_of_the_answer_to_learn_is_never_left_out(byte_level):
 {% endif %}"""
     ids, turns = encoded(ChatTemplate(begins, tokenizer, "it"), [USER, thinks], tokenizer)
     assert written(ids, turns, tokenizer) == ["so\n</think>\n\nd"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}"
+            "assistant: {% else %}{{ eos_token }}{% endif %}",
+            ["a\n\n", "b\n\n</s>"],
+        ),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+            "<|assistant|>{% else %}{{ eos_token }}{% endif %}",
+            ["a", "b</s>"],
+        ),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}"
+            "<|assistant|>{% else %}{{ eos_token }}{% endif %}",
+            ["a<|end|>", "b<|end|>\n</s>"],
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% if loop.last and m.role == 'assistant' %}."
+            "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+            None,
+        ),
+    ],
+)
+def test_an_end_behind_the_whole_conversation_ends_no_earlier_turn(mistral, source, said):
+    template = ChatTemplate(source, with_tokens(mistral, "<|user|>", "<|assistant|>", "<|end|>"), "it")
+    messages = [USER, {"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
+    if said is None:
+        with pytest.raises(DataError, match="where the answer begins can't be told"):
+            template.segments(messages, None, "row 1")
+        return
+    segments = template.segments(messages, None, "row 1")
+    assert ["".join(one.text for one in segments if one.turn == turn) for turn in range(2)] == said
+    prompt = template.prompt(messages[:-1])
+    assert "".join(one.text for one in segments).startswith("".join(one.text for one in prompt))
+    assert [one for one in prompt if one.turn == 0] == [one for one in segments if one.turn == 0]
+
+
+def test_a_template_with_tokens_that_mean_more_elsewhere_is_refused(mistral):
+    for name in ("pad_token", "unk_token", "additional_special_tokens"):
+        source = "{% if x %}{{ " + name + " }}{% endif %}" + UNMARKED
+        with pytest.raises(DataError, match=f"it: writes {name}, and only bos_token and eos_token are known"):
+            ChatTemplate(source, mistral, "it")
+    names = ("<|im_start|>", "<|im_end|>", "<|x|>")
+    for source, token, refused in (
+        (UNMARKED, "<|im_end|>", True),
+        (UNMARKED, "<|x|>", False),
+        (UNMARKED, "</s>", False),
+        (UNMARKED + "{{ eos_token }}", "</s>", True),
+        (CHATML, "<|im_end|>", False),
+    ):
+        tokenizer = with_tokens(mistral, *names, strips=[token])
+        if not refused:
+            ChatTemplate(source, tokenizer, "it")
+            continue
+        with pytest.raises(DataError) as caught:
+            ChatTemplate(source, tokenizer, "it")
+        assert str(caught.value).startswith(f"it: writes {token}, which removes spaces beside it")
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_told_what_to_do(mistral):
@@ -410,16 +534,9 @@ PUBLISHED = {  # the forms of well-known families, shortened; and what ends a tu
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_forms_are_masked(mistral, family):
-    class Marked:
-        def __getattr__(self, name):
-            return getattr(mistral, name)
-
-        def special_tokens(self):
-            names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>")
-            return mistral.special_tokens() | {name: number for number, name in enumerate(names, 100)}
-
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>")
     source, end = PUBLISHED[family]
-    template = ChatTemplate(source, Marked(), family)
+    template = ChatTemplate(source, with_tokens(mistral, *names), family)
     dice = random.Random(6)
     for _ in range(20):
         messages = [message for message in chat(dice) if message["role"] != "system"]

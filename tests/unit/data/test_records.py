@@ -52,7 +52,8 @@ def test_other_parts_of_a_row():
     }
     assert record({"text": "only text"}).body == "only text"
     assert record({"messages": [Q, A], "tools": '[{"name": "f"}]'}).tools == [{"name": "f"}]
-    assert record({"messages": [Q, A], "tools": []}).tools is None
+    for none in (None, [], "", "null", "[]"):
+        assert record({"messages": [Q, A], "tools": none}).tools is None
 
 
 def test_a_prompt_of_messages_is_given():
@@ -112,6 +113,7 @@ def user(content):
         ({"messages": [Q]}, "messages has no assistant turn (user): nothing to learn; remove the row"),
         ({"messages": [Q, A, Q]}, "ends with a turn of role user, which nothing answers"),
         ({"messages": [Q, A], "tools": "{"}, "tools is text, but no JSON"),
+        ({"messages": [Q, A], "tools": "[" * 600 + "]" * 600}, "tools is nested more than 64 levels deep"),
         ({"messages": [Q, A], "tools": [b"f"]}, "tools or names hold what JSON can't (Object of type bytes is not"),
         ({"messages": [Q | {"name": datetime(2024, 1, 2)}, A]}, "hold what JSON can't (Object of type datetime is not"),
         ({"messages": [Q | {"id": "\ud800"}, A]}, "holds a lone surrogate (U+D800), which is not text"),

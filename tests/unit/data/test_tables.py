@@ -67,6 +67,13 @@ def test_a_bad_line_of_json_is_a_problem_and_the_next_one_is_read(tmp_path):
     assert all(rule in problem for rule, problem in zip(rules, problems, strict=True)), problems
 
 
+def test_a_number_of_many_digits_stays_itself(tmp_path):
+    path = tmp_path / "a.jsonl"
+    numbers = [2**63, -(10**30) + 1, 10**3998 + 7]
+    path.write_text("".join(f'{{"a": {number}}}\n' for number in numbers))
+    assert values(read_rows(path, SourceFormat.jsonl)) == [{"a": number} for number in numbers]
+
+
 def test_a_row_of_another_width_is_a_problem_and_a_broken_quote_ends_the_file(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('a,b\n1,2\n3\n4,5,6\n7,8\n"9,10\n')

@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import pickle
 import random
 
 import numpy as np
 import pytest
 import sentencepiece
 
-from moe.config import TokenizerConfig, TokenizerKind
+from moe.config import LongRows, LossOn, TokenizerConfig, TokenizerKind
+from moe.data.added_tokens import with_special_tokens
+from moe.data.chat_template import ChatTemplate
+from moe.data.chat_templates import PLAIN
 from moe.data.readers import DataError
+from moe.data.record_encoding import Recipe
 from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.stdlib import arithmetic
 from moe.data.tokenizer import load_saved, open_tokenizer
 from moe.data.tokenizer_training import LONG_LINE, sample_blocks, train_sentencepiece
+from moe.interop.hub_tokenizer import hub_tokenizer_files
 
 HARD_TEXTS = [
     "def f(x):\n\tif x  ==   1:\r\n        return 'é中😀'\n\n\n",
@@ -202,6 +208,55 @@ def test_a_tokenizer_without_bos_is_saved_and_read_again(texts, tmp_path):
     tokenizer.save(tmp_path / "saved")
     loaded = load_saved(tmp_path / "saved")
     assert (loaded.bos_id, loaded.eos_id, loaded.fingerprint) == (1, 1, tokenizer.fingerprint)
+
+
+@pytest.mark.parametrize(("bos", "rendered"), [("</s>", "</s>how</s>"), (None, "how</s>")])
+def test_a_bos_that_is_the_eos_is_told_from_none(texts, tmp_path, bos, rendered):
+    folder = huggingface_folder(tmp_path / "hf", texts)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    names = {"bos_token": bos, "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    opened = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+    opened.save(tmp_path / "saved")
+    exported = hub_tokenizer_files(opened, 77)
+    assert json.loads(exported["tokenizer_config.json"]).get("bos_token") == bos
+    (tmp_path / "exported").mkdir()
+    for name, content in exported.items():
+        (tmp_path / "exported" / name).write_bytes(content)
+    path = str(tmp_path / "exported")
+    for one in (
+        opened,
+        pickle.loads(pickle.dumps(opened)),
+        load_saved(tmp_path / "saved"),
+        open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=path)),
+        with_special_tokens(opened, ["<x>"]),
+    ):
+        assert (one.bos_id, one.eos_id, one.has_bos, one.chat_template) == (1, 1, bos is not None, template)
+        segments = ChatTemplate(template, one, "it").prompt([{"role": "user", "content": "how"}])
+        assert "".join(segment.text for segment in segments) == rendered
+    opened.chat_template = PLAIN  # begins with EOS where there is no BOS
+    assert json.loads(hub_tokenizer_files(opened, 77)["tokenizer_config.json"])["bos_token"] == "</s>"
+
+    card = tmp_path / "saved/moe_tokenizer.json"
+    stated = json.loads(card.read_text())
+    card.write_text(json.dumps({key: value for key, value in stated.items() if key != "has_bos"}))
+    assert not load_saved(tmp_path / "saved").has_bos  # as of earlier releases
+    card.write_text(json.dumps(stated | {"has_bos": 1}))
+    with pytest.raises(DataError, match="has_bos=1 must be true or false"):
+        load_saved(tmp_path / "saved")
+
+
+def test_rows_with_a_bos_that_is_the_eos_are_others_than_without(texts, tmp_path):
+    folder = huggingface_folder(tmp_path / "hf", texts)
+    identities = []
+    for bos in ("</s>", None, "<s>"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": "</s>"}))
+        tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+        template = ChatTemplate(PLAIN, tokenizer, "it")
+        recipe = Recipe(template, tokenizer, LossOn.completion, LongRows.truncate, 64)
+        identities.append([tokenizer.fingerprint, *recipe.identity])
+    assert [identities.count(one) for one in identities] == [1, 1, 1]
+    assert len(identities[0]) == len(identities[1]) + 1 == len(identities[2]) + 1
 
 
 def test_saved_tokenizer_with_other_content_is_refused(trained, tmp_path):

@@ -16,9 +16,11 @@ from moe.data.tokenizer import load_saved
 from moe.errors import UserError
 from moe.inference.generate import generate
 from moe.interop.exporting import run_export
-from moe.interop.gguf_file import FILE
+from moe.interop.gguf_file import FILE, check_gguf
+from moe.interop.hub_folder import HubFolder
 from moe.interop.importing import import_model
 from tests.unit.interop.made import hub_folder, hub_model, small_tokenizer
+from tests.unit.interop.test_hub_tokenizer import REFUSED as TOKENIZERS_REFUSED
 
 gguf = pytest.importorskip("gguf")
 
@@ -138,6 +140,15 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
         exported(tmp_path, family, **settings)
     assert text in str(caught.value)
     assert not list(tmp_path.glob("gguf*"))
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "hub", "mistral")
+    hub = HubFolder(folder)
+    for make, text in TOKENIZERS_REFUSED:
+        with pytest.raises(UserError, match="can't be written for other programs with the same ids") as caught:
+            check_gguf(hub.family, hub.model, hub.router, make())
+        assert text in str(caught.value)
 
 
 def test_a_tokenizer_json_is_refused(tmp_path: Path) -> None:

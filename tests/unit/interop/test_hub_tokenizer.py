@@ -15,7 +15,7 @@ from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from moe.data.tokenizer import load_saved, open_tokenizer
 from moe.errors import UserError
-from moe.interop.hub_tokenizer import hub_tokenizer_files
+from moe.interop.hub_tokenizer import hub_tokenizer_files, text_ends
 from tests.unit.interop.made import mistral_model, small_tokenizer, transformers
 
 HARD = [
@@ -124,7 +124,7 @@ REFUSED: list[tuple[Callable[[], SentencePieceTokenizer], str]] = [
 
 @pytest.mark.parametrize(("make", "text"), REFUSED, ids=[text for _, text in REFUSED])
 def test_what_a_tokenizer_json_cannot_equal_is_refused(make: Callable[[], SentencePieceTokenizer], text: str) -> None:
-    with pytest.raises(UserError, match=r"can't be written as a tokenizer\.json") as caught:
+    with pytest.raises(UserError, match="can't be written for other programs") as caught:
         hub_tokenizer_files(make(), 10)
     assert text in str(caught.value)
 
@@ -134,3 +134,12 @@ def test_user_defined_pieces(tmp_path: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(_written(own, tmp_path / "exported"))
     for text in ("a<sep>b", "again <sep> training", "<sep><sep>  x", "inging ing"):
         assert theirs(text, add_special_tokens=False)["input_ids"] == own.encode(text), text
+
+
+def test_the_ends_of_a_text() -> None:
+    tokenizer = _trained()
+    assert text_ends(tokenizer) == [tokenizer.eos_id]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
+    assert text_ends(tokenizer) == [tokenizer.eos_id, tokenizer.bos_id]
+    tokenizer.chat_template = "{{ raise_exception('only with tools') }}"  # whose answers can't be told
+    assert text_ends(tokenizer) == [tokenizer.eos_id]

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.checkpoint.reader import read_model, resolve
-from moe.config import Mlp
+from moe.config import ImportConfig, Mlp
+from moe.data.tokenizer import load_saved
+from moe.durable import UNFINISHED
 from moe.errors import UserError
 from moe.interop.families import FAMILIES
 from moe.interop.hub_config import HubConfig
 from moe.interop.hub_folder import INDEX, SINGLE, HubFolder
-from moe.interop.importing import import_model, read_hf_config
+from moe.interop.importing import import_model, read_hf_config, read_hf_tokenizer, run_import
 from tests.unit.interop.made import (
     assert_logits_equal,
     bytes_of,
@@ -213,6 +215,10 @@ def _fifo(folder: Path) -> None:
     os.mkfifo(path)
 
 
+def _written(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+
+
 def _header(raw: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw)
 
@@ -251,6 +257,14 @@ BAD_FILES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("no_tokenizer", lambda f: (f / "tokenizer.model").unlink(), ["neither tokenizer.json nor tokenizer.model"]),
     ("other", lambda f: edit_json(f / "config.json", model_type="gpt2"), ['model_type="gpt2" is another architecture']),
     ("class", lambda f: edit_json(f / "config.json", architectures=["MistralModel"]), ["MistralModel", "another"]),
+    (
+        "huge",
+        lambda f: edit_json(f / "config.json", num_attention_heads=10**9, num_key_value_heads=10**9, head_dim=10**9),
+        ["config.json: its sizes make a tensor larger than any can be"],
+    ),
+    ("added", lambda f: _written(f, "added_tokens.json", '{"<|im_end|>": 500}'), ["lacks <|im_end|> of added_tokens"]),
+    ("end", lambda f: _written(f, "tokenizer_config.json", '{"eos_token": "<s>"}'), ["eos_token=<s> is not the end"]),
+    ("deep_names", lambda f: _written(f, "tokenizer_config.json", "[" * 100_000), ["tokenizer_config.json: broken"]),
 ]  # fmt: skip
 
 
@@ -296,6 +310,7 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"rope_scaling": {"type": "yarn", "factor": 0.5}},
     {"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}},
     {"sliding_window": 0},
+    {"use_sliding_window": False, "sliding_window": 6},  # transformers' Mistral has a window nevertheless
 ]
 
 
@@ -328,6 +343,39 @@ def test_a_destination_that_exists(whole: Path, tmp_path: Path) -> None:
     import_model(whole, tmp_path / "run")
     assert (tmp_path / "kept" / "file").read_text() == "kept"
     assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_folder_of_the_users_is_not_removed(whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path / "run.partial")
+    with pytest.raises(UserError, match=r"run_dir=.*run: .*run\.partial is in the way: rename it, or remove it"):
+        import_model(folder, tmp_path / "run")
+    assert (folder / SINGLE).stat().st_size == (whole / SINGLE).stat().st_size
+    _written(folder, UNFINISHED, "")  # as in one that an interrupted import left
+    import_model(whole, tmp_path / "run")
+    assert not folder.exists()
+    assert not (tmp_path / "run" / UNFINISHED).exists()
+
+
+def test_a_sentencepiece_model_has_the_folders_chat_template(whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path / "hub")
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    several = [{"name": [], "template": "x"}, {"name": "default", "template": template}]
+    _written(folder, "tokenizer_config.json", json.dumps({"chat_template": several, "eos_token": {"content": "</s>"}}))
+    assert read_hf_tokenizer(folder).chat_template == template
+    _written(folder, "chat_template.jinja", "{{ bos_token }}" + template)
+    _written(folder, "added_tokens.json", '{"<unk>": 0, "<s>": 1, "</s>": 2}')  # as older models have it
+    import_model(folder, tmp_path / "run")
+    assert load_saved(tmp_path / "run" / "tokenizer").chat_template == "{{ bos_token }}" + template
+
+
+def test_other_ends_of_a_text_are_named(whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path / "hub")
+    for number, (stated, said) in enumerate(((2, ""), ([2, 7, 9], "ends texts at 7, 9 too"), ("x", ""))):
+        _written(folder, "generation_config.json", json.dumps({"eos_token_id": stated}))
+        run = tmp_path / f"run{number}"
+        message = run_import(ImportConfig(checkpoint=str(folder), run_dir=str(run)))
+        assert said in message
+        assert ("generation_config.json" in message) == bool(said)
 
 
 def test_a_checkpoint_is_not_imported_again(whole: Path, tmp_path: Path) -> None:

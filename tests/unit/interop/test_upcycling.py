@@ -16,7 +16,7 @@ from moe.errors import UserError
 from moe.interop.exporting import run_export
 from moe.interop.importing import import_model
 from moe.interop.tensor_source import CheckpointTensors
-from moe.interop.upcycling import run_upcycle
+from moe.interop.upcycling import run_upcycle, upcycled_config
 from tests.unit.interop.made import assert_logits_equal, hub_folder, tokens, transformers
 
 FFN = 40  # of the dense model
@@ -34,6 +34,20 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hub_folder(folder / "hub", "mistral", intermediate_size=FFN, sliding_window=9)
     import_model(folder / "hub", folder / "run")
     return folder
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(dense: Path, tmp_path: Path) -> None:
+    hub_folder(tmp_path / "hub", "mistral", vocab_size=100)
+    with pytest.raises(UserError, match="its tokenizer has 500 pieces, and vocab_size=100"):
+        upcycle(tmp_path / "hub", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sparse_model_has_no_shared_experts(dense: Path, tmp_path: Path) -> None:
+    config = read_config(dense / "run" / "config.yaml")
+    config.model.n_shared_experts = 1  # which says nothing in a dense model
+    sparse = upcycled_config(config, UpcycleConfig(checkpoint="dense", run_dir="run"), tmp_path)
+    assert sparse.model.n_shared_experts == 0
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ from moe.errors import UserError
 from moe.validate.facts import estimates
 from moe.validate.page import page
 from moe.validate.run import run_validate, validate
+from tests.unit.data.test_huggingface_tokenizer import closed_folder
 
 GOOD = [{"prompt": f"what is {i} + {i}?", "completion": f"it is {2 * i}"} for i in range(200)]
+GOOD_CHAT = {"messages": [{"role": "user", "content": "how"}, {"role": "assistant", "content": "so"}]}
 BAD = {
     3: ('{"prompt": "a"', "broken JSON at column 15"),
     5: ('{"prompt": "a", "completion": ""}', "completion is empty"),
@@ -145,9 +147,41 @@ def test_files_without_a_good_row(tmp_path, content, rule):
     assert rule in error
 
 
+def test_a_file_of_one_distinct_row_is_refused_as_by_a_run(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [json.dumps(GOOD[0])] * 3)
+    text, error = output(config(path))
+    assert "rows        3 of kind prompt_completion" in text
+    assert error == (
+        f"source 'text' (jsonl:{path}) holds one distinct row: training and held-out rows need at least one each; "
+        "give more rows"
+    )
+    given = config(path, f"data.cache_dir={tmp_path}/cache")
+    with pytest.raises(UserError, match="holds one distinct document"):
+        prepare(given.data, given.tokenizer, sequence_length=64, log=lambda line: None)
+    path.write_text(path.read_text() + json.dumps(GOOD[1]) + "\n")
+    assert not output(config(path))[1]
+
+
+def test_a_row_outside_a_closed_vocabulary_is_one_bad_row(tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("12", "345", "1+1", "6")]
+    path = write(tmp_path / "rows.jsonl", lines)
+    tokenizer = closed_folder(tmp_path / "digits")
+    given = ["data.template=plain", "tokenizer=huggingface", f"tokenizer.path={tokenizer.path}"]
+    fixed = tmp_path / "fixed.jsonl"
+    rule = f"{path}:3: 1+1: has characters that are in none of the tokenizer's pieces"
+    text, error = output(config(path, *given, f"fixed={fixed}"))
+    assert rule in text
+    assert error.startswith("1 of 4 rows are bad")
+    assert fixed.read_text().splitlines() == [*lines[:2], lines[3]]
+    wanted = config(path, *given, f"data.cache_dir={tmp_path}/cache")
+    with pytest.raises(UserError) as caught:
+        prepare(wanted.data, wanted.tokenizer, sequence_length=64, log=lambda line: None)
+    assert str(caught.value) == rule
+
+
 def test_samples_show_what_is_learnt(tmp_path):
     messages = [{"role": "user", "content": "a <b> & </s>"}, {"role": "assistant", "content": "été\t\x07"}]
-    path = write(tmp_path / "rows.jsonl", [json.dumps({"messages": messages})] * 3)
+    path = write(tmp_path / "rows.jsonl", [json.dumps({"messages": messages}), json.dumps(GOOD_CHAT)])
     validation = validate(config(path))
     html = page(validation)
     learnt = "".join(re.findall(r'<span class="learnt">(.*?)</span>', html))
