@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from data.examples import arithmetic, expressions, numbers
+from data.examples.page import script_of
 from data.examples.splits import asked, leaks, read_rows
 from moe.config import TokenizerConfig, TokenizerKind
 from moe.data.readers import DataError
@@ -76,6 +77,10 @@ def test_expressions_and_their_working() -> None:
     assert {re.sub(r"\d+", "", row["prompt"]) for row in rows} == {
         shape.format(first, second) for shape in ("({}){}=", "{}({})=") for first in "+-*" for second in "+-*"
     }
+
+
+def test_the_page_states_the_scripts_epochs() -> None:
+    assert f"train.epochs={expressions.EPOCHS} " in script_of("expressions").read_text(encoding="utf-8")
 
 
 def test_expressions_are_distinct_and_of_one_side() -> None:
