@@ -87,16 +87,19 @@ def new_folder(folder: Path, key: str) -> Iterator[Path]:
         partial.unlink()
     elif partial.exists():  # what an interrupted command left, or a folder of the user's
         if any(partial.iterdir()) and not (partial / UNFINISHED).exists():
-            raise UserError(f"{key}={folder}: {partial} is in the way: rename it, or remove it")
+            raise UserError(
+                f"{key}={folder}: {partial} is in the way: remove it if an interrupted command left it, or rename it"
+            )
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
         (partial / UNFINISHED).touch()
         yield partial
-        (partial / UNFINISHED).unlink()
-        for path in (*partial.rglob("*"), partial):
+        for path in partial.rglob("*"):
             if path.is_dir():
                 fsync(path)
+        (partial / UNFINISHED).unlink()
+        fsync(partial)
         partial.rename(folder)
         fsync(folder.parent)
     except BaseException:  # also an interrupt: nothing half-done stays

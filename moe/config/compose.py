@@ -17,7 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config import Config, ModelConfig, TokenizerConfig
+from moe.config import CheckpointConfig, Config, ModelConfig, TokenizerConfig
+from moe.config.choices import AnswerMetric
 from moe.config.data import path_name
 from moe.config.explain import explain
 from moe.config.keys import check_form
@@ -203,7 +204,18 @@ def load_config(
     config = to_config(compose_dict(overrides, name, schema, count_pieces, read_source), overrides)
     if isinstance(config, Config):
         _check_can_be_saved(asdict(config), "")
+        _check_best(config.checkpoint)
     return config
+
+
+def _check_best(checkpoint: CheckpointConfig) -> None:
+    """Not a rule of CheckpointConfig, since saved configurations that break it must still be read."""
+    metric = checkpoint.metric_for_best_model
+    if metric in AnswerMetric.__members__ and not checkpoint.greater_is_better:
+        raise ConfigError(
+            f"checkpoint.metric_for_best_model={metric} is a share of right answers, of which the smallest would be "
+            "kept: set checkpoint.greater_is_better=true"
+        )
 
 
 def _check_can_be_saved(value: Any, key: str) -> None:

@@ -100,11 +100,6 @@ class CheckpointConfig:
                 "checkpoint.metric_for_best_model=val_loss",
             )
         require(
-            self.greater_is_better or self.metric_for_best_model not in AnswerMetric.__members__,
-            f"checkpoint.metric_for_best_model={self.metric_for_best_model} is a share of right answers, of which the "
-            "smallest would be kept: set checkpoint.greater_is_better=true",
-        )
-        require(
             self.keep_every is None or self.keep_every % self.every == 0,
             f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}: "
             "no other step is saved",

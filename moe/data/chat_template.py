@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -28,6 +29,7 @@ from moe.data.tokenizer_base import Tokenizer
 from moe.errors import shown
 
 LARGEST = 1 << 18  # characters of a template; the largest published ones have about 20,000
+NEITHER = (False, False)  # sides
 UNKNOWN = {"pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens"}
 
 
@@ -64,30 +66,22 @@ class ChatTemplate:
             variables = jinja2.meta.find_undeclared_variables(sandbox.parse(source))
         except Exception as error:  # Jinja's own, and Python's of a code that is nested too deeply
             raise DataError(f"{name}: not a template that can be read: {first_line(error)}") from error
-        if not ours:
-            self._check_tokens(variables)
+        self._unknown = [] if ours else sorted(variables & UNKNOWN)
+        self._stripping = {} if ours else tokenizer.stripping
         self._knows_tools = "tools" in variables
         self._marks = bool(re.search(r"\{%[-+]?\s*generation\b", source))
-
-    def _check_tokens(self, variables: set[str]) -> None:
-        """Raises DataError for a template of which transformers makes other tokens."""
-        if unknown := sorted(variables & UNKNOWN):
-            raise DataError(
-                f"{self.name}: writes {unknown[0]}, and only bos_token and eos_token are known: use another template"
-            )
-        named = {self._names[name] for name in variables & self._names.keys()}
-        for token in sorted(self._tokenizer.stripping):
-            if token in named or token in self.source:
-                raise DataError(
-                    f"{self.name}: writes {shown(token)}, which removes spaces beside it (lstrip or rstrip in "
-                    "tokenizer.json), and they would stay here: use another template"
-                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self._tokenizer, self.name)
 
     def segments(self, messages: list[Message], tools: list[Any] | None, place: str) -> list[Segment]:
-        """The conversation. Raises DataError, naming the place, where the template refuses it or leaves out a part."""
+        """The conversation. Raises DataError, naming the place, where the template refuses it, leaves out a part, or
+        has transformers make other tokens."""
+        segments = self._segments(messages, tools, place)
+        self._check_tokens(segments, place)
+        return segments
+
+    def _segments(self, messages: list[Message], tools: list[Any] | None, place: str) -> list[Segment]:
         if tools and not self._knows_tools:
             raise DataError(
                 f"{place}: has tools, and {self.name} has no place for them: leave them out, or use another"
@@ -107,13 +101,29 @@ class ChatTemplate:
         hidden = hiding.hide(messages)
         text = self._render(hidden, None, place, answer=True)
         self._check_nothing_is_lost(hidden, None, text, place)
-        return self._cut(*self._turns(hidden, None, text, place), hiding)
+        segments = self._cut(*self._turns(hidden, None, text, place), hiding)
+        self._check_tokens(segments, place)
+        return segments
+
+    def _check_tokens(self, segments: list[Segment], place: str) -> None:
+        if self._unknown:
+            raise DataError(
+                f"{place}: {self.name} writes {self._unknown[0]}, and only bos_token and eos_token are known: use "
+                "another template"
+            )
+        for before, after in pairwise(segments):
+            for token, text, side in ((before, after.text[:1], 1), (after, before.text[-1:], 0)):
+                if token.token is not None and text.isspace() and self._stripping.get(token.text, NEITHER)[side]:
+                    raise DataError(
+                        f"{place}: {self.name} writes a space beside {shown(token.text)}, which removes it in "
+                        "transformers (lstrip or rstrip in tokenizer.json), and not here: use another template"
+                    )
 
     def answer_form(self) -> tuple[str, int | None]:
         """What the model writes around an answer: the text before it, and the special token that ends it (None: only
         the end of the sequence)."""
         question, answer = {"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}
-        own = [one for one in self.segments([question, answer], None, "an example of two turns") if one.turn == 0]
+        own = [one for one in self._segments([question, answer], None, "an example of two turns") if one.turn == 0]
         text = next((one.text for one in own if one.token is None), "")
         return text.partition("because")[0], own[-1].token
 

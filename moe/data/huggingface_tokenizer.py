@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,11 @@ class HuggingFaceTokenizer:
         self._model, self._where = model, where
         added = self._json.get("added_tokens", [])
         self._added = {token["id"]: (token["content"], token["special"]) for token in added}
-        self.stripping = frozenset(
-            token["content"] for token in added if token["special"] and (token.get("lstrip") or token.get("rstrip"))
-        )
+        self.stripping: Mapping[str, tuple[bool, bool]] = {
+            token["content"]: (bool(token.get("lstrip")), bool(token.get("rstrip")))
+            for token in added
+            if token["special"]
+        }
         if any(self._backend.token_to_id(text) != number for number, (text, _) in self._added.items()):
             raise DataError(f"{where}: added_tokens states an id that isn't the token's: copy it again")
         self.bos_id, self.eos_id = bos_and_eos(bos, eos, where)

@@ -20,7 +20,7 @@ from moe.data.records import DataRecord
 from moe.data.shards import token_dtype
 from moe.data.tokenizer_base import Tokenizer
 
-FORMAT = 3  # of what is made of a row, and of the mask; part of the fingerprint
+FORMAT = 4  # of what is made of a row, and of the mask; part of the fingerprint
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 4096  # encoded at once
 
 

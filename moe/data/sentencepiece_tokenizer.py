@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model with byte fallback: Llama's, Mistral's, or one trained here."""
 
     chat_template: str | None = None
-    stripping: frozenset[str] = frozenset()
+    stripping: Mapping[str, tuple[bool, bool]] = MappingProxyType({})
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, where: str) -> None:

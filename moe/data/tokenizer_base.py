@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     has_bos: bool
-    stripping: frozenset[str]  # special tokens beside which other tools remove spaces
+    stripping: Mapping[str, tuple[bool, bool]]  # special token → whether other tools remove spaces before, behind it
     fingerprint: str
     chat_template: str | None
 

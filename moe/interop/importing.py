@@ -80,8 +80,10 @@ def open_hub_folder(
 def run_import(config: ImportConfig) -> str:
     """Imports, and says what was imported. Raises UserError, OSError."""
     folder, destination = Path(config.checkpoint).expanduser(), Path(config.run_dir).expanduser()
+    stated = _stated_ends(folder)
     imported = import_model(folder, destination, tokenizer=config.tokenizer, ignore_keys=config.ignore_keys)
-    others = _other_ends(folder, load_saved(destination / "tokenizer"))
+    known = text_ends(load_saved(destination / "tokenizer"))
+    others = [one for one in stated if one not in known]
     ids = ", ".join(map(str, others))
     note = f"; {folder / GENERATION} ends texts at {ids} too, and nothing here does" if others else ""
     total, active = count_parameters(imported)
@@ -89,10 +91,9 @@ def run_import(config: ImportConfig) -> str:
     return f"{destination}: {each}; `moe generate checkpoint={destination} prompt='Once'` continues a text{note}"
 
 
-def _other_ends(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """The tokens at which transformers ends the model's texts and generation here doesn't. Raises UserError."""
-    if not (folder / GENERATION).exists():
+def _stated_ends(folder: Path) -> list[int]:
+    """The tokens at which transformers ends the model's texts. Raises UserError."""
+    if not (folder / GENERATION).is_file():
         return []
     stated = read_object(folder / GENERATION, "copy it again").values.get("eos_token_id")
-    known = text_ends(tokenizer)
-    return [one for one in (stated if isinstance(stated, list) else [stated]) if type(one) is int and one not in known]
+    return [one for one in (stated if isinstance(stated, list) else [stated]) if type(one) is int]

@@ -138,7 +138,7 @@ class Answers:
         """None for every row of a batch whose logits are not finite."""
         prompts = [self._rows[place].prompt for place in places]
         room = model.config.max_position_embeddings - max(map(len, prompts))
-        if room < self._tokens and len(places) > 1:  # so that a long prompt cuts no other's answer
+        if room < self._tokens and len({*map(len, prompts)}) > 1:  # so that a long prompt cuts no shorter one's answer
             half = len(places) // 2
             return [text for part in (places[:half], places[half:]) for text in self._answer(model, part, all_steps)]
         settings = Sampling(max_new_tokens=min(self._tokens, room), temperature=0.0)

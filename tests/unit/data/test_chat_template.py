@@ -67,10 +67,11 @@ def byte_level(tmp_path_factory):
 
 
 def with_tokens(tokenizer, *names, strips=()) -> Any:
-    """`tokenizer` with the special tokens `names`; spaces beside `strips` are removed elsewhere."""
+    """`tokenizer` with the special tokens `names`; spaces beside those in `strips` are removed elsewhere."""
 
     class Marked:
-        stripping = frozenset(strips)
+        def __init__(self) -> None:
+            self.stripping = dict(strips)
 
         def __getattr__(self, name):
             return getattr(tokenizer, name)
@@ -159,7 +160,7 @@ def test_a_text_behind_another_gets_no_space_in_front(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = open_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tmp_path)))
-    assert tokenizer.stripping == {"</s>"}
+    assert {token for token, sides in tokenizer.stripping.items() if any(sides)} == {"</s>"}
     [(ids, turns)] = encode_segments([[Segment("a\n", None, -1), Segment("\nb", None, 0)]], tokenizer)
     assert [backend.id_to_token(token) for token in ids] == ["▁", "a", "\n", "\n", "b"]
     assert turns.tolist() == [-1, -1, -1, 0, 0]
@@ -438,25 +439,32 @@ def test_an_end_behind_the_whole_conversation_ends_no_earlier_turn(mistral, sour
 
 
 def test_a_template_with_tokens_that_mean_more_elsewhere_is_refused(mistral):
-    for name in ("pad_token", "unk_token", "additional_special_tokens"):
-        source = "{% if x %}{{ " + name + " }}{% endif %}" + UNMARKED
-        with pytest.raises(DataError, match=f"it: writes {name}, and only bos_token and eos_token are known"):
-            ChatTemplate(source, mistral, "it")
+    messages = [USER, {"role": "assistant", "content": "so"}]
     names = ("<|im_start|>", "<|im_end|>", "<|x|>")
-    for source, token, refused in (
-        (UNMARKED, "<|im_end|>", True),
-        (UNMARKED, "<|x|>", False),
-        (UNMARKED, "</s>", False),
-        (UNMARKED + "{{ eos_token }}", "</s>", True),
-        (CHATML, "<|im_end|>", False),
+    for name in ("pad_token", "unk_token", "additional_special_tokens"):
+        template = ChatTemplate(
+            "{% if x %}{{ " + name + " }}{% endif %}" + UNMARKED, with_tokens(mistral, *names), "it"
+        )
+        with pytest.raises(DataError, match=f"row 1: it writes {name}, and only bos_token and eos_token are known"):
+            template.segments(messages, None, "row 1")
+        assert template.answer_form() == ("", 101)  # for an export
+    for source, token, sides, refused in (
+        (UNMARKED, "<|im_end|>", (False, True), True),  # a line break is behind it
+        (UNMARKED, "<|im_end|>", (True, False), False),
+        (UNMARKED, "<|im_start|>", (True, False), True),
+        (UNMARKED, "<|im_start|>", (False, True), False),
+        (UNMARKED, "<|x|>", (True, True), False),
+        (UNMARKED, "</s>", (True, True), False),
+        ("{% for m in messages %}{{ m['content'] + ' ' + eos_token }}{% endfor %}", "</s>", (True, False), True),
+        (CHATML, "<|im_end|>", (True, True), False),
     ):
-        tokenizer = with_tokens(mistral, *names, strips=[token])
+        template = ChatTemplate(source, with_tokens(mistral, *names, strips={token: sides}), "it")
         if not refused:
-            ChatTemplate(source, tokenizer, "it")
+            template.segments(messages, None, "row 1")
             continue
         with pytest.raises(DataError) as caught:
-            ChatTemplate(source, tokenizer, "it")
-        assert str(caught.value).startswith(f"it: writes {token}, which removes spaces beside it")
+            template.segments(messages, None, "row 1")
+        assert str(caught.value).startswith(f"row 1: it writes a space beside {token}, which removes it")
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_told_what_to_do(mistral):

@@ -347,7 +347,7 @@ def test_a_destination_that_exists(whole: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_the_users_is_not_removed(whole: Path, tmp_path: Path) -> None:
     folder = copied(whole, tmp_path / "run.partial")
-    with pytest.raises(UserError, match=r"run_dir=.*run: .*run\.partial is in the way: rename it, or remove it"):
+    with pytest.raises(UserError, match=r"run_dir=.*run: .*run\.partial is in the way: remove it if"):
         import_model(folder, tmp_path / "run")
     assert (folder / SINGLE).stat().st_size == (whole / SINGLE).stat().st_size
     _written(folder, UNFINISHED, "")  # as in one that an interrupted import left

@@ -6,6 +6,7 @@ import pytest
 
 from moe.checkpoint.state import TrainState
 from moe.config import AnswerMetric, CheckpointConfig
+from moe.config.compose import load_config
 from moe.errors import UserError
 from moe.train.best import Best
 
@@ -28,6 +29,8 @@ def test_a_number_that_is_not_finite_is_never_the_best(unusable):
 
 @pytest.mark.parametrize("metric", [one.name for one in AnswerMetric])
 def test_of_answers_the_smallest_share_is_never_the_best(metric):
-    CheckpointConfig(metric_for_best_model=metric, greater_is_better=True)
+    stated = [f"checkpoint.metric_for_best_model={metric}"]
+    load_config([*stated, "checkpoint.greater_is_better=true"])
     with pytest.raises(UserError, match=f"metric_for_best_model={metric} .* set checkpoint.greater_is_better=true"):
-        CheckpointConfig(metric_for_best_model=metric)
+        load_config(stated)
+    CheckpointConfig(metric_for_best_model=metric)  # a saved one is still read
