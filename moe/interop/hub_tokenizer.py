@@ -80,9 +80,7 @@ def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
 def sentencepiece_as_json(model: bytes) -> dict[str, Any]:
     """A SentencePiece BPE model as the content of a tokenizer.json, which adds the BOS piece before a text, as every
     document here begins. Raises UserError for a model that it can't equal."""
-    parsed: Any = protobuf.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    parsed.ParseFromString(model)
-    _check(parsed)
+    parsed = check_sentencepiece(model)
     pieces = parsed.pieces
     vocabulary = {piece.piece: index for index, piece in enumerate(pieces)}
     named = {piece.type: piece.piece for piece in reversed(pieces)}
@@ -147,14 +145,10 @@ def _sequence(name: str, part: int) -> dict[str, Any]:
     return {"Sequence": {"id": name, "type_id": part}}
 
 
-def check_sentencepiece(model: bytes) -> None:
-    """Raises UserError for a SentencePiece model whose ids no other program's BPE gives."""
+def check_sentencepiece(model: bytes) -> Any:
+    """The parsed model. Raises UserError for one whose ids no other program's BPE gives."""
     parsed: Any = protobuf.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made at import)
     parsed.ParseFromString(model)
-    _check(parsed)
-
-
-def _check(parsed: Any) -> None:
     spec, normalizer = parsed.trainer_spec, parsed.normalizer_spec
     reason = None
     if spec.model_type != BPE:
@@ -169,6 +163,7 @@ def _check(parsed: Any) -> None:
         reason = "it has no BOS piece"
     if reason:
         raise UserError(f"the tokenizer can't be written for other programs with the same ids: {reason}")
+    return parsed
 
 
 def _merges(parsed: Any) -> list[list[str]]:
