@@ -165,9 +165,10 @@ class OptimizerKind(Enum):
 
 
 class Schedule(Enum):
-    """Learning rate after warm-up: half a cosine, flat with a decay at the end (WSD), or flat."""
+    """Learning rate after warm-up: half a cosine, a straight line, flat with a decay at the end (WSD), or flat."""
 
     cosine = "cosine"
+    linear = "linear"
     warmup_stable_decay = "warmup_stable_decay"
     constant = "constant"
 

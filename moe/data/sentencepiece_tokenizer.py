@@ -59,9 +59,9 @@ class SentencePieceTokenizer:
         encoder = self._word_encoder
         if encoder is None:
             return [np.array(ids, self._dtype).tobytes() for ids in self.encode_many(texts)]
-        slow = [text for text in texts if SPACE in text]
-        by_model = iter(self.encode_many(slow))
-        return [encoder.packed(next(by_model)) if SPACE in text else encoder.encode(text) for text in texts]
+        by_model = map(encoder.packed, self.encode_many([text for text in texts if SPACE in text]))
+        by_words = iter(encoder.encode([text for text in texts if SPACE not in text]))
+        return [next(by_model if SPACE in text else by_words) for text in texts]
 
     def encode_long(self, text: str) -> Iterator[list[int]]:
         parts = self._long_text.parts(text)

@@ -12,8 +12,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (0-based) of `steps`.
 
     Linear warm-up over `warmup_steps` (null: steps / 20), then: `cosine` decays along half a cosine to
-    `lr × min_lr_ratio` at the last step; `warmup_stable_decay` stays at `lr` and decays linearly to
-    `lr × min_lr_ratio` over the last `decay_steps` (null: steps / 5; arXiv 2404.06395); `constant` stays at `lr`.
+    `lr × min_lr_ratio` at the last step, `linear` along a straight line (arXiv 2502.15938); `warmup_stable_decay` stays
+    at `lr` and decays linearly to `lr × min_lr_ratio` over the last `decay_steps` (null: steps / 5; arXiv 2404.06395);
+    `constant` stays at `lr`.
     """
     warmup_steps = config.warmup_steps if config.warmup_steps is not None else steps // 20
     if step < warmup_steps:
@@ -21,10 +22,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     floor = config.lr * config.min_lr_ratio
     if config.schedule is Schedule.constant:
         return config.lr
-    if config.schedule is Schedule.cosine:
+    if config.schedule in (Schedule.cosine, Schedule.linear):
         span = max(1, steps - 1 - warmup_steps)
         progress = min(1.0, (step - warmup_steps) / span)
-        return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        left = 1 - progress if config.schedule is Schedule.linear else 0.5 * (1 + math.cos(math.pi * progress))
+        return floor + (config.lr - floor) * left
     decay_steps = config.decay_steps if config.decay_steps is not None else max(1, steps // 5)
     remaining = steps - 1 - step
     return config.lr if remaining >= decay_steps else floor + (config.lr - floor) * remaining / decay_steps

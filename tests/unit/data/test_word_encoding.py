@@ -64,6 +64,7 @@ def fuzzed(dice):
 )  # fmt: skip
 def test_ids_are_those_of_sentencepiece(tokenizers, name, is_fast, monkeypatch):
     monkeypatch.setattr(word_encoding, "MOST_WORDS", 500)  # so that the table is emptied
+    monkeypatch.setattr(word_encoding, "GROUP", 2000)  # so that texts are of several groups
     tokenizer, dice = tokenizers[name], random.Random(0)
     assert (tokenizer._word_encoder is not None) == is_fast
     texts = ["", " ".join(TEXTS), *TEXTS[:20], *(fuzzed(dice) for _ in range(1500))]
@@ -82,7 +83,7 @@ def test_user_defined_symbols_without_spaces_are_words(tokenizers):
 
 def test_a_model_that_differs_on_the_probe_is_not_encoded_by_words(tokenizers, monkeypatch):
     model = tokenizers["mistral"]._model
-    monkeypatch.setattr(word_encoding.WordEncoder, "encode", lambda self, text: b"")
+    monkeypatch.setattr(word_encoding.WordEncoder, "encode", lambda self, texts: [b""] * len(texts))
     assert SentencePieceTokenizer(model, "again")._word_encoder is None
 
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: warm-up, cosine, warmup-stable-decay, constant."""
+"""The learning rate as a function of the step: warm-up, cosine, linear, warmup-stable-decay, constant."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def test_cosine_ends_at_the_minimum_and_is_halfway_in_the_middle() -> None:
     assert rates[0] == 1.0
     assert rates[50] == pytest.approx(0.55)
     assert rates[25] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_linear_falls_by_the_same_amount_each_step() -> None:
+    rates = _rates(101, warmup_steps=10, schedule=Schedule.linear)
+    drops = [a - b for a, b in itertools.pairwise(rates[10:])]
+    assert drops == pytest.approx([0.9 / 90] * 90)
+    assert rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1)
 
 
