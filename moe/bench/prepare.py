@@ -1,7 +1,7 @@
 """`moe bench prepare`: megabytes of text a second and core that become token shards, and what more processes bring.
 
     moe bench prepare                                     text, JSONL and rows for fine-tuning; 1 process and all cores
-    moe bench prepare processes=8 megabytes=256 rounds=5
+    moe bench prepare processes=8 megabytes=96 rounds=5
     moe bench prepare data.path=corpus.jsonl              your own; all keys of `moe prepare`
 
 Without `data.path` the corpora are made of the library sources that come with Python, tokenized by Mistral's model.

@@ -99,33 +99,89 @@ def plan_exchange(counts: Counts) -> Exchange:
     return Exchange(counts.group, sent_R, received_R, received_RE.sum(0), by_expert_M, inverse(by_expert_M))
 
 
-def to_experts(x_NH: Tensor, exchange: Exchange) -> Tensor:
-    """Send rows [N, H], sorted by global expert, to the experts' ranks; returns the received [M, H] in expert order."""
-    arrived_MH = _AllToAll.apply(x_NH, exchange.received_R, exchange.sent_R, exchange.group)
-    return permute_rows(arrived_MH, exchange.by_expert_M, exchange.by_rank_M)
+@dataclass(slots=True)
+class Arriving:
+    """Rows on their way to the experts' ranks. What is computed before `rows` is called overlaps with their exchange,
+    and its backward pass with that of their gradients."""
+
+    exchange: Exchange
+    transfer: _Transfer
+    link_NH: Tensor  # in the graph of the backward pass, between the start and the end
+
+    def rows(self) -> Tensor:
+        """Waits. The rows received [M, H], in expert order."""
+        arrived_MH = _AllToAllEnd.apply(self.link_NH, self.transfer)
+        return permute_rows(arrived_MH, self.exchange.by_expert_M, self.exchange.by_rank_M)
+
+
+def to_experts(x_NH: Tensor, exchange: Exchange) -> Arriving:
+    """Starts to send rows [N, H], sorted by global expert, to the experts' ranks."""
+    transfer = _Transfer(exchange.received_R, exchange.sent_R, exchange.group)
+    return Arriving(exchange, transfer, _AllToAllStart.apply(x_NH, transfer))
 
 
 def from_experts(y_MH: Tensor, exchange: Exchange) -> Tensor:
     """The inverse of `to_experts`: returns results [M, H] to the ranks, and to the order, of the rows [N, H]."""
     y_MH = permute_rows(y_MH, exchange.by_rank_M, exchange.by_expert_M)
-    return _AllToAll.apply(y_MH, exchange.sent_R, exchange.received_R, exchange.group)  # type: ignore[no-any-return]
+    transfer = _Transfer(exchange.sent_R, exchange.received_R, exchange.group)
+    return _AllToAllEnd.apply(_AllToAllStart.apply(y_MH, transfer), transfer)  # type: ignore[no-any-return]
 
 
-class _AllToAll(torch.autograd.Function):
-    """Exchanges rows, in rank order, with every rank of the group; the backward pass sends the gradients back."""
+@dataclass(slots=True)
+class _Transfer:
+    """An exchange of rows, in rank order, with every rank of the group, and that of their gradients back.
+
+    The two functions below start it and wait for it; in the backward pass the second starts and the first waits. Of the
+    nodes that are ready, autograd runs the one made last: so what was computed between the two is differentiated
+    between them too.
+    """
+
+    into_R: list[int]
+    out_of_R: list[int]
+    group: dist.ProcessGroup
+    in_flight: tuple[dist.Work, Tensor, Tensor] | None = None  # what is sent must live as long as what arrives
+
+    def start(self, rows: Tensor, into_R: list[int], out_of_R: list[int]) -> Tensor:
+        """The tensor that the rows arrive in."""
+        received, sent = rows.new_empty(sum(into_R), *rows.shape[1:]), rows.contiguous()
+        work = dist.all_to_all_single(received, sent, into_R, out_of_R, group=self.group, async_op=True)
+        assert work is not None
+        self.in_flight = work, sent, received
+        return received
+
+    def wait(self) -> Tensor:
+        assert self.in_flight is not None
+        work, _, received = self.in_flight
+        work.wait()
+        self.in_flight = None
+        return received
+
+
+class _AllToAllStart(torch.autograd.Function):
+    """Returns a tensor without memory, whose gradient is that of the rows, on its way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, into_R: list[int], out_of_R: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.into_R, ctx.out_of_R, ctx.group = into_R, out_of_R, group
-        return _all_to_all(rows, into_R, out_of_R, group)
+    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.start(rows, transfer.into_R, transfer.out_of_R)
+        return rows.new_empty(1).expand(rows.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.out_of_R, ctx.into_R, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.wait(), None
 
 
-def _all_to_all(rows: Tensor, into_R: list[int], out_of_R: list[int], group: dist.ProcessGroup) -> Tensor:
-    received = rows.new_empty(sum(into_R), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), into_R, out_of_R, group=group)
-    return received
+class _AllToAllEnd(torch.autograd.Function):
+    """Takes what `_AllToAllStart` returned; returns the rows that arrived."""
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        return transfer.start(grad, transfer.out_of_R, transfer.into_R), None

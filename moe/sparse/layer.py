@@ -58,16 +58,18 @@ class SparseMLP(nn.Module):
         # The exchange of counts overlaps with gathering the rows.
         counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
         x_NH = rows.gather_rows(x_TH, order)
-        if counts is None:
+        arriving = None if counts is None else to_experts(x_NH, plan_exchange(counts))
+        # While rows travel; in the backward pass, while their gradients do.
+        shared_BSH = None if self.shared_experts is None else self.shared_experts(x_BSH)
+        if arriving is None:
             source = (permute.RowSource(x_TH, order.tokens_N),) if isinstance(self.experts, Experts) else ()
             y_NH = self.experts(x_NH, order.counts_E, *source)
         else:
-            exchange = plan_exchange(counts)
-            y_MH = self.experts(to_experts(x_NH, exchange), exchange.counts_E)
-            y_NH = from_experts(y_MH, exchange)
+            exchange = arriving.exchange
+            y_NH = from_experts(self.experts(arriving.rows(), exchange.counts_E), exchange)
         y_TH = rows.combine_rows(y_NH, weights_TK, order)
         y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
-        return y_BSH if self.shared_experts is None else y_BSH + self.shared_experts(x_BSH), routed
+        return y_BSH if shared_BSH is None else y_BSH + shared_BSH, routed
 
 
 def build_sparse_mlp(

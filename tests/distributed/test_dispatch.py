@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.config import DropPolicy, ExpertBackend, ExpertChoiceRouterConfig, ExpertsConfig, TopKRouterConfig
 from moe.sparse import SparseMLP, build_sparse_mlp
@@ -28,11 +28,18 @@ class Case:
     dtype: torch.dtype = torch.float32
     backend: ExpertBackend = ExpertBackend.auto
     expert_choice: bool = False
+    shared: bool = False
 
     def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
         kind = ExpertChoiceRouterConfig if self.expert_choice else TopKRouterConfig
         config = kind(**{"num_experts": EXPERTS, **self.router})
-        layer = build_sparse_mlp(HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), expert_group=group)
+        shared = nn.Linear(HIDDEN, HIDDEN) if self.shared else None
+        layer = build_sparse_mlp(
+            HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), shared_experts=shared, expert_group=group
+        )
+        if shared is not None:
+            for parameter in shared.parameters():
+                nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(6))
         with torch.no_grad():
             for _, weight, seed in layer.experts.draws(lambda name, expert: len(name) * 100 + expert):
                 weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
@@ -71,6 +78,7 @@ CASES = {
     "expert choice": Case(expert_choice=True),
     "expert choice, float64": Case(expert_choice=True, dtype=torch.float64),
     "expert choice, every token to every expert": Case({"capacity_factor": EXPERTS}, expert_choice=True),
+    "shared experts": Case(shared=True),
     "loop, rank idle": Case(closed=(4, 5, 6, 7), backend=ExpertBackend.loop),
 }
 
@@ -118,12 +126,15 @@ def test_expert_parallel_equals_one_process(name: str, runs: list[dict[str, Any]
     ours = {
         key: torch.cat([r[key] for r in results]) for key in ("y", "x", "experts.gate_up_proj", "experts.down_proj")
     }
-    ours |= {key: torch.stack([r[key] for r in results]).sum(0) for key in ("counts", "dropped", "gate.weight")}
+    summed = [
+        key for key in expected if key in ("counts", "dropped", "gate.weight") or key.startswith("shared_experts")
+    ]
+    ours |= {key: torch.stack([r[key] for r in results]).sum(0) for key in summed}
     tolerance = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 1e-2}[case.dtype]
     assert set(ours) == set(expected)
     for key in ("counts", "dropped"):
         assert torch.equal(ours[key], expected[key]), key
-    for key in ("y", "x", "gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+    for key in set(expected).difference(("counts", "dropped")):
         error = (ours[key] - expected[key]).double().norm() / expected[key].double().norm().clamp(min=1e-12)
         assert error <= tolerance, f"{key}: {error}"
     # Each case drops tokens or leaves experts idle as its name says.
@@ -133,3 +144,53 @@ def test_expert_parallel_equals_one_process(name: str, runs: list[dict[str, Any]
         assert expected["experts.down_proj"][expert].count_nonzero() == 0
     for expert in case.closed_on_first:
         assert results[0]["counts"][expert] == 0 < expected["counts"][expert]
+
+
+class _Logged(dist.Work):
+    """A collective whose `wait` is noted in `events`."""
+
+    def __init__(self, work: dist.Work, events: list[str]) -> None:
+        super().__init__()
+        self._work, self._events = work, events
+
+    def wait(self) -> None:  # type: ignore[override]
+        self._events.append("wait")
+        self._work.wait()
+
+
+def _order_of_a_step(store: str) -> list[str]:
+    import os
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
+    events: list[str] = []
+    real = dist.all_to_all_single
+
+    def logged(received: Tensor, sent: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        work = real(received, sent, *arguments, **keywords)
+        if not sent.is_floating_point():  # counts
+            return work
+        events.append("start")
+        return _Logged(work, events)
+
+    dist.all_to_all_single = logged
+    try:
+        case = CASES["shared experts"]
+        layer = case.layer(dist.group.WORLD)
+        assert layer.shared_experts is not None
+        layer.shared_experts.register_forward_hook(lambda *_: events.append("shared"))
+        layer.shared_experts.register_full_backward_hook(lambda *_: events.append("shared, backward"))
+        layer.experts.register_forward_hook(lambda *_: events.append("experts"))
+        xs, grads = case.batch(2)
+        _step(layer, xs[dist.get_rank()], grads[dist.get_rank()])
+        return events
+    finally:
+        dist.all_to_all_single = real
+        dist.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_shared_experts_are_computed_while_rows_travel(tmp_path: Path) -> None:
+    """In both directions: the exchange starts before, and is waited for after."""
+    forward = ["start", "shared", "wait", "experts", "start", "wait"]
+    backward = ["start", "wait", "start", "shared, backward", "wait"]
+    assert run_ranks(2, _order_of_a_step, str(tmp_path / "store"), timeout=90) == [[*forward, *backward]] * 2
