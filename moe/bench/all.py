@@ -1,6 +1,6 @@
 """`moe bench all`: every benchmark of the CPU, each in a process of its own, and the measured part of a page.
 
-    moe bench all                                    half an hour or so; best on a machine that does nothing else
+    moe bench all                                    about an hour; best on a machine that does nothing else
     moe bench all only=peers,decode                  some of them; the others' results stay if they are of this machine
     moe bench all rounds=1 steps=1                   quick, and noisy
     moe bench all page=page.md json=results.json     other files than docs/performance.md and docs/performance.json
@@ -59,11 +59,18 @@ class BenchRun:
 
 
 BFLOAT16 = "precision=bfloat16"
+LONG = (
+    "train.sequence_length=8192",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=1",
+    "model.sliding_window=512",
+)
 RUNS = (
     BenchRun("roofline", takes=("rounds",)),
     BenchRun("roofline", threads=2, takes=("rounds",)),
     *(BenchRun("peers", keys, threads) for keys in ((), (BFLOAT16,)) for threads in (1, 2)),
     *(BenchRun("memory_peers", ("rounds=3", *keys)) for keys in ((), (BFLOAT16,))),
+    *(BenchRun(name, ("rounds=1", *LONG)) for name in ("peers", "memory_peers")),
     *(BenchRun("decode", threads=threads) for threads in (1, 2)),
     *(BenchRun("kernels", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
     *(BenchRun("step", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),

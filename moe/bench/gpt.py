@@ -107,8 +107,8 @@ def _train(config: Config, mesh: Mesh) -> None:
     data = open_data(config, mesh, Display(is_main=False, steps=config.train.steps, log_every=1))
     bare = Gpt(config)
     model = DistributedDataParallel(bare) if mesh.world_size > 1 else bare
-    optim = replace(config.optim, lr=LEARNING_RATE, betas=[0.9, 0.99])
-    optimizer = adamw(bare.parameters(), replace(config, optim=optim))
+    config = replace(config, optim=replace(config.optim, lr=LEARNING_RATE, base_hidden_size=None, betas=[0.9, 0.99]))
+    optimizer = adamw(bare.parameters(), config)
     file = Path(config.run_dir) / "metrics.jsonl"
     if mesh.is_main:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +116,9 @@ def _train(config: Config, mesh: Mesh) -> None:
         began = time.perf_counter()
         batches = data.loader.next_step()
         summed = _step(model, batches, mesh)
-        nn.utils.clip_grad_norm_(bare.parameters(), optim.max_grad_norm)
+        nn.utils.clip_grad_norm_(bare.parameters(), config.optim.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, config.train.steps)
+            group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
         metrics = {"step": step + 1, "lm_loss": summed, "step_seconds": time.perf_counter() - began}

@@ -35,13 +35,16 @@ class OptimConfig:
     """`kind=adamw` is AdamW for all parameters. `kind=muon` (write `optim=muon`) is Muon for the matrices of attention,
     MLPs and experts, and AdamW for the rest: docs/optimizers.md. `betas` and `eps` are AdamW's, `momentum` is Muon's.
 
+    `base_hidden_size` is the width that `lr` is for: a model of another `hidden_size` learns at lr × base_hidden_size /
+    hidden_size, so that one `lr` serves all widths; null: at `lr` (docs/performance.md, "Time to loss").
     `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
-    The learning rate decays to `lr × min_lr_ratio`. The multipliers are factors on it for routers and for experts.
+    The learning rate decays to its share `min_lr_ratio`. The multipliers are factors on it for routers and for experts.
     Parameters whose names fit a pattern of `freeze`, as in `optim.freeze=[*.mlp.gate.*]`, stay as they are; a router
     none of whose weights trains keeps its bias too."""
 
     kind: OptimizerKind = OptimizerKind.adamw
     lr: float = 1e-3
+    base_hidden_size: int | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     momentum: float = 0.95
@@ -56,7 +59,7 @@ class OptimConfig:
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        positive("optim", self, "lr", "eps", "max_grad_norm", "decay_steps")
+        positive("optim", self, "lr", "base_hidden_size", "eps", "max_grad_norm", "decay_steps")
         positive("optim", self, "router_lr_multiplier", "experts_lr_multiplier")
         not_negative("optim", self, "weight_decay", "warmup_steps")
         share("optim", self, "momentum")

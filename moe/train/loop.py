@@ -131,7 +131,7 @@ def _step(run: TrainingRun) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     with in_part("data wait"):
         batches = run.loader.next_step()
     data_seconds = time.perf_counter() - asked
-    lr = learning_rate(config.optim, state.step, config.train.steps)
+    lr = learning_rate(config, state.step)
     done = training_step(
         config,
         mesh,

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import math
 
-from moe.config import Config, OptimConfig, Schedule
+from moe.config import Config, Schedule
 from moe.engine.base import EXPERTS, ROUTER
 
 
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of optimizer step `step` (0-based) of `steps`.
+def peak_rate(config: Config) -> float:
+    """`optim.lr`, or where `optim.base_hidden_size` says at which width that rate was found, the rate for this width:
+    in inverse proportion to it, as the step that Adam takes in a matrix's output grows (arXiv 2203.03466)."""
+    base = config.optim.base_hidden_size
+    return config.optim.lr if base is None else config.optim.lr * base / config.model.hidden_size
 
-    Linear warm-up over `warmup_steps` (null: steps / 20), then: `cosine` decays along half a cosine to
-    `lr × min_lr_ratio` at the last step, `linear` along a straight line (arXiv 2502.15938); `warmup_stable_decay` stays
-    at `lr` and decays linearly to `lr × min_lr_ratio` over the last `decay_steps` (null: steps / 5; arXiv 2404.06395);
-    `constant` stays at `lr`.
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of optimizer step `step` (0-based) of `train.steps`.
+
+    Linear warm-up over `warmup_steps` (null: a twentieth of the steps) to `peak_rate`, then: `cosine` decays along half
+    a cosine to its share `min_lr_ratio` at the last step, `linear` along a straight line (arXiv 2502.15938);
+    `warmup_stable_decay` stays and decays linearly to that share over the last `decay_steps` (null: a fifth;
+    arXiv 2404.06395); `constant` stays.
     """
-    warmup_steps = config.warmup_steps if config.warmup_steps is not None else steps // 20
+    optim, steps, peak = config.optim, config.train.steps, peak_rate(config)
+    warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else steps // 20
     if step < warmup_steps:
-        return config.lr * (step + 1) / warmup_steps
-    floor = config.lr * config.min_lr_ratio
-    if config.schedule is Schedule.constant:
-        return config.lr
-    if config.schedule in (Schedule.cosine, Schedule.linear):
+        return peak * (step + 1) / warmup_steps
+    floor = peak * optim.min_lr_ratio
+    if optim.schedule is Schedule.constant:
+        return peak
+    if optim.schedule in (Schedule.cosine, Schedule.linear):
         span = max(1, steps - 1 - warmup_steps)
         progress = min(1.0, (step - warmup_steps) / span)
-        left = 1 - progress if config.schedule is Schedule.linear else 0.5 * (1 + math.cos(math.pi * progress))
-        return floor + (config.lr - floor) * left
-    decay_steps = config.decay_steps if config.decay_steps is not None else max(1, steps // 5)
+        left = 1 - progress if optim.schedule is Schedule.linear else 0.5 * (1 + math.cos(math.pi * progress))
+        return floor + (peak - floor) * left
+    decay_steps = optim.decay_steps if optim.decay_steps is not None else max(1, steps // 5)
     remaining = steps - 1 - step
-    return config.lr if remaining >= decay_steps else floor + (config.lr - floor) * remaining / decay_steps
+    return peak if remaining >= decay_steps else floor + (peak - floor) * remaining / decay_steps
 
 
 def lr_scales(config: Config, step: int) -> dict[str, float]:

@@ -70,7 +70,10 @@ def _in_launch() -> Iterator[tuple[str, str]]:
                 for text in (comment, comment.partition(": ")[2], *re.findall(r"`([^`]+)`", comment)):
                     yield f"{name}:{number}", _without_explanation(text)
             elif path.name == "quickstart.sh":
-                yield f"{name}:{number}", line.replace('"$run"', "runs/quickstart").removesuffix(' "$@"')
+                yield (
+                    f"{name}:{number}",
+                    line.replace('"$run"', "runs/quickstart").replace('"$precision"', "bfloat16").removesuffix(' "$@"'),
+                )
 
 
 def _joined(text: str) -> Iterator[tuple[int, str]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
-from moe.config import OptimConfig, Schedule
+from moe.config import OptimConfig, Schedule, TrainConfig
+from moe.config.compose import load_config
 from moe.train.optim import learning_rate
 
 
 def _rates(steps: int, **values: object) -> list[float]:
-    config = OptimConfig(lr=1.0, min_lr_ratio=0.1, **values)  # type: ignore[arg-type]
-    return [learning_rate(config, step, steps) for step in range(steps)]
+    optim = OptimConfig(lr=1.0, min_lr_ratio=0.1, **values)  # type: ignore[arg-type]
+    config = replace(load_config([]), optim=optim, train=TrainConfig(steps=steps))
+    return [learning_rate(config, step) for step in range(steps)]
 
 
 def test_warm_up_is_linear_and_ends_at_lr() -> None:
@@ -58,3 +61,10 @@ def test_one_step_runs(schedule: Schedule) -> None:
 def test_the_default_warm_up_is_a_twentieth_of_the_steps() -> None:
     assert _rates(100)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert _rates(5)[0] == 1.0
+
+
+def test_the_rate_is_in_inverse_proportion_to_the_width() -> None:
+    overrides = ["optim.lr=8e-3", "optim.base_hidden_size=128", "optim.warmup_steps=0"]
+    for width, rate in ((64, 1.6e-2), (128, 8e-3), (4096, 2.5e-4)):
+        assert learning_rate(load_config([*overrides, f"model.hidden_size={width}"]), 0) == pytest.approx(rate)
+    assert learning_rate(load_config(["optim.lr=8e-3", "model.hidden_size=64", "optim.warmup_steps=0"]), 0) == 8e-3
