@@ -79,13 +79,14 @@ def run(overrides: list[str]) -> Results:
 
 
 def sides_of(config: Config) -> list[TimedRun]:
-    """The quickstart; with Muon; dense at the same active width; the reference."""
+    """The quickstart; with Muon; dense at the same active width; in bfloat16; the reference."""
     train, width = ("moe", "train"), config.router.experts_per_token * config.model.intermediate_size
     dense = ("model.mlp=dense", f"model.intermediate_size={width}", "parallel.expert_parallel_size=1")
     return [
         TimedRun(FIRST, train),
         TimedRun("quickstart, Muon", train, ("optim=muon",)),
         TimedRun("quickstart, dense", train, dense),
+        TimedRun("quickstart, bfloat16", train, ("train.precision=bfloat16",)),
         TimedRun(f"GPT-2 of transformers, {gpt.layers_of(config)} layers", ("moe.bench.gpt",)),
     ]
 

@@ -50,8 +50,9 @@ def test_the_gpt_trains_the_same_on_one_rank_and_two(corpus: list[str], tmp_path
 def test_all_sides_get_the_seconds_of_the_quickstart(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run_bench(["time_to_loss", "rounds=1", "train.steps=12", *SMALL, *corpus])
     lines = capsys.readouterr().out.splitlines()
-    sides = ["quickstart", "quickstart, Muon", "quickstart, dense", "GPT-2 of transformers, 2 layers"]
-    assert [line.split(":")[0] for line in lines[:4]] == [f"seed 0, {side}" for side in sides]
-    figures = [line.removeprefix("validation loss, ").rpartition(" ") for line in lines[-4:]]
+    sides = ["quickstart", *(f"quickstart, {kind}" for kind in ("Muon", "dense", "bfloat16"))]
+    sides.append("GPT-2 of transformers, 2 layers")
+    assert [line.split(":")[0] for line in lines[:5]] == [f"seed 0, {side}" for side in sides]
+    figures = [line.removeprefix("validation loss, ").rpartition(" ") for line in lines[-5:]]
     assert [name for name, _, _ in figures] == [f"{side}:" for side in reversed(sides)]
     assert all(0 < float(loss) < 6 for _, _, loss in figures)
