@@ -43,7 +43,7 @@ class ExchangeBytes:
 
 
 def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
-    """4 · T · k · H · bytes per layer and micro-batch (6 with recomputation), and E · 8 (16) for the counts."""
+    """4 · T · k · H · bytes per layer and micro-batch (6 with recomputation); E · 8 (16) for each chunk's counts."""
     model, router, train, expert = config.model, config.router, config.train, config.parallel.expert_parallel_size
     if expert == 1 or model.mlp is Mlp.dense:
         return ExchangeBytes(0, 0, 0.0)
@@ -52,7 +52,7 @@ def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
     rows = steps * train.micro_batch_size * train.sequence_length * router.choices_in(layers)
     return ExchangeBytes(
         rows=(2 * forwards + 2) * rows * model.hidden_size * element_size(config),
-        counts=steps * len(layers) * forwards * router.num_experts * 8,
+        counts=steps * len(layers) * forwards * config.experts.exchange_chunks * router.num_experts * 8,
         leaving=(expert - 1) / expert,
     )
 

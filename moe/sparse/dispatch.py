@@ -100,31 +100,35 @@ def plan_exchange(counts: Counts) -> Exchange:
 
 
 @dataclass(slots=True)
-class Arriving:
-    """Rows on their way to the experts' ranks. What is computed before `rows` is called overlaps with their exchange,
-    and its backward pass with that of their gradients."""
+class Travelling:
+    """Rows on their way to other ranks, from `to_experts` or `from_experts` on. What is computed before `arrived` is
+    called overlaps with their exchange, and its backward pass with that of their gradients."""
 
-    exchange: Exchange
+    link: Tensor  # in the graph of the backward pass, between the start and the end
     transfer: _Transfer
-    link_NH: Tensor  # in the graph of the backward pass, between the start and the end
 
-    def rows(self) -> Tensor:
-        """Waits. The rows received [M, H], in expert order."""
-        arrived_MH = _AllToAllEnd.apply(self.link_NH, self.transfer)
-        return permute_rows(arrived_MH, self.exchange.by_expert_M, self.exchange.by_rank_M)
+    def arrived(self) -> Tensor:
+        """Waits; the rows received, in rank order."""
+        return _AllToAllEnd.apply(self.link, self.transfer)  # type: ignore[no-any-return]
 
 
-def to_experts(x_NH: Tensor, exchange: Exchange) -> Arriving:
+def to_experts(x_NH: Tensor, exchange: Exchange) -> Travelling:
     """Starts to send rows [N, H], sorted by global expert, to the experts' ranks."""
     transfer = _Transfer(exchange.received_R, exchange.sent_R, exchange.group)
-    return Arriving(exchange, transfer, _AllToAllStart.apply(x_NH, transfer))
+    return Travelling(_AllToAllStart.apply(x_NH, transfer), transfer)
 
 
-def from_experts(y_MH: Tensor, exchange: Exchange) -> Tensor:
-    """The inverse of `to_experts`: returns results [M, H] to the ranks, and to the order, of the rows [N, H]."""
-    y_MH = permute_rows(y_MH, exchange.by_rank_M, exchange.by_expert_M)
+def from_experts(y_MH: Tensor, exchange: Exchange) -> Travelling:
+    """Starts to return results [M, H], in the order of `by_expert`, to the ranks of their rows; they arrive [N, H] in
+    the order in which the rows were sent."""
     transfer = _Transfer(exchange.sent_R, exchange.received_R, exchange.group)
-    return _AllToAllEnd.apply(_AllToAllStart.apply(y_MH, transfer), transfer)  # type: ignore[no-any-return]
+    rows = permute_rows(y_MH, exchange.by_rank_M, exchange.by_expert_M)
+    return Travelling(_AllToAllStart.apply(rows, transfer), transfer)
+
+
+def by_expert(arrived_MH: Tensor, exchange: Exchange) -> Tensor:
+    """The rows that `to_experts` sent, in expert order."""
+    return permute_rows(arrived_MH, exchange.by_expert_M, exchange.by_rank_M)
 
 
 @dataclass(slots=True)

@@ -1,18 +1,32 @@
 """The sparse layer: router → dispatch → experts → combine, in place of a block's dense MLP.
 
 Shapes: B sequences, S positions, P = B·S places, T tokens (all places, less those that only fill up their sequence),
-N rows to compute (choices), M rows received from the expert group, H hidden, E experts.
+C tokens of a chunk, N rows to compute (choices), M rows received from the expert group, H hidden, E experts,
+K choices per token.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import ExpertBackend, ExpertsConfig, RouterConfig
 from moe.errors import UserError
 from moe.kernels import megablocks, permute
-from moe.sparse.dispatch import from_experts, plan_exchange, send_counts, sort_by_expert, to_experts
+from moe.sparse.dispatch import (
+    Exchange,
+    Travelling,
+    by_expert,
+    from_experts,
+    plan_exchange,
+    send_counts,
+    sort_by_expert,
+    to_experts,
+)
 from moe.sparse.experts import Experts
 from moe.sparse.randomness import Randomness
 from moe.sparse.real_tokens import RealTokens
@@ -30,6 +44,7 @@ class SparseMLP(nn.Module):
         *,
         shared_experts: nn.Module | None = None,
         expert_group: dist.ProcessGroup | None = None,
+        exchange_chunks: int = 1,
         megablocks: bool = False,
     ) -> None:
         """`experts` holds this rank's share; every token also uses `shared_experts`.
@@ -39,7 +54,7 @@ class SparseMLP(nn.Module):
         """
         super().__init__()
         self.gate, self.experts, self.expert_group = gate, experts, expert_group
-        self.shared_experts = shared_experts
+        self.shared_experts, self.exchange_chunks = shared_experts, exchange_chunks
         self.moves_by_megablocks = megablocks
 
     def forward(
@@ -52,24 +67,65 @@ class SparseMLP(nn.Module):
         """
         routed = self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
         x_TH = x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
-        order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
-        by_megablocks = self.moves_by_megablocks and order.filled_TK is None and len(order.tokens_N) > 0
-        rows = megablocks if by_megablocks else permute
-        # The exchange of counts overlaps with gathering the rows.
-        counts = None if self.expert_group is None else send_counts(order.counts_E, self.expert_group)
-        x_NH = rows.gather_rows(x_TH, order)
-        arriving = None if counts is None else to_experts(x_NH, plan_exchange(counts))
-        # While rows travel; in the backward pass, while their gradients do.
-        shared_BSH = None if self.shared_experts is None else self.shared_experts(x_BSH)
-        if arriving is None:
-            source = (permute.RowSource(x_TH, order.tokens_N),) if isinstance(self.experts, Experts) else ()
-            y_NH = self.experts(x_NH, order.counts_E, *source)
+        if self.expert_group is None:
+            y_TH, shared_BSH = self._on_this_rank(x_TH, routed), self._shared(x_BSH)
         else:
-            exchange = arriving.exchange
-            y_NH = from_experts(self.experts(arriving.rows(), exchange.counts_E), exchange)
-        y_TH = rows.combine_rows(y_NH, weights_TK, order)
+            legs = self._send(x_TH, routed, self.expert_group)
+            shared_BSH = self._shared(x_BSH)  # while rows travel
+            y_TH = self._take_back(legs)
         y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
         return y_BSH if shared_BSH is None else y_BSH + shared_BSH, routed
+
+    def _shared(self, x_BSH: Tensor) -> Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(x_BSH)
+
+    def _on_this_rank(self, x_TH: Tensor, routed: RouterOutput) -> Tensor:
+        order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
+        moves = self._moves(order)
+        source = (permute.RowSource(x_TH, order.tokens_N),) if isinstance(self.experts, Experts) else ()
+        y_NH = self.experts(moves.gather_rows(x_TH, order), order.counts_E, *source)
+        return moves.combine_rows(y_NH, weights_TK, order)
+
+    def _send(self, x_TH: Tensor, routed: RouterOutput, group: dist.ProcessGroup) -> list[_Leg]:
+        """Starts the exchanges of all chunks of tokens. Those of counts overlap with gathering the rows."""
+        chunks = routed.choices.chunks(self.exchange_chunks)
+        begun = []
+        for choices, x_CH in zip(chunks, x_TH.split([choices.num_tokens for choices in chunks]), strict=True):
+            counts_E = routed.counts_E if len(chunks) == 1 else choices.counts(len(routed.counts_E))
+            order, weights_CK = sort_by_expert(choices, counts_E)
+            counts = send_counts(order.counts_E, group)
+            begun.append((order, weights_CK, counts, self._moves(order).gather_rows(x_CH, order)))
+        legs = []
+        for order, weights_CK, counts, x_NH in begun:
+            exchange = plan_exchange(counts)
+            legs.append(_Leg(order, weights_CK, exchange, to_experts(x_NH, exchange)))
+        return legs
+
+    def _take_back(self, legs: list[_Leg]) -> Tensor:
+        """While the experts compute a chunk's rows, the next ones' rows and the results before them travel."""
+        results = []
+        for leg in legs:
+            x_MH = by_expert(leg.rows.arrived(), leg.exchange)
+            results.append(from_experts(self.experts(x_MH, leg.exchange.counts_E), leg.exchange))
+        chunks = [
+            self._moves(leg.order).combine_rows(y.arrived(), leg.weights_CK, leg.order)
+            for leg, y in zip(legs, results, strict=True)
+        ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _moves(self, order: permute.RowOrder) -> ModuleType:
+        by_megablocks = self.moves_by_megablocks and order.filled_TK is None and len(order.tokens_N) > 0
+        return megablocks if by_megablocks else permute
+
+
+@dataclass(slots=True)
+class _Leg:
+    """A chunk of tokens whose rows travel to their experts' ranks."""
+
+    order: permute.RowOrder
+    weights_CK: Tensor
+    exchange: Exchange
+    rows: Travelling
 
 
 def build_sparse_mlp(
@@ -92,5 +148,6 @@ def build_sparse_mlp(
         Experts(hidden_size, intermediate_size, num_local, experts, first_expert=rank * num_local),
         shared_experts=shared_experts,
         expert_group=expert_group if ranks > 1 else None,
+        exchange_chunks=experts.exchange_chunks,
         megablocks=experts.backend is ExpertBackend.megablocks,
     )

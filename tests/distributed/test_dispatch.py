@@ -29,14 +29,14 @@ class Case:
     backend: ExpertBackend = ExpertBackend.auto
     expert_choice: bool = False
     shared: bool = False
+    chunks: int = 1
 
     def layer(self, group: dist.ProcessGroup | None) -> SparseMLP:
         kind = ExpertChoiceRouterConfig if self.expert_choice else TopKRouterConfig
         config = kind(**{"num_experts": EXPERTS, **self.router})
         shared = nn.Linear(HIDDEN, HIDDEN) if self.shared else None
-        layer = build_sparse_mlp(
-            HIDDEN, INNER, config, ExpertsConfig(backend=self.backend), shared_experts=shared, expert_group=group
-        )
+        experts = ExpertsConfig(backend=self.backend, exchange_chunks=self.chunks)
+        layer = build_sparse_mlp(HIDDEN, INNER, config, experts, shared_experts=shared, expert_group=group)
         if shared is not None:
             for parameter in shared.parameters():
                 nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(6))
@@ -79,6 +79,14 @@ CASES = {
     "expert choice, float64": Case(expert_choice=True, dtype=torch.float64),
     "expert choice, every token to every expert": Case({"capacity_factor": EXPERTS}, expert_choice=True),
     "shared experts": Case(shared=True),
+    "two chunks": Case(chunks=2),
+    "two chunks, float64": Case(chunks=2, dtype=torch.float64),
+    "two chunks, bfloat16": Case(chunks=2, dtype=torch.bfloat16),
+    "three chunks, shared experts": Case(chunks=3, shared=True),
+    "two chunks, capacity": Case({"capacity_factor": 0.75}, chunks=2),
+    "two chunks, expert choice": Case(chunks=2, expert_choice=True),
+    "more chunks than tokens": Case(chunks=50),
+    "two chunks, rank idle": Case(closed=(4, 5, 6, 7), chunks=2),
     "loop, rank idle": Case(closed=(4, 5, 6, 7), backend=ExpertBackend.loop),
 }
 
@@ -158,7 +166,7 @@ class _Logged(dist.Work):
         self._work.wait()
 
 
-def _order_of_a_step(store: str) -> list[str]:
+def _order_of_a_step(store: str, name: str) -> list[str]:
     import os
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
@@ -174,12 +182,12 @@ def _order_of_a_step(store: str) -> list[str]:
 
     dist.all_to_all_single = logged
     try:
-        case = CASES["shared experts"]
+        case = CASES[name]
         layer = case.layer(dist.group.WORLD)
-        assert layer.shared_experts is not None
-        layer.shared_experts.register_forward_hook(lambda *_: events.append("shared"))
-        layer.shared_experts.register_full_backward_hook(lambda *_: events.append("shared, backward"))
-        layer.experts.register_forward_hook(lambda *_: events.append("experts"))
+        for part, module in (("shared", layer.shared_experts), ("experts", layer.experts)):
+            if module is not None:
+                module.register_forward_hook(lambda *_, part=part: events.append(part))
+                module.register_full_backward_hook(lambda *_, part=part: events.append(f"{part}, backward"))
         xs, grads = case.batch(2)
         _step(layer, xs[dist.get_rank()], grads[dist.get_rank()])
         return events
@@ -189,8 +197,22 @@ def _order_of_a_step(store: str) -> list[str]:
 
 
 @pytest.mark.timeout(120)
-def test_shared_experts_are_computed_while_rows_travel(tmp_path: Path) -> None:
-    """In both directions: the exchange starts before, and is waited for after."""
-    forward = ["start", "shared", "wait", "experts", "start", "wait"]
-    backward = ["start", "wait", "start", "shared, backward", "wait"]
-    assert run_ranks(2, _order_of_a_step, str(tmp_path / "store"), timeout=90) == [[*forward, *backward]] * 2
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        (
+            "shared experts",
+            ["start", "shared", "wait", "experts", "start", "wait"],
+            ["start", "wait", "experts, backward", "start", "shared, backward", "wait"],
+        ),
+        (
+            "two chunks",
+            ["start", "start", "wait", "experts", "start", "wait", "experts", "start", "wait", "wait"],
+            ["start", "start", *["wait", "experts, backward", "start"] * 2, "wait", "wait"],
+        ),
+    ],
+    ids=["shared experts", "two chunks"],
+)
+def test_what_is_computed_while_rows_travel(name: str, forward: list[str], backward: list[str], tmp_path: Path) -> None:
+    """An exchange lies between a start and a wait, in both directions."""
+    assert run_ranks(2, _order_of_a_step, str(tmp_path / "store"), name, timeout=90) == [[*forward, *backward]] * 2

@@ -71,6 +71,11 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     "dropout": (["model.hidden_dropout=0.1", "model.recompute=mlp"], []),
     "router jitter": (["router.jitter_noise=0.1", "model.recompute=block"], []),
     "loop": (["experts.backend=loop"], []),
+    "exchange in two chunks": (["experts.exchange_chunks=2"], []),
+    "exchange in three chunks, shared experts, recompute block, ZeRO-2": (
+        ["experts.exchange_chunks=3", "model.n_shared_experts=1", "model.recompute=block", ZERO_2],
+        [],
+    ),
     "a router with state": (["router=bias", "router.rate=0.02"], []),
     "a router with state, recompute block, ZeRO-2": (["router=bias", "model.recompute=block", ZERO_2], []),
     "lossfree, shared experts, every other layer sparse": (

@@ -43,6 +43,27 @@ class Choices:
         kept_N = keep_TK.flatten().nonzero().squeeze(1)
         return cls(tokens_N[kept_N], experts_N[kept_N], weights_N[kept_N], tokens)
 
+    def chunks(self, number: int) -> list[Choices]:
+        """The choices of `number` runs of tokens, equally long or one token longer. Tokens count from each one's
+        first."""
+        if number == 1:
+            return [self]
+        tokens = [self.num_tokens * index // number for index in range(number + 1)]
+        if self.per_token is not None:
+            places = [token * self.per_token for token in tokens]
+        else:
+            places = torch.searchsorted(self.tokens_N, self.tokens_N.new_tensor(tokens)).tolist()
+        made = []
+        for index in range(number):
+            first, rows = tokens[index], slice(places[index], places[index + 1])
+            one = (self.tokens_N[rows] - first, self.experts_N[rows], self.weights_N[rows])
+            made.append(Choices(*one, tokens[index + 1] - first, self.per_token))
+        return made
+
+    def counts(self, num_experts: int) -> Tensor:
+        """Choices of each expert, int64 [E]."""
+        return self.experts_N.new_zeros(num_experts).scatter_add_(0, self.experts_N, torch.ones_like(self.experts_N))
+
 
 class RouterLoss(NamedTuple):
     """A scalar loss of one layer and micro-batch, unscaled as in the metrics, and its coefficient in training."""
