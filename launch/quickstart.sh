@@ -9,9 +9,13 @@ source launch/environment.sh
 install_project ""
 
 run=runs/quickstart
-# With units for it a CPU takes a quarter less time for a step in bfloat16, and the loss is the same (docs/performance.md, "Time to loss").
+# A run that exists keeps its precision. A new one on a CPU with units for bfloat16 uses them: docs/performance.md, "Time to loss".
 precision=float32
-if grep -qsE '^flags.* (avx512_bf16|amx_bf16)( |$)' /proc/cpuinfo; then precision=bfloat16; fi
+if [[ -f $run/config.yaml ]]; then
+    precision=$(sed -n 's/^  precision: //p' "$run/config.yaml")
+elif [[ ! -e /dev/nvidia0 ]] && grep -qsE '^flags.* (avx512_bf16|amx_bf16)( |$)' /proc/cpuinfo; then
+    precision=bfloat16
+fi
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m moe train experiment=quickstart train.precision="$precision" run_dir="$run" "$@"
 
 echo

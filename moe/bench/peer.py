@@ -107,7 +107,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Ada
     others = [one for one in parameters if one.ndim < 2]
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=optim.lr,
+        lr=config.peak_rate,
         betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps,
         fused=True,

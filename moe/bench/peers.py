@@ -229,7 +229,7 @@ class OurStep:
 
     def __call__(self, ids_BS: Tensor) -> float:
         batch = batch_of(ids_BS.cpu())
-        step, lr = next(self._steps), self._config.optim.lr
+        step, lr = next(self._steps), self._config.peak_rate
         done = training_step(self._config, self._engine.mesh, self._engine, [batch], step=step, lr=lr)
         if done.result.skipped:
             raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")

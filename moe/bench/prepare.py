@@ -4,7 +4,8 @@
     moe bench prepare processes=8 megabytes=96 rounds=5
     moe bench prepare data.path=corpus.jsonl              your own; all keys of `moe prepare`
 
-Without `data.path` the corpora are made of the library sources that come with Python, tokenized by Mistral's model.
+Without `data.path` the corpora are made of the Python sources of this environment, the standard library's first,
+tokenized by Mistral's model.
 Rounds alternate which number of processes goes first; each prepares anew in a temporary folder. CPU time is that of all
 processes, started and ended ones included: `MB/s a core` is text divided by it, whatever else the machine does.
 """
@@ -144,7 +145,7 @@ def write_corpora(folder: Path, size: int) -> None:
     """The same texts as files of about a megabyte, as rows, and as prompts and answers."""
     (folder / "text").mkdir()
     texts, total = [], 0
-    for text in _library():
+    for text in _sources():
         texts.append(text)
         total += len(text.encode())
         if total >= size:
@@ -158,8 +159,11 @@ def write_corpora(folder: Path, size: int) -> None:
         chats.writelines(f"{json.dumps(row)}\n" for text in texts for row in _turns(text))
 
 
-def _library() -> Iterator[str]:
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+def _sources() -> Iterator[str]:
+    """Python's own, then those of the installed packages."""
+    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    own = (path for path in sorted(library.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*path.parts})
+    for path in (*own, *sorted(packages.rglob("*.py"))):
         if path.is_file() and path.stat().st_size < SMALL:
             try:
                 text = path.read_text(encoding="utf-8")

@@ -138,7 +138,7 @@ class _LoadedStep:
         start, config = now(), self._config
         with in_part("data wait"):
             batches = self._loader.next_step()
-        done = training_step(config, self.engine.mesh, self.engine, batches, step=self._step, lr=config.optim.lr)
+        done = training_step(config, self.engine.mesh, self.engine, batches, step=self._step, lr=config.peak_rate)
         if done.result.skipped:
             raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")
         self._step += 1

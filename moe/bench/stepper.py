@@ -59,6 +59,6 @@ class Stepper:
             self.engine,
             batches,
             step=self._step - 1,
-            lr=self.config.optim.lr,
+            lr=self.config.peak_rate,
             diagnose=diagnose,
         )

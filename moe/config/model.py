@@ -11,7 +11,7 @@ from moe.config.choices import AttentionBackend, ExpertBackend, Initializer, Mlp
 from moe.config.rope import check_rope_scaling
 from moe.config.rules import default_of, not_negative, positive, require, share
 
-MOST_CHUNKS = 64  # of a layer's exchange
+MOST_CHUNKS = 8  # of a layer's exchange
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,8 +135,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExpertsConfig:
-    """With expert parallelism a layer's tokens are exchanged in `exchange_chunks` parts: while one part's rows travel,
-    the experts compute another's (docs/parallelism.md)."""
+    """With expert parallelism a layer's tokens are exchanged in `exchange_chunks` parts, at most 8: while one part's
+    rows travel, the experts compute another's (docs/parallelism.md)."""
 
     backend: ExpertBackend = ExpertBackend.auto
     exchange_chunks: int = 1

@@ -36,9 +36,9 @@ class OptimConfig:
     MLPs and experts, and AdamW for the rest: docs/optimizers.md. `betas` and `eps` are AdamW's, `momentum` is Muon's.
 
     `base_hidden_size` is the width that `lr` is for: a model of another `hidden_size` learns at lr × base_hidden_size /
-    hidden_size, so that one `lr` serves all widths; null: at `lr` (docs/performance.md, "Time to loss").
+    hidden_size, so that one `lr` serves all widths; null: at `lr` (docs/optimizers.md, "The rate and the width").
     `warmup_steps=null` is a twentieth of train.steps, `decay_steps=null` (with warmup_stable_decay) a fifth.
-    The learning rate decays to its share `min_lr_ratio`. The multipliers are factors on it for routers and for experts.
+    The rate decays to `min_lr_ratio` × its peak. The multipliers are factors on it for routers and for experts.
     Parameters whose names fit a pattern of `freeze`, as in `optim.freeze=[*.mlp.gate.*]`, stay as they are; a router
     none of whose weights trains keeps its bias too."""
 

@@ -13,7 +13,7 @@ from moe.config.model import ExpertsConfig, ModelConfig
 from moe.config.optim import OptimConfig
 from moe.config.router import RouterConfig
 from moe.config.router_kinds import TopKRouterConfig
-from moe.config.rules import filled, require
+from moe.config.rules import MAX_REAL, MIN_REAL, filled, require
 from moe.config.train import (
     AlarmConfig,
     CheckpointConfig,
@@ -110,11 +110,24 @@ class Config:
             not self.adapter.trains_adapter or self.init_from is not None or not self.starts,
             f"adapter.kind={self.adapter.kind.name} needs init_from: the run directory or model that it adapts",
         )
+        require(
+            MIN_REAL <= self.peak_rate <= MAX_REAL,
+            f"optim.lr={optim.lr} × optim.base_hidden_size={optim.base_hidden_size} / "
+            f"model.hidden_size={model.hidden_size} = {self.peak_rate:g} must be between {MIN_REAL:g} and {MAX_REAL:g}",
+        )
         if optim.kind is OptimizerKind.muon:
             self._check_muon()
         self._check_added_tokens()
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
+
+    @property
+    def peak_rate(self) -> float:
+        """The highest learning rate of the run: `optim.lr`, or where `optim.base_hidden_size` says at which width that
+        rate was found, the rate for this width. It is in inverse proportion to the width: an Adam step of the same rate
+        changes a wider matrix's output more (arXiv 2203.03466)."""
+        base = self.optim.base_hidden_size
+        return self.optim.lr if base is None else self.optim.lr * base / self.model.hidden_size
 
     def _check_muon(self) -> None:
         adapter = self.adapter

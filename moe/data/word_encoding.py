@@ -15,8 +15,8 @@ import sentencepiece
 from moe.data.long_text import LongText
 
 MOST_WORDS = 1 << 18  # of the table, and those of one group: about 50 MB
-# Characters of texts whose new words are encoded in one call. SentencePiece starts a thread for each call and waits for
-# it: where all cores are busy, as with several processes, longer than the few new words of a short text take.
+# Characters of texts whose new words are encoded in one call. SentencePiece starts a thread for each call. Where all
+# cores are busy, waiting for that thread takes longer than encoding a short text's few new words.
 GROUP = 1 << 18
 LONGEST_WORD = 64  # characters of a word that is remembered
 # What the fast path must encode as the model does before it is used.

@@ -39,8 +39,11 @@ class Shapes:
         self.rows = self.tokens * self.top_k
         expert = config.parallel.expert_parallel_size
         self.received = math.ceil(self.rows * min(imbalance, expert)) if expert > 1 else self.rows
-        share = router.num_experts // expert if self.sparse else 1
-        self.fullest = min(self.received, math.ceil(self.received / share * imbalance))
+        local = router.num_experts // expert if self.sparse else 1
+        self.fullest = min(self.received, math.ceil(self.received / local * imbalance))
+        # gradients of a layer's experts' weights that a chunk's backward pass adds to those of the chunks before it
+        summed = self.sparse and expert > 1 and config.experts.exchange_chunks > 1 and not config.adapter.trains_adapter
+        self.summed_weights = 3 * local * self.feed * self.hidden * self.s if summed else 0
         backend = config.experts.backend
         # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
@@ -178,6 +181,7 @@ def _backward(shapes: Shapes) -> int:
         experts += 5 * shapes.received * shapes.feed * s
     else:  # one expert after the other
         experts += (16 if s == 4 else 30) * shapes.fullest * shapes.feed
+    experts += shapes.summed_weights
     return shapes.stream + max(combine, experts, attention)
 
 

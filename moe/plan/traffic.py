@@ -2,8 +2,8 @@
 
 - exchange: rows of hidden states sent to their experts' ranks and back, in the forward and the backward pass: 4
   exchanges per layer and micro-batch, 6 when the MLP is recomputed (its forward exchanges run again), and the counts,
-  int64, in the forward pass only. The bytes passed to all-to-all are exact; that (N − 1) / N of them leave the rank, in
-  a group of N, holds when choices are uniform.
+  int64, of each chunk of tokens in each forward pass. The bytes passed to all-to-all are exact; that (N − 1) / N of
+  them leave the rank, in a group of N, holds when choices are uniform.
 - gradients: DeepSpeed all-reduces buckets in float32 in both stages (its `reduce_scatter` keeps only the rank's part of
   the result); a ring of n ranks sends 2 (n − 1) / n of their bytes. Stage 2 does so after every micro-batch, stage 1
   once per step.

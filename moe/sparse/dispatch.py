@@ -10,6 +10,9 @@ token sums its rows by weight. With expert parallelism two exchanges surround th
 4. after the experts, the inverse sort and exchange return the results. The backward pass runs the same exchanges in the
    opposite direction.
 
+An exchange of rows is started by one call and waited for by another, and what is computed in between overlaps with it.
+A layer may exchange its tokens in several chunks, each by these steps.
+
 Every rank takes part in every exchange, even with no rows to send or receive; otherwise the other ranks would hang.
 Rows are copied, forward and backward, by gathers with a permutation or its inverse: without atomic additions the
 results are deterministic.
@@ -108,7 +111,7 @@ class Travelling:
     transfer: _Transfer
 
     def arrived(self) -> Tensor:
-        """Waits; the rows received, in rank order."""
+        """Waits; the rows received, in rank order. Call it once."""
         return _AllToAllEnd.apply(self.link, self.transfer)  # type: ignore[no-any-return]
 
 
@@ -135,9 +138,11 @@ def by_expert(arrived_MH: Tensor, exchange: Exchange) -> Tensor:
 class _Transfer:
     """An exchange of rows, in rank order, with every rank of the group, and that of their gradients back.
 
-    The two functions below start it and wait for it; in the backward pass the second starts and the first waits. Of the
-    nodes that are ready, autograd runs the one made last: so what was computed between the two is differentiated
-    between them too.
+    `_AllToAllStart` starts it and `_AllToAllEnd` waits for it. In the backward pass the end starts the exchange of
+    gradients, and the start waits for it; between the two the gradient is a buffer that is still being filled, which
+    nothing else may read. Autograd runs, of the nodes that are ready, the one that was made last: what was computed
+    between start and end is therefore differentiated between them too. The overlap depends on that order, the results
+    don't.
     """
 
     into_R: list[int]
@@ -162,7 +167,8 @@ class _Transfer:
 
 
 class _AllToAllStart(torch.autograd.Function):
-    """Returns a tensor without memory, whose gradient is that of the rows, on its way."""
+    """Returns a placeholder of the rows' shape that only links this node to `_AllToAllEnd`; its gradient is the buffer
+    in which the rows' gradients arrive."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:

@@ -70,9 +70,9 @@ class SparseMLP(nn.Module):
         if self.expert_group is None:
             y_TH, shared_BSH = self._on_this_rank(x_TH, routed), self._shared(x_BSH)
         else:
-            legs = self._send(x_TH, routed, self.expert_group)
+            sent = self._send(x_TH, routed, self.expert_group)
             shared_BSH = self._shared(x_BSH)  # while rows travel
-            y_TH = self._take_back(legs)
+            y_TH = self._take_back(sent)
         y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
         return y_BSH if shared_BSH is None else y_BSH + shared_BSH, routed
 
@@ -86,7 +86,7 @@ class SparseMLP(nn.Module):
         y_NH = self.experts(moves.gather_rows(x_TH, order), order.counts_E, *source)
         return moves.combine_rows(y_NH, weights_TK, order)
 
-    def _send(self, x_TH: Tensor, routed: RouterOutput, group: dist.ProcessGroup) -> list[_Leg]:
+    def _send(self, x_TH: Tensor, routed: RouterOutput, group: dist.ProcessGroup) -> list[_Chunk]:
         """Starts the exchanges of all chunks of tokens. Those of counts overlap with gathering the rows."""
         chunks = routed.choices.chunks(self.exchange_chunks)
         begun = []
@@ -95,21 +95,21 @@ class SparseMLP(nn.Module):
             order, weights_CK = sort_by_expert(choices, counts_E)
             counts = send_counts(order.counts_E, group)
             begun.append((order, weights_CK, counts, self._moves(order).gather_rows(x_CH, order)))
-        legs = []
+        sent = []
         for order, weights_CK, counts, x_NH in begun:
             exchange = plan_exchange(counts)
-            legs.append(_Leg(order, weights_CK, exchange, to_experts(x_NH, exchange)))
-        return legs
+            sent.append(_Chunk(order, weights_CK, exchange, to_experts(x_NH, exchange)))
+        return sent
 
-    def _take_back(self, legs: list[_Leg]) -> Tensor:
+    def _take_back(self, sent: list[_Chunk]) -> Tensor:
         """While the experts compute a chunk's rows, the next ones' rows and the results before them travel."""
         results = []
-        for leg in legs:
-            x_MH = by_expert(leg.rows.arrived(), leg.exchange)
-            results.append(from_experts(self.experts(x_MH, leg.exchange.counts_E), leg.exchange))
+        for chunk in sent:
+            x_MH = by_expert(chunk.rows.arrived(), chunk.exchange)
+            results.append(from_experts(self.experts(x_MH, chunk.exchange.counts_E), chunk.exchange))
         chunks = [
-            self._moves(leg.order).combine_rows(y.arrived(), leg.weights_CK, leg.order)
-            for leg, y in zip(legs, results, strict=True)
+            self._moves(chunk.order).combine_rows(y.arrived(), chunk.weights_CK, chunk.order)
+            for chunk, y in zip(sent, results, strict=True)
         ]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
@@ -119,8 +119,8 @@ class SparseMLP(nn.Module):
 
 
 @dataclass(slots=True)
-class _Leg:
-    """A chunk of tokens whose rows travel to their experts' ranks."""
+class _Chunk:
+    """Tokens whose rows travel to their experts' ranks."""
 
     order: permute.RowOrder
     weights_CK: Tensor

@@ -8,22 +8,15 @@ from moe.config import Config, Schedule
 from moe.engine.base import EXPERTS, ROUTER
 
 
-def peak_rate(config: Config) -> float:
-    """`optim.lr`, or where `optim.base_hidden_size` says at which width that rate was found, the rate for this width:
-    in inverse proportion to it, as the step that Adam takes in a matrix's output grows (arXiv 2203.03466)."""
-    base = config.optim.base_hidden_size
-    return config.optim.lr if base is None else config.optim.lr * base / config.model.hidden_size
-
-
 def learning_rate(config: Config, step: int) -> float:
     """The rate of optimizer step `step` (0-based) of `train.steps`.
 
-    Linear warm-up over `warmup_steps` (null: a twentieth of the steps) to `peak_rate`, then: `cosine` decays along half
-    a cosine to its share `min_lr_ratio` at the last step, `linear` along a straight line (arXiv 2502.15938);
-    `warmup_stable_decay` stays and decays linearly to that share over the last `decay_steps` (null: a fifth;
-    arXiv 2404.06395); `constant` stays.
+    Linear warm-up over `warmup_steps` (null: a twentieth of the steps) to `config.peak_rate`, then: `cosine` decays
+    along half a cosine to `min_lr_ratio` × the peak at the last step, `linear` along a straight line
+    (arXiv 2502.15938); `warmup_stable_decay` stays at the peak and decays linearly to the same rate over the last
+    `decay_steps` (null: a fifth; arXiv 2404.06395); `constant` stays.
     """
-    optim, steps, peak = config.optim, config.train.steps, peak_rate(config)
+    optim, steps, peak = config.optim, config.train.steps, config.peak_rate
     warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else steps // 20
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -54,11 +54,14 @@ def check_resumable(checkpoint: Path, config: Config, data: tuple[str, str]) -> 
 
     Raises UserError for what can't change, and for what changes the mathematics unless `checkpoint.allow_changes`.
     """
-    changed = differences(read_config(checkpoint / CONFIG), config)
+    old_config = read_config(checkpoint / CONFIG)
+    changed = differences(old_config, config)
     lines = [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
     # Another number of steps changes the learning rates, except where they depend on the step alone.
     flat = config.optim.schedule is Schedule.constant and config.optim.warmup_steps is not None
     harmless = (*NEUTRAL, "train.steps") if flat else NEUTRAL
+    if old_config.peak_rate == config.peak_rate:
+        harmless = (*harmless, "optim.lr", "optim.base_hidden_size")
     mathematics = []
     for (key, (old, new)), line in zip(changed.items(), lines, strict=True):
         if _under(key, NEUTRAL):

@@ -73,10 +73,20 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
         f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
+        *_rate(config),
         *_optimizer(config),
         f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",
         f"peak: {peak / 1e9:,.0f} GFLOP/s a rank, {stated}; MFU is relative to it",
     ]
+
+
+def _rate(config: Config) -> list[str]:
+    """A line where it isn't `optim.lr`."""
+    optim, width = config.optim, config.model.hidden_size
+    if optim.base_hidden_size in (None, width):
+        return []
+    product = f"optim.lr {optim.lr:g} × optim.base_hidden_size {optim.base_hidden_size} / model.hidden_size {width}"
+    return [f"learning rate: {config.peak_rate:g} = {product}"]
 
 
 def _optimizer(config: Config) -> list[str]:

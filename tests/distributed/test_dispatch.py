@@ -85,7 +85,7 @@ CASES = {
     "three chunks, shared experts": Case(chunks=3, shared=True),
     "two chunks, capacity": Case({"capacity_factor": 0.75}, chunks=2),
     "two chunks, expert choice": Case(chunks=2, expert_choice=True),
-    "more chunks than tokens": Case(chunks=50),
+    "eight chunks, one choice, capacity": Case({"top_k": 1, "norm_topk_prob": False, "capacity_factor": 0.1}, chunks=8),
     "two chunks, rank idle": Case(closed=(4, 5, 6, 7), chunks=2),
     "loop, rank idle": Case(closed=(4, 5, 6, 7), backend=ExpertBackend.loop),
 }

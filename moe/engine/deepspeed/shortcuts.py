@@ -30,7 +30,7 @@ from moe.engine.adamw import AdamW
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, require_meaning
 
 ROW = 1024  # elements summed in float32
-LARGE = 1 << 20  # elements; below this a float64 copy costs next to nothing
+LARGE = 1 << 18  # elements; below this a float64 copy costs next to nothing
 
 
 class Shortcuts:

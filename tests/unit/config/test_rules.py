@@ -18,7 +18,7 @@ from moe.config.generate import GenerateConfig
 from moe.errors import UserError
 from moe.plan import make_plan
 from moe.plan.show import verdict
-from moe.train.optim import learning_rate, peak_rate
+from moe.train.optim import learning_rate
 
 GIVEN = ["checkpoint=x", "prompt=a"]
 VERBS: dict[str, tuple[str, type, list[str]]] = {
@@ -66,7 +66,7 @@ def use(config: Any) -> None:
     elif isinstance(config, Config):
         config.check_world(1)
         for step in (0, config.train.steps // 2, config.train.steps - 1):
-            assert 0 <= learning_rate(config, step) <= peak_rate(config)
+            assert 0 <= learning_rate(config, step) <= config.peak_rate
 
 
 def outcome(key: str, value: object, make: Any) -> str:

@@ -8,7 +8,7 @@ from moe.checkpoint.ownership import FILE_BYTES
 from moe.config.compose import load_config
 from moe.model.transformer import Transformer
 from moe.plan import count_parameters, estimate_memory, plan_memory, visible_keys
-from moe.plan.activations import Shapes, head_memory, kept_by_layers
+from moe.plan.activations import Shapes, head_memory, kept_by_layers, layer_backward
 from moe.plan.memory import CHECKPOINT_FILE
 
 SMALL = ["model=tiny", "tokenizer.vocab_size=500", "model.vocab_size=500", "model.num_hidden_layers=2"]
@@ -210,3 +210,15 @@ def test_a_checkpoint_takes_its_share_of_host_memory_beside_a_step():
     )
     assert beside > alone
     assert CHECKPOINT_FILE == FILE_BYTES
+
+
+def test_chunks_of_an_exchange_add_gradients_of_a_layers_experts_up():
+    def working(*overrides):
+        config = load_config(["model=small", "train.sequence_length=4096", *overrides])
+        return {block.kind: block.size for block in layer_backward(Shapes(config, "cpu", 1.0))}["working"]
+
+    config = load_config(["model=small"]).model
+    weights = 3 * 4 * config.expert_size * config.hidden_size * 4  # of the four experts of a rank, float32
+    parallel = "parallel.expert_parallel_size=2"
+    assert working(parallel, "experts.exchange_chunks=2") - working(parallel) == weights
+    assert working("experts.exchange_chunks=2") == working()

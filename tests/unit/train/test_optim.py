@@ -10,6 +10,7 @@ import pytest
 
 from moe.config import OptimConfig, Schedule, TrainConfig
 from moe.config.compose import load_config
+from moe.errors import UserError
 from moe.train.optim import learning_rate
 
 
@@ -68,3 +69,8 @@ def test_the_rate_is_in_inverse_proportion_to_the_width() -> None:
     for width, rate in ((64, 1.6e-2), (128, 8e-3), (4096, 2.5e-4)):
         assert learning_rate(load_config([*overrides, f"model.hidden_size={width}"]), 0) == pytest.approx(rate)
     assert learning_rate(load_config(["optim.lr=8e-3", "model.hidden_size=64", "optim.warmup_steps=0"]), 0) == 8e-3
+
+
+def test_a_rate_beyond_float32_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optim.lr=1e\+37 × optim.base_hidden_size=1000000 / model.hidden_size=128"):
+        load_config(["optim.lr=1e37", "optim.base_hidden_size=1000000"])

@@ -72,6 +72,15 @@ def test_a_longer_run_is_the_same_run_when_the_rate_depends_on_the_step_alone(tm
     ]
 
 
+def test_the_same_rate_stated_for_another_width_is_only_told(checkpoint: Path) -> None:
+    hidden = load_config([]).model.hidden_size
+    same = [f"optim.base_hidden_size={hidden // 2}", "optim.lr=2e-3"]
+    lines = run_directory.check_resumable(checkpoint, load_config(same), SAME)
+    assert lines == [f"optim.base_hidden_size: None → {hidden // 2}", "optim.lr: 0.001 → 0.002"]
+    with pytest.raises(ValueError, match=r"mathematics of the run: optim\.lr: 0\.001 → 0\.002"):
+        run_directory.check_resumable(checkpoint, load_config(["optim.lr=2e-3"]), SAME)
+
+
 def test_every_key_that_may_change_exists() -> None:
     whole = load_config(["adapter=lora", "init_from=unread", "adapter.rank_pattern={gate:4}", "optim.freeze=[x]"])
     keys = run_directory.flatten(whole)
