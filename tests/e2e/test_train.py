@@ -167,6 +167,13 @@ def test_dense_and_capacity_run_too(moe: Run, corpus: list[str], tmp_path: Path)
     assert read_metrics(tmp_path / "tight")[-1]["dropped_fraction"] >= 0.5
 
 
+def test_a_start_in_bfloat16_prints_nothing_of_deepspeeds(moe: Run, corpus: list[str], tmp_path: Path) -> None:
+    done = moe("train", f"run_dir={tmp_path / 'run'}", *corpus, *SMALL, "train.precision=bfloat16", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "bfloat16 on cpu" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if "bf16" in line or "Virtual Memory" in line]
+
+
 def test_generate_and_report_read_the_run(moe: Run, whole: Path) -> None:
     overrides = ["generate", f"checkpoint={whole}", "prompt=3 plus 4", "max_new_tokens=8", "temperature=0"]
     first, second = moe(*overrides), moe(*overrides)

@@ -30,6 +30,7 @@ import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
@@ -85,6 +86,7 @@ def prepare(mesh: Mesh) -> Mesh:
     """The mesh with its expert group of consecutive ranks, so that exchanges stay within a node if they can."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_worth_reading)
+    setattr(bf16_optimizer, "see_memory_usage", _say_nothing)  # noqa: B010  # prints three lines at each of its steps
     check_version()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even in a single process
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it has torch's; the type itself is compared
@@ -107,6 +109,10 @@ def prepare(mesh: Mesh) -> Mesh:
     if name not in known():
         create(mesh.expert_parallel_size)
     return replace(mesh, expert_group=borrow(groups, "_get_expert_parallel_group", "group_name", lost=lost)(name))
+
+
+def _say_nothing(message: str, force: bool = False) -> None:
+    """In place of DeepSpeed's `see_memory_usage`."""
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
