@@ -161,10 +161,11 @@ def write_corpora(folder: Path, size: int) -> None:
 
 def _sources() -> Iterator[str]:
     """Python's own, then those of the installed packages."""
-    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    own = (path for path in sorted(library.rglob("*.py")) if not {"site-packages", "dist-packages"} & {*path.parts})
-    for path in (*own, *sorted(packages.rglob("*.py"))):
-        if path.is_file() and path.stat().st_size < SMALL:
+    for folder in map(Path, (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))):
+        for path in sorted(folder.rglob("*.py")):
+            installed = {"site-packages", "dist-packages"} & {*path.relative_to(folder).parts}
+            if installed or not path.is_file() or path.stat().st_size >= SMALL:
+                continue
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:  # of Python's own tests of encodings

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.kernels.permute import RowOrder, inverse, permute_rows
-from moe.sparse.routers.base import Choices
+from moe.sparse.routers.base import Choices, count_choices
 
 
 def sort_by_expert(choices: Choices, counts_E: Tensor) -> tuple[RowOrder, Tensor]:
@@ -55,7 +55,7 @@ def sort_by_expert(choices: Choices, counts_E: Tensor) -> tuple[RowOrder, Tensor
     weights_TK = choices.weights_N.new_zeros(rows_TK.shape).index_put(at, choices.weights_N)
     filled_TK = torch.zeros_like(rows_TK, dtype=torch.bool).index_put(at, torch.ones_like(rows_N, dtype=torch.bool))
     places_N = (choices.tokens_N * per_token + place_N).index_select(0, sorted_N)
-    counts_E = torch.zeros_like(counts_E).scatter_add_(0, choices.experts_N, torch.ones_like(choices.experts_N))
+    counts_E = count_choices(choices.experts_N, len(counts_E))
     return RowOrder(tokens_N, places_N, rows_TK, counts_E, filled_TK), weights_TK
 
 

@@ -31,6 +31,7 @@ from moe.sparse.experts import Experts
 from moe.sparse.randomness import Randomness
 from moe.sparse.real_tokens import RealTokens
 from moe.sparse.routers import Router, RouterOutput, build_router
+from moe.sparse.routers.base import count_choices
 
 
 class SparseMLP(nn.Module):
@@ -48,6 +49,8 @@ class SparseMLP(nn.Module):
         megablocks: bool = False,
     ) -> None:
         """`experts` holds this rank's share; every token also uses `shared_experts`.
+
+        With an expert group the tokens' rows are exchanged in `exchange_chunks` parts, one after the other.
 
         With `megablocks=True`, MegaBlocks' kernels gather and combine rows whenever every token has the same number of
         choices.
@@ -91,7 +94,7 @@ class SparseMLP(nn.Module):
         chunks = routed.choices.chunks(self.exchange_chunks)
         begun = []
         for choices, x_CH in zip(chunks, x_TH.split([choices.num_tokens for choices in chunks]), strict=True):
-            counts_E = routed.counts_E if len(chunks) == 1 else choices.counts(len(routed.counts_E))
+            counts_E = routed.counts_E if len(chunks) == 1 else count_choices(choices.experts_N, len(routed.counts_E))
             order, weights_CK = sort_by_expert(choices, counts_E)
             counts = send_counts(order.counts_E, group)
             begun.append((order, weights_CK, counts, self._moves(order).gather_rows(x_CH, order)))

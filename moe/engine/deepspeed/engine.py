@@ -31,7 +31,6 @@ import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
@@ -86,7 +85,7 @@ def prepare(mesh: Mesh) -> Mesh:
     """The mesh with its expert group of consecutive ranks, so that exchanges stay within a node if they can."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_worth_reading)
-    setattr(bf16_optimizer, "see_memory_usage", _say_nothing)  # noqa: B010  # prints three lines at each of its steps
+    bf16_optimizer.see_memory_usage = _say_nothing  # DeepSpeed's prints three lines at each point of the start
     check_version()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even in a single process
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it has torch's; the type itself is compared
@@ -206,7 +205,7 @@ class DeepSpeedEngine:
         if _takes_shortcuts(config, mesh):
             if config.train.precision is Precision.float32:
                 self._shortcuts = Shortcuts(self._zero, mesh.world_size)
-            elif isinstance(self._zero, BF16_Optimizer):
+            elif isinstance(self._zero, bf16_optimizer.BF16_Optimizer):
                 self._shortcuts = BFloat16Shortcuts(self._engine, self._zero, mesh.world_size)
         self._norm = NormLimit(self._zero, mesh)
         borrow(self._zero, "update_lp_params", lost="the model would compute with old weights after a resume")

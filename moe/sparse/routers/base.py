@@ -60,10 +60,6 @@ class Choices:
             made.append(Choices(*one, tokens[index + 1] - first, self.per_token))
         return made
 
-    def counts(self, num_experts: int) -> Tensor:
-        """Choices of each expert, int64 [E]."""
-        return self.experts_N.new_zeros(num_experts).scatter_add_(0, self.experts_N, torch.ones_like(self.experts_N))
-
 
 class RouterLoss(NamedTuple):
     """A scalar loss of one layer and micro-batch, unscaled as in the metrics, and its coefficient in training."""
