@@ -3,10 +3,12 @@ processes it starts: on a machine that does something else too, two threads wait
 
 import gc
 import os
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--real-processes"):
         os.environ[forkserver.ALWAYS_REAL] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers do not depend on the tests that ran before, of which there are others under each worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
