@@ -67,6 +67,8 @@ def _adapt(model: nn.Module, name: str, module: nn.Module, config: AdapterConfig
     if isinstance(module, Experts):
         if module.config.backend is ExpertBackend.megablocks:
             raise UserError("experts.backend=megablocks has no adapters on experts: use experts.backend=auto")
+        if module.config.fp8:
+            raise UserError("experts.fp8=true has no adapters on experts: leave it out, or adapt attention alone")
         pairs = [_low_rank(f"{name}.{weight}", getattr(module, weight), rank, scale, seed, module.first_expert)
                  for weight in ("gate_up_proj", "down_proj")]  # fmt: skip
         _replace(model, name, LoRAExperts(module, *pairs))

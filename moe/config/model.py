@@ -136,10 +136,16 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class ExpertsConfig:
     """With expert parallelism a layer's tokens are exchanged in `exchange_chunks` parts, at most 8: while one part's
-    rows travel, the experts compute another's (docs/parallelism.md)."""
+    rows travel, the experts compute another's (docs/parallelism.md). With `fp8` the products of rows and weights have
+    float8 factors in training (docs/performance.md)."""
 
     backend: ExpertBackend = ExpertBackend.auto
     exchange_chunks: int = 1
+    fp8: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            not self.fp8 or self.backend in (ExpertBackend.auto, ExpertBackend.grouped_mm),
+            f"experts.fp8=true has no experts.backend={self.backend.name}: use experts.backend=auto",
+        )
         positive("experts", self, "exchange_chunks", at_most=MOST_CHUNKS)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from moe.config import ExpertBackend, ExpertsConfig
 from moe.errors import UserError
 from moe.kernels import megablocks
+from moe.kernels.float8_products import float8_products, rounded
 from moe.kernels.float32_products import float32_products
 from moe.kernels.grouped_products import GroupedProducts, torch_products
 from moe.kernels.padded_rows import PaddedRows
@@ -78,8 +79,12 @@ def grouped_ffn(
     down_proj: Tensor,
     backend: ExpertBackend,
     source: RowSource | None = None,
+    *,
+    fp8: bool = False,
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
+
+    With `fp8` the products of rows and weights have float8 factors (`float8_products`).
 
     With a `source`, of which `x_NH` is a copy, the backward pass copies the rows again instead of keeping them (but for
     the loop): with k choices a token, a k-th of the memory.
@@ -92,12 +97,13 @@ def grouped_ffn(
     if x_NH.shape[0] == 0:
         return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, [0] * counts_E.numel())  # type: ignore[return-value]
     if x_NH.device.type != "cuda":
-        return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts_E.tolist(), source)  # type: ignore[return-value]
+        return PerExpertSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts_E.tolist(), source, fp8)  # type: ignore[return-value]
     if backend is ExpertBackend.megablocks:
         known = counts_E.tolist()
         counts, products = (lambda: known), megablocks.products(known)
     else:
-        counts, products = counts_E if runs_fused(x_NH) else LateCounts(counts_E), torch_products(counts_E)
+        counts = counts_E if runs_fused(x_NH) else LateCounts(counts_E)
+        products = float8_products(counts_E) if fp8 else torch_products(counts_E)
     return GroupedSwiGLU.apply(x_NH, gate_up_proj, down_proj, counts, products, source)  # type: ignore[return-value]
 
 
@@ -168,7 +174,8 @@ class GroupedSwiGLU(torch.autograd.Function):
 class PerExpertSwiGLU(torch.autograd.Function):
     """One matrix product per expert. On a CPU `F.grouped_mm` loops over experts too; here each expert's activations are
     still in the cache when the element-wise part and the next product read them, and the next expert reuses their
-    memory. `PaddedRows` says where rows are padded."""
+    memory. `PaddedRows` says where rows are padded. With `fp8` both factors of a product of rows and weights are those
+    that `float8_products` has on a GPU."""
 
     @staticmethod
     @float32_products
@@ -179,7 +186,9 @@ class PerExpertSwiGLU(torch.autograd.Function):
         down_proj: Tensor,
         counts: list[int],
         source: RowSource | None = None,
+        fp8: bool = False,
     ) -> Tensor:
+        seen = rounded if fp8 else _unrounded
         padding = PaddedRows.of(counts, x_NH.device, x_NH.dtype)
         x_PH = padding.spread(x_NH.contiguous())
         gate_up_PG = x_PH.new_empty(x_PH.shape[0], gate_up_proj.shape[1])
@@ -187,20 +196,21 @@ class PerExpertSwiGLU(torch.autograd.Function):
         act_MF = x_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
         for expert, rows in padding.groups():
             gate_up = gate_up_PG[rows]
-            torch.mm(x_PH[rows], gate_up_proj[expert].t(), out=gate_up)
+            torch.mm(seen(x_PH[rows], 1), seen(gate_up_proj[expert], 1).t(), out=gate_up)
             gate, up = gate_up.chunk(2, dim=1)
             act = torch.ops.aten.silu.out(gate, out=act_MF[: padding.sizes[expert]]).mul_(up)
-            torch.mm(act, down_proj[expert].t(), out=y_PH[rows])
+            torch.mm(seen(act, 1), seen(down_proj[expert], 1).t(), out=y_PH[rows])
         ctx.save_for_backward(gate_up_proj, down_proj, gate_up_PG, *(source or (x_PH,)))
-        ctx.padding = padding
+        ctx.padding, ctx.seen = padding, seen
         return padding.collect(y_PH)
 
     @staticmethod
     @once_differentiable
     @float32_products
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         gate_up_proj, down_proj, gate_up_PG, *kept = ctx.saved_tensors
         padding: PaddedRows = ctx.padding
+        seen: Callable[[Tensor, int], Tensor] = ctx.seen
         needs_dx, needs_dgate_up, needs_ddown = ctx.needs_input_grad[:3]
         dy_PH = padding.spread(dy_NH.contiguous())
         dx_PH = torch.empty_like(dy_PH) if needs_dx else None
@@ -214,15 +224,20 @@ class PerExpertSwiGLU(torch.autograd.Function):
         scratch = torch.empty_like(dact_MF), dy_PH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
         for expert, rows in padding.groups():
             dy = dy_PH[rows]
-            dact = torch.mm(dy, down_proj[expert], out=dact_MF[: dy.shape[0]])
+            dact = torch.mm(seen(dy, 1), seen(down_proj[expert], 0), out=dact_MF[: dy.shape[0]])
             act, dgate_up_rows = activation_backward(gate_up_PG[rows], dact, scratch)
             if ddown is not None:
                 torch.mm(dy.t(), act, out=ddown[expert])
             if dgate_up is not None and x_PH is not None:
                 torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
             if dx_PH is not None:
-                torch.mm(dgate_up_rows, gate_up_proj[expert], out=dx_PH[rows])
-        return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None, None
+                torch.mm(seen(dgate_up_rows, 1), seen(gate_up_proj[expert], 0), out=dx_PH[rows])
+        return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None, None, None
+
+
+def _unrounded(x: Tensor, dim: int) -> Tensor:
+    del dim
+    return x
 
 
 def _rows_of(kept: list[Tensor]) -> Tensor:

@@ -39,15 +39,15 @@ class Shapes:
         self.rows = self.tokens * self.top_k
         expert = config.parallel.expert_parallel_size
         self.received = math.ceil(self.rows * min(imbalance, expert)) if expert > 1 else self.rows
-        local = router.num_experts // expert if self.sparse else 1
-        self.fullest = min(self.received, math.ceil(self.received / local * imbalance))
+        self.local = router.num_experts // expert if self.sparse else 1
+        self.fullest = min(self.received, math.ceil(self.received / self.local * imbalance))
         # gradients of a layer's experts' weights that a chunk's backward pass adds to those of the chunks before it
         summed = self.sparse and expert > 1 and config.experts.exchange_chunks > 1 and not config.adapter.trains_adapter
-        self.summed_weights = 3 * local * self.feed * self.hidden * self.s if summed else 0
+        self.summed_weights = 3 * self.local * self.feed * self.hidden * self.s if summed else 0
         backend = config.experts.backend
         # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
-        self.expert_rank = _expert_rank(config)
+        self.fp8, self.expert_rank = config.experts.fp8, _expert_rank(config)
         # on one rank the experts' input is gathered again (moe.kernels.permute.RowSource)
         self.regathers = expert == 1 and not self.loop and not self.expert_rank
 
@@ -173,14 +173,17 @@ def _backward(shapes: Shapes) -> int:
     combine = shapes.rows * shapes.hidden * (s if shapes.cuda else 8 if s == 4 else 10)
     # experts: gradients of their output and input, less the output, which is freed by then; their input again
     experts = (2 * shapes.received - shapes.rows + (shapes.rows if shapes.regathers else 0)) * row
-    if (
-        shapes.cuda and not shapes.loop
-    ):  # all rows at once: the gradients of the activation, which it overwrites, and gate/up
+    if shapes.cuda and not shapes.loop:
+        # all rows at once: the gradients of the activation, which it overwrites, and gate/up
         experts += 3 * shapes.received * shapes.feed * s
+        if shapes.fp8:  # both factors of a product
+            experts += 2 * shapes.feed * (shapes.received + shapes.local * shapes.hidden)
     elif shapes.loop:
         experts += 5 * shapes.received * shapes.feed * s
     else:  # one expert after the other
         experts += (16 if s == 4 else 30) * shapes.fullest * shapes.feed
+        if shapes.fp8:  # both factors of a product: one as it is, the other in float8 and twice in float32
+            experts += 9 * 2 * shapes.feed * (shapes.fullest + shapes.hidden)
     experts += shapes.summed_weights
     return shapes.stream + max(combine, experts, attention)
 

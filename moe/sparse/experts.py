@@ -44,7 +44,8 @@ class Experts(nn.Module):
 
     def forward(self, x_NH: Tensor, counts_E: Tensor, source: RowSource | None = None) -> Tensor:
         """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]. With a `source`, the
-        backward pass copies x from it again."""
+        backward pass copies x from it again. `experts.fp8` holds in training mode."""
         shapes = (self.down_proj.shape[1], self.down_proj.shape[2])
         backend, _ = resolve_backend(self.config, x_NH.device, x_NH.dtype, shapes)
-        return grouped_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, backend, source)
+        fp8 = self.config.fp8 and self.training
+        return grouped_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, backend, source, fp8=fp8)

@@ -7,6 +7,7 @@ import torch
 from moe.config import Config, EngineKind, Mlp, OptimizerKind
 from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
+from moe.kernels.float8_products import require_float8
 from moe.kernels.grouped_swiglu import resolve_backend
 from moe.kernels.policy import exact_float32, fused_obstacle, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
@@ -33,6 +34,8 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     if model.mlp is Mlp.sparse:
         shapes = (model.hidden_size, model.expert_size)
         backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)
+        if config.experts.fp8:
+            reason = require_float8(mesh.device, dtype, shapes)
         router = config.router
         each = f"{router.experts_per_token} a token"
         if model.n_shared_experts:

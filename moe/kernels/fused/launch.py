@@ -26,6 +26,7 @@ BLOCKS = {
     "cross_entropy": Blocks(4096, 8),  # of a row of logits; a program loops over the row twice
     "rotary": Blocks(1024, 4),  # pairs: 16 heads of dimension 128, read and written in two halves
     "zero_idle": Blocks(4096, 4),  # writes only
+    "float8": Blocks(2048, 4),  # of 64 columns together, or of one row; read twice
 }
 IDLE_PROGRAMS = 128  # per expert: about one a multiprocessor; those of an expert with rows end at once
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moe.kernels import cross_entropy as plain_cross_entropy
-from moe.kernels import grouped_swiglu, permute
+from moe.kernels import float8_products, grouped_swiglu, permute
 from moe.kernels import rotary as plain_rotary
 from moe.kernels import swiglu as plain_swiglu
-from moe.kernels.fused import cross_entropy, rotary, rows, swiglu
+from moe.kernels.fused import cross_entropy, float8, rotary, rows, swiglu
 from moe.kernels.permute import RowOrder
 
 IGNORED = plain_cross_entropy.IGNORED
@@ -71,6 +71,7 @@ def pairs(device: torch.device, dtype: torch.dtype, shape: Sizes, *, in_place: b
     yield _idle(inputs, shape)
     yield _cross_entropy(inputs, shape)
     yield from _rotary(inputs, shape)
+    yield from _float8(inputs, shape)
 
 
 def _swiglu(inputs: Inputs, shape: Sizes) -> Iterator[Pair]:
@@ -180,6 +181,18 @@ def _rotary(inputs: Inputs, shape: Sizes) -> Iterator[Pair]:
     moved = _bytes(x_BSND, x_BSND, table.cos_S1D)
     yield Pair("rotation", moved, lambda: rotated(False), lambda: (plain_rotary.rotate(x_BSND, table),))
     yield Pair("rotation back", moved, lambda: rotated(True), lambda: (plain_rotary.rotate(x_BSND, table, back=True),))
+
+
+def _float8(inputs: Inputs, shape: Sizes) -> Iterator[Pair]:
+    """Both results in float32."""
+    weight_EFH = inputs.normal(2, shape.width, shape.hidden)
+    for name, x_BVK in (("rows", weight_EFH), ("columns", weight_EFH.transpose(1, 2))):
+        yield Pair(
+            f"float8 of {name}",
+            _bytes(weight_EFH) + weight_EFH.numel(),
+            lambda x_BVK=x_BVK: tuple(each.float() for each in float8.quantize(x_BVK)),
+            lambda x_BVK=x_BVK: tuple(each.float() for each in float8_products.quantize(x_BVK)),
+        )
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -20,6 +20,7 @@ from moe.config import AttentionBackend, ExpertBackend, ExpertsConfig, Mlp, Mode
 from moe.kernels.attention import make_attend, resolve_attention
 from moe.kernels.attention.flex import _mask
 from moe.kernels.cross_entropy import HandWrittenLinearCrossEntropy
+from moe.kernels.float8_products import float8_products
 from moe.kernels.grouped_products import torch_products
 from moe.kernels.grouped_swiglu import GroupedSwiGLU, PerExpertSwiGLU, resolve_backend
 from moe.kernels.permute import RowOrder, _CombineRows, _GatherRows
@@ -43,10 +44,20 @@ class _Event:
     def record(self) -> None: ...
 
 
+def _checked_grouped_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, how_a: Any, scale_b: Tensor, how_b: Any, *, offs: Tensor, output_dtype: Any
+) -> Tensor:
+    """`scaled_grouped_mm` by the operator below it, which has checks of dtypes, strides and scales for fake tensors."""
+    by_row = torch.nn.functional.ScalingType.RowWise  # type: ignore[attr-defined]
+    assert how_a == how_b == by_row
+    return torch._scaled_grouped_mm(a, b, scale_a, scale_b, offs=offs, out_dtype=output_dtype)  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", _checked_grouped_mm)
 
 
 @pytest.fixture
@@ -134,10 +145,12 @@ class TestKernels:
         counts = [T, 0, 0, 0]
         counts_E = torch.empty(E, dtype=torch.int64, device=CUDA)
         if dtype is torch.bfloat16:  # grouped_mm takes no other dtype there
-            y = check(GroupedSwiGLU, empty(T, H, dtype=dtype), *weights, lambda: counts, torch_products(counts_E))
-            assert y.shape == (T, H)
+            for products in (torch_products(counts_E), float8_products(counts_E)):
+                y = check(GroupedSwiGLU, empty(T, H, dtype=dtype), *weights, lambda: counts, products, None)
+                assert (y.shape, y.dtype) == ((T, H), dtype)
         for rows in (counts, [0] * E):
-            assert check(PerExpertSwiGLU, empty(sum(rows), H, dtype=dtype), *weights, rows).shape == (sum(rows), H)
+            y = check(PerExpertSwiGLU, empty(sum(rows), H, dtype=dtype), *weights, rows, None, False)
+            assert y.shape == (sum(rows), H)
 
 
 @pytest.mark.usefixtures("fake_without_waits")
@@ -175,14 +188,16 @@ def test_auto_takes_the_fast_kernels_on_every_supported_torch() -> None:
     assert (attention, experts) == (AttentionBackend.varlen, ExpertBackend.grouped_mm)
 
 
-def transformer(mlp: Mlp, dtype: torch.dtype, backend: ExpertBackend = ExpertBackend.auto, **model: Any) -> Transformer:
+def transformer(
+    mlp: Mlp, dtype: torch.dtype, backend: ExpertBackend = ExpertBackend.auto, *, fp8: bool = False, **model: Any
+) -> Transformer:
     sizes = {"vocab_size": V, "hidden_size": H, "intermediate_size": F, "num_hidden_layers": 2, "head_dim": 16}
     config = ModelConfig(mlp=mlp, **sizes, **model)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with CUDA:
-            return Transformer(config, TopKRouterConfig(), ExpertsConfig(backend=backend))
+            return Transformer(config, TopKRouterConfig(), ExpertsConfig(backend=backend, fp8=fp8))
     finally:
         torch.set_default_dtype(before)
 
@@ -201,6 +216,8 @@ def run(model: Transformer, documents_BS: Tensor | None) -> None:
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_a_forward_pass_never_waits_for_the_gpu(mlp: Mlp, model: dict[str, Any], recompute: Recompute) -> None:
     run(transformer(mlp, torch.bfloat16, recompute=recompute, **model), None)
+    if mlp is Mlp.sparse:
+        run(transformer(mlp, torch.bfloat16, fp8=True, recompute=recompute, **model), None)
 
 
 @pytest.mark.usefixtures("fake_without_waits")

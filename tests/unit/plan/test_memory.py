@@ -79,6 +79,7 @@ KEPT = [  # what decides which tensors are kept
     ["train.sequence_length=256", "model.sliding_window=96"],
     ["train.sequence_length=128", "router.top_k=1", "router.norm_topk_prob=false", "router.num_experts=4"],
     ["train.sequence_length=128", "experts.backend=loop"],
+    ["train.sequence_length=128", "experts.fp8=true"],
     ["train.sequence_length=320", "model.sliding_window=null", "model.qk_norm=head"],
     ["train.sequence_length=320", "model.sliding_window=null", "model.qk_norm=projection", "model.mlp=dense"],
     ["train.sequence_length=256", "model.sliding_window=96", "model.qk_norm=head"],

@@ -44,6 +44,8 @@ def test_what_changes_the_mathematics_needs_the_flag(checkpoint: Path) -> None:
         run_directory.check_resumable(checkpoint, load_config(overrides), SAME)
     lines = run_directory.check_resumable(checkpoint, load_config([*overrides, "checkpoint.allow_changes=true"]), SAME)
     assert set(lines) >= {"train.steps: 300 → 500", "optim.lr: 0.001 → 0.5", "checkpoint.every: 200 → 7"}
+    with pytest.raises(ValueError, match=r"experts\.fp8: False → True; .*allow_changes=true"):
+        run_directory.check_resumable(checkpoint, load_config(["experts.fp8=true"]), SAME)
     with pytest.raises(ValueError, match="the data's fingerprint: d1 → d2"):
         run_directory.check_resumable(checkpoint, load_config([]), ("d1", "d2"))
 

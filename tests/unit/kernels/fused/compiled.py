@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from moe.kernels.fused import cross_entropy, launch, rotary, rows, swiglu
+from moe.kernels.fused import cross_entropy, float8, launch, rotary, rows, swiglu
 from moe.kernels.fused.pairs import MIXTRAL, Sizes, pairs
 from moe.kernels.policy import FUSED_DTYPES
 
@@ -72,7 +72,7 @@ def resources(compiled: Any) -> dict[str, Any]:
 def main() -> None:
     driver.set_active(Hopper())  # type: ignore[arg-type]
     for shape in SHAPES:
-        for module in (cross_entropy, rotary, rows, swiglu):
+        for module in (cross_entropy, float8, rotary, rows, swiglu):
             module.launch = partial(compile_instead, shape.hidden % 16 == 0)  # type: ignore[assignment]
         for dtype in FUSED_DTYPES:
             for pair in pairs(torch.device("cpu"), dtype, shape):
