@@ -137,10 +137,14 @@ class ModelConfig:
 class ExpertsConfig:
     """With expert parallelism a layer's tokens are exchanged in `exchange_chunks` parts, at most 8: while one part's
     rows travel, the experts compute another's (docs/parallelism.md). With `fp8` the products of rows and weights have
-    float8 factors in training (docs/performance.md)."""
+    float8 factors in training (docs/performance.md).
+
+    With expert parallelism and `two_batch_overlap`, each layer takes the two halves of a micro-batch in turn: while
+    one's rows travel, the other's attention or experts are computed."""
 
     backend: ExpertBackend = ExpertBackend.auto
     exchange_chunks: int = 1
+    two_batch_overlap: bool = False
     fp8: bool = False
 
     def __post_init__(self) -> None:
@@ -148,4 +152,10 @@ class ExpertsConfig:
             not self.fp8 or self.backend in (ExpertBackend.auto, ExpertBackend.grouped_mm),
             f"experts.fp8=true has no experts.backend={self.backend.name}: use experts.backend=auto",
         )
+
         positive("experts", self, "exchange_chunks", at_most=MOST_CHUNKS)
+
+    @property
+    def exchanges(self) -> int:
+        """Parts in which a layer's rows are exchanged between ranks, one after the other."""
+        return self.exchange_chunks * (2 if self.two_batch_overlap else 1)

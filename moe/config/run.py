@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from moe.config.adapter import AdapterConfig, fits
-from moe.config.choices import EngineKind, Mlp, OptimizerKind, Schedule
+from moe.config.choices import EngineKind, Mlp, OptimizerKind, Recompute, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import ExpertsConfig, ModelConfig
@@ -115,6 +115,8 @@ class Config:
             f"optim.lr={optim.lr} × optim.base_hidden_size={optim.base_hidden_size} / "
             f"model.hidden_size={model.hidden_size} = {self.peak_rate:g} must be between {MIN_REAL:g} and {MAX_REAL:g}",
         )
+        if self.experts.two_batch_overlap:
+            self._check_halves()
         if optim.kind is OptimizerKind.muon:
             self._check_muon()
         self._check_added_tokens()
@@ -128,6 +130,14 @@ class Config:
         changes a wider matrix's output more (arXiv 2203.03466)."""
         base = self.optim.base_hidden_size
         return self.optim.lr if base is None else self.optim.lr * base / self.model.hidden_size
+
+    def _check_halves(self) -> None:
+        rows, stated = self.train.micro_batch_size, "experts.two_batch_overlap=true"
+        require(rows > 1, f"{stated} must have train.micro_batch_size ≥ 2, not {rows}: a micro-batch is halved by rows")
+        require(
+            self.model.recompute is not Recompute.mlp,
+            f"{stated} has no model.recompute=mlp: use model.recompute=block or none",
+        )
 
     def _check_muon(self) -> None:
         adapter = self.adapter

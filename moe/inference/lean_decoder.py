@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from moe.inference.decoder import ModelDecoder
 from moe.inference.lean_layers import Buffers, LeanBlock, LeanNorm, Pass
 from moe.model.attention import Attention
+from moe.model.block import Block
 from moe.model.cache import KVCache
 from moe.model.mlp import DenseMLP
 from moe.model.norm import RMSNorm
-from moe.model.transformer import Block, Decoder, Transformer
+from moe.model.transformer import Decoder, Transformer
 from moe.sparse import Experts, Router, SparseMLP
 
 # Modules whose arithmetic `lean_layers` repeats, and containers; a router computes its choices itself.

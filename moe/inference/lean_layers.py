@@ -18,10 +18,10 @@ from torch import Tensor
 from moe.config import ModelConfig, QkNorm
 from moe.kernels.rms_norm import rms_norm_reference
 from moe.model.attention import Attention
+from moe.model.block import Block
 from moe.model.cache import OneMore
 from moe.model.mlp import DenseMLP
 from moe.model.norm import RMSNorm
-from moe.model.transformer import Block
 from moe.sparse import SparseMLP
 
 

@@ -5,7 +5,7 @@ Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ class Context:
     randomness: Randomness | None
     real: RealTokens | None = None  # the tokens that are routed; None: all
     _attends: dict[int | None, Attend] = field(default_factory=dict)
+
+    def halves(self) -> list[Context]:
+        """Of the first half of the sequences, rounded up, and of the others. Without a cache."""
+        assert self.cache is None
+        batch, length = self.shape
+        middle, made = -(-batch // 2), []
+        for first, stop in ((0, middle), (middle, batch)):
+            documents = None if self.document_ids_BS is None else self.document_ids_BS[first:stop]
+            randomness, real = self.randomness, self.real
+            if randomness is not None:
+                randomness = replace(randomness, sample_ids_B=randomness.sample_ids_B[first:stop])
+            if real is not None:
+                real = real.of_sequences(first, stop)
+            shape = stop - first, length
+            made.append(Context(self.table, self.backend, shape, self.device, documents, None, randomness, real))
+        return made
 
     def randomness_at(self, layer: int, place: int) -> Randomness | None:
         """The random numbers of a place in a layer; None outside training."""

@@ -7,24 +7,23 @@ Legend: B batch, S sequence, H hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moe.config import ExpertsConfig, ModelConfig, Recompute, RouterConfig
+from moe.config import ExpertsConfig, ModelConfig, RouterConfig
 from moe.kernels.attention import resolve_attention
-from moe.kernels.policy import recomputed
 from moe.kernels.rotary import RotaryTables
-from moe.model.attention import Attention
+from moe.model.block import Block, Pending, given
 from moe.model.cache import KVCache
-from moe.model.context import AFTER_ATTENTION, AFTER_MLP, ROUTER, Context
+from moe.model.context import Context
 from moe.model.initialize import fill_weights
 from moe.model.loss import head_loss
-from moe.model.mlp import DenseMLP
 from moe.model.neftune import noisy
 from moe.model.norm import build_norm
-from moe.sparse import Randomness, RealTokens, RouterOutput, SparseMLP, build_sparse_mlp, routers_of
+from moe.sparse import Randomness, RealTokens, RouterOutput, routers_of
 
 
 @dataclass(slots=True)
@@ -32,67 +31,6 @@ class ModelOutput:
     logits_BSV: Tensor | None  # of the positions asked for; None when labels are given
     lm_loss_sum: Tensor | None  # float32 sum of cross-entropy over labels ≠ −100; None without labels
     routers: list[RouterOutput]  # one per sparse layer, in order; [] for a dense model
-
-
-class Block(nn.Module):
-    def __init__(
-        self,
-        layer: int,
-        model: ModelConfig,
-        router: RouterConfig,
-        experts: ExpertsConfig,
-        expert_group: ProcessGroup | None,
-    ) -> None:
-        super().__init__()
-        hidden = model.hidden_size
-        self.input_layernorm = build_norm(model, hidden)
-        self.self_attn = Attention(model, layer, model.sliding_window)
-        self.post_attention_layernorm = build_norm(model, hidden)
-        self.mlp: SparseMLP | DenseMLP
-        if layer in model.sparse_layer_numbers:
-            self.mlp = build_sparse_mlp(
-                hidden,
-                model.expert_size,
-                router.for_layer(layer),
-                experts,
-                expert_group=expert_group,
-                shared_experts=DenseMLP(hidden, model.shared_size) if model.shared_size else None,
-            )
-        else:
-            self.mlp = DenseMLP(hidden, model.intermediate_size)
-        self.layer, self.recompute, self.dropout = layer, model.recompute, model.hidden_dropout
-
-    def forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
-        if self.recompute is Recompute.block:
-            return recomputed(self._whole, x_BSH, context)
-        return self._whole(x_BSH, context)
-
-    def _whole(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
-        x_BSH = x_BSH + self._attention(x_BSH, context)
-        if self.recompute is Recompute.mlp:
-            y_BSH, routed = recomputed(self._feed_forward, x_BSH, context)
-        else:
-            y_BSH, routed = self._feed_forward(x_BSH, context)
-        return x_BSH + y_BSH, routed
-
-    def _attention(self, x_BSH: Tensor, context: Context) -> Tensor:
-        return self._dropped(self.self_attn(self.input_layernorm(x_BSH), context), context, AFTER_ATTENTION)
-
-    def _feed_forward(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, RouterOutput | None]:
-        normed_BSH, routed = self.post_attention_layernorm(x_BSH), None
-        if isinstance(self.mlp, SparseMLP):
-            y_BSH, routed = self.mlp(normed_BSH, context.randomness_at(self.layer, ROUTER), context.real)
-        else:
-            y_BSH = self.mlp(normed_BSH)
-        return self._dropped(y_BSH, context, AFTER_MLP), routed
-
-    def _dropped(self, x_BSH: Tensor, context: Context, place: int) -> Tensor:
-        if not (self.dropout and self.training):
-            return x_BSH
-        randomness = context.randomness_at(self.layer, place)
-        if randomness is None:
-            raise ValueError(f"model.hidden_dropout={self.dropout} needs the batch's randomness")
-        return randomness.dropout(x_BSH, self.dropout)
 
 
 class Decoder(nn.Module):
@@ -109,6 +47,7 @@ class Decoder(nn.Module):
             Block(layer, model, router, experts, expert_group) for layer in range(model.num_hidden_layers)
         )
         self.norm = build_norm(model, model.hidden_size)
+        self.overlaps_halves = experts.two_batch_overlap and expert_group is not None
 
     def forward(
         self,
@@ -125,13 +64,26 @@ class Decoder(nn.Module):
                 raise ValueError(f"neftune_noise_alpha={neftune_noise_alpha} needs the batch's randomness")
             x_BSH = noisy(x_BSH, document_ids_BS, neftune_noise_alpha, randomness)
         context = self._context(x_BSH, document_ids_BS, cache, randomness, real_T)
-        for block in self.layers:
-            x_BSH, routed = block(x_BSH, context)
-            if routed is not None:
-                routers.append(routed)
+        if self.overlaps_halves and cache is None and context.shape[0] > 1:
+            x_BSH, routers = self._in_halves(x_BSH, context)
+        else:
+            for block in self.layers:
+                x_BSH, routed = block(x_BSH, context)
+                if routed is not None:
+                    routers.append(routed)
         if cache is not None:
             cache.commit()
         return self.norm(x_BSH), routers
+
+    def _in_halves(self, x_BSH: Tensor, context: Context) -> tuple[Tensor, list[RouterOutput]]:
+        contexts, routers = context.halves(), []
+        halves: list[Pending] = [partial(given, half) for half in x_BSH.split([each.shape[0] for each in contexts])]
+        for block in self.layers:
+            assert isinstance(block, Block)
+            halves, routed = block.forward_in_halves(halves, contexts, context)
+            if routed is not None:
+                routers.append(routed)
+        return torch.cat([half() for half in halves]), routers
 
     def _context(
         self,

@@ -42,7 +42,8 @@ class Shapes:
         self.local = router.num_experts // expert if self.sparse else 1
         self.fullest = min(self.received, math.ceil(self.received / self.local * imbalance))
         # gradients of a layer's experts' weights that a chunk's backward pass adds to those of the chunks before it
-        summed = self.sparse and expert > 1 and config.experts.exchange_chunks > 1 and not config.adapter.trains_adapter
+        summed = self.sparse and expert > 1 and config.experts.exchanges > 1 and not config.adapter.trains_adapter
+        self.routers = 2 if expert > 1 and config.experts.two_batch_overlap else 1  # passes through a layer's router
         self.summed_weights = 3 * self.local * self.feed * self.hidden * self.s if summed else 0
         backend = config.experts.backend
         # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
@@ -140,9 +141,12 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
     attention = 2 * shapes.stream + 4 * tokens + _attention(shapes) + _qk_norm(shapes)
     if sparse:
         experts, top_k = shapes.config.router.num_experts, shapes.top_k
-        routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
+        routing = (
+            shapes.routers * tokens * (8 * experts + 12 * top_k)
+        )  # logits, probabilities, ids, weights: returned, so always kept
         index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert_parallel_size > 1 else 0)
-        mlp = 4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k) + index  # the router's input is float32
+        # the router's input is float32
+        mlp = shapes.routers * (4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k)) + index
         mlp += 3 * tokens * shapes.shared_feed * s
         middle = (4 if shapes.loop else 2) * feed
         if shapes.expert_rank:  # the activation, and what both A make

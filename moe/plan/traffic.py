@@ -52,7 +52,7 @@ def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
     rows = steps * train.micro_batch_size * train.sequence_length * router.choices_in(layers)
     return ExchangeBytes(
         rows=(2 * forwards + 2) * rows * model.hidden_size * element_size(config),
-        counts=steps * len(layers) * forwards * config.experts.exchange_chunks * router.num_experts * 8,
+        counts=steps * len(layers) * forwards * config.experts.exchanges * router.num_experts * 8,
         leaving=(expert - 1) / expert,
     )
 

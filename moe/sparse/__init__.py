@@ -2,12 +2,13 @@
 
 from moe.sparse.balance import balance_loss, max_violation, router_entropy
 from moe.sparse.experts import Experts
-from moe.sparse.layer import SparseMLP, build_sparse_mlp
+from moe.sparse.layer import Dispatched, SparseMLP, build_sparse_mlp
 from moe.sparse.randomness import Randomness
 from moe.sparse.real_tokens import RealTokens
 from moe.sparse.routers import Router, RouterOutput, build_router, read_prefixes, routers_of
 
 __all__ = [
+    "Dispatched",
     "Experts",
     "Randomness",
     "RealTokens",

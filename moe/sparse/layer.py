@@ -7,7 +7,7 @@ K choices per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -68,16 +68,41 @@ class SparseMLP(nn.Module):
         Where only some tokens are `real`, no expert computes the others: they get zeros, as if all choices were
         dropped.
         """
-        routed = self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
-        x_TH = x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
-        if self.expert_group is None:
-            y_TH, shared_BSH = self._on_this_rank(x_TH, routed), self._shared(x_BSH)
-        else:
-            sent = self._send(x_TH, routed, self.expert_group)
-            shared_BSH = self._shared(x_BSH)  # while rows travel
-            y_TH = self._take_back(sent)
-        y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
-        return y_BSH if shared_BSH is None else y_BSH + shared_BSH, routed
+        if self.expert_group is not None:
+            dispatched = self.dispatch(x_BSH, randomness, real)
+            self.compute(dispatched)
+            return self.combine(dispatched), dispatched.routed
+        routed = self.route(x_BSH, randomness, real)
+        y_TH = self._on_this_rank(_tokens(x_BSH, real), routed)
+        return _placed(y_TH, real, x_BSH, self._shared(x_BSH)), routed
+
+    def route(self, x_BSH: Tensor, randomness: Randomness | None, real: RealTokens | None) -> RouterOutput:
+        return self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
+
+    def dispatch(self, x_BSH: Tensor, randomness: Randomness | None, real: RealTokens | None) -> Dispatched:
+        """`forward`'s first part with an expert group: routes, and starts to send the rows to their experts' ranks.
+        Shared experts are computed while they travel."""
+        assert self.expert_group is not None
+        routed = self.route(x_BSH, randomness, real)
+        chunks = self._send(_tokens(x_BSH, real), routed, self.expert_group)
+        return Dispatched(x_BSH, real, routed, chunks, self._shared(x_BSH))
+
+    def compute(self, dispatched: Dispatched) -> None:
+        """The second part: computes the rows that arrived for this rank's experts, and starts to return the results.
+        While it computes a chunk, the next ones' rows and the results before them travel."""
+        for chunk in dispatched.chunks:
+            x_MH = by_expert(chunk.rows.arrived(), chunk.exchange)
+            results = from_experts(self.experts(x_MH, chunk.exchange.counts_E), chunk.exchange)
+            dispatched.results.append(results)
+
+    def combine(self, dispatched: Dispatched) -> Tensor:
+        """The third part: waits for the results; each token's sum by weight, y [B, S, H]."""
+        chunks = [
+            self._moves(chunk.order).combine_rows(y.arrived(), chunk.weights_CK, chunk.order)
+            for chunk, y in zip(dispatched.chunks, dispatched.results, strict=True)
+        ]
+        y_TH = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        return _placed(y_TH, dispatched.real, dispatched.x_BSH, dispatched.shared_BSH)
 
     def _shared(self, x_BSH: Tensor) -> Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(x_BSH)
@@ -104,18 +129,6 @@ class SparseMLP(nn.Module):
             sent.append(_Chunk(order, weights_CK, exchange, to_experts(x_NH, exchange)))
         return sent
 
-    def _take_back(self, sent: list[_Chunk]) -> Tensor:
-        """While the experts compute a chunk's rows, the next ones' rows and the results before them travel."""
-        results = []
-        for chunk in sent:
-            x_MH = by_expert(chunk.rows.arrived(), chunk.exchange)
-            results.append(from_experts(self.experts(x_MH, chunk.exchange.counts_E), chunk.exchange))
-        chunks = [
-            self._moves(chunk.order).combine_rows(y.arrived(), chunk.weights_CK, chunk.order)
-            for chunk, y in zip(sent, results, strict=True)
-        ]
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-
     def _moves(self, order: permute.RowOrder) -> ModuleType:
         by_megablocks = self.moves_by_megablocks and order.filled_TK is None and len(order.tokens_N) > 0
         return megablocks if by_megablocks else permute
@@ -129,6 +142,28 @@ class _Chunk:
     weights_CK: Tensor
     exchange: Exchange
     rows: Travelling
+
+
+@dataclass(slots=True)
+class Dispatched:
+    """Tokens between `SparseMLP.dispatch` and `combine`."""
+
+    x_BSH: Tensor
+    real: RealTokens | None
+    routed: RouterOutput
+    chunks: list[_Chunk]
+    shared_BSH: Tensor | None
+    results: list[Travelling] = field(default_factory=list)
+
+
+def _tokens(x_BSH: Tensor, real: RealTokens | None) -> Tensor:
+    return x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
+
+
+def _placed(y_TH: Tensor, real: RealTokens | None, x_BSH: Tensor, shared_BSH: Tensor | None) -> Tensor:
+    """The tokens' results in x's shape, and those of shared experts added."""
+    y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
+    return y_BSH if shared_BSH is None else y_BSH + shared_BSH
 
 
 def build_sparse_mlp(

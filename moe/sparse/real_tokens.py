@@ -30,6 +30,11 @@ class RealTokens:
         zeros_P = x_T.new_zeros(self.num_sequences * self.length, *x_T.shape[1:])
         return zeros_P.index_copy(0, self.places_T, x_T)
 
+    def of_sequences(self, first: int, stop: int) -> RealTokens:
+        """Those of sequences `first` to `stop` - 1. On a GPU it waits for the device."""
+        start, end = torch.searchsorted(self.places_T, self.places_T.new_tensor([first, stop]) * self.length).tolist()
+        return RealTokens(self.places_T[start:end] - first * self.length, stop - first, self.length)
+
     @cached_property
     def sequences_T(self) -> Tensor:
         """int64: the sequence of each token."""

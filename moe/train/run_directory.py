@@ -20,8 +20,8 @@ BIAS = "bias_update"  # `none`: the router has no bias; any other value: it has 
 # by fingerprint.
 NEUTRAL = (
     "run_dir", "init_from", "engine", "check_memory", "profile", "tracking", "checkpoint", "parallel", "tokenizer",
-    "experts.backend", "experts.exchange_chunks", "model.attention", "model.recompute", "model.initializer",
-    "model.initializer_range",
+    "experts.backend", "experts.exchange_chunks", "experts.two_batch_overlap", "model.attention", "model.recompute",
+    "model.initializer", "model.initializer_range",
     "data.cache_dir", "data.path", "data.format", "data.records", "data.text_field", "data.prompt_field",
     "data.completion_field", "data.messages_field", "data.template", "data.loss_on", "data.long_rows",
     "train.answer_metrics", "train.answer_rows", "train.answer_tokens",

@@ -72,6 +72,26 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     "router jitter": (["router.jitter_noise=0.1", "model.recompute=block"], []),
     "loop": (["experts.backend=loop"], []),
     "exchange in two chunks": (["experts.exchange_chunks=2"], []),
+    "two-batch overlap": (
+        ["experts.two_batch_overlap=true", "train.micro_batch_size=3", "train.global_batch_size=12"],
+        [],
+    ),
+    "two-batch overlap, two chunks, dropout, jitter, every other layer sparse, recompute block, ZeRO-2": (
+        [
+            "experts.two_batch_overlap=true", "experts.exchange_chunks=2",
+            "model.hidden_dropout=0.1", "router.jitter_noise=0.1", "model.sparse_layers=every_2",
+            "model.n_shared_experts=1", "model.recompute=block", ZERO_2, "optim.lr=1e-3",
+        ],
+        [],
+    ),
+    "two-batch overlap, packed rows, capacity": (
+        [*ROWS, "experts.two_batch_overlap=true", "router.capacity_factor=1.0"],
+        [],
+    ),
+    "two-batch overlap, expert choice": (
+        ["experts.two_batch_overlap=true", "router=expert_choice"],
+        [],
+    ),
     "exchange in three chunks, shared experts, recompute block, ZeRO-2": (
         ["experts.exchange_chunks=3", "model.n_shared_experts=1", "model.recompute=block", ZERO_2],
         [],

@@ -31,8 +31,13 @@ def _sent(overrides: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["model.recompute=block", "experts.exchange_chunks=2"], ["router.top_k=3", "train.micro_batch_size=1"]],
-    ids=["top-2", "recompute, two chunks", "top-3"],
+    [
+        [],
+        ["model.recompute=block", "experts.exchange_chunks=2"],
+        ["router.top_k=3", "train.micro_batch_size=1"],
+        ["experts.two_batch_overlap=true", "experts.exchange_chunks=2"],
+    ],
+    ids=["top-2", "recompute, two chunks", "top-3", "two-batch overlap, two chunks"],
 )
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_bytes_sent_equal_the_formula(ranks: int, more: list[str]) -> None:

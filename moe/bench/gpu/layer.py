@@ -16,14 +16,16 @@ from moe.bench.gpu.models import on_device, one_layer
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import Config
+from moe.kernels.float8_products import CAPABILITIES
 from moe.kernels.policy import plain_kernels
 from moe.train.metrics import measure_peak_flops
 
 TOKENS, TINY_TOKENS = 8192, 64
-WITHOUT = " without Triton"
+FP8, WITHOUT = " with fp8", " without Triton"
 PLAIN = "grouped_mm" + WITHOUT
 # bfloat16: each rounding adds up to 2⁻⁹, and several lead to a result. The reference is float32 with the same weights.
 ERROR = 3e-2
+FP8_ERROR = 1e-1  # each factor up to a sixteenth, a sum's errors together about a thirtieth
 
 
 def run(settings: Settings, record: Record) -> None:
@@ -37,14 +39,10 @@ def run(settings: Settings, record: Record) -> None:
     peak = measure_peak_flops(device, torch.bfloat16)
     record.facts(tokens=tokens, TFLOP_forward_and_backward=flops / 1e12)
     record.facts(product_TFLOP_s=peak / 1e12, floor_ms=flops / peak * 1e3)
-    backends = ["loop", "grouped_mm"]
-    if device.type == "cuda":
-        backends.append(PLAIN)
-        if importlib.util.find_spec("megablocks") is not None:
-            backends.append("megablocks")
     times: dict[str, float] = {}
-    for backend in backends:
-        config = one_layer([f"experts.backend={backend.removesuffix(WITHOUT)}"], dry_run=dry_run)
+    for backend in _back_ends(device):
+        overrides = [f"experts.backend={backend.removesuffix(WITHOUT).removesuffix(FP8)}"]
+        config = one_layer([*overrides, f"experts.fp8={str(backend.endswith(FP8)).lower()}"], dry_run=dry_run)
         mlp = _mlp(config, device).to(torch.bfloat16)
         with plain_kernels() if backend == PLAIN else nullcontext():
             error = relative_error(_results(mlp, config, tokens, torch.bfloat16), wanted)
@@ -55,10 +53,22 @@ def run(settings: Settings, record: Record) -> None:
         rate = flops / (times[backend] / 1e3)
         cells = {"backend": backend, "ms": times[backend], "TFLOP_s": rate / 1e12, "of_product": f"{rate / peak:.1%}"}
         record.row("back-ends", **cells, peak_GiB=memory, relative_error=error)
-        record.check(f"{backend}: relative error of output and gradients", error, ERROR)
+        most = FP8_ERROR if backend.endswith(FP8) else ERROR
+        record.check(f"{backend}: relative error of output and gradients", error, most)
         best = min(times, key=lambda name: times[name])
         record.headline(f"{best} {times[best]:.4g} ms, {flops / times[best] / 1e9:,.0f} TFLOP/s")
         del mlp, passes  # frees gigabytes before the next back-end
+
+
+def _back_ends(device: torch.device) -> list[str]:
+    """Those that run here."""
+    names = ["loop", "grouped_mm"]
+    if device.type != "cuda":
+        return [*names, "grouped_mm" + FP8]
+    if torch.cuda.get_device_capability(device)[0] in CAPABILITIES:
+        names.append("grouped_mm" + FP8)
+    names.append(PLAIN)
+    return [*names, "megablocks"] if importlib.util.find_spec("megablocks") is not None else names
 
 
 def _mlp(config: Config, device: torch.device) -> nn.Module:

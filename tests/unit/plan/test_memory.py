@@ -222,4 +222,7 @@ def test_chunks_of_an_exchange_add_gradients_of_a_layers_experts_up():
     weights = 3 * 4 * config.expert_size * config.hidden_size * 4  # of the four experts of a rank, float32
     parallel = "parallel.expert_parallel_size=2"
     assert working(parallel, "experts.exchange_chunks=2") - working(parallel) == weights
+    assert working(parallel, "experts.two_batch_overlap=true", "train.micro_batch_size=2") == pytest.approx(
+        working(parallel, "experts.exchange_chunks=2", "train.micro_batch_size=2")
+    )
     assert working("experts.exchange_chunks=2") == working()
