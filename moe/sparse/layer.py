@@ -119,7 +119,9 @@ class SparseMLP(nn.Module):
         chunks = routed.choices.chunks(self.exchange_chunks)
         begun = []
         for choices, x_CH in zip(chunks, x_TH.split([choices.num_tokens for choices in chunks]), strict=True):
-            counts_E = routed.counts_E if len(chunks) == 1 else count_choices(choices.experts_N, len(routed.counts_E))
+            counts_E = routed.counts_E
+            if len(chunks) > 1 and choices.per_token is not None:  # `sort_by_expert` counts the others
+                counts_E = count_choices(choices.experts_N, len(counts_E))
             order, weights_CK = sort_by_expert(choices, counts_E)
             counts = send_counts(order.counts_E, group)
             begun.append((order, weights_CK, counts, self._moves(order).gather_rows(x_CH, order)))
