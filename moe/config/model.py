@@ -133,6 +133,9 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
 
+FP8_MULTIPLE = 16  # of the elements of a vector of float8 factors: 16 bytes
+
+
 @dataclass(kw_only=True, slots=True)
 class ExpertsConfig:
     """With expert parallelism a layer's tokens are exchanged in `exchange_chunks` parts, at most 8: while one part's

@@ -9,7 +9,7 @@ from moe.config.adapter import AdapterConfig, fits
 from moe.config.choices import EngineKind, Mlp, OptimizerKind, Recompute, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
-from moe.config.model import ExpertsConfig, ModelConfig
+from moe.config.model import FP8_MULTIPLE, ExpertsConfig, ModelConfig
 from moe.config.optim import OptimConfig
 from moe.config.router import RouterConfig
 from moe.config.router_kinds import TopKRouterConfig
@@ -117,6 +117,8 @@ class Config:
         )
         if self.experts.two_batch_overlap:
             self._check_halves()
+        if self.experts.fp8:
+            self._check_fp8()
         if optim.kind is OptimizerKind.muon:
             self._check_muon()
         self._check_added_tokens()
@@ -137,6 +139,15 @@ class Config:
         require(
             self.model.recompute is not Recompute.mlp,
             f"{stated} has no model.recompute=mlp: use model.recompute=block or none",
+        )
+
+    def _check_fp8(self) -> None:
+        sizes = self.model.hidden_size, self.model.expert_size
+        require(self.model.mlp is Mlp.sparse, "experts.fp8=true has no effect with model.mlp=dense: leave it out")
+        require(
+            not any(size % FP8_MULTIPLE for size in sizes),
+            f"experts.fp8=true must have multiples of {FP8_MULTIPLE} as sizes, not hidden and expert size {sizes}: "
+            "change model.hidden_size or model.moe_intermediate_size, or leave experts.fp8 out",
         )
 
     def _check_muon(self) -> None:

@@ -19,25 +19,16 @@ from torch.nn import functional as F
 
 from moe.errors import UserError
 from moe.kernels.grouped_products import GroupedProducts, torch_products
-from moe.kernels.policy import runs_fused
+from moe.kernels.policy import float8_obstacle, runs_fused
 
 MOST = 448.0  # the largest E4M3 number
 LEAST = 1e-30  # a vector's largest value counts as at least this, so that its scale is finite
 EXPONENT = 0x7F800000  # a float32's bits that are not sign or mantissa: alone, they are a power of two
 CAPABILITIES = 9, 10  # for which torch has grouped products of float8 factors, by their first number
-MULTIPLE = 16  # of a vector's elements: 16 bytes
 
 
-def require_float8(device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]) -> str:
-    """How the products are computed here, for the start-up log; `shapes` is (hidden_size, intermediate_size).
-
-    Raises UserError where they can't be.
-    """
-    if any(size % MULTIPLE for size in shapes):
-        raise UserError(
-            f"experts.fp8=true must have sizes that are multiples of {MULTIPLE}, not hidden and expert size {shapes}: "
-            "change model.hidden_size or model.moe_intermediate_size, or leave experts.fp8 out"
-        )
+def require_float8(device: torch.device, dtype: torch.dtype) -> str:
+    """How the products are computed here, for the start-up log. Raises UserError where they can't be."""
     if device.type != "cuda":
         return "float8 factors, in products of this device's dtype: it has no float8 units"
     if dtype is not torch.bfloat16:
@@ -49,7 +40,7 @@ def require_float8(device: torch.device, dtype: torch.dtype, shapes: tuple[int, 
 
 def float8_products(counts_E: Tensor) -> GroupedProducts:
     """torch's `scaled_grouped_mm` (CUDA), which doesn't wait for the counts. Vectors are dense and have 16 elements or
-    multiples of it."""
+    multiples of it, as the configuration's rules have it."""
     offsets_E = counts_E.cumsum(0).int()
 
     def product(rows: Tensor, weight_EVK: Tensor) -> Tensor:
@@ -73,7 +64,7 @@ def quantize(x_BVK: Tensor) -> tuple[Tensor, Tensor]:
 
     Of a vector with an infinite or undefined value, nothing finite is left.
     """
-    if runs_fused(x_BVK):
+    if runs_fused(x_BVK) and float8_obstacle(x_BVK.device, x_BVK.dtype) is None:
         from moe.kernels.fused import float8
 
         return float8.quantize(x_BVK)

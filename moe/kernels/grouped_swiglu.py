@@ -84,7 +84,8 @@ def grouped_ffn(
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
 
-    With `fp8` the products of rows and weights have float8 factors (`float8_products`).
+    With `fp8` the products of rows and weights have float8 factors (`float8_products`); ValueError with another
+    back-end than grouped_mm.
 
     With a `source`, of which `x_NH` is a copy, the backward pass copies the rows again instead of keeping them (but for
     the loop): with k choices a token, a k-th of the memory.
@@ -92,6 +93,8 @@ def grouped_ffn(
     On CUDA the loop and megablocks read the counts on the host, which waits for the device once per call; grouped_mm
     doesn't wait (its backward pass without Triton waits for the counts' copy, which the forward pass started).
     """
+    if fp8 and backend is not ExpertBackend.grouped_mm:
+        raise ValueError(f"float8 factors need experts.backend=grouped_mm, not {backend.name}")
     if backend is ExpertBackend.loop:
         return loop_ffn(x_NH, counts_E.tolist(), gate_up_proj, down_proj)
     if x_NH.shape[0] == 0:

@@ -79,6 +79,14 @@ def fused_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return find_fault(device, dtype)
 
 
+@cache
+def float8_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel that rounds to float8 doesn't run where `fused_obstacle` lets the others run; None if it does."""
+    from moe.kernels.fused.check import find_float8_fault
+
+    return find_float8_fault(device, dtype)
+
+
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Within it the plain code runs on every device, in all threads: for comparisons."""

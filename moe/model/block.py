@@ -73,10 +73,10 @@ class Block(nn.Module):
     ) -> tuple[list[Pending], RouterOutput | None]:
         """`forward` of the two halves of a batch, of which one's rows travel between ranks while the other's attention
         or experts are computed (two-batch overlap). Returns before the last results have arrived: calling a `Pending`
-        waits for its half's.
+        waits for its half's. Takes the `halves` out of their list, so that what they hold is freed.
         """
         if self.recompute is Recompute.block:
-            inputs = [half() for half in halves]
+            inputs = [halves.pop(0)() for _ in contexts]
             done, routed = recomputed(self._arrived_halves, inputs, contexts, whole)
             return [partial(given, x_BSH) for x_BSH in done], routed
         return self._halves(halves, contexts, whole)
@@ -91,8 +91,8 @@ class Block(nn.Module):
         self, halves: list[Pending], contexts: list[Context], whole: Context
     ) -> tuple[list[Pending], RouterOutput | None]:
         attended, normed, dispatched = [], [], []
-        for half, context in zip(halves, contexts, strict=True):
-            x_BSH = half()
+        for context in contexts:
+            x_BSH = halves.pop(0)()
             attended.append(x_BSH + self._attention(x_BSH, context))
             normed.append(self.post_attention_layernorm(attended[-1]))
             if isinstance(self.mlp, SparseMLP):

@@ -23,7 +23,7 @@ from moe.model.initialize import fill_weights
 from moe.model.loss import head_loss
 from moe.model.neftune import noisy
 from moe.model.norm import build_norm
-from moe.sparse import Randomness, RealTokens, RouterOutput, routers_of
+from moe.sparse import Randomness, RealTokens, RouterOutput, SparseMLP, routers_of
 
 
 @dataclass(slots=True)
@@ -47,7 +47,9 @@ class Decoder(nn.Module):
             Block(layer, model, router, experts, expert_group) for layer in range(model.num_hidden_layers)
         )
         self.norm = build_norm(model, model.hidden_size)
-        self.overlaps_halves = experts.two_batch_overlap and expert_group is not None
+        mlps = (layer.mlp for layer in self.layers if isinstance(layer, Block))
+        exchanges = any(isinstance(mlp, SparseMLP) and mlp.expert_group is not None for mlp in mlps)
+        self.overlaps_halves = experts.two_batch_overlap and exchanges
 
     def forward(
         self,

@@ -141,9 +141,7 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
     attention = 2 * shapes.stream + 4 * tokens + _attention(shapes) + _qk_norm(shapes)
     if sparse:
         experts, top_k = shapes.config.router.num_experts, shapes.top_k
-        routing = (
-            shapes.routers * tokens * (8 * experts + 12 * top_k)
-        )  # logits, probabilities, ids, weights: returned, so always kept
+        routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
         index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert_parallel_size > 1 else 0)
         # the router's input is float32
         mlp = shapes.routers * (4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k)) + index

@@ -135,6 +135,7 @@ def make_plan(asked: PlanConfig) -> Plan:
     recomputing = {
         kind: sum(_memory(_with(config, {"model.recompute": kind})).phases["loss"][part] for part in KEPT)
         for kind in Recompute
+        if kind is not Recompute.mlp or not config.experts.two_batch_overlap  # which can't be combined
     }
     traffic = plan_traffic(config, config.hardware.nodes, config.hardware.gpus_per_node)
     advice, advised = [], needed_gb(config, memory)

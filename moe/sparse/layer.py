@@ -101,6 +101,7 @@ class SparseMLP(nn.Module):
             self._moves(chunk.order).combine_rows(y.arrived(), chunk.weights_CK, chunk.order)
             for chunk, y in zip(dispatched.chunks, dispatched.results, strict=True)
         ]
+        dispatched.chunks, dispatched.results = [], []  # so that their rows need no memory any more
         y_TH = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         return _placed(y_TH, dispatched.real, dispatched.x_BSH, dispatched.shared_BSH)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RealTokens:
-    """`places_T`, int64 and ascending: which of a batch's P places hold real tokens. If all do, None takes this
-    object's place. The number T is known to the host, so nothing waits for a GPU."""
+    """`places_T`, int64 and ascending: which of a batch's P places hold real tokens. If all of a loader's batch do,
+    None takes this object's place. The number T is known to the host, so nothing waits for a GPU, but for
+    `of_sequences`."""
 
     places_T: Tensor
     num_sequences: int

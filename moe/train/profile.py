@@ -85,13 +85,18 @@ class PartRanges:
 
     def __init__(self, engine: Engine) -> None:
         self._handles: list[Any] = []
+        self._wrapped: list[tuple[Any, str]] = []
         for name, module in engine.model.named_modules():
             if (part := _part_of(module, name)) is not None:
                 self._hook(module, part)
-        self._engine: Any = engine
-        self._methods = {"backward": "gradients", "step": "optimizer"}
-        for method, part in self._methods.items():
-            setattr(engine, method, _inside(part, getattr(engine, method)))
+            if isinstance(module, SparseMLP):  # whose steps a block may call instead of its forward pass
+                self._wrap(module, dict.fromkeys(("route", "dispatch", "compute", "combine"), "dispatch"))
+        self._wrap(engine, {"backward": "gradients", "step": "optimizer"})
+
+    def _wrap(self, owner: Any, methods: dict[str, str]) -> None:
+        for method, part in methods.items():
+            setattr(owner, method, _inside(part, getattr(owner, method)))
+            self._wrapped.append((owner, method))
 
     def _hook(self, module: nn.Module, part: str) -> None:
         entered: list[Any] = []
@@ -109,8 +114,8 @@ class PartRanges:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for method in self._methods:
-            delattr(self._engine, method)  # the class's own again
+        for owner, method in self._wrapped:
+            delattr(owner, method)  # the class's own again
 
 
 def _inside(part: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
         shapes = (model.hidden_size, model.expert_size)
         backend, reason = resolve_backend(config.experts, mesh.device, dtype, shapes)
         if config.experts.fp8:
-            reason = require_float8(mesh.device, dtype, shapes)
+            reason = require_float8(mesh.device, dtype)
         router = config.router
         each = f"{router.experts_per_token} a token"
         if model.n_shared_experts:
@@ -76,6 +76,7 @@ def describe_run(config: Config, mesh: Mesh, peak: float) -> list[str]:
         f"{train.precision.name} on {mesh.device.type}, {torch.get_num_threads()} threads a rank",
         f"step: {train.global_batch_size * train.sequence_length:,} tokens = {train.global_batch_size} sequences × "
         f"{train.sequence_length}, {config.accumulation(world)} micro-batches a rank",
+        *_exchange(config),
         *_rate(config),
         *_optimizer(config),
         f"memory: about {_size(sum(memory.values()))} a rank ({kinds})",
@@ -90,6 +91,19 @@ def _rate(config: Config) -> list[str]:
         return []
     product = f"optim.lr {optim.lr:g} × optim.base_hidden_size {optim.base_hidden_size} / model.hidden_size {width}"
     return [f"learning rate: {config.peak_rate:g} = {product}"]
+
+
+def _exchange(config: Config) -> list[str]:
+    """A line where the keys of the exchange are stated."""
+    experts, stated = config.experts, []
+    if experts.two_batch_overlap:
+        stated.append("the halves of a micro-batch in turn")
+    if experts.exchange_chunks > 1:
+        stated.append(f"{experts.exchange_chunks} chunks")
+    if not stated:
+        return []
+    none = " (none at expert-parallel size 1)" if config.parallel.expert_parallel_size == 1 else ""
+    return [f"exchange of rows: {', '.join(stated)}{none}"]
 
 
 def _optimizer(config: Config) -> list[str]:

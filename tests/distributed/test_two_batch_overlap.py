@@ -8,11 +8,13 @@ from unittest.mock import patch
 
 import pytest
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from moe.config.compose import load_config
 from moe.model.attention import Attention
 from moe.sparse.dispatch import _Transfer
 from moe.sparse.experts import Experts
+from moe.train.profile import PartRanges, in_part, times_by_part
 from tests.distributed.training import build, config_of, engine_steps
 from tests.ranks import run_ranks
 
@@ -71,6 +73,27 @@ def test_rows_travel_while_the_other_half_is_computed() -> None:
         # those of A's rows in the first while B's attention there is.
         assert "attention's backward" in _between(backward, "start 3", "wait 3")
         assert "attention's backward" in _between(backward, "start 0", "wait 0")
+
+
+def _parts(overrides: list[str]) -> dict[str, float]:
+    """Milliseconds of the host by part, in the second of two steps."""
+    config = config_of([*ONE_STEP, *overrides])
+    mesh, engine = build(config, [])
+    engine_steps(config, mesh, engine, 0, 1)
+    ranges = PartRanges(engine)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded, in_part("other"):
+        engine_steps(config, mesh, engine, 1, 2)
+    ranges.remove()
+    assert not any("dispatch" in vars(module) for module in engine.model.modules())
+    return dict(times_by_part(recorded.events() or []).host)
+
+
+def test_a_profile_has_the_parts_that_it_has_without() -> None:
+    with_it, without = (
+        run_ranks(2, _parts, [f"experts.two_batch_overlap={state}"], timeout=120)[0] for state in ("true", "false")
+    )
+    assert with_it.keys() == without.keys()
+    assert with_it["dispatch"] > 0.3 * with_it["other"]
 
 
 def test_without_it_nothing_is_computed_while_rows_travel() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import asdict, replace
+from itertools import chain
 
 import torch
 
 from moe.bench.gpu.measure import copy_bandwidth, device_of, milliseconds
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
+from moe.kernels.float8_products import CAPABILITIES
 from moe.kernels.policy import fused_obstacle, plain_kernels
 
 DTYPE = torch.bfloat16
@@ -28,10 +30,13 @@ def run(settings: Settings, record: Record) -> None:
     elif (obstacle := fused_obstacle(device, DTYPE)) is not None:
         raise RuntimeError(f"training takes the plain code here: {obstacle}")
     from moe.kernels.fused.check import TOLERANCES, relative_error
-    from moe.kernels.fused.pairs import MIXTRAL, Sizes, pairs
+    from moe.kernels.fused.pairs import MIXTRAL, Sizes, float8_pairs, pairs
 
     shape = Sizes(tokens=4, hidden=64, width=96, vocab=64) if dry_run else MIXTRAL
-    for name, _, fused, plain in pairs(device, DTYPE, replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))):
+    has_float8 = dry_run or torch.cuda.get_device_capability(device)[0] in CAPABILITIES
+    few = replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))
+    checked = [*pairs(device, DTYPE, few), *(float8_pairs(device, DTYPE, few) if has_float8 else ())]
+    for name, _, fused, plain in checked:
         found = fused()
         with plain_kernels():
             error = relative_error(found, plain())
@@ -40,7 +45,9 @@ def run(settings: Settings, record: Record) -> None:
     record.facts(copy_GB_per_s=bandwidth / 1e9, **asdict(shape))
     runs = 1 if dry_run else 10  # the interpreter takes its time
     all_fused = all_plain = 0.0
-    for name, moved, fused, plain in pairs(device, DTYPE, shape, in_place=True):
+    del checked
+    timed = chain(pairs(device, DTYPE, shape, in_place=True), float8_pairs(device, DTYPE, shape) if has_float8 else ())
+    for name, moved, fused, plain in timed:
         fused_ms = milliseconds(fused, device, runs=runs)
         with plain_kernels():
             plain_ms = milliseconds(plain, device, runs=runs)

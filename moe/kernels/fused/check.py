@@ -1,11 +1,13 @@
-"""Runs every kernel once on a GPU, beside the plain code."""
+"""Runs kernels once on a GPU, beside the plain code."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from moe.kernels.fused.pairs import Sizes, pairs
+from moe.kernels.fused.pairs import Pair, Sizes, float8_pairs, pairs
 from moe.kernels.policy import plain_kernels
 
 # Of the largest result. Both compute in float32 and round once; some plain code rounds once or twice more.
@@ -13,8 +15,18 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
 
 def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The first kernel that can't be compiled or run here, or is wrong, as text for the log; None if all are right."""
-    for name, _, fused, plain in pairs(device, dtype, Sizes()):
+    """The first kernel that can't be compiled or run here, or is wrong, as text for the log; None if all are right.
+    That of float8 numbers is left out: see `find_float8_fault`."""
+    return _fault(pairs(device, dtype, Sizes()), dtype)
+
+
+def find_float8_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same for the kernel that rounds to float8."""
+    return _fault(float8_pairs(device, dtype, Sizes()), dtype)
+
+
+def _fault(tried: Iterator[Pair], dtype: torch.dtype) -> str | None:
+    for name, _, fused, plain in tried:
         try:
             found = fused()
             found[0].sum().item()  # waits, so that a fault on the device is raised here

@@ -57,16 +57,21 @@ def _quantize(
         x = tl.abs(x.to(tl.float32))
         largest = tl.maximum(largest, tl.where(x == x, x, float("inf")))  # an undefined value counts as infinite
     most = tl.maximum(tl.reduce(largest, 1, tl.standard._elementwise_max), 1e-30)
-    # Without the mantissa's 23 bits a float is the power of two below it.
-    scale = ((448.0 / most).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    tl.store(inverse_ptr + matrix * vectors + vector, 1.0 / scale, mask=there)
+    # 448 = 1.75 · 2^8, so the power of two below 448 / most follows from most's exponent and mantissa; a division on a
+    # GPU may be off by a last place. Where most is infinite the scale is 0 and its inverse infinite.
+    bits = most.to(tl.int32, bitcast=True)
+    finite = bits < 0x7F800000
+    exponent = 262 - (bits >> 23) - tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
+    scale = tl.where(finite, exponent << 23, 0).to(tl.float32, bitcast=True)
+    inverse = tl.where(finite, (254 - exponent) << 23, 0x7F800000).to(tl.float32, bitcast=True)
+    tl.store(inverse_ptr + matrix * vectors + vector, inverse, mask=there)
     for start in range(0, length, BLOCK):
         place = start + tl.arange(0, BLOCK)
         inside = there[:, None] & (place < length)[None, :]
         x = tl.load(x_ptr + vector[:, None] * vector_stride + place[None, :] * stride, mask=inside, other=0.0)
         x = x.to(tl.float32) * scale[:, None]
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        places = x.to(tl.int32, bitcast=True)
+        nearest = ((places + 0x7FFFF + ((places >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < SMALLEST_NORMAL, (x + SHIFT) - SHIFT, nearest)
         out = values_ptr + (matrix * vectors + vector)[:, None] * length + place[None, :]
         tl.store(out, x.to(values_ptr.dtype.element_ty), mask=inside)

@@ -115,7 +115,9 @@ class Router(nn.Module):
     def forward(
         self, x_BSH: Tensor, randomness: Randomness | None = None, real: RealTokens | None = None
     ) -> RouterOutput:
-        """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere.
+        """Route x [B, S, H] of any float dtype; `randomness` is the layer's in training, None elsewhere. A sequence's
+        choices depend on it alone, and the router stays as it is: a step may call this for parts of a micro-batch, and
+        several times.
 
         `real` are the tokens to route where not all of them are, and the output is about them alone; it is given only
         then.

@@ -7,6 +7,7 @@ computed: tests on a device must show that results are right.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 CUDA = torch.device("cuda", 0)
 DTYPES = [torch.bfloat16, torch.float32]
+SCALED_GROUPED_MM: Any = torch.nn.functional.scaled_grouped_mm  # type: ignore[attr-defined]
 T, H, F, E, V = 48, 32, 64, 4, 80
 
 
@@ -48,6 +50,9 @@ def _checked_grouped_mm(
     a: Tensor, b: Tensor, scale_a: Tensor, how_a: Any, scale_b: Tensor, how_b: Any, *, offs: Tensor, output_dtype: Any
 ) -> Tensor:
     """`scaled_grouped_mm` by the operator below it, which has checks of dtypes, strides and scales for fake tensors."""
+    inspect.signature(SCALED_GROUPED_MM).bind(
+        a, b, scale_a, how_a, scale_b, how_b, offs=offs, output_dtype=output_dtype
+    )
     by_row = torch.nn.functional.ScalingType.RowWise  # type: ignore[attr-defined]
     assert how_a == how_b == by_row
     return torch._scaled_grouped_mm(a, b, scale_a, scale_b, offs=offs, out_dtype=output_dtype)  # type: ignore[attr-defined]

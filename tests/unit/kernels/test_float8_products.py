@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.config import ExpertBackend, ExpertsConfig
+from moe.config.compose import load_config
 from moe.errors import UserError
 from moe.kernels.float8_products import quantize, require_float8, rounded
 from moe.kernels.grouped_swiglu import grouped_ffn
@@ -128,19 +129,21 @@ def test_evaluation_has_no_float8_factors() -> None:
 
 
 def test_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no float8 units" in require_float8(CPU, torch.float32, (256, 896))
-    with pytest.raises(UserError, match=r"multiples of 16, not hidden and expert size \(256, 900\)"):
-        require_float8(CPU, torch.float32, (256, 900))
+    assert "no float8 units" in require_float8(CPU, torch.float32)
+    with pytest.raises(UserError, match=r"multiples of 16 as sizes, not hidden and expert size \(256, 900\)"):
+        load_config(["experts.fp8=true", "model=small", "model.hidden_size=256", "model.intermediate_size=900"])
+    with pytest.raises(UserError, match=r"no effect with model\.mlp=dense"):
+        load_config(["experts.fp8=true", "model.mlp=dense"])
     cuda = torch.device("cuda")
     with pytest.raises(UserError, match=r"train\.precision=bfloat16"):
-        require_float8(cuda, torch.float32, (256, 896))
+        require_float8(cuda, torch.float32)
     for capability, fits in (((8, 9), False), ((9, 0), True), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
         if fits:
-            assert require_float8(cuda, torch.bfloat16, (256, 896)) == "float8 factors"
+            assert require_float8(cuda, torch.bfloat16) == "float8 factors"
         else:
             with pytest.raises(UserError, match=r"compute capability 9 or 10"):
-                require_float8(cuda, torch.bfloat16, (256, 896))
+                require_float8(cuda, torch.bfloat16)
     for backend in (ExpertBackend.loop, ExpertBackend.megablocks):
         with pytest.raises(UserError, match=rf"experts\.fp8=true has no experts\.backend={backend.name}"):
             ExpertsConfig(fp8=True, backend=backend)

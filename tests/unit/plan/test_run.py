@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe.config import PlanConfig
+from moe.config import PlanConfig, Recompute
 from moe.config.compose import ConfigError, load_config
 from moe.config.presets import choices, config_dir
 from moe.errors import UserError
@@ -199,6 +199,14 @@ def test_advice_fits_when_it_is_typed(overrides):
         except ConfigError:
             continue
         assert not fewer.fits, f"{left_out} is not needed"
+
+
+def test_two_batch_overlap_is_planned_without_the_recomputation_that_it_lacks():
+    overrides = ["model=small", "hardware=cpu", "hardware.gpus_per_node=2", "train.sequence_length=4096"]
+    overrides += ["parallel.expert_parallel_size=2", "experts.two_batch_overlap=true", "train.micro_batch_size=4"]
+    plan = make_plan(compose(*overrides, "hardware.memory_gb=64"))
+    assert plan.recomputing.keys() == {Recompute.none, Recompute.block}
+    assert not make_plan(compose(*overrides, "hardware.memory_gb=3")).fits
 
 
 def test_a_batch_that_the_ranks_can_not_share_is_rounded_up_with_a_note():

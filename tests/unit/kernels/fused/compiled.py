@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from moe.kernels.fused import cross_entropy, float8, launch, rotary, rows, swiglu
-from moe.kernels.fused.pairs import MIXTRAL, Sizes, pairs
+from moe.kernels.fused.pairs import MIXTRAL, Sizes, float8_pairs, pairs
 from moe.kernels.policy import FUSED_DTYPES
 
 SHAPES = (
@@ -66,6 +66,7 @@ def resources(compiled: Any) -> dict[str, Any]:
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED")}  # type: ignore[index]
     code = re.findall(r"\b(?:ld|st)\.global(?:\.[a-z]\w*)*?\.((?:v\d\.)?b\d+)", compiled.asm["ptx"])
+    found["inexact_divisions"] = compiled.asm["ptx"].count("div.full")
     return found | {"memory": {width: code.count(width) for width in sorted(set(code))}}
 
 
@@ -75,8 +76,9 @@ def main() -> None:
         for module in (cross_entropy, float8, rotary, rows, swiglu):
             module.launch = partial(compile_instead, shape.hidden % 16 == 0)  # type: ignore[assignment]
         for dtype in FUSED_DTYPES:
-            for pair in pairs(torch.device("cpu"), dtype, shape):
-                pair.fused()
+            for made in (pairs, float8_pairs):
+                for pair in made(torch.device("cpu"), dtype, shape):
+                    pair.fused()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_kernel_is_right(fused: SimpleNamespace, dtype: torch.dtype) -> None:
     assert fused.check.find_fault(CPU, dtype) is None
+    assert fused.check.find_float8_fault(CPU, dtype) is None
+
+
+def test_without_float8_numbers_the_other_kernels_run(fused: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: object) -> None:
+        raise ValueError("type fp8e4nv not supported in this architecture")
+
+    monkeypatch.setattr(fused.float8, "quantize", fails)
+    assert fused.check.find_fault(CPU, torch.bfloat16) is None
+    assert fused.check.find_float8_fault(CPU, torch.bfloat16).startswith("float8 of rows failed: ValueError: type")
 
 
 def test_a_wrong_kernel_is_named(fused: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

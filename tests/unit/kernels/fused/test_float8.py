@@ -36,6 +36,18 @@ def test_every_bfloat16_number_is_rounded_as_torch_does(fused: SimpleNamespace) 
     assert torch.equal(values[0, :, 0].float(), numbers.to(torch.float8_e4m3fn).float())
 
 
+def test_scales_of_vectors_whose_largest_value_is_at_a_limit(fused: SimpleNamespace) -> None:
+    """1.75 · 2^k is scaled to 448, the next larger number to 224 and a little more."""
+    limits = 1.75 * 2.0 ** torch.arange(-90, 120).float()
+    largest = torch.cat([limits, limits.nextafter(torch.tensor(torch.inf)), limits.nextafter(torch.tensor(0.0))])
+    x = torch.stack([largest, -largest / 3], dim=1).unsqueeze(0)
+    values, inverse = fused.float8.quantize(x)
+    wanted, wanted_inverse = quantize(x)
+    assert torch.equal(inverse, wanted_inverse)
+    assert torch.equal(values.view(torch.uint8), wanted.view(torch.uint8))
+    assert (values[0, : len(limits), 0].float() == 448).all()
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_leaves_nothing_finite(fused: SimpleNamespace, bad: float) -> None:
     x = torch.randn(1, 2, 40)
