@@ -85,7 +85,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [],
     ),
     "two-batch overlap, packed rows, capacity": (
-        [*ROWS, "experts.two_batch_overlap=true", "router.capacity_factor=1.0"],
+        [*ROWS, "experts.two_batch_overlap=true", "router.capacity_factor=1.0", "train.seed=1"],
         [],
     ),
     "two-batch overlap, expert choice": (
