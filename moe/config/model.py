@@ -155,7 +155,6 @@ class ExpertsConfig:
             not self.fp8 or self.backend in (ExpertBackend.auto, ExpertBackend.grouped_mm),
             f"experts.fp8=true has no experts.backend={self.backend.name}: use experts.backend=auto",
         )
-
         positive("experts", self, "exchange_chunks", at_most=MOST_CHUNKS)
 
     @property

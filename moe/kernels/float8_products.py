@@ -27,13 +27,18 @@ EXPONENT = 0x7F800000  # a float32's bits that are not sign or mantissa: alone, 
 CAPABILITIES = 9, 10  # for which torch has grouped products of float8 factors, by their first number
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether this GPU has products of float8 factors."""
+    return torch.cuda.get_device_capability(device)[0] in CAPABILITIES
+
+
 def require_float8(device: torch.device, dtype: torch.dtype) -> str:
     """How the products are computed here, for the start-up log. Raises UserError where they can't be."""
     if device.type != "cuda":
         return "float8 factors, in products of this device's dtype: it has no float8 units"
     if dtype is not torch.bfloat16:
         raise UserError("experts.fp8=true must have bfloat16 on CUDA: add train.precision=bfloat16")
-    if torch.cuda.get_device_capability(device)[0] not in CAPABILITIES:
+    if not has_float8(device):
         raise UserError("experts.fp8=true must have a GPU like an H100 or a B200, of compute capability 9 or 10")
     return "float8 factors"
 

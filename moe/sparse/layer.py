@@ -74,7 +74,7 @@ class SparseMLP(nn.Module):
             return self.combine(dispatched), dispatched.routed
         routed = self.route(x_BSH, randomness, real)
         y_TH = self._on_this_rank(_tokens(x_BSH, real), routed)
-        return _placed(y_TH, real, x_BSH, self._shared(x_BSH)), routed
+        return _placed(y_TH, real, x_BSH.shape, self._shared(x_BSH)), routed
 
     def route(self, x_BSH: Tensor, randomness: Randomness | None, real: RealTokens | None) -> RouterOutput:
         return self.gate(x_BSH, randomness) if real is None else self.gate(x_BSH, randomness, real=real)
@@ -85,7 +85,7 @@ class SparseMLP(nn.Module):
         assert self.expert_group is not None
         routed = self.route(x_BSH, randomness, real)
         chunks = self._send(_tokens(x_BSH, real), routed, self.expert_group)
-        return Dispatched(x_BSH, real, routed, chunks, self._shared(x_BSH))
+        return Dispatched(x_BSH.shape, real, routed, chunks, self._shared(x_BSH))
 
     def compute(self, dispatched: Dispatched) -> None:
         """The second part: computes the rows that arrived for this rank's experts, and starts to return the results.
@@ -103,7 +103,7 @@ class SparseMLP(nn.Module):
         ]
         dispatched.chunks, dispatched.results = [], []  # so that their rows need no memory any more
         y_TH = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        return _placed(y_TH, dispatched.real, dispatched.x_BSH, dispatched.shared_BSH)
+        return _placed(y_TH, dispatched.real, dispatched.shape, dispatched.shared_BSH)
 
     def _shared(self, x_BSH: Tensor) -> Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(x_BSH)
@@ -151,7 +151,7 @@ class _Chunk:
 class Dispatched:
     """Tokens between `SparseMLP.dispatch` and `combine`."""
 
-    x_BSH: Tensor
+    shape: torch.Size  # of the layer's input, [B, S, H]
     real: RealTokens | None
     routed: RouterOutput
     chunks: list[_Chunk]
@@ -163,9 +163,9 @@ def _tokens(x_BSH: Tensor, real: RealTokens | None) -> Tensor:
     return x_BSH.flatten(0, 1) if real is None else real.select(x_BSH.flatten(0, 1))
 
 
-def _placed(y_TH: Tensor, real: RealTokens | None, x_BSH: Tensor, shared_BSH: Tensor | None) -> Tensor:
-    """The tokens' results in x's shape, and those of shared experts added."""
-    y_BSH = (y_TH if real is None else real.spread(y_TH)).view_as(x_BSH)
+def _placed(y_TH: Tensor, real: RealTokens | None, shape: torch.Size, shared_BSH: Tensor | None) -> Tensor:
+    """The tokens' results in the input's shape, and those of shared experts added."""
+    y_BSH = (y_TH if real is None else real.spread(y_TH)).view(shape)
     return y_BSH if shared_BSH is None else y_BSH + shared_BSH
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 
 from moe.bench.gpu.measure import copy_bandwidth, device_of, milliseconds
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
-from moe.kernels.float8_products import CAPABILITIES
+from moe.kernels.float8_products import has_float8
 from moe.kernels.policy import fused_obstacle, plain_kernels
+
+if TYPE_CHECKING:
+    from moe.kernels.fused.pairs import Pair
 
 DTYPE = torch.bfloat16
 CHECKED_TOKENS = 1024
@@ -33,10 +37,13 @@ def run(settings: Settings, record: Record) -> None:
     from moe.kernels.fused.pairs import MIXTRAL, Sizes, float8_pairs, pairs
 
     shape = Sizes(tokens=4, hidden=64, width=96, vocab=64) if dry_run else MIXTRAL
-    has_float8 = dry_run or torch.cuda.get_device_capability(device)[0] in CAPABILITIES
-    few = replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))
-    checked = [*pairs(device, DTYPE, few), *(float8_pairs(device, DTYPE, few) if has_float8 else ())]
-    for name, _, fused, plain in checked:
+
+    def every(shape: Sizes, *, in_place: bool) -> Iterator[Pair]:
+        yield from pairs(device, DTYPE, shape, in_place=in_place)
+        if dry_run or has_float8(device):
+            yield from float8_pairs(device, DTYPE, shape)
+
+    for name, _, fused, plain in every(replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS)), in_place=False):
         found = fused()
         with plain_kernels():
             error = relative_error(found, plain())
@@ -45,9 +52,7 @@ def run(settings: Settings, record: Record) -> None:
     record.facts(copy_GB_per_s=bandwidth / 1e9, **asdict(shape))
     runs = 1 if dry_run else 10  # the interpreter takes its time
     all_fused = all_plain = 0.0
-    del checked
-    timed = chain(pairs(device, DTYPE, shape, in_place=True), float8_pairs(device, DTYPE, shape) if has_float8 else ())
-    for name, moved, fused, plain in timed:
+    for name, moved, fused, plain in every(shape, in_place=True):
         fused_ms = milliseconds(fused, device, runs=runs)
         with plain_kernels():
             plain_ms = milliseconds(plain, device, runs=runs)

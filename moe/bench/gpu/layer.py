@@ -16,7 +16,7 @@ from moe.bench.gpu.models import on_device, one_layer
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import Config
-from moe.kernels.float8_products import CAPABILITIES
+from moe.kernels.float8_products import has_float8
 from moe.kernels.policy import plain_kernels
 from moe.train.metrics import measure_peak_flops
 
@@ -65,7 +65,7 @@ def _back_ends(device: torch.device) -> list[str]:
     names = ["loop", "grouped_mm"]
     if device.type != "cuda":
         return [*names, "grouped_mm" + FP8]
-    if torch.cuda.get_device_capability(device)[0] in CAPABILITIES:
+    if has_float8(device):
         names.append("grouped_mm" + FP8)
     names.append(PLAIN)
     return [*names, "megablocks"] if importlib.util.find_spec("megablocks") is not None else names
