@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from moe.errors import StartError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MAX_THREADS = 1024
+RUNNING_GLOO = r"\(pt_gloo_runloop\) [^S]"  # such a thread that isn't sleeping, in its /proc/…/stat
+LONGEST_RELEASE = 5.0  # seconds that a thread of gloo may need on a busy machine to free what it holds
 
 
 def start(expert_parallel_size: int, config: Mapping[str, object] | None = None) -> Mesh:
@@ -121,3 +126,24 @@ def own_store(seconds: float) -> Store | None:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        _wait_for_gloo()
+
+
+def _wait_for_gloo() -> None:
+    """Waits until gloo's threads are idle, at most `LONGEST_RELEASE` seconds.
+
+    Each holds a collective's tensors for a moment after the collective is done. A thread that frees them while Python
+    ends makes the process abort (exit code −6), and the engine may keep a group and its threads until then.
+    """
+    until = time.monotonic() + LONGEST_RELEASE
+    while time.monotonic() < until:
+        time.sleep(0.001)  # without Python's lock, which the threads need to free a tensor
+        if not any(re.search(RUNNING_GLOO, line) for line in _threads_of_this_process()):
+            return
+
+
+def _threads_of_this_process() -> Iterator[str]:
+    """Each thread's "ID (name) state …" (proc_pid_stat(5)); nothing on systems without /proc."""
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            yield path.read_text()

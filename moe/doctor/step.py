@@ -10,7 +10,7 @@ import sys
 
 from moe.bench.stepper import Stepper
 from moe.config.compose import load_config
-from moe.distributed.rendezvous import start
+from moe.distributed import rendezvous
 
 TINY = ["model.num_hidden_layers=1", "model.vocab_size=300", "tokenizer.vocab_size=300", "train.sequence_length=32"]
 TINY += ["train.micro_batch_size=2", "train.global_batch_size=4"]
@@ -18,11 +18,14 @@ TINY += ["train.micro_batch_size=2", "train.global_batch_size=4"]
 
 def main() -> None:
     losses = {}
-    for engine in ("plain", "deepspeed"):
-        config = load_config([*TINY, f"engine={engine}"])
-        step = Stepper(config, start(1))
-        losses[engine] = [step().metrics["lm_loss"] for _ in range(2)]
-        print(f"done: engine={engine}", flush=True)
+    mesh = rendezvous.start(1)
+    try:
+        for engine in ("plain", "deepspeed"):
+            step = Stepper(load_config([*TINY, f"engine={engine}"]), mesh)
+            losses[engine] = [step().metrics["lm_loss"] for _ in range(2)]
+            print(f"done: engine={engine}", flush=True)
+    finally:
+        rendezvous.stop()
     close = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(*losses.values(), strict=True))
     if not close:
         sys.exit(f"the engines' losses differ: {losses}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import time
+import weakref
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +57,37 @@ def _sum_after_start(configs: list[dict[str, object]]) -> float:
 
 def test_ranks_of_one_configuration_start() -> None:
     assert run_ranks(3, _sum_after_start, [_flat()] * 3, timeout=60) == [3.0, 3.0, 3.0]
+
+
+def _held_after_stop(tries: int) -> int:
+    """How often a group's threads still hold the last collective's tensor after `stop`, on a core that is busy."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    held, groups = 0, []
+    try:
+        for _ in range(tries):
+            mesh = rendezvous.start(1)
+            groups.append(dist.group.WORLD)  # as the engine does: the threads outlive `stop`
+            dist.all_reduce(torch.ones(4))
+            for thread in Path("/proc/self/task").iterdir():
+                if "gloo_runloop" in (thread / "comm").read_text():
+                    os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+            tensor = torch.full([4], float(mesh.rank))
+            freed = weakref.ref(tensor)
+            dist.all_reduce(tensor)
+            del tensor
+            rendezvous.stop()
+            held += freed() is not None
+    finally:
+        busy.kill()
+        busy.wait()
+    return held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's schedulers and /proc")
+def test_gloo_holds_no_tensor_after_the_stop() -> None:
+    """A thread that frees a tensor while Python ends would abort the process (exit code −6)."""
+    assert run_ranks(1, _held_after_stop, 20, timeout=120) == [0]
 
 
 def test_a_missing_rank_is_named_by_the_others() -> None:
