@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from moe.config import AttentionBackend, Config, ExpertBackend, Mlp, QkNorm, Recompute
-from moe.kernels.attention.block import BAND_BLOCKS, CAUSAL_BLOCK, CAUSAL_SPAN, MAX_BAND_BLOCK, MIN_BAND_BLOCK
+from moe.kernels.attention.block import BAND_BLOCKS, LONGEST_IN_BLOCKS, MAX_BAND_BLOCK, MIN_BAND_BLOCK, causal_block
 from moe.kernels.cross_entropy import slice_rows
 from moe.kernels.grouped_lora import ALIGNED
 from moe.plan.gradients import MemoryBlock, element_size
@@ -88,7 +88,8 @@ def _attention(shapes: Shapes) -> int:
         width = (3 + whole / blocks) * queries + 2 * (copies + 1) * keys
         return round(shapes.tokens * (blocks * block / length * width * s + log_sum_exp))
     width = (queries + 2 * keys) + queries
-    if not shapes.cuda and CAUSAL_BLOCK < length <= CAUSAL_SPAN:
+    shared = model.num_attention_heads // model.num_key_value_heads
+    if not shapes.cuda and causal_block(shared) < length <= LONGEST_IN_BLOCKS:
         width += queries  # the blocks' outputs, and their concatenation
     return shapes.tokens * (width * s + log_sum_exp)
 

@@ -2,8 +2,8 @@
 see. Any device.
 
 With a window the cost is linear in the sequence length; on CUDA it is the last resort.
-Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension, W window, C queries of a block,
-K keys.
+Legend: B batch, S sequence, N query heads, G key/value heads, R = N / G heads that share keys, D head dimension,
+W window, C queries of a block, K keys.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from moe.kernels.attention.pattern import Attend, document_bounds, visible
 from moe.kernels.attention.together import Together
 from moe.kernels.policy import widen
 
-# Queries per block on a CPU. Its SDPA skips masked keys only in spans of 512: up to that length, blocks save work.
-CAUSAL_BLOCK, CAUSAL_SPAN = 128, 512
+# Without a window a CPU takes blocks too: its SDPA skips masked keys only in spans of 512. In longer documents less of
+# the work is masked, and blocks don't pay.
+LONGEST_IN_BLOCKS = 1024
 BAND_BLOCKS = 4  # a window is C = W / 4 queries a block; a query computes W + C scores, of which it needs W
 MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
@@ -68,20 +69,38 @@ def _grouped(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, together: Togeth
 
 
 def _one_document(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int | None) -> Tensor:
-    length = q_BSND.shape[1]
+    length, shared = q_BSND.shape[1], q_BSND.shape[2] // k_BSGD.shape[2]
     if window is not None and window < length:
         return _banded(q_BSND, k_BSGD, v_BSGD, window)
-    on_cpu = q_BSND.device.type == "cpu"
-    if not on_cpu or not CAUSAL_BLOCK < length <= CAUSAL_SPAN:
-        return sdpa(q_BSND, k_BSGD, v_BSGD, None)
-    mask_CK = _band(CAUSAL_BLOCK, length + CAUSAL_BLOCK, length, None, q_BSND)  # any block's mask is a slice of it
+    if q_BSND.device.type == "cpu" and causal_block(shared) < length <= LONGEST_IN_BLOCKS:
+        return _causal_blocks(q_BSND, k_BSGD, v_BSGD, shared)
+    return sdpa(q_BSND, k_BSGD, v_BSGD, None)
+
+
+def causal_block(shared: int) -> int:
+    """C without a window, where `shared` heads share keys: the fastest of 64, 128, 192 and 256."""
+    return 64 if shared > 1 else 128
+
+
+def _causal_blocks(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, shared: int) -> Tensor:
+    """Blocks of C queries, each with the keys up to its last query.
+
+    Heads that share keys are rows of one product, C·R of them: SDPA makes a few products per head and 32 queries, which
+    are too small for several threads.
+    """
+    length, block = q_BSND.shape[1], causal_block(shared)
+    q = q_BSND.unflatten(2, (-1, shared)).transpose(2, 3).flatten(1, 2)  # [B, S·R, G, D]
+    k, v = k_BSGD, v_BSGD
+    if shared > 1:  # q is a copy: so are these, or they would keep the projections' one output beside it
+        k, v = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (k, v))
+    # Any block's mask is a slice of this one.
+    mask = _band(block, length + block, length, None, q).repeat_interleave(shared, 0)
     outs, start = [], 0
-    for q in q_BSND.split(CAUSAL_BLOCK, 1):
-        end = start + q.shape[1]
-        mask = mask_CK[: q.shape[1], length - start :][:, :end] if start else None
-        outs.append(sdpa(q, k_BSGD[:, :end], v_BSGD[:, :end], mask))
+    for rows in q.split(block * shared, 1):
+        end = start + rows.shape[1] // shared
+        outs.append(sdpa(rows, k[:, :end], v[:, :end], mask[: rows.shape[1], length - start :][:, :end]))
         start = end
-    return torch.cat(outs, 1)
+    return torch.cat(outs, 1).unflatten(1, (length, shared)).transpose(2, 3).flatten(2, 3)
 
 
 def _band(queries: int, keys: int, first_query: int, window: int | None, like: Tensor) -> Tensor:
