@@ -33,7 +33,7 @@ from moe.kernels.permute import RowSource
 from moe.kernels.policy import runs_fused, wide_dtype
 from moe.kernels.swiglu import activation
 
-BLOCK_ROWS = 64  # that a CPU takes through the element-wise passes at a time, so that they stay in a core's cache
+BLOCK_ROWS = 128  # that a CPU takes through the element-wise passes at a time, so that they stay in a core's cache
 
 
 def resolve_backend(
