@@ -24,7 +24,7 @@ from typing import Any
 
 from moe.bench import BENCHMARKS
 from moe.bench.gpu.runner import ERROR_LINES, end
-from moe.bench.report import BEGIN, END, machine, new_report, read_report, write_report
+from moe.bench.report import BEGIN, END, code_version, machine, new_report, read_report, write_report
 from moe.bench.settings import Rounds, split
 from moe.distributed.environment import world_from_environment
 from moe.durable import check_section
@@ -158,7 +158,12 @@ def parse(overrides: list[str]) -> ReportKeys:
 def _measured(each: BenchRun, more: list[str]) -> dict[str, Any]:
     """Runs one benchmark and returns its entry in the report."""
     started, began = time.strftime("%Y-%m-%d %H:%M", time.gmtime()), time.monotonic()
-    entry: dict[str, Any] = {"title": each.title, "about": BENCHMARKS[each.name], "started": started}
+    entry: dict[str, Any] = {
+        "title": each.title,
+        "about": BENCHMARKS[each.name],
+        "started": started,
+        "code": code_version(),
+    }
     entry |= {"load": round(os.getloadavg()[0], 1), "results": None, "error": []}
     cores = len(os.sched_getaffinity(0))
     if each.threads * each.ranks > cores:

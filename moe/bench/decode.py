@@ -27,7 +27,7 @@ from moe.bench.clock import clock, now
 from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model, require_transformers
 from moe.bench.peers import parse
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, spread
+from moe.bench.settings import Rounds, counted, spread
 from moe.config import Config, Precision
 from moe.config.generate import Sampling
 from moe.errors import UserError
@@ -241,8 +241,8 @@ def summary(
         first = statistics.median(getattr(each, side.removesuffix("s") + "_first") for each in rounds)
         rows.append([name, batch * steps / seconds, seconds / steps * 1e3, first * 1e3, count])
     note = (
-        f"{batch} prompts: medians of {len(rounds)} alternating rounds of {steps} tokens; first token "
-        f"{statistics.median(firsts):.2f} × as fast; ratio per round {spread(ratios)}"
+        f"{counted(batch, 'prompt')}: medians of {counted(len(rounds), 'alternating round')} of {steps} tokens; "
+        f"first token {statistics.median(firsts):.2f} × as fast; ratio per round {spread(ratios)}"
     )
     return rows, note, statistics.median(ratios)
 

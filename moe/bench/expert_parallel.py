@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from moe.bench.results import Results, ResultTable
-from moe.bench.settings import Rounds, split, spread
+from moe.bench.settings import Rounds, counted, split, spread
 from moe.bench.stepper import Stepper
 from moe.config import Config, Mlp
 from moe.config.compose import load_config
@@ -72,8 +72,8 @@ def compare(keys: Rounds, config: Config, mesh: Mesh) -> Results:
     return Results(
         [ResultTable(["", "tokens/s"], [[name, statistics.median(values)] for name, values in speeds.items()])],
         [
-            f"medians of {keys.rounds} alternating rounds, {mesh.world_size} ranks, {torch.get_num_threads()} threads "
-            f"each; ratio per round {spread(ratios)}"
+            f"medians of {counted(keys.rounds, 'alternating round')}, {mesh.world_size} ranks, "
+            f"{counted(torch.get_num_threads(), 'thread')} each; ratio per round {spread(ratios)}"
         ],
         {"ratio tokens/s {}": statistics.median(ratios)},
     )

@@ -31,7 +31,7 @@ from moe.bench.kernel_cases import Cases
 from moe.bench.peer import require_transformers
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.roofline import CPU, copy_rate
-from moe.bench.settings import Rounds
+from moe.bench.settings import Rounds, counted
 from moe.config import Config
 from moe.kernels.policy import torch_dtype
 from moe.train.metrics import measure_peak_flops
@@ -67,8 +67,8 @@ def run(overrides: list[str]) -> Results:
         print(f"{case.name}: {rows[0][2]:.3g} ms forward", flush=True)
     limit = f"{limits.flops / 1e9:,.0f} GFLOP/s ({config.train.precision.value}), {limits.bytes / 1e9:.1f} GB/s"
     notes = [
-        f"medians of {keys.rounds} alternating rounds, {clock()}, {torch.get_num_threads()} threads, "
-        f"load {os.getloadavg()[0]:.1f}",
+        f"medians of {counted(keys.rounds, 'alternating round')}, {clock()}, "
+        f"{counted(torch.get_num_threads(), 'thread')}, load {os.getloadavg()[0]:.1f}",
         f"limits: {limit}; outputs and gradients agree within {DIFFERENCE[dtype]:.0e}",
     ]
     return Results([table], notes, {"median of the references' time ÷ ours {}": statistics.median(slower)})

@@ -38,7 +38,7 @@ from moe.bench.peer import (
     require_transformers,
 )
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, split, spread
+from moe.bench.settings import Rounds, counted, split, spread
 from moe.bench.stepper import batch_of
 from moe.config import Config, Mlp, ModelConfig, OptimizerKind, Precision, TopKRouterConfig
 from moe.config.compose import load_config
@@ -199,7 +199,7 @@ def results(config: Config, rounds: list[Round], names: dict[str, str]) -> Resul
         rows.append([name, speed, step_tokens / speed * 1e3, speed * flops / 1e9, 100 * share])
     rows.append([f"matrix product ({config.train.precision.value})", None, None, peak / 1e9, None])
     notes = [
-        f"medians of {len(rounds)} alternating rounds, {torch.get_num_threads()} threads, "
+        f"medians of {counted(len(rounds), 'alternating round')}, {counted(torch.get_num_threads(), 'thread')}, "
         f"load {os.getloadavg()[0]:.1f}",
         f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); "
         f"ours has MaxVio {rounds[-1].max_violation:.2f}",

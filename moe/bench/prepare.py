@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.bench.results import Results, ResultTable
+from moe.bench.settings import counted
 from moe.config import PrepareConfig
 from moe.config.compose import load_config
 from moe.data.prepare import prepare
@@ -83,9 +84,10 @@ def run(overrides: list[str]) -> Results:
     return Results(
         [ResultTable(columns, [[kind, *row] for kind, row in measured.items()])],
         [
-            f"medians of {keys.rounds} alternating rounds on {usable_cores()} cores, load {os.getloadavg()[0]:.1f} at "
-            "the end; MB/s of wall-clock but for `a core`, which is of CPU time, reading twice and hashing included; "
-            "`main` is the share of the CPU time of the one process that hands out parts and writes"
+            f"medians of {counted(keys.rounds, 'alternating round')} on {usable_cores()} cores, "
+            f"load {os.getloadavg()[0]:.1f} at the end; MB/s of wall-clock but for `a core`, which is of CPU "
+            "time, reading twice and hashing included; `main` is the share of the CPU time of the one process that "
+            "hands out parts and writes"
         ],
         {"MB/s a core {}": float(rate), f"{many} ÷ 1: {{}}": float(ratio)},
     )

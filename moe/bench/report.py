@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,20 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def code_version() -> str:
+    """The commit that last changed the measured code, with a + where files differ from it; `–` outside a repository."""
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words, "--", "moe", "configs"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "") or "–"
+    except (OSError, subprocess.CalledProcessError):
+        return "–"
 
 
 def _version(package: str) -> str:
@@ -74,8 +89,9 @@ def section(report: dict[str, Any]) -> Iterator[str]:
     for each in benchmarks.values():
         results = each["results"]
         lines = "; ".join(stated(results["figures"])) if results else each["error"][-1]
-        rows.append([each["title"], each["started"], each["state"], f"{each['seconds']:.0f} s", each["load"], lines])
-    yield from table(["benchmark", "date, UTC", "state", "time", "load before", "result"], rows)
+        state, seconds = each["state"], f"{each['seconds']:.0f} s"
+        rows.append([each["title"], each["started"], each["code"], state, seconds, each["load"], lines])
+    yield from table(["benchmark", "date, UTC", "code", "state", "time", "load before", "result"], rows)
     for command, each in benchmarks.items():
         yield from ("", f"### {each['title']}", "", f"`{command}`: {each['about']}.", "")
         if each["results"]:

@@ -40,7 +40,14 @@ def split(
     return replace(default or Rounds(), **own), rest
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 round`, `3 rounds`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def spread(ratios: list[float]) -> str:
-    """`1.10 to 1.30`, with a warning where the rounds disagree."""
+    """`1.10 to 1.30`, with a warning where the rounds disagree; `1.10` of one round."""
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
     warning = "; the rounds disagree: the machine is busy" if max(ratios) > DISAGREE * min(ratios) else ""
     return f"{min(ratios):.2f} to {max(ratios):.2f}{warning}"

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from moe.bench import peers
 from moe.bench.clock import clock, now
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, spread
+from moe.bench.settings import Rounds, counted, spread
 from moe.config import Config
 from moe.data.loader import Loader
 from moe.data.prepare import prepare as prepare_data
@@ -121,8 +121,8 @@ def measure(keys: Rounds, config: Config, mesh: Mesh, loader: Loader) -> Results
         f"a step takes {seconds * 1e3:,.0f} ms, {tokens / seconds:,.0f} tokens/s, {clock()}; under the profiler "
         f"{statistics.median(slowed) / seconds:.2f} × that: the parts' ms are the profiler's, wall-clock",
         f"medians of {keys.rounds} steps, {spread([one / seconds for one in plain])} of the median; "
-        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; MaxVio {step.max_violation:.2f}; "
-        f"product {peak / 1e9:,.0f} GFLOP/s ({config.train.precision.value})",
+        f"{counted(torch.get_num_threads(), 'thread')}, load {os.getloadavg()[0]:.1f}; "
+        f"MaxVio {step.max_violation:.2f}; product {peak / 1e9:,.0f} GFLOP/s ({config.train.precision.value})",
     ]
     return Results([parts, largest], notes, {"data wait {} % of a step": 100 * wait, "MFU {} %": 100 * rates / peak})
 

@@ -23,7 +23,7 @@ from typing import Any
 from moe.bench import gpt
 from moe.bench.peer import require_transformers
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, split
+from moe.bench.settings import Rounds, counted, split
 from moe.config import Config
 from moe.config.compose import load_config
 from moe.errors import UserError
@@ -120,7 +120,9 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config) -> Resu
     return Results(
         [
             ResultTable(
-                columns, whole, f"after equal seconds of training, {RANKS} processes, {len(losses[FIRST])} seeds"
+                columns,
+                whole,
+                f"after equal seconds of training, {RANKS} processes, {counted(len(losses[FIRST]), 'seed')}",
             ),
             ResultTable(
                 ["", *shares], parts, "validation loss after parts of its steps (before the end the rate is still high)"

@@ -21,7 +21,8 @@ def _entry(title: str, **other: Any) -> dict[str, Any]:
         ["medians of 3 rounds"],
         {"ratio tokens/s {}": 1.234},
     )
-    entry = {"title": title, "about": "a step", "started": "2026-11-29 03:00", "load": 0.4, "state": "measured"}
+    entry = {"title": title, "about": "a step", "started": "2026-11-29 03:00", "code": "1234567"}
+    entry |= {"load": 0.4, "state": "measured"}
     return entry | {"seconds": 60.2, "results": results.values(), "error": []} | other
 
 
@@ -34,8 +35,8 @@ def test_the_section_holds_machine_results_and_failures() -> None:
     text = "\n".join(section(_report()))
     assert machine()["processor"] in text
     assert f"torch {machine()['versions']['torch']}" in text
-    assert "| peers, 1 thread | 2026-11-29 03:00 | measured | 60 s | 0.4 | ratio tokens/s 1.23 |" in text
-    assert "| decode, 1 thread | 2026-11-29 03:00 | failed | 60 s | 0.4 | exit code 1 |" in text
+    assert "| peers, 1 thread | 2026-11-29 03:00 | 1234567 | measured | 60 s | 0.4 | ratio tokens/s 1.23 |" in text
+    assert "| decode, 1 thread | 2026-11-29 03:00 | 1234567 | failed | 60 s | 0.4 | exit code 1 |" in text
     assert "`moe bench peers`: a step.\n\n| side | tokens/s |\n| --- | --- |\n| ours | 1,234 |\n| theirs | – |" in text
     assert "- medians of 3 rounds\n- **ratio tokens/s 1.23**" in text
     assert "**failed**\n\n```\nRuntimeError: no\nexit code 1\n```" in text
