@@ -37,8 +37,12 @@ WHOLE_REPORTS = ("gpu", "all")  # write files of their own
 
 
 def run_bench(overrides: list[str]) -> None:
-    """Runs the benchmark named by the first override, with the others as its keys. Raises UserError."""
-    name, keys = (overrides[0], overrides[1:]) if overrides else ("", [])
+    """Runs the benchmark named by the first override, with the others as its keys; lists all without a name. Raises
+    UserError."""
+    if not overrides:
+        print("\n".join(f"moe bench {name:<16} {about}" for name, about in BENCHMARKS.items()))
+        return
+    name, keys = overrides[0], overrides[1:]
     if name not in BENCHMARKS:
         from moe.config.suggest import closest  # here, since moe.bench.gpu must start where packages may be missing
 

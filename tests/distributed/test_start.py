@@ -59,10 +59,13 @@ def test_ranks_of_one_configuration_start() -> None:
     assert run_ranks(3, _sum_after_start, [_flat()] * 3, timeout=60) == [3.0, 3.0, 3.0]
 
 
+BUSY = "import time; end = time.monotonic() + 60\nwhile time.monotonic() < end: pass"  # it ends if its parent is killed
+
+
 def _held_after_stop(tries: int) -> int:
     """How often a group's threads still hold the last collective's tensor after `stop`, on a core that is busy."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    busy = subprocess.Popen([sys.executable, "-c", BUSY])
     held, groups = 0, []
     try:
         for _ in range(tries):

@@ -146,7 +146,6 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
     ("overrides", "text"),
     [
         (["speed"], "no such benchmark; one of roofline, kernels, step, peers, decode, expert_parallel"),
-        ([], "no such benchmark; one of roofline, kernels, step, peers, decode, expert_parallel"),
         (["peers", "rounds=0"], "rounds=0 must be ≥ 1"),
         (["peers", "steps=x"], "steps=x must be a whole number"),
         (["peers", "train.sequenc_length=4"], "train.sequenc_length=4: no such key"),
@@ -204,3 +203,10 @@ def test_memory_of_both_sides_is_that_of_processes_of_their_own(overrides: list[
     assert told.startswith("medians of 1 rounds of 1 steps, beside transformers, ")
     assert last.startswith("ratio peak memory ")
     assert float(last.split()[-1]) == pytest.approx(ours / min(theirs), abs=0.01)
+
+
+def test_without_a_name_all_benchmarks_are_listed(capsys):
+    run_bench([])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in listed] == list(BENCHMARKS)
+    assert all(about in line for line, about in zip(listed, BENCHMARKS.values(), strict=True))
