@@ -229,6 +229,8 @@ PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of the
 
 
 def _check_bench(words: list[str]) -> None:
+    if not words:
+        return  # lists them
     name, *rest = words
     assert name in BENCHMARKS
     importlib.import_module(f"moe.bench.{name}")
