@@ -23,7 +23,7 @@ from moe.errors import StartError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MAX_THREADS = 1024
-RUNNING_GLOO = r"\(pt_gloo_runloop\) [^S]"  # such a thread that isn't sleeping, in its /proc/…/stat
+RUNNING_GLOO = rb"\(pt_gloo_runloop\) [^S]"  # in /proc/…/stat: a thread of gloo that isn't asleep
 LONGEST_RELEASE = 5.0  # seconds that a thread of gloo may need on a busy machine to free what it holds
 
 
@@ -130,20 +130,21 @@ def stop() -> None:
 
 
 def _wait_for_gloo() -> None:
-    """Waits until gloo's threads are idle, at most `LONGEST_RELEASE` seconds.
+    """Waits until gloo's threads are idle, at most `LONGEST_RELEASE` seconds; not for a collective that hangs.
 
     Each holds a collective's tensors for a moment after the collective is done. A thread that frees them while Python
-    ends makes the process abort (exit code −6), and the engine may keep a group and its threads until then.
+    shuts down aborts the process (exit code −6). Threads outlive `destroy_process_group` where something, such as the
+    engine, still holds their group.
     """
-    until = time.monotonic() + LONGEST_RELEASE
-    while time.monotonic() < until:
-        time.sleep(0.001)  # without Python's lock, which the threads need to free a tensor
-        if not any(re.search(RUNNING_GLOO, line) for line in _threads_of_this_process()):
-            return
+    until, idle = time.monotonic() + LONGEST_RELEASE, 0
+    while idle < 2 and time.monotonic() < until:  # a thread that waits for Python's lock (GIL) looks idle too, but once
+        time.sleep(0.001)  # without the lock
+        idle = 0 if any(re.search(RUNNING_GLOO, line) for line in _threads_of_this_process()) else idle + 1
 
 
-def _threads_of_this_process() -> Iterator[str]:
-    """Each thread's "ID (name) state …" (proc_pid_stat(5)); nothing on systems without /proc."""
-    for path in Path("/proc/self/task").glob("*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            yield path.read_text()
+def _threads_of_this_process() -> Iterator[bytes]:
+    """Each thread's "ID (name) state …" (proc_pid_stat(5)); nothing where /proc can't be read."""
+    with suppress(OSError):  # among others: no file descriptor left
+        for path in Path("/proc/self/task").glob("*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                yield path.read_bytes()

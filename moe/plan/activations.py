@@ -88,10 +88,19 @@ def _attention(shapes: Shapes) -> int:
         width = (3 + whole / blocks) * queries + 2 * (copies + 1) * keys
         return round(shapes.tokens * (blocks * block / length * width * s + log_sum_exp))
     width = (queries + 2 * keys) + queries
-    shared = model.num_attention_heads // model.num_key_value_heads
-    if not shapes.cuda and causal_block(shared) < length <= LONGEST_IN_BLOCKS:
+    if _causal_mask(shapes):
         width += queries  # the blocks' outputs, and their concatenation
     return shapes.tokens * (width * s + log_sum_exp)
+
+
+def _causal_mask(shapes: Shapes) -> int:
+    """The float32 mask that all layers share; 0 where attention takes no blocks of queries, or a window's."""
+    model, length = shapes.config.model, shapes.config.train.sequence_length
+    window, shared = model.sliding_window, model.num_attention_heads // model.num_key_value_heads
+    block = causal_block(shared)
+    if shapes.cuda or model.attention is AttentionBackend.naive or (window is not None and window < length):
+        return 0
+    return 4 * shared * block * (length + block) if block < length <= LONGEST_IN_BLOCKS else 0
 
 
 def _qk_norm(shapes: Shapes) -> int:
@@ -111,7 +120,9 @@ def kept_by_layers(shapes: Shapes, layers: int) -> list[MemoryBlock]:
         for count, is_sparse in ((sparse, True), (layers - sparse, False))
     ]
     others, rows = (sum(count * sizes[part] for count, sizes in kept) for part in (0, 1))
-    return _layer_blocks(shapes, others, rows, ("activations", "moe_buffers"))
+    mask = _causal_mask(shapes)
+    blocks = _layer_blocks(shapes, others, rows, ("activations", "moe_buffers"))
+    return [*blocks, MemoryBlock("activations", mask, mask)] if mask else blocks
 
 
 def layer_backward(shapes: Shapes) -> list[MemoryBlock]:

@@ -8,6 +8,7 @@ W window, C queries of a block, K keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -19,20 +20,20 @@ from moe.kernels.attention.pattern import Attend, document_bounds, visible
 from moe.kernels.attention.together import Together
 from moe.kernels.policy import widen
 
-# Without a window a CPU takes blocks too: its SDPA skips masked keys only in spans of 512. In longer documents less of
-# the work is masked, and blocks don't pay.
+# Without a window a CPU takes blocks up to this length: its SDPA skips masked keys only in spans of 512. In longer
+# documents that wastes a smaller share of the work.
 LONGEST_IN_BLOCKS = 1024
 BAND_BLOCKS = 4  # a window is C = W / 4 queries a block; a query computes W + C scores, of which it needs W
 MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
 
 def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
-    lengths = _cuts(document_ids_BS)
-    attend: Attend = partial(_block, lengths=lengths, window=window)
+    lengths, masks = _cuts(document_ids_BS), CausalMasks()
+    attend: Attend = partial(_block, lengths=lengths, window=window, masks=masks)
     if lengths is not None and document_ids_BS is not None:
         together = Together.of(lengths, document_ids_BS.device)
         if together is not None:
-            attend = partial(_grouped, together=together, window=window)
+            attend = partial(_grouped, together=together, window=window, masks=masks)
     return partial(_widened, attend=attend)
 
 
@@ -53,28 +54,71 @@ def _widened(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, attend: Attend) 
     return attend(q_BSND, k_BSGD, v_BSGD).to(dtype)
 
 
-def _block(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, lengths: list[int] | None, window: int | None) -> Tensor:
+class CausalMasks:
+    """The mask of which every block of a forward pass takes a slice, in all layers and documents. The backward pass
+    needs the slices, so one mask takes less memory than many."""
+
+    def __init__(self) -> None:
+        self._mask, self._longest = torch.empty(0), 0
+
+    def __call__(self, length: int, shared: int, like: Tensor) -> tuple[Tensor, int]:
+        """(mask [C·R, longest + C], longest ≥ length): its column `longest` is the key at a block's first query."""
+        if self._longest < length:
+            block = causal_block(shared)
+            mask_CK = _band(block, length + block, length, None, like)
+            self._mask, self._longest = mask_CK.repeat_interleave(shared, 0), length
+        return self._mask, self._longest
+
+
+def _block(
+    q_BSND: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    *,
+    lengths: list[int] | None,
+    window: int | None,
+    masks: CausalMasks,
+) -> Tensor:
     if lengths is None:
-        return _one_document(q_BSND, k_BSGD, v_BSGD, window).flatten(2)
+        return _documents([(q_BSND, k_BSGD, v_BSGD)], window, masks)[0].flatten(2)
     # split, not slices: the backward pass of a split is one concatenation, that of n slices n full-size additions.
     pieces = zip(*(tensor.flatten(0, 1)[None].split(lengths, 1) for tensor in (q_BSND, k_BSGD, v_BSGD)), strict=True)
-    outs = [_one_document(q, k, v, window) for q, k, v in pieces]
-    return torch.cat(outs, 1).view(*q_BSND.shape[:2], -1)
+    return torch.cat(_documents(pieces, window, masks), 1).view(*q_BSND.shape[:2], -1)
 
 
-def _grouped(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, together: Together, window: int | None) -> Tensor:
+def _grouped(
+    q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, together: Together, window: int | None, masks: CausalMasks
+) -> Tensor:
     groups = zip(*(together.pad(tensor.flatten(0, 1)) for tensor in (q_BSND, k_BSGD, v_BSGD)), strict=True)
-    y_TND = together.unpad([_one_document(q, k, v, window) for q, k, v in groups])
-    return y_TND.view(*q_BSND.shape[:2], -1)
+    return together.unpad(_documents(groups, window, masks)).view(*q_BSND.shape[:2], -1)
 
 
-def _one_document(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int | None) -> Tensor:
-    length, shared = q_BSND.shape[1], q_BSND.shape[2] // k_BSGD.shape[2]
-    if window is not None and window < length:
-        return _banded(q_BSND, k_BSGD, v_BSGD, window)
-    if q_BSND.device.type == "cpu" and causal_block(shared) < length <= LONGEST_IN_BLOCKS:
-        return _causal_blocks(q_BSND, k_BSGD, v_BSGD, shared)
-    return sdpa(q_BSND, k_BSGD, v_BSGD, None)
+def _documents(pieces: Iterable[tuple[Tensor, Tensor, Tensor]], window: int | None, masks: CausalMasks) -> list[Tensor]:
+    """The output of each (q, k, v) of a document, or of documents of one length."""
+    pieces = list(pieces)
+    shared = pieces[0][0].shape[2] // pieces[0][1].shape[2]
+    in_blocks = [
+        q.device.type == "cpu"
+        and (window is None or window >= q.shape[1])
+        and causal_block(shared) < q.shape[1] <= LONGEST_IN_BLOCKS
+        for q, _, _ in pieces
+    ]
+    if any(in_blocks):
+        masks(
+            max(q.shape[1] for (q, _, _), blocks in zip(pieces, in_blocks, strict=True) if blocks), shared, pieces[0][0]
+        )
+    outs = []
+    for (q, k, v), blocks in zip(pieces, in_blocks, strict=True):
+        if blocks:
+            outs.append(_causal_blocks(q, k, v, shared, masks))
+            continue
+        if shared > 1 and any(in_blocks):  # as blocks do: a view would keep all documents' q and k beside their copies
+            q, k = q.clone(), k.clone()
+        if window is not None and window < q.shape[1]:
+            outs.append(_banded(q, k, v, window))
+        else:
+            outs.append(sdpa(q, k, v, None))
+    return outs
 
 
 def causal_block(shared: int) -> int:
@@ -82,23 +126,21 @@ def causal_block(shared: int) -> int:
     return 64 if shared > 1 else 128
 
 
-def _causal_blocks(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, shared: int) -> Tensor:
+def _causal_blocks(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, shared: int, masks: CausalMasks) -> Tensor:
     """Blocks of C queries, each with the keys up to its last query.
 
-    Heads that share keys are rows of one product, C·R of them: SDPA makes a few products per head and 32 queries, which
-    are too small for several threads.
+    Heads that share keys are rows of one product, C·R of them: SDPA splits a head's queries into pieces of 32, whose
+    products are too small to use several threads well, and more rows into larger pieces.
     """
     length, block = q_BSND.shape[1], causal_block(shared)
-    q = q_BSND.unflatten(2, (-1, shared)).transpose(2, 3).flatten(1, 2)  # [B, S·R, G, D]
-    k, v = k_BSGD, v_BSGD
-    if shared > 1:  # q is a copy: so are these, or they would keep the projections' one output beside it
-        k, v = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (k, v))
-    # Any block's mask is a slice of this one.
-    mask = _band(block, length + block, length, None, q).repeat_interleave(shared, 0)
+    q, k = q_BSND.unflatten(2, (-1, shared)).transpose(2, 3).flatten(1, 2), k_BSGD  # q [B, S·R, G, D]
+    if shared > 1:  # then q is a copy, and k may be a view of a tensor that holds the first q too
+        k = k.clone(memory_format=torch.contiguous_format)
+    mask, longest = masks(length, shared, q)
     outs, start = [], 0
     for rows in q.split(block * shared, 1):
         end = start + rows.shape[1] // shared
-        outs.append(sdpa(rows, k[:, :end], v[:, :end], mask[: rows.shape[1], length - start :][:, :end]))
+        outs.append(sdpa(rows, k[:, :end], v_BSGD[:, :end], mask[: rows.shape[1], longest - start :][:, :end]))
         start = end
     return torch.cat(outs, 1).unflatten(1, (length, shared)).transpose(2, 3).flatten(2, 3)
 

@@ -71,11 +71,14 @@ def test_visible_keys_are_counted(length, window):
 
 
 LORA = ["train.sequence_length=320", "model.sliding_window=null", "adapter=lora", "init_from=base"]
+ONE = ["train.micro_batch_size=1", "train.global_batch_size=1"]
 KEPT = [  # what decides which tensors are kept
     ["model.mlp=dense", "train.sequence_length=64", "model.sliding_window=null"],
     ["train.sequence_length=64", "model.sliding_window=null"],
     ["train.sequence_length=320", "model.sliding_window=null"],
     ["train.sequence_length=640", "model.sliding_window=null"],
+    ["train.sequence_length=1024", "model.sliding_window=null", "model.num_key_value_heads=1", *ONE],
+    ["train.sequence_length=1025", "model.sliding_window=null", "model.num_key_value_heads=1", *ONE],
     ["train.sequence_length=256", "model.sliding_window=96"],
     ["train.sequence_length=128", "router.top_k=1", "router.norm_topk_prob=false", "router.num_experts=4"],
     ["train.sequence_length=128", "experts.backend=loop"],
@@ -91,7 +94,7 @@ KEPT = [  # what decides which tensors are kept
 
 @pytest.mark.parametrize("overrides", KEPT, ids=" ".join)
 def test_activations_are_what_autograd_keeps(overrides):
-    config = compose(*overrides, "train.micro_batch_size=4", "train.global_batch_size=4")
+    config = compose("train.micro_batch_size=4", "train.global_batch_size=4", *overrides)
     model = build(config)
     if config.adapter.trains_adapter:
         attach(model, config.adapter, 0)
@@ -104,7 +107,7 @@ def test_activations_are_what_autograd_keeps(overrides):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    ids = torch.randint(0, 500, (4, config.train.sequence_length))
+    ids = torch.randint(0, 500, (config.train.micro_batch_size, config.train.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(ids, labels_BS=ids)
     assert output.lm_loss_sum is not None
