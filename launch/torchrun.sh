@@ -45,7 +45,7 @@ endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}"
 export MOE_START_TIMEOUT="${MOE_START_TIMEOUT:-300}"
 [[ "$MOE_START_TIMEOUT" =~ ^[1-9][0-9]*$ ]] || fail "MOE_START_TIMEOUT=$MOE_START_TIMEOUT must be whole seconds"
 echo "launch/torchrun.sh: node $NODE_RANK of $NNODES meets the others at $endpoint within $MOE_START_TIMEOUT s;" \
-    "a Rendezvous error below means that a node is missing (is node 0 up, the port open, every node started?)" >&2
+    "a Rendezvous error below means that a node is missing (is node 0 up, the port open, every node started?) or, on node 0, that the port is taken" >&2
 [ "$NODE_RANK" = 0 ] && host=true || host=false
 exec torchrun --signals-to-handle "$signals" --nnodes "$NNODES" --nproc-per-node "$NPROC" --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-id "${RUN_ID:-moe}" --rdzv-backend c10d --rdzv-endpoint "$endpoint" \

@@ -23,7 +23,10 @@ class RunLock:
 
     def __init__(self, run_dir: Path, *, shared: bool = False) -> None:
         self._run_dir, self._path = run_dir, run_dir / ".lock"
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={run_dir}: can't be made ({error.strerror}): name another folder") from error
         while True:
             self._file = self._open()
             try:

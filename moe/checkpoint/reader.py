@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from moe.checkpoint.manifest import lists_any, strays, verify
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState, read_state
 from moe.checkpoint.untrained import untrained_tensors
-from moe.config import Config
+from moe.config import AttentionBackend, Config, ExpertsConfig
 from moe.config.compose import read_config
 from moe.distributed.mesh import Mesh
 from moe.engine.base import MOMENTS, Engine, States
@@ -229,8 +230,10 @@ def read_model(
     check_memory: bool = True,
 ) -> Transformer:
     """The whole model of a checkpoint that `resolve` has verified, in one process; an adapter's is merged. Raises
-    UserError; `check_memory=False` loads one that is larger than the memory there is."""
+    UserError; `check_memory=False` loads one that is larger than the memory there is. The back-ends are this machine's,
+    not those of the training run."""
     config: Config = read_config(folder / CONFIG)
+    config = replace(config, experts=ExpertsConfig(), model=replace(config.model, attention=AttentionBackend.auto))
     if check_memory:
         check_model(config, device, dtype)
     model, state = empty_model(config, device, dtype=dtype), read_state(folder)

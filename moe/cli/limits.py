@@ -23,10 +23,14 @@ LIBRARIES = 1_250_000  # kB
 
 
 def require_open_files(world_size: int) -> None:
-    """Raises UserError when this process may open too few files to train among `world_size` ranks."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Raises this process's limit to what training among `world_size` ranks takes, which the user may forbid by the
+    hard limit (`ulimit -Hn`): UserError."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = OPEN_FILES + OPEN_FILES_PER_RANK * world_size
     if limit != resource.RLIM_INFINITY and limit < needed:
+        if hard == resource.RLIM_INFINITY or hard >= needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            return
         raise UserError(
             f"ulimit -n {limit}: a process may open {limit} files, and training on {world_size} "
             f"rank{'s' * (world_size > 1)} takes up to {needed}: `ulimit -n {max(1024, 2 * needed)}` in the shell that "

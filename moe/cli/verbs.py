@@ -167,7 +167,7 @@ def _checkpoint(config: Any) -> tuple[Any, Any]:
     from moe.kernels.policy import choose_device, torch_dtype
 
     device, dtype = choose_device(config.device), torch_dtype(config.dtype)
-    folder = resolve(Path(config.checkpoint), lambda line: print(f"warning: {line}", file=sys.stderr))
+    folder = resolve(Path(config.checkpoint).expanduser(), lambda line: print(f"warning: {line}", file=sys.stderr))
     model = read_model(folder, device=device, dtype=dtype, check_memory=config.check_memory)
     return model, load_saved(tokenizer_folder(folder))
 

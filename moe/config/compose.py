@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -54,7 +55,7 @@ def compose_dict(
     from the tokenizer. `read_source` returns what `init_from` has. Raises ConfigError, and whatever these two raise.
     """
     if read_source is not None and (init_from := stated(overrides, "init_from")):
-        sections = read_source(init_from, stated(overrides, "run_dir"))
+        sections = read_source(init_from, os.path.expanduser(stated(overrides, "run_dir") or "") or None)
         with source_presets(init_from, sections, overrides) as presets:
             composed = compose_dict([*presets, *overrides], name, schema, count_pieces)
         if not {"model", "model.vocab_size"} & stated_keys(overrides):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -61,6 +62,7 @@ class Config:
     def __post_init__(self) -> None:
         train, model, optim = self.train, self.model, self.optim
         filled("", self, "run_dir")
+        self.run_dir = os.path.expanduser(self.run_dir)
         require(
             self.init_from != "",
             "init_from='' must name a run directory, one of its checkpoints or a folder with a model; null starts from "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,3 +91,4 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         filled("", self, "run_dir")
+        self.run_dir = os.path.expanduser(self.run_dir)

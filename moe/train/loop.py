@@ -51,7 +51,10 @@ def train(config: Config) -> None:
                 display.line(f"{folder} is finished: it ended early at step {run.state.step}, {run.best.line()}")
                 return
             if run.state.step >= run.config.train.steps:
-                display.line(f"{folder} is finished at step {run.state.step}; a larger train.steps goes on from there")
+                display.line(
+                    f"{folder} is finished at step {run.state.step}; a larger train.steps goes on from there "
+                    "(with checkpoint.allow_changes=true where the learning rate depends on it)"
+                )
                 return
             with run.stop, run.watchdog:
                 _loop(run, held)

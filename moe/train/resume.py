@@ -11,7 +11,7 @@ from torch import nn
 from moe.adapters.attach import attach, reset_magnitudes
 from moe.checkpoint import reader
 from moe.checkpoint.base import fill_base, find_base, model_fingerprint
-from moe.checkpoint.layout import CONFIG, MANIFEST
+from moe.checkpoint.layout import CHECKPOINTS, CONFIG, MANIFEST
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
 from moe.config.compose import read_config
@@ -55,7 +55,14 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
         return Start(None, None, [])
     weights = _whole_model(Path(config.init_from).expanduser(), config, folder, mesh, display)
     changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
-    return Start(None, weights, changes, weights if config.adapter.trains_adapter else None)
+    if not config.adapter.trains_adapter:
+        return Start(None, weights, changes)
+    if weights.parent.name == CHECKPOINTS:
+        display.line(
+            f"the adapter needs {weights}, which must stay: if {weights.parent.parent} is continued, checkpoint.keep "
+            "removes its older checkpoints"
+        )
+    return Start(None, weights, changes, weights)
 
 
 def _whole_model(path: Path, config: Config, folder: Path, mesh: Mesh, display: Display) -> Path:

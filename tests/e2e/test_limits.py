@@ -22,11 +22,11 @@ from tests.faults.forked import moe_ranks
 HUGE = ["model.vocab_size=200000000", "tokenizer.vocab_size=512"]  # embedding and head take 25.6 GB each
 
 
-def limited(limit: int, value: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+def limited(limit: int, value: int, *overrides: str, hard: int = 0) -> subprocess.CompletedProcess[str]:
     """`moe OVERRIDES` in a process that has this limit."""
 
     def lower() -> None:
-        resource.setrlimit(limit, (value, value))
+        resource.setrlimit(limit, (value, hard or value))
 
     return subprocess.run(
         [sys.executable, "-m", "moe", *overrides],
@@ -52,6 +52,12 @@ def test_too_few_open_files_are_named_at_once() -> None:
         "moe: ulimit -n 24: a process may open 24 files, and training on 1 rank takes up to 38: `ulimit -n 1024` in "
         "the shell that starts it"
     )
+
+
+def test_a_soft_limit_is_raised(corpus: list[str], tmp_path: Path) -> None:
+    overrides = [*corpus, *SMALL, "train.steps=3", f"run_dir={tmp_path}"]
+    done = limited(resource.RLIMIT_NOFILE, 24, "train", *overrides, hard=1024)
+    assert done.returncode == 0, done.stderr
 
 
 def test_as_many_as_it_asks_for_are_enough(corpus: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.errors import UserError
 from moe.locks import RunLock
 
 
@@ -38,3 +39,12 @@ def test_jobs_that_share_a_directory_keep_those_out_that_do_not(tmp_path: Path) 
     with pytest.raises(ValueError, match="is in use by process"):
         RunLock(tmp_path, shared=True)
     held.close()
+
+
+def test_a_run_directory_that_can_not_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(
+            UserError, match=r"run_dir=.*: can't be made \((File exists|Not a directory)\): name another"
+        ):
+            RunLock(folder)

@@ -266,3 +266,8 @@ def test_experts_stay_inside_a_node_unless_asked() -> None:
     ):
         load_config(overrides).check_world(8, 2)
     load_config([*overrides, "parallel.expert_across_nodes=true"]).check_world(8, 2)
+
+
+def test_a_tilde_in_run_dir_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_config(["run_dir='~/runs/a'"]).run_dir == "/home/somebody/runs/a"

@@ -403,3 +403,18 @@ def test_a_tied_head_that_differs(tmp_path: Path) -> None:
     tensors["lm_head.weight"][-1, -1] += 1
     save_file(tensors, folder / SINGLE)
     _refused(folder, tmp_path / "run2", ["lm_head.weight differs", "tie_word_embeddings"])
+
+
+def test_a_model_trained_with_other_back_ends_runs_here(tmp_path: Path) -> None:
+    import_model(hub_folder(tmp_path / "hub", "mixtral"), tmp_path / "run")
+    folder, ids = resolve(tmp_path / "run"), tokens(2, 40)
+    expected = read_model(folder)(ids)
+    config = folder / "config.yaml"
+    named = (
+        config.read_text()
+        .replace("backend: auto", "backend: megablocks")
+        .replace("attention: auto", "attention: varlen")
+    )
+    assert "megablocks" in named and "varlen" in named  # noqa: PT018
+    config.write_text(named)
+    torch.testing.assert_close(read_model(folder)(ids).logits_BSV, expected.logits_BSV, rtol=0, atol=0)
