@@ -11,7 +11,7 @@ from moe.config.flat import typed
 from moe.errors import UserError
 from moe.plan.counts import count_parameters
 from moe.plan.flops import flops_by_part, flops_per_token
-from moe.plan.gradients import element_size, local_tensors
+from moe.plan.gradients import element_size, local_tensors, trained_tensors
 from moe.plan.memory import MemoryPlan, plan_memory
 from moe.plan.muon import muon_cost
 from moe.plan.traffic import Flow, plan_traffic
@@ -170,7 +170,7 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
     muon = muon_cost(config, world, device=hardware.device.name).flops / world
     muon_peak = peak if hardware.device is DeviceKind.cuda else hardware.peak_tflops_float32 * 1e12
     # Adam reads gradients, master weights and both moments, writes the last three, and writes the model's weights.
-    moved = (7 * 4 + element_size(config)) * local_tensors(config, world).share
+    moved = (7 * 4 + element_size(config)) * trained_tensors(config, world).share
     return Times(
         compute=tokens * _flops(config) / peak,
         update=moved / (hardware.memory_bandwidth_gbytes_per_s * GB) + muon / muon_peak,
@@ -180,7 +180,8 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
 
 
 def _flops(config: PlanConfig) -> float:
-    """FLOPs of one token on the rank with most rows. Recomputation repeats forward passes."""
+    """FLOPs of one token on the rank with most rows. Recomputation repeats forward passes. Products of float8 operands,
+    which GPUs multiply twice as fast as bfloat16, count half: two of the experts' three."""
     parts, recompute = flops_by_part(config), config.model.recompute
     repeated = {
         Recompute.none: (),
@@ -188,11 +189,15 @@ def _flops(config: PlanConfig) -> float:
         Recompute.block: ("experts", "mlp", "attention", "router"),
     }[recompute]
     again = {name: parts[name].forward if name in repeated else 0.0 for name in parts}
+    experts = parts["experts"].total
+    if config.experts.fp8 and config.hardware.device is DeviceKind.cuda:
+        experts *= 2 / 3
+        again["experts"] /= 2
     more = 0.0
     if config.parallel.expert_parallel_size > 1:
         more = min(config.plan.imbalance, config.parallel.expert_parallel_size) - 1
-    fullest = more * (parts["experts"].total + again["experts"])
-    return sum(part.total for part in parts.values()) + sum(again.values()) + fullest
+    others = sum(part.total for name, part in parts.items() if name != "experts")
+    return others + sum(again.values()) + experts + more * (experts + again["experts"])
 
 
 def _with(config: PlanConfig, changes: dict[str, Any]) -> PlanConfig:

@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from moe.config import Config, Mlp, Recompute
-from moe.plan.gradients import element_size, local_tensors
+from moe.plan.gradients import element_size, trained_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Flow:
 def plan_traffic(config: Config, nodes: int, ranks_per_node: int) -> dict[str, Flow]:
     """{purpose: Flow}, the mean over ranks, for `nodes` nodes of `ranks_per_node` ranks."""
     world, expert = nodes * ranks_per_node, config.parallel.expert_parallel_size
-    tensors, size = local_tensors(config, world), element_size(config)
+    tensors, size = trained_tensors(config, world), element_size(config)
     exchange = exchange_bytes(config, world)
     near = _same_node(world, expert, ranks_per_node)
     leaving = exchange.total * exchange.leaving

@@ -1,6 +1,7 @@
 """`moe plan`: bytes per link compared with enumeration, advice that fits when used, presets, output, bad input."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from moe.config.compose import ConfigError, load_config
 from moe.config.presets import choices, config_dir
 from moe.errors import UserError
 from moe.plan import exchange_bytes, flops_per_token, make_plan, plan_traffic
+from moe.plan.flops import flops_by_part
 from moe.plan.run import needed_gb
 from moe.plan.show import run_plan, verdict
+from moe.plan.trained import trained_shapes
 
 MIXTRAL = [
     "model=mixtral_8x7b", "train.precision=bfloat16", "train.sequence_length=4096", "train.micro_batch_size=1",
@@ -137,6 +140,24 @@ def test_links_are_those_of_the_groups(nodes, ranks, expert):
         assert (flow.total, flow.inter) == pytest.approx((total, total * crossing))
     else:
         assert flows["expert gradients"].total == 0
+
+
+def test_only_what_trains_is_reduced_and_updated():
+    whole = ["init_from=base", "model.sliding_window=null", "hardware=h100", "train.global_batch_size=64"]
+    adapter = compose(*whole, "adapter=lora", "adapter.target_modules=[q_proj,v_proj]")
+    trained = sum(math.prod(shape) for shape in trained_shapes(adapter).values())
+    flows = plan_traffic(adapter, 1, 8)
+    assert flows["shared gradients"].total == pytest.approx(7 / 8 * 8 * trained)
+    assert flows["shared weights"].total == pytest.approx(7 / 8 * 4 * trained)
+    assert "expert gradients" not in flows
+    assert make_plan(adapter).times.update < make_plan(compose(*whole)).times.update / 20
+
+
+def test_float8_products_count_half():
+    given = [*MIXTRAL, "hardware=h100"]
+    plain, rounded = (make_plan(compose(*given, f"experts.fp8={fp8}")) for fp8 in ("false", "true"))
+    experts = flops_by_part(compose(*given))["experts"].total / flops_per_token(compose(*given))
+    assert rounded.times.compute / plain.times.compute == pytest.approx(1 - experts / 3, rel=1e-6)
 
 
 def test_the_largest_cluster_is_planned():
