@@ -188,7 +188,10 @@ def candidates(path: Path, key: str) -> list[Path]:
             return found
     if (path / MODEL).is_dir():
         return [path]
-    raise UserError(f"{key}={path}: no checkpoint there; expected a run directory or a step_N folder of one")
+    expected = "expected a run directory or a step_N folder of one"
+    if (path / "config.json").is_file():
+        expected = f"a Hugging Face folder: `moe import checkpoint={path} run_dir=NEW` makes one of it"
+    raise UserError(f"{key}={path}: no checkpoint there; {expected}")
 
 
 def _silent(_: str) -> None:

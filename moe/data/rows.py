@@ -18,6 +18,7 @@ from moe.errors import shown
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit, 128 KiB, is less than many a document
 NAMES_SHOWN = 20
+TUNING = {"messages", "conversations", "prompt", "completion"}  # fields of rows for fine-tuning (`moe.data.records`)
 # As floats, numbers may have any number of digits; they aren't text in any case.
 _READ = json.JSONDecoder(parse_int=float).decode
 
@@ -195,6 +196,10 @@ def only_once(field: str, names: list[str], place: str) -> None:
 
 def no_field(key: str, field: str, names: list[str]) -> str:
     """The message for a row or table without `field`."""
+    if TUNING & set(names):
+        return (
+            f"no field {field!r}; it has {listed(names)}: add data=sft to train on such rows, or set {key}.text_field"
+        )
     return f"no field {field!r}; it has {listed(names)}: set {key}.text_field"
 
 

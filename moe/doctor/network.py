@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 from moe.doctor.finding import Finding
@@ -20,9 +21,15 @@ def ports() -> list[Finding]:
         fix = f"add {host} to /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface"
         found.append(Finding("host name", "note", f"{host} has no address ({error.strerror})", fix))
     else:
-        found.append(Finding("host name", "ok", f"{host} is {address}"))
+        loopback = address.startswith("127.")
+        fix = "for several nodes set MASTER_ADDR to an address that they reach" if loopback else ""
+        found.append(Finding("host name", "note" if loopback else "ok", f"{host} is {address}", fix))
     if "RANK" not in os.environ:  # under torchrun the port is taken, by its own store
-        found.append(_port(int(os.environ.get("MASTER_PORT", TORCHRUN_PORT))))
+        stated = os.environ.get("MASTER_PORT", str(TORCHRUN_PORT))
+        if re.fullmatch("[0-9]{1,5}", stated) and 0 < int(stated) < 1 << 16:
+            found.append(_port(int(stated)))
+        else:
+            found.append(Finding("MASTER_PORT", "fail", f"MASTER_PORT={stated} must be a port, 1 to 65535", "unset it"))
     interfaces = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = os.environ.get(variable)

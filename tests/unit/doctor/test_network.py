@@ -25,3 +25,12 @@ def test_an_interface_that_is_not_there_fails(monkeypatch: pytest.MonkeyPatch) -
     (found,) = [one for one in network.ports() if one.name == "GLOO_SOCKET_IFNAME"]
     assert found.state == "fail"
     assert "lo" in found.found
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "1" * 5000, "٣"])
+def test_a_port_that_is_none_fails_and_hides_nothing(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_PORT", port)
+    found = {one.name: one for one in network.ports()}
+    assert found["MASTER_PORT"].state == "fail"
+    assert "host name" in found

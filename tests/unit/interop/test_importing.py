@@ -418,3 +418,11 @@ def test_a_model_trained_with_other_back_ends_runs_here(tmp_path: Path) -> None:
     assert "megablocks" in named and "varlen" in named  # noqa: PT018
     config.write_text(named)
     torch.testing.assert_close(read_model(folder)(ids).logits_BSV, expected.logits_BSV, rtol=0, atol=0)
+
+
+def test_a_folder_that_must_be_imported_first_is_said(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "hub", "mixtral")
+    with pytest.raises(
+        UserError, match=r"no checkpoint there; a Hugging Face folder: `moe import checkpoint=.*/hub run_dir"
+    ):
+        resolve(folder)
