@@ -168,7 +168,10 @@ def test_jsonl_not_utf8_names_file_and_byte(tmp_path):
         ("[" * 100_000, "broken JSON: nested too deeply"),
         ('{"body": "a", "n": 1}', "no field 'text'; it has body, n: set data.text_field"),
         ("{}", "no field 'text'; it has none: set data.text_field"),
-        ('{"prompt": "a", "completion": "b"}', "it has prompt, completion: add data=sft to train on such rows, or set"),
+        (
+            '{"prompt": "a", "completion": "b"}',
+            "no field 'text'; it has prompt, completion: add data=sft to train on such rows, or set data.text_field",
+        ),
         ('{"text": 3}', "field 'text' must be a string, is a number"),
         ('{"text": null}', "field 'text' must be a string, is null"),
         (r'{"text": "\ud800"}', "field 'text' holds a lone surrogate (U+D800), which is not text"),
