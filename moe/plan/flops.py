@@ -55,6 +55,14 @@ def flops_per_token(config: Config) -> float:
     return sum(part.total for part in flops_by_part(config).values())
 
 
+def counts_first(config: Config) -> bool:
+    """Whether each step first runs the model on its whole batch without gradients, to count the routers' choices."""
+    routers = [config.router, *(config.router.for_layer(layer) for layer in config.router.layers)]
+    return bool(config.model.sparse_layer_numbers) and any(
+        hasattr(router, "global_aux_loss_coef") and router.highest("global_aux_loss_coef") > 0 for router in routers
+    )
+
+
 def flops_by_part(config: Config) -> dict[str, PartFlops]:
     """{a name of PARTS: its FLOPs}."""
     if trains_all(config):

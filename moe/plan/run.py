@@ -10,7 +10,7 @@ from moe.config import DeviceKind, Mlp, PlanConfig, Precision, Recompute
 from moe.config.flat import typed
 from moe.errors import UserError
 from moe.plan.counts import count_parameters
-from moe.plan.flops import flops_by_part, flops_per_token
+from moe.plan.flops import counts_first, flops_by_part, flops_per_token
 from moe.plan.gradients import element_size, local_tensors, trained_tensors
 from moe.plan.memory import MemoryPlan, plan_memory
 from moe.plan.muon import muon_cost
@@ -189,6 +189,8 @@ def _flops(config: PlanConfig) -> float:
         Recompute.block: ("experts", "mlp", "attention", "router"),
     }[recompute]
     again = {name: parts[name].forward if name in repeated else 0.0 for name in parts}
+    if counts_first(config):
+        again = {name: more + (parts[name].forward if name != "head" else 0.0) for name, more in again.items()}
     experts = parts["experts"].total
     if config.experts.fp8 and config.hardware.device is DeviceKind.cuda:
         experts *= 2 / 3

@@ -1,7 +1,8 @@
 """Bytes that a rank sends in one optimizer step, by purpose and link.
 
 - exchange: rows of hidden states sent to their experts' ranks and back, in the forward and the backward pass: 4
-  exchanges per layer and micro-batch, 6 when the MLP is recomputed (its forward exchanges run again), and the counts,
+  exchanges per layer and micro-batch, 6 when the MLP is recomputed (its forward exchanges run again), 2 more with
+  `router.global_aux_loss_coef` (a forward pass counts the global batch's choices), and the counts,
   int64, of each chunk of tokens in each forward pass. The bytes passed to all-to-all are exact; that (N − 1) / N of
   them leave the rank, in a group of N, holds when choices are uniform.
 - gradients: DeepSpeed all-reduces buckets in float32 in both stages (its `reduce_scatter` keeps only the rank's part of
@@ -21,6 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from moe.config import Config, Mlp, Recompute
+from moe.plan.flops import counts_first
 from moe.plan.gradients import element_size, trained_tensors
 
 
@@ -43,11 +45,12 @@ class ExchangeBytes:
 
 
 def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
-    """4 · T · k · H · bytes per layer and micro-batch (6 with recomputation); E · 8 (16) for each chunk's counts."""
+    """4 · T · k · H · bytes per layer and micro-batch, 2 more for each forward pass more (recomputation, the global
+    batch's counts); E · 8 for each forward pass and chunk's counts."""
     model, router, train, expert = config.model, config.router, config.train, config.parallel.expert_parallel_size
     if expert == 1 or model.mlp is Mlp.dense:
         return ExchangeBytes(0, 0, 0.0)
-    forwards = 1 if model.recompute is Recompute.none else 2
+    forwards = (1 if model.recompute is Recompute.none else 2) + counts_first(config)
     layers, steps = model.sparse_layer_numbers, config.accumulation(world_size)
     rows = steps * train.micro_batch_size * train.sequence_length * router.choices_in(layers)
     return ExchangeBytes(

@@ -107,6 +107,9 @@ def test_exchange_is_the_sum_over_layers_and_passes():
         compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "model.recompute=mlp"), 16
     )
     assert (again.rows, again.counts) == (rows * 6 // 4, 2 * sent.counts)  # the forward exchanges, and their counts
+    counted = compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8", "router.global_aux_loss_coef=0.01")
+    assert exchange_bytes(counted, 16) == again  # a forward pass more, as with recomputation
+    assert make_plan(counted).times.compute > make_plan(config).times.compute * 1.3
     assert exchange_bytes(compose(*MIXTRAL, *TWO_H100_NODES), 16).total == 0
 
 
