@@ -19,7 +19,7 @@ if [[ -f $run/config.yaml ]]; then
 elif [[ ! -e /dev/nvidia0 ]] && grep -qsE '^flags.* (avx512_bf16|amx_bf16)( |$)' /proc/cpuinfo; then
     precision=bfloat16
 fi
-OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m moe train experiment=quickstart train.precision="$precision" "$@" run_dir="$run"
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m moe train experiment=quickstart train.precision="$precision" run_dir="$run" "$@"
 
 echo
 echo "A sample from the trained model:"
