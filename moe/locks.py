@@ -25,7 +25,7 @@ class RunLock:
         self._run_dir, self._path = run_dir, run_dir / ".lock"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise UserError(f"run_dir={run_dir}: can't be made ({error.strerror}): name another folder") from error
         while True:
             self._file = self._open()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 
+from moe.distributed.environment import whole_number
 from moe.doctor.finding import Finding
+from moe.errors import StartError
 
 TORCHRUN_PORT = 29500  # torchrun's default
 
@@ -25,11 +26,10 @@ def ports() -> list[Finding]:
         fix = "for several nodes set MASTER_ADDR to an address that they reach" if loopback else ""
         found.append(Finding("host name", "note" if loopback else "ok", f"{host} is {address}", fix))
     if "RANK" not in os.environ:  # under torchrun the port is taken, by its own store
-        stated = os.environ.get("MASTER_PORT", str(TORCHRUN_PORT))
-        if re.fullmatch("[0-9]{1,5}", stated) and 0 < int(stated) < 1 << 16:
-            found.append(_port(int(stated)))
-        else:
-            found.append(Finding("MASTER_PORT", "fail", f"MASTER_PORT={stated} must be a port, 1 to 65535", "unset it"))
+        try:
+            found.append(_port(whole_number("MASTER_PORT", TORCHRUN_PORT, 1, 65535)))
+        except StartError as error:
+            found.append(Finding("MASTER_PORT", "fail", str(error), "unset it"))
     interfaces = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = os.environ.get(variable)

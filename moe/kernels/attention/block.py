@@ -103,16 +103,13 @@ def _documents(pieces: Iterable[tuple[Tensor, Tensor, Tensor]], window: int | No
         and causal_block(shared) < q.shape[1] <= LONGEST_IN_BLOCKS
         for q, _, _ in pieces
     ]
-    if any(in_blocks):
-        masks(
-            max(q.shape[1] for (q, _, _), blocks in zip(pieces, in_blocks, strict=True) if blocks), shared, pieces[0][0]
-        )
+    longest = max((q.shape[1] for (q, _, _), blocks in zip(pieces, in_blocks, strict=True) if blocks), default=0)
     outs = []
     for (q, k, v), blocks in zip(pieces, in_blocks, strict=True):
         if blocks:
-            outs.append(_causal_blocks(q, k, v, shared, masks))
+            outs.append(_causal_blocks(q, k, v, shared, *masks(longest, shared, q)))
             continue
-        if shared > 1 and any(in_blocks):  # as blocks do: a view would keep all documents' q and k beside their copies
+        if shared > 1 and longest:  # as blocks do: a view would keep all documents' q and k beside their copies
             q, k = q.clone(), k.clone()
         if window is not None and window < q.shape[1]:
             outs.append(_banded(q, k, v, window))
@@ -126,8 +123,8 @@ def causal_block(shared: int) -> int:
     return 64 if shared > 1 else 128
 
 
-def _causal_blocks(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, shared: int, masks: CausalMasks) -> Tensor:
-    """Blocks of C queries, each with the keys up to its last query.
+def _causal_blocks(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, shared: int, mask: Tensor, longest: int) -> Tensor:
+    """Blocks of C queries, each with the keys up to its last query. `mask` and `longest`: `CausalMasks`.
 
     Heads that share keys are rows of one product, C·R of them: SDPA splits a head's queries into pieces of 32, whose
     products are too small to use several threads well, and more rows into larger pieces.
@@ -136,7 +133,6 @@ def _causal_blocks(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, shared: int, 
     q, k = q_BSND.unflatten(2, (-1, shared)).transpose(2, 3).flatten(1, 2), k_BSGD  # q [B, S·R, G, D]
     if shared > 1:  # then q is a copy, and k may be a view of a tensor that holds the first q too
         k = k.clone(memory_format=torch.contiguous_format)
-    mask, longest = masks(length, shared, q)
     outs, start = [], 0
     for rows in q.split(block * shared, 1):
         end = start + rows.shape[1] // shared
