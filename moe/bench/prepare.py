@@ -28,8 +28,8 @@ from moe.bench.results import Results, ResultTable
 from moe.bench.settings import counted
 from moe.config import PrepareConfig
 from moe.config.compose import load_config
+from moe.cores import usable_cpus
 from moe.data.prepare import prepare
-from moe.data.processes import usable_cores
 from moe.errors import UserError
 
 TOKENIZER = ["tokenizer=mistral", "model.vocab_size=32000"]
@@ -51,7 +51,7 @@ class Keys:
     megabytes: int = 64
 
     def __post_init__(self) -> None:
-        self.processes = self.processes or max(2, usable_cores())
+        self.processes = self.processes or max(2, usable_cpus())
         for name, least in (("rounds", 1), ("processes", 2), ("megabytes", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be ≥ {least}")
@@ -84,7 +84,7 @@ def run(overrides: list[str]) -> Results:
     return Results(
         [ResultTable(columns, [[kind, *row] for kind, row in measured.items()])],
         [
-            f"medians of {counted(keys.rounds, 'alternating round')} on {usable_cores()} cores, "
+            f"medians of {counted(keys.rounds, 'alternating round')} on {usable_cpus()} cores, "
             f"load {os.getloadavg()[0]:.1f} at the end; MB/s of wall-clock but for `a core`, which is of CPU "
             "time, reading twice and hashing included; `main` is the share of the CPU time of the one process that "
             "hands out parts and writes"

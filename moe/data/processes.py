@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from moe.config.data import MOST_PROCESSES
+from moe.cores import usable_cpus
 from moe.data.readers import DataError
 
 AHEAD = 3  # parts in work or waiting for their turn, for each process
@@ -32,14 +33,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def usable_cores() -> int:
-    """Cores of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def chosen_processes(stated: int | None, file_bytes: int) -> int:
-    """`data.processes`, or as many as there are cores and enough text for."""
-    return max(1, min(usable_cores(), file_bytes // BYTES_EACH, MOST_PROCESSES)) if stated is None else stated
+    """`data.processes`, or as many as there are CPUs and enough text for."""
+    return max(1, min(usable_cpus(), file_bytes // BYTES_EACH, MOST_PROCESSES)) if stated is None else stated
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
+from moe.cores import usable_cores
 from moe.distributed.environment import whole_number, world_from_environment
 from moe.distributed.meeting import meet, start_timeout
 from moe.distributed.mesh import Mesh
@@ -57,17 +58,17 @@ def start(expert_parallel_size: int, config: Mapping[str, object] | None = None)
 
 
 def _threads(local_world_size: int) -> int:
-    """This process's share of the cores it may use; alone, what the user's OMP_NUM_THREADS says.
+    """What OMP_NUM_THREADS says, else this process's share of the cores it may use.
 
-    With several ranks torchrun has set that variable to 1 itself, whatever the machine.
+    With several ranks, 1 says nothing: torchrun sets the variable to 1 where the user has not set it.
     """
     stated = os.environ.get("OMP_NUM_THREADS", "")
-    if local_world_size == 1 and stated:
+    if stated and (local_world_size == 1 or stated != "1"):
         first = re.fullmatch(r"([0-9]{1,9})(,[0-9]+)*", stated)  # OpenMP allows one number for each nesting level
         if first is None or not 1 <= int(first[1]) <= MAX_THREADS:
             raise StartError(f"OMP_NUM_THREADS={stated} must be a whole number from 1 to {MAX_THREADS}", prints=True)
         return int(first[1])
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    return max(1, usable_cores() // local_world_size)
 
 
 def _join(backend: str, rank: int, world_size: int, config: Mapping[str, object]) -> None:

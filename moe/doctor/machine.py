@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 from moe.bench.processor import processor
+from moe.cores import cpu_quota, usable_cores
 from moe.doctor.finding import Finding
 from moe.plan.machine import host_memory
 
@@ -15,18 +16,14 @@ LITTLE_MEMORY = 2e9  # bytes
 
 
 def cores() -> list[Finding]:
-    usable, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    usable, threads, limit = usable_cores(), os.environ.get("OMP_NUM_THREADS"), cpu_quota()
     load = os.getloadavg()[0]
     stated = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS not set"
     text = f"{usable} usable cores of {_processor()}, {stated}, load {load:.1f}"
-    quota = _cgroup("cpu.max")
-    limit = None
-    if quota and not quota.startswith("max"):
-        allowed, period = map(float, quota.split())
-        limit = allowed / period
+    if limit is not None:
         text += f", the container may use {limit:g}"
-    if limit is not None and limit < usable:
-        return [Finding("cores", "note", text, f"set OMP_NUM_THREADS={max(1, int(limit))}: more threads only wait")]
+    if threads and threads.isdecimal() and int(threads) > usable:
+        return [Finding("cores", "note", text, f"set OMP_NUM_THREADS={usable}, or leave it unset: more only wait")]
     if load > usable:
         return [Finding("cores", "note", text, "other work is running: timings will vary")]
     return [Finding("cores", "ok", text)]
@@ -69,15 +66,10 @@ def speed() -> list[Finding]:
     from moe.train.metrics import measure_peak_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     products = ", ".join(
         f"{str(dtype).removeprefix('torch.')} {measure_peak_flops(device, dtype) / 1e9:,.0f} GFLOP/s"
         for dtype in (torch.float32, torch.bfloat16)
         if device.type == "cuda" or dtype is torch.float32
     )
     return [Finding("speed", "ok", f"products on {device.type}: {products}; copies {copy_rate(device) / 1e9:.1f} GB/s")]
-
-
-def _cgroup(name: str) -> str | None:
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text(encoding="ascii").strip() if path.is_file() else None

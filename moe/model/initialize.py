@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import Initializer, ModelConfig, RouterConfig
+from moe.cores import usable_cpus
 from moe.model.norm import RMSNorm
 from moe.sparse import Experts, Randomness, SparseMLP, build_router
 
@@ -129,7 +130,7 @@ def _draw(tensor: Tensor, std: float, seed: int) -> None:
 def _threads() -> int:
     """This rank's share of the CPUs."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // ranks))
+    return min(MAX_THREADS, max(1, usable_cpus() // ranks))
 
 
 def seed_of(seed: int, name: str) -> int:

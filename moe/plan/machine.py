@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe.cgroups import cgroup_folders
+
 ROOT = Path("/")
 
 
@@ -18,19 +20,17 @@ ROOT = Path("/")
 class _Controller:
     """Names of a cgroup version's memory files, and the entries of memory.stat that the kernel can reclaim."""
 
-    folder: str
     limit: str
     used: str
     given_up: tuple[str, ...]
 
 
 _V1 = _Controller(
-    "sys/fs/cgroup/memory",
     "memory.limit_in_bytes",
     "memory.usage_in_bytes",
     ("total_active_file", "total_inactive_file"),
 )
-_V2 = _Controller("sys/fs/cgroup", "memory.max", "memory.current", ("active_file", "inactive_file", "slab_reclaimable"))
+_V2 = _Controller("memory.max", "memory.current", ("active_file", "inactive_file", "slab_reclaimable"))
 
 
 def host_memory(ranks: int = 1, root: Path = ROOT) -> int:
@@ -44,21 +44,12 @@ def host_memory(ranks: int = 1, root: Path = ROOT) -> int:
 
 def _cgroups(root: Path) -> Iterator[int]:
     """Bytes left in each cgroup with a limit that contains this process, parent cgroups included."""
-    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        names = _V1 if controllers else _V2
-        # In a container the path may be the host's; then only the controller's top folder exists.
-        top = root / names.folder
-        folder = top / path.lstrip("/")
-        for one in (folder, *folder.parents):
-            if not one.is_relative_to(top):
-                break
-            limit, used = _number(one / names.limit), _number(one / names.used)
-            if limit is not None and used is not None:
-                given_up = _fields(one / "memory.stat")
-                yield max(0, limit - used + sum(given_up.get(name, 0) for name in names.given_up))
+    for version, folder in cgroup_folders("memory", root):
+        names = _V1 if version == 1 else _V2
+        limit, used = _number(folder / names.limit), _number(folder / names.used)
+        if limit is not None and used is not None:
+            given_up = _fields(folder / "memory.stat")
+            yield max(0, limit - used + sum(given_up.get(name, 0) for name in names.given_up))
 
 
 def _address_space(root: Path) -> int | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+from moe.cores import usable_cores
 from moe.sweep.command import train_command, train_environment
 from moe.sweep.metrics import Metrics
 from moe.sweep.study import Claimed
@@ -67,8 +67,7 @@ class Worker:
 def _environment(slot: int, slots: int, group: str) -> dict[str, str]:
     inherited = train_environment()
     inherited["WANDB_RUN_GROUP"] = inherited.get("WANDB_RUN_GROUP", group)
-    cores = len(os.sched_getaffinity(0))
-    inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
+    inherited.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // slots)))
     if devices := _devices(inherited.get("CUDA_VISIBLE_DEVICES")):
         inherited["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     return inherited

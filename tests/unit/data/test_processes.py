@@ -18,9 +18,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from moe.config import DataConfig, RecordKind, SourceConfig, TokenizerConfig, TokenizerKind
+from moe.cores import usable_cpus
 from moe.data import file_parts, parts
 from moe.data.prepare import prepare
-from moe.data.processes import AHEAD, BYTES_EACH, Processes, chosen_processes, usable_cores
+from moe.data.processes import AHEAD, BYTES_EACH, Processes, chosen_processes
 from moe.data.readers import DataError
 from moe.data.worker import WorkerFault
 from moe.errors import UserError
@@ -150,7 +151,7 @@ def test_a_process_ends_without_a_word_when_its_parent_was_killed_while_sending(
 def test_the_number_of_processes(monkeypatch):
     assert chosen_processes(5, 0) == 5
     assert chosen_processes(None, 0) == chosen_processes(None, BYTES_EACH) == 1  # tests and first runs start none
-    assert chosen_processes(None, 1 << 40) == usable_cores()
+    assert chosen_processes(None, 1 << 40) == usable_cpus()
     for wrong in (0, -1, 1025):
         with pytest.raises(UserError, match=rf"^data\.processes={wrong} must be [^\n]*$"):
             DataConfig(processes=wrong)

@@ -101,7 +101,7 @@ def test_buffers_get_their_initial_values(resets: bool, monkeypatch: pytest.Monk
 
 
 def test_ranks_of_one_machine_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(24)))
+    monkeypatch.setattr(initialize, "usable_cpus", lambda: 24)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert initialize._threads() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "48")
