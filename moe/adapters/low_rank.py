@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import ExpertBackend
+from moe.kernels.bfloat16_products import linear
 from moe.kernels.grouped_lora import ALIGNED, LowRankPair, lora_ffn
 from moe.kernels.permute import RowSource
 from moe.sparse import Experts, Randomness
@@ -80,7 +81,7 @@ class LoRALinear(nn.Linear):
             if randomness is None:
                 raise ValueError(f"adapter.lora_dropout={self.dropout} needs the batch's randomness")
             dropped = randomness.dropout(x_BSI, self.dropout)
-        y_BSO = F.linear(x_BSI, self.weight) + self.lora(dropped)
+        y_BSO = linear(x_BSI, self.weight) + self.lora(dropped)
         if self.magnitude is None:
             return y_BSO
         # The length is a constant of the backward pass (arXiv 2402.09353, §4.3).

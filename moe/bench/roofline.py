@@ -4,8 +4,9 @@
     moe bench roofline rounds=9 model=tiny      any key of `moe train`
 
 Routes: float32 as torch computes it (by MKL, on x86), float32 by oneDNN (`moe.kernels.float32_products`; on cores with
-AMX units it rounds to bfloat16, and its error says so), bfloat16. Rounds alternate the routes. A figure is the largest
-of its rounds: other programs only take speed away.
+AMX units it rounds to bfloat16, and its error says so; without AVX-512 torch computes it by MKL too), bfloat16 as torch
+computes it (by oneDNN), and bfloat16 in float32 from widened factors (`moe.kernels.bfloat16_products`). Rounds
+alternate the routes. A figure is the largest of its rounds: other programs only take speed away.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moe.bench.clock import clock, now
 from moe.bench.peers import DEFAULTS
@@ -24,7 +26,7 @@ from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, split
 from moe.config import Config, Mlp
 from moe.config.compose import load_config
-from moe.kernels import float32_products
+from moe.kernels import bfloat16_products, float32_products
 from moe.kernels.cross_entropy import slice_rows
 from moe.train.metrics import measure_peak_flops
 
@@ -38,13 +40,15 @@ SMALL_CALLS = 10_000
 class ProductRoute:
     name: str
     dtype: torch.dtype
-    context: Callable[[], AbstractContextManager[None]]
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm
 
 
 ROUTES = (
-    ProductRoute("float32", torch.float32, nullcontext),
+    ProductRoute("float32", torch.float32),
     ProductRoute("float32 by oneDNN", torch.float32, float32_products.forced_onednn),
-    ProductRoute("bfloat16", torch.bfloat16, nullcontext),
+    ProductRoute("bfloat16", torch.bfloat16),
+    ProductRoute("bfloat16, widened", torch.bfloat16, product=bfloat16_products.widened_mm),
 )
 
 
@@ -58,7 +62,7 @@ def run(overrides: list[str]) -> Results:
         for route in ROUTES[:: -1 if index % 2 else 1]:
             with route.context():
                 for name, shape in shapes.items():
-                    rate = measure_peak_flops(CPU, route.dtype, shape, torch.mm, now)
+                    rate = measure_peak_flops(CPU, route.dtype, shape, route.product, now)
                     rates[name, route.name] = max(rates[name, route.name], rate)
         copied, small = max(copied, copy_rate(CPU)), min(small, small_operation())
     products: list[list[Cell]] = [
@@ -69,7 +73,7 @@ def run(overrides: list[str]) -> Results:
         [route.name, max(rates[name, route.name] for name in shapes) / 1e9, error(route, checked)] for route in ROUTES
     ]
     others: list[list[Cell]] = [["copy, GB/s read and written", copied / 1e9], ["one small operation, µs", small * 1e6]]
-    chosen = float32_products.choose()
+    chosen, narrow = float32_products.choose(), bfloat16_products.choose()
     return Results(
         [
             ResultTable(["product, GFLOP/s", "M", "K", "N", *(route.name for route in ROUTES)], products),
@@ -81,8 +85,12 @@ def run(overrides: list[str]) -> Results:
             f"load {os.getloadavg()[0]:.1f}; errors are those of {checked[0]} × {checked[1]} × {checked[2]} against "
             "float64",
             str(chosen),
+            str(narrow),
         ],
-        {"bfloat16 GFLOP/s {}": float(routes[2][1] or 0), "float32 GFLOP/s {}": float(routes[chosen.onednn][1] or 0)},
+        {
+            "bfloat16 GFLOP/s {}": float(routes[2 + narrow.widened][1] or 0),
+            "float32 GFLOP/s {}": float(routes[chosen.onednn][1] or 0),
+        },
     )
 
 
@@ -123,7 +131,7 @@ def error(route: ProductRoute, shape: tuple[int, int, int]) -> float:
     a, b = (torch.randn(size, inner, generator=generator) for size in (rows, columns))
     exact = a.double() @ b.double().t()
     with route.context():
-        product = torch.mm(a.to(route.dtype), b.to(route.dtype).t())
+        product = route.product(a.to(route.dtype), b.to(route.dtype).t())
     return float32_products.largest_error(product, exact)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.bfloat16_products import mm
 from moe.kernels.float32_products import float32_products
 from moe.kernels.policy import runs_fused, wide_dtype, widen
 
@@ -50,14 +51,14 @@ class HandWrittenLinearCrossEntropy(torch.autograd.Function):
         needs = grad_x is not None or grad_w is not None
         for start in range(0, tokens, rows):
             x, labels = x_TH[start : start + rows], labels_T[start : start + rows]
-            grad = x @ weight_VH.T
+            grad = mm(x, weight_VH.t())
             total += to_gradient(grad, labels, needs).sum()
             if grad_x is not None:
-                torch.mm(grad, weight_VH, out=grad_x[start : start + rows])
+                mm(grad, weight_VH, out=grad_x[start : start + rows])
             if grad_w is not None and grad_w.dtype == grad.dtype:
                 grad_w.addmm_(grad.T, x)
             elif grad_w is not None:
-                grad_w += grad.T @ x
+                grad_w += mm(grad.t(), x)
         ctx.save_for_backward(*(g for g in (grad_x, grad_w) if g is not None))
         ctx.has, ctx.weight_dtype = (grad_x is not None, grad_w is not None), weight_VH.dtype
         return total

@@ -60,13 +60,20 @@ def choose() -> Route:
     30 ms."""
     global _route
     if _route is _UNMEASURED:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # several wait for each other where another process has a core
-        try:
+        with one_thread():
             _route = _measured_route()
-        finally:
-            torch.set_num_threads(threads)
     return _route
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For a measurement: several threads wait for each other where another process has a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def uses_onednn() -> bool:
@@ -106,7 +113,10 @@ def _measured_route() -> Route:
     b = torch.randn(columns, inner, generator=generator).t()  # as a weight in a linear layer
     exact = a.double() @ b.double()
     contexts: list[Callable[[], AbstractContextManager[None]]] = [nullcontext, forced_onednn]
-    errors = [_error(a, b, exact, context) for context in contexts]
+    products = [_product(a, b, context) for context in contexts]
+    if torch.equal(*products):
+        return Route(False, "torch hands oneDNN no float32 products on this CPU")  # it has no AVX-512
+    errors = [largest_error(product, exact) for product in products]
     if errors[1] > MOST_ERROR * errors[0]:
         return decide(LibraryTimes(errors[0], 0.0), LibraryTimes(errors[1], 0.0))
     times = [[_seconds(a, b, context) for context in contexts] for _ in range(ROUNDS)]
@@ -124,10 +134,9 @@ def decide(mkl: LibraryTimes, onednn: LibraryTimes) -> Route:
     return Route(True, f"{gain:.1f} × as fast as MKL, error {onednn.error:.0e} of the largest result")
 
 
-def _error(a: Tensor, b: Tensor, exact: Tensor, context: Callable[[], AbstractContextManager[None]]) -> float:
+def _product(a: Tensor, b: Tensor, context: Callable[[], AbstractContextManager[None]]) -> Tensor:
     with context():
-        product = a @ b
-    return largest_error(product, exact)
+        return a @ b
 
 
 def largest_error(product: Tensor, exact: Tensor) -> float:
@@ -136,8 +145,13 @@ def largest_error(product: Tensor, exact: Tensor) -> float:
 
 
 def _seconds(a: Tensor, b: Tensor, context: Callable[[], AbstractContextManager[None]]) -> float:
-    """CPU time: on a busy machine wall-clock would say who else ran, and two runs of one configuration would differ."""
     with context():
-        start = time.thread_time()
-        torch.mm(a, b)
-        return time.thread_time() - start
+        return product_seconds(a, b)
+
+
+def product_seconds(a: Tensor, b: Tensor) -> float:
+    """CPU time of a · b: on a busy machine wall-clock would say who else ran, and two runs of one configuration would
+    choose differently."""
+    start = time.thread_time()
+    torch.mm(a, b)
+    return time.thread_time() - start

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from moe.kernels.bfloat16_products import linear, widens
 from moe.kernels.grouped_products import torch_products
 from moe.kernels.swiglu import swiglu
 
@@ -70,7 +70,7 @@ def looped_product(counts: list[int]) -> Product:
 
     def product(x_NI: Tensor, weight_EOI: Tensor) -> Tensor:
         rows = zip(x_NI.split(counts), weight_EOI, strict=True)
-        return torch.cat([F.linear(rows_I, weight_OI) for rows_I, weight_OI in rows])
+        return torch.cat([linear(rows_I, weight_OI) for rows_I, weight_OI in rows])
 
     return product
 
@@ -97,7 +97,8 @@ class _Contiguous(torch.autograd.Function):
 
 
 def _grouped_mm_runs(x_NH: Tensor, down_proj: Tensor) -> bool:
-    """Whether dtype and row lengths (16 bytes' multiples) are those that it takes; ranks are padded to fit."""
+    """Whether dtype and row lengths (16 bytes' multiples) are those that it takes, and its products aren't slower than
+    widened ones; ranks are padded to fit."""
     aligned = all(size * x_NH.element_size() % 16 == 0 for size in down_proj.shape[1:])
     dtypes = (torch.bfloat16,) if x_NH.device.type == "cuda" else (torch.float32, torch.bfloat16)
-    return aligned and x_NH.dtype in dtypes
+    return aligned and x_NH.dtype in dtypes and not widens(x_NH)

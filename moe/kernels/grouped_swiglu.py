@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from moe.config import ExpertBackend, ExpertsConfig
 from moe.errors import UserError
 from moe.kernels import megablocks
+from moe.kernels.bfloat16_products import mm
 from moe.kernels.float8_products import float8_products, rounded
 from moe.kernels.float32_products import float32_products
 from moe.kernels.grouped_products import GroupedProducts, torch_products
@@ -199,10 +200,10 @@ class PerExpertSwiGLU(torch.autograd.Function):
         act_MF = x_PH.new_empty(max(padding.sizes, default=0), down_proj.shape[2])
         for expert, rows in padding.groups():
             gate_up = gate_up_PG[rows]
-            torch.mm(seen(x_PH[rows], 1), seen(gate_up_proj[expert], 1).t(), out=gate_up)
+            mm(seen(x_PH[rows], 1), seen(gate_up_proj[expert], 1).t(), out=gate_up)
             gate, up = gate_up.chunk(2, dim=1)
             act = torch.ops.aten.silu.out(gate, out=act_MF[: padding.sizes[expert]]).mul_(up)
-            torch.mm(seen(act, 1), seen(down_proj[expert], 1).t(), out=y_PH[rows])
+            mm(seen(act, 1), seen(down_proj[expert], 1).t(), out=y_PH[rows])
         ctx.save_for_backward(gate_up_proj, down_proj, gate_up_PG, *(source or (x_PH,)))
         ctx.padding, ctx.seen = padding, seen
         return padding.collect(y_PH)
@@ -227,14 +228,14 @@ class PerExpertSwiGLU(torch.autograd.Function):
         scratch = torch.empty_like(dact_MF), dy_PH.new_empty(dact_MF.shape[0], gate_up_proj.shape[1])
         for expert, rows in padding.groups():
             dy = dy_PH[rows]
-            dact = torch.mm(seen(dy, 1), seen(down_proj[expert], 0), out=dact_MF[: dy.shape[0]])
+            dact = mm(seen(dy, 1), seen(down_proj[expert], 0), out=dact_MF[: dy.shape[0]])
             act, dgate_up_rows = activation_backward(gate_up_PG[rows], dact, scratch)
             if ddown is not None:
-                torch.mm(dy.t(), act, out=ddown[expert])
+                mm(dy.t(), act, out=ddown[expert])
             if dgate_up is not None and x_PH is not None:
-                torch.mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
+                mm(dgate_up_rows.t(), x_PH[rows], out=dgate_up[expert])
             if dx_PH is not None:
-                torch.mm(seen(dgate_up_rows, 1), seen(gate_up_proj[expert], 0), out=dx_PH[rows])
+                mm(seen(dgate_up_rows, 1), seen(gate_up_proj[expert], 0), out=dx_PH[rows])
         return None if dx_PH is None else padding.collect(dx_PH), dgate_up, ddown, None, None, None
 
 

@@ -1,6 +1,7 @@
 """Rows sorted by expert, with each expert's rows padded to one of few sizes, for matrix products by oneDNN.
 
-oneDNN computes torch's bfloat16 products on a CPU, and on some CPUs its float32 ones (`float32_products`). It compiles
+oneDNN computes bfloat16 products on a CPU with units for them (`bfloat16_products`), and on some CPUs float32 ones
+(`float32_products`). It compiles
 a kernel for each new number of rows: about 1 ms and 640 KiB, as long as the product itself takes. Routing gives new
 numbers at every step. `padded_size` allows 8 sizes per doubling, so kernels are reused, and adds at most an eighth to
 more than 512 rows.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe.kernels import bfloat16_products
 from moe.kernels.float32_products import uses_onednn
 
 MULTIPLE = 64  # of rows; smaller counts are padded to a power of two
@@ -25,7 +27,9 @@ SIZES_PER_DOUBLING = 8
 
 def pads(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes the products."""
-    return device.type == "cpu" and (dtype is torch.bfloat16 or (dtype is torch.float32 and uses_onednn()))
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        return False
+    return uses_onednn() or (dtype is torch.bfloat16 and not bfloat16_products.choose().widened)
 
 
 def padded_size(count: int) -> int:

@@ -3,8 +3,8 @@
 - Activations have the dtype of the weights (`train.precision`). Where that is narrower than float32, statistics,
   softmaxes, losses, router arithmetic and the element-wise part of hand-written backward passes are float32:
   `wide_dtype`.
-- float32 matrix products on CUDA are IEEE float32, never TF32; on a CPU the faster of two equally exact libraries
-  computes them: `exact_float32`.
+- float32 matrix products on CUDA are IEEE float32, never TF32; on a CPU the faster of two equally exact ways computes
+  those of each dtype: `choose_products`.
 - On CUDA the Triton kernels of `moe.kernels.fused` run where `runs_fused` says so, else the plain code beside them.
 - `torch.compile` is used only where eager mode has no kernel (flex attention), and only through `compiled`.
 - What `device` and `dtype` of a command name: `choose_device`, `torch_dtype`.
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import Precision
 from moe.errors import UserError
-from moe.kernels import float32_products
+from moe.kernels import bfloat16_products, float32_products
 
 FUSED_DTYPES = (torch.bfloat16, torch.float32)
 _plain = False  # NOTE: not a ContextVar: autograd runs backward passes on CUDA in threads of its own
@@ -41,15 +41,16 @@ def widen(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
-def exact_float32(device: torch.device) -> str:
-    """Makes float32 matrix products on CUDA IEEE float32, and on a CPU those of the library that
-    `float32_products.choose` measured to be best. Returns a line for the log.
+def choose_products(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Makes float32 matrix products on CUDA IEEE float32; on a CPU takes the ways that `float32_products` and
+    `bfloat16_products` measure to be best. Returns a line for the log about products of `dtype`.
 
     A float32 run must equal a CPU run to rounding. With bfloat16 weights the router still computes in float32: TF32's
     10-bit mantissa would send some tokens to other experts.
     """
     if device.type == "cpu":
-        return str(float32_products.choose())
+        routes = float32_products.choose(), bfloat16_products.choose()
+        return str(routes[dtype is torch.bfloat16])
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "float32 matrix products: IEEE float32, no TF32"
 

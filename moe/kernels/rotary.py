@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.bfloat16_products import mm
 from moe.kernels.float32_products import float32_products
 from moe.kernels.policy import runs_fused
 from moe.kernels.rope_scaling import rotary_frequencies
@@ -143,7 +144,7 @@ class HandWrittenProjectRotated(torch.autograd.Function):
         ctx.save_for_backward(x_BSH, q_weight, k_weight, v_weight)
         ctx.table = table
         head_dim = table.cos_S1D.shape[-1]
-        joined = F.linear(x_BSH, torch.cat((q_weight, k_weight, v_weight)))
+        joined = mm(x_BSH.flatten(0, 1), torch.cat((q_weight, k_weight, v_weight)).t())
         heads_BSND = joined.view(*x_BSH.shape[:2], -1, head_dim)
         query_heads, rotated_heads = len(q_weight) // head_dim, (len(q_weight) + len(k_weight)) // head_dim
         turned_BSND = rotate(heads_BSND[:, :, :rotated_heads], table)
@@ -165,8 +166,8 @@ class HandWrittenProjectRotated(torch.autograd.Function):
         joined_TD = joined_BSND.view(-1, sum(dims))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (joined_TD @ torch.cat((q_weight, k_weight, v_weight))).view_as(x_BSH)
+            grad_x = mm(joined_TD, torch.cat((q_weight, k_weight, v_weight))).view_as(x_BSH)
         grad_weights: tuple[Tensor | None, ...] = (None, None, None)
         if any(ctx.needs_input_grad[1:4]):
-            grad_weights = (joined_TD.T @ x_BSH.reshape(joined_TD.shape[0], -1)).split(dims)
+            grad_weights = mm(joined_TD.t(), x_BSH.reshape(joined_TD.shape[0], -1)).split(dims)
         return grad_x, *grad_weights, None

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from moe.config import Config
-from moe.kernels.policy import exact_float32
+from moe.kernels.policy import choose_products
 from moe.model.transformer import Transformer
 
 
@@ -44,7 +44,7 @@ def empty_model(
 
     A module with buffers must set them in `reset_buffers()`, which its constructor calls too.
     """
-    exact_float32(device)
+    choose_products(device)
     with torch.device("meta"), _NothingDrawn():
         model = Transformer(config.model, config.router, config.experts, expert_group=expert_group)
     _allocate(model.to(dtype), device)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from moe.kernels.bfloat16_products import linear
 from moe.sparse import Randomness
 
 
-def project(module: nn.Module, x_BSH: Tensor, randomness: Randomness | None) -> Tensor:
+def project(module: nn.Module, x_BSH: Tensor, randomness: Randomness | None = None) -> Tensor:
     """`module(x)`; an adapter's also gets random numbers, for its dropout."""
+    weight = plain_weight(module)
+    if weight is not None:
+        return linear(x_BSH, weight)
     return module(x_BSH, randomness) if getattr(module, "takes_randomness", False) else module(x_BSH)
 
 

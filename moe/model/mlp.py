@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moe.kernels.swiglu import swiglu
+from moe.model.linear import project
 
 
 class DenseMLP(nn.Module):
@@ -20,4 +21,4 @@ class DenseMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_BSH), self.up_proj(x_BSH)))
+        return project(self.down_proj, swiglu(project(self.gate_proj, x_BSH), project(self.up_proj, x_BSH)))

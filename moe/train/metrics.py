@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.distributed.mesh import Mesh
+from moe.kernels.bfloat16_products import mm
 from moe.kernels.float32_products import float32_products
 from moe.sparse.diagnostics import DIAGNOSTICS, demand
 from moe.sparse.routers.base import RouterOutput
@@ -188,9 +189,9 @@ def measure_peak_flops(
     """FLOP/s of a matrix product on this rank's share of the machine (best of five, after a warm-up).
 
     `shape` is (M, K, N) of [M, K] × [K, N], the second factor stored transposed as weights are; None: a large square.
-    `product` None: torch's, by the library that was chosen for float32 products.
+    `product` None: by the way that was chosen for products of `dtype`.
     """
-    product = product or float32_products(torch.mm)
+    product = product or float32_products(mm)
     rows, inner, columns = shape or 3 * ((1024 if device.type == "cpu" else 8192),)
     a, b = (torch.randn(size, inner, device=device, dtype=dtype) for size in (rows, columns))
     best = 0.0

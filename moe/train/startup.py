@@ -9,7 +9,7 @@ from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
 from moe.kernels.float8_products import require_float8
 from moe.kernels.grouped_swiglu import resolve_backend
-from moe.kernels.policy import exact_float32, fused_obstacle, torch_dtype
+from moe.kernels.policy import choose_products, fused_obstacle, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
 from moe.plan.muon import muon_cost
 from moe.plan.trained import count_trained, trains_all
@@ -24,9 +24,7 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     model, dtype = config.model, torch_dtype(config.train.precision)
     attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
     lines = [f"attention: {attention.name} ({reason})"]
-    products = exact_float32(mesh.device)
-    if dtype is torch.float32 or mesh.device.type == "cuda":
-        lines.append(products)
+    lines.append(choose_products(mesh.device, dtype))
     if mesh.device.type == "cuda":
         fault = fused_obstacle(mesh.device, dtype)
         route = "Triton (each gave the plain code's results here)" if fault is None else f"plain PyTorch ({fault})"

@@ -13,7 +13,7 @@ from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import AttentionBackend
 from moe.kernels.attention import make_attend
-from moe.kernels.policy import exact_float32
+from moe.kernels.policy import choose_products
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Mixtral 8x7B's
 LENGTHS, TINY_LENGTHS = (4096, 8192), (48, 64)
@@ -24,7 +24,7 @@ ERROR = 2e-2  # bfloat16: each rounding adds up to 2⁻⁹, and several lead to 
 def run(settings: Settings, record: Record) -> None:
     """Measures the device's back-ends that need no compilation."""
     cuda = device_of(settings).type == "cuda"
-    exact_float32(device_of(settings))  # for the reference
+    choose_products(device_of(settings))  # for the reference
     for backend in [AttentionBackend.varlen, AttentionBackend.block] if cuda else [AttentionBackend.block]:
         measure(settings, record, backend)
 

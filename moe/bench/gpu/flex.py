@@ -11,14 +11,14 @@ from moe.bench.gpu.measure import device_of
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import AttentionBackend
-from moe.kernels.policy import exact_float32
+from moe.kernels.policy import choose_products
 
 
 def run(settings: Settings, record: Record) -> None:
     """On a CPU only the forward pass, not compiled: flex attention has no backward pass there."""
     device = device_of(settings)
     backward = device.type == "cuda"
-    exact_float32(device_of(settings))  # for the reference
+    choose_products(device_of(settings))  # for the reference
     for call in ("first", "second"):  # the first one compiles
         start = time.perf_counter()
         attention.results(AttentionBackend.flex, 256, None, torch.bfloat16, device, backward=backward)

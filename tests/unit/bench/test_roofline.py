@@ -39,8 +39,9 @@ def test_the_products_are_those_of_a_step() -> None:
 
 
 def test_errors_are_those_of_the_dtypes() -> None:
-    plain, _, narrow = (roofline.error(route, (32, 256, 32)) for route in roofline.ROUTES)
+    plain, _, narrow, widened = (roofline.error(route, (32, 256, 32)) for route in roofline.ROUTES)
     assert 0 < plain < 1e-5 < 1e-4 < narrow < 1e-1
+    assert widened == pytest.approx(narrow, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.config import ExpertBackend, ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
 from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
-from moe.kernels.policy import FUSED_DTYPES, exact_float32, fused_obstacle
+from moe.kernels.policy import FUSED_DTYPES, choose_products, fused_obstacle
 from moe.kernels.rms_norm import rms_norm, rms_norm_reference
 from moe.kernels.rotary import project_rotated, project_rotated_reference, rotary_table, rotated, rotated_reference
 from moe.kernels.swiglu import swiglu, swiglu_reference
@@ -29,7 +29,7 @@ in_precisions = pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=
 @pytest.fixture(autouse=True)
 def exact() -> None:
     if torch.cuda.is_available():
-        exact_float32(torch.device("cuda"))
+        choose_products(torch.device("cuda"))
 
 
 def randoms(*shapes: tuple[int, ...]) -> list[Tensor]:

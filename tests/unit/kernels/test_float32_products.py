@@ -89,7 +89,8 @@ for onednn in (False, True):
 assert abs(loss - other) < 1e-6 * loss, (loss, other)
 for grad, another in zip(grads, others, strict=True):
     assert (grad - another).abs().max() < 1e-5 * grad.abs().max()
-assert any(not torch.equal(*pair) for pair in zip(grads, others)), "the same library computed both"
+if torch.backends.cpu.get_cpu_capability() != "AVX2":  # without it torch gives oneDNN no float32 products
+    assert any(not torch.equal(*pair) for pair in zip(grads, others)), "the same library computed both"
 """
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.kernels import padded_rows
+from moe.kernels import bfloat16_products, padded_rows
+from moe.kernels.bfloat16_products import NarrowRoute
 from moe.kernels.grouped_swiglu import PerExpertSwiGLU, loop_ffn
 from moe.kernels.padded_rows import PaddedRows, padded_size, pads
 
@@ -22,6 +23,11 @@ def test_sizes_are_few_and_little_larger() -> None:
     for low in (512, 1024, 2048):
         assert len(set(sizes[low + 1 : 2 * low + 1])) == 8
     assert len(set(sizes[1:513])) <= 7 + 7
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16_products, "_route", NarrowRoute(False, "test"))
 
 
 def test_only_bfloat16_on_a_cpu_is_padded() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe.kernels import policy
-from moe.kernels.policy import compiled, exact_float32, plain_kernels, recomputed, runs_fused, wide_dtype, widen
+from moe.kernels.policy import choose_products, compiled, plain_kernels, recomputed, runs_fused, wide_dtype, widen
 
 
 def test_only_half_precisions_are_widened():
@@ -24,9 +24,9 @@ def test_float32_products_are_exact_on_cuda_alone():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        assert exact_float32(torch.device("cpu")).startswith("float32 matrix products: ")
+        assert choose_products(torch.device("cpu")).startswith("float32 matrix products: ")
         assert matmul.fp32_precision == "tf32"
-        assert "IEEE" in exact_float32(torch.device("cuda"))
+        assert "IEEE" in choose_products(torch.device("cuda"))
         assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before

@@ -1,0 +1,113 @@
+"""How a CPU computes bfloat16 matrix products: by oneDNN, or in float32 from widened factors, chosen by measurement.
+
+On cores without bfloat16 units (AVX512-BF16, AMX) oneDNN's and MKL's bfloat16 products run at about a tenth of the
+float32 rate. There `mm` widens both factors, multiplies by the library chosen for float32 (`float32_products`), and
+rounds the product. Both ways sum in float32 and round once, so they differ by the order of summation.
+
+Legend: I and O the sizes before and after a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moe.kernels.float32_products import float32_products, one_thread, product_seconds, uses_onednn
+
+SHAPE = 32, 256, 256  # rows, length of a dot product, columns: 0.5 ms without bfloat16 units
+ROUNDS = 10
+# Without bfloat16 units the gain was 7 to 10, with them 0.4: the limit is far from both, since a run that resumes must
+# choose what it chose before, on a busy machine too.
+LEAST_GAIN = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowRoute:
+    """Whether bfloat16 products are float32 ones of widened factors, and why, for the start-up log."""
+
+    widened: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"bfloat16 matrix products: {'float32, of widened factors' if self.widened else 'oneDNN'} ({self.reason})"
+        )
+
+
+_UNMEASURED = NarrowRoute(False, "not measured")
+_route = _UNMEASURED
+
+
+def choose() -> NarrowRoute:
+    """Measures both ways, once in a process and on one thread, and uses the faster one from now on. Takes some 10
+    ms."""
+    global _route
+    if _route is _UNMEASURED:
+        with one_thread():
+            _route = _measured_route()
+    return _route
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of x with a matrix of its dtype are computed from widened factors."""
+    return _route.widened and x.dtype is torch.bfloat16 and x.device.type == "cpu"
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`torch.mm` of two matrices of one dtype, on any device."""
+    if not widens(a):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if out is None:
+        return widened_mm(a, b)
+    return out.copy_(torch.mm(a.float(), b.float()))
+
+
+def widened_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a · b of two bfloat16 matrices, computed in float32 and rounded once."""
+    return torch.mm(a.float(), b.float()).bfloat16()
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x [..., I] · weightᵀ → [..., O], as `F.linear`, by the ways chosen for this CPU."""
+    if x.device.type == "cpu" and (uses_onednn() or widens(x)):
+        return _Linear.apply(x, weight_OI)  # type: ignore[return-value]
+    return F.linear(x, weight_OI)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    @float32_products
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return mm(x.flatten(0, -2), weight_OI.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    @float32_products
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
+        x, weight_OI = ctx.saved_tensors
+        grad_TO = grads[0].flatten(0, -2)
+        grad_x = mm(grad_TO, weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, mm(grad_TO.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+
+
+def _measured_route() -> NarrowRoute:
+    generator = torch.Generator().manual_seed(0)
+    rows, inner, columns = SHAPE
+    wide_a = torch.randn(rows, inner, generator=generator)
+    wide_b = torch.randn(columns, inner, generator=generator).t()
+    a, b = wide_a.bfloat16(), wide_b.bfloat16()
+    times = [(product_seconds(a, b), product_seconds(wide_a, wide_b)) for _ in range(ROUNDS)]
+    narrow, wide = (min(each) for each in zip(*times, strict=True))
+    return decide(narrow, wide)
+
+
+def decide(narrow_seconds: float, wide_seconds: float) -> NarrowRoute:
+    """Widened where a float32 product is at least `LEAST_GAIN` times as fast as a bfloat16 one of the same shape."""
+    gain = narrow_seconds / wide_seconds
+    return NarrowRoute(gain >= LEAST_GAIN, f"float32 is {gain:.1f} × as fast")
