@@ -11,14 +11,11 @@ from torch import nn
 
 from moe.adapters.low_rank import LoRAExperts, LoRALinear, LowRank
 from moe.adapters.merge import adapted, is_part
-from moe.config import AdapterConfig, ExpertBackend
-from moe.config.adapter import WITH_DROPOUT, fits, fits_parameter
-from moe.errors import UserError
+from moe.config import AdapterConfig
+from moe.config.adapter import WITH_DROPOUT
 from moe.model.initialize import expert_seed
 from moe.model.transformer import Transformer
 from moe.sparse import Experts, Router
-
-NAMES_SHOWN = 12
 
 
 def attach(model: Transformer, config: AdapterConfig, seed: int) -> None:
@@ -50,12 +47,7 @@ def _targets(model: nn.Module, config: AdapterConfig) -> Iterator[tuple[str, nn.
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Experts, Router)) and name != "lm_head"
     }
-    for pattern in (*config.target_modules, *config.rank_pattern):
-        if not any(fits(pattern, name) for name in can):
-            raise UserError(
-                f"adapter.target_modules={pattern}: no module of this model fits; it has "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in can}))}"
-            )
+    config.require_targets(can)
     for name, module in can.items():
         if config.adapts(name):
             yield name, module
@@ -65,10 +57,6 @@ def _adapt(model: nn.Module, name: str, module: nn.Module, config: AdapterConfig
     rank = config.rank_of(name)
     scale = config.scale(rank)
     if isinstance(module, Experts):
-        if module.config.backend is ExpertBackend.megablocks:
-            raise UserError("experts.backend=megablocks has no adapters on experts: use experts.backend=auto")
-        if module.config.fp8:
-            raise UserError("experts.fp8=true has no adapters on experts: leave it out, or adapt attention alone")
         pairs = [_low_rank(f"{name}.{weight}", getattr(module, weight), rank, scale, seed, module.first_expert)
                  for weight in ("gate_up_proj", "down_proj")]  # fmt: skip
         _replace(model, name, LoRAExperts(module, *pairs))
@@ -99,19 +87,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _train_in_full(model: nn.Module, config: AdapterConfig) -> None:
     names = dict(model.named_parameters())
-    have_adapters = {adapted(one) for one in names if is_part(one)}
-    for pattern in config.modules_to_save:
-        found = [one for one in names if fits_parameter(pattern, one)]
-        if not found:
-            raise UserError(
-                f"adapter.modules_to_save={pattern}: no parameter of this model fits; its names are like "
-                f"{', '.join(list(names)[:NAMES_SHOWN])}"
-            )
-        for one in found:
-            if one in have_adapters:
-                targets = next(target for target in config.target_modules if fits_parameter(target, one))
-                raise UserError(
-                    f"adapter.modules_to_save={pattern}: {one} has an adapter, by adapter.target_modules={targets}: "
-                    "leave it out of one of the two"
-                )
-            names[one].requires_grad_()
+    own = [name for name in names if not is_part(name)]
+    for name in config.saved_in_full(own, {adapted(name) for name in names if is_part(name)}):
+        names[name].requires_grad_()

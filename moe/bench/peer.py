@@ -24,7 +24,7 @@ from moe.errors import UserError
 from moe.model.transformer import ModelOutput, Transformer
 
 # transformers has two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
 # What a Mixtral has no setting for.
 NOT_MIXTRAL = ("sparse_layers", "moe_intermediate_size", "n_shared_experts")
 SAME_LOSS = 1e-4  # nats, between the two sides' first losses in float32

@@ -55,6 +55,8 @@ from moe.train.objective import training_step
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 WARM_UP_STEPS = 2
+# A peer's step is measured no further where its first takes longer than both: as many times the fastest one's, seconds.
+HOPELESS, LONG_STEP = 3.0, 10.0
 
 
 @dataclass(slots=True)
@@ -168,10 +170,13 @@ def _fastest(
         if reason is None:
             peer = Peer(weights, config, arithmetic, implementation, device)
             try:
-                peer(batches())
+                first = _seconds(peer, [batches()])
             except RuntimeError as error:  # a dtype that this machine's torch has no product for
                 reason = str(error).splitlines()[0]
             else:
+                if first > max(LONG_STEP, HOPELESS * min(seconds.values(), default=math.inf)):
+                    print(f"peer's experts, {peer.name}: left out, its first step took {first * 1e3:,.0f} ms")
+                    continue
                 seconds[arithmetic, implementation] = min(_seconds(peer, [batches()]) for _ in range(2))
                 print(f"peer's experts, {peer.name}: {seconds[arithmetic, implementation] * 1e3:,.0f} ms/step")
                 continue

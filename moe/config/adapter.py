@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 from moe.config.choices import AdapterKind
 from moe.config.rules import default_of, positive, require, share
+from moe.errors import UserError
 
 # Linear layers by the last part of their name; `gate` is the router and `experts` are a sparse layer's stacked experts.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "experts")
 WITH_DROPOUT = ("q_proj", "k_proj", "v_proj", "o_proj")
 MAX_RANK = 4096
+NAMES_SHOWN = 12
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -80,6 +83,38 @@ class AdapterConfig:
     @property
     def trains_adapter(self) -> bool:
         return self.kind is not AdapterKind.none
+
+    def require_targets(self, modules: Collection[str]) -> None:
+        """Raises UserError for a pattern that fits none of a model's modules that can have an adapter."""
+        stated = {f"adapter.target_modules={one}": one for one in self.target_modules}
+        stated |= {f"adapter.rank_pattern.{one}={rank}": one for one, rank in self.rank_pattern.items()}
+        for key, pattern in stated.items():
+            require(
+                any(fits(pattern, name) for name in modules),
+                f"{key}: no module of this model fits; it has "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in modules}))}",
+            )
+
+    def saved_in_full(self, parameters: Sequence[str], adapted: Collection[str]) -> list[str]:
+        """Those of a model's parameters that `modules_to_save` means. Raises UserError for a pattern that fits none,
+        and for a parameter that has an adapter."""
+        saved = []
+        for pattern in self.modules_to_save:
+            found = [name for name in parameters if fits_parameter(pattern, name)]
+            require(
+                bool(found),
+                f"adapter.modules_to_save={pattern}: no parameter of this model fits; its names are like "
+                f"{', '.join(parameters[:NAMES_SHOWN])}",
+            )
+            for name in found:
+                if name in adapted:
+                    targets = next(target for target in self.target_modules if fits_parameter(target, name))
+                    raise UserError(
+                        f"adapter.modules_to_save={pattern}: {name} has an adapter, by "
+                        f"adapter.target_modules={targets}: leave it out of one of the two"
+                    )
+            saved += found
+        return saved
 
     def adapts(self, module: str) -> bool:
         """Whether the module of this whole name gets an adapter."""

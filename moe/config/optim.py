@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from moe.config.choices import OptimizerKind, Schedule
 from moe.config.rules import default_of, not_negative, positive, require, share
@@ -76,3 +78,15 @@ class OptimConfig:
             self.decay_steps is None or self.schedule is Schedule.warmup_stable_decay,
             f"optim.decay_steps={self.decay_steps} needs optim.schedule=warmup_stable_decay, not {self.schedule.name}",
         )
+
+    def left_to_train(self, parameters: Sequence[str], trained: Sequence[str]) -> list[str]:
+        """Those of `trained` that no pattern of `freeze` fits. Raises UserError for a pattern that fits none of the
+        model's parameters, and if nothing is left."""
+        for pattern in self.freeze:
+            require(
+                any(fnmatchcase(name, pattern) for name in parameters),
+                f"optim.freeze={pattern}: no parameter of this model fits; names are like {', '.join(parameters[:8])}",
+            )
+        left = [name for name in trained if not any(fnmatchcase(name, pattern) for pattern in self.freeze)]
+        require(bool(left), f"optim.freeze={','.join(self.freeze)}: leaves nothing to train: freeze less")
+        return left

@@ -109,9 +109,13 @@ class RouterConfig:
         """Whether a token's experts depend on no later token: only then can text be generated."""
         return True
 
+    def parameter_names(self) -> tuple[str, ...]:
+        """Those of one layer's router, each [num_experts, hidden_size]."""
+        return ("weight",)
+
     def num_parameters(self, hidden_size: int) -> int:
         """Weights of one layer's router."""
-        return self.num_experts * hidden_size
+        return len(self.parameter_names()) * self.num_experts * hidden_size
 
     def _check_layer(self, key: str, options: object) -> None:
         require(isinstance(options, Mapping), f"{key}={options} must be a mapping of options, as in {key}={{top_k:1}}")

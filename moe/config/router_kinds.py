@@ -119,8 +119,8 @@ class NoisyTopKRouterConfig(TokenChoiceConfig):
     def scheduled(cls) -> tuple[str, ...]:
         return *TokenChoiceConfig.scheduled(), "noise_std"
 
-    def num_parameters(self, hidden_size: int) -> int:
-        return 2 * RouterConfig.num_parameters(self, hidden_size)
+    def parameter_names(self) -> tuple[str, ...]:
+        return "weight", "noise_weight"
 
 
 @dataclass(kw_only=True, slots=True)

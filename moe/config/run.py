@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from moe.config.adapter import AdapterConfig, fits
-from moe.config.choices import EngineKind, Mlp, OptimizerKind, Recompute, Schedule
+from moe.config.choices import EngineKind, ExpertBackend, Mlp, OptimizerKind, Recompute, Schedule
 from moe.config.data import DataConfig, TokenizerConfig
 from moe.config.migrate import CONFIG_VERSION
 from moe.config.model import FP8_MULTIPLE, ExpertsConfig, ModelConfig
@@ -123,6 +123,8 @@ class Config:
             self._check_fp8()
         if optim.kind is OptimizerKind.muon:
             self._check_muon()
+        if self.adapter.trains_adapter:
+            self._check_adapted_experts()
         self._check_added_tokens()
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
@@ -151,6 +153,18 @@ class Config:
             f"experts.fp8=true must have multiples of {FP8_MULTIPLE} as sizes, not hidden and expert size {sizes}: "
             "change model.hidden_size or model.moe_intermediate_size, or leave experts.fp8 out",
         )
+
+    def _check_adapted_experts(self) -> None:
+        blocks = (f"model.layers.{layer}.mlp.experts" for layer in self.model.sparse_layer_numbers)
+        if any(self.adapter.adapts(name) for name in blocks):
+            require(
+                self.experts.backend is not ExpertBackend.megablocks,
+                "experts.backend=megablocks has no adapters on experts: use experts.backend=auto",
+            )
+            require(
+                not self.experts.fp8,
+                "experts.fp8=true has no adapters on experts: leave it out, or adapt attention alone",
+            )
 
     def _check_muon(self) -> None:
         adapter = self.adapter

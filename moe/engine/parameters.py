@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe.config import Config, OptimizerKind
+from moe.config import Config, OptimConfig, OptimizerKind
 from moe.config.optim import matrix_shape
 from moe.engine.base import ADAM_MOMENTS, EXPERTS, MOMENTUM, ROUTER, States
 from moe.errors import UserError
@@ -17,19 +16,13 @@ from moe.sparse import routers_of
 from moe.sparse.experts import Experts
 
 
-def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Parameters whose names fit a pattern don't train (`optim.freeze`). Raises UserError for one that fits none."""
+def freeze(model: nn.Module, optim: OptimConfig) -> None:
+    """Parameters whose names fit a pattern of `optim.freeze` don't train. Raises UserError as `left_to_train` does."""
     names = dict(model.named_parameters())
-    for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if not found:
-            raise UserError(
-                f"optim.freeze={pattern}: no parameter of this model fits; names are like {', '.join([*names][:8])}"
-            )
-        for name in found:
-            names[name].requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in names.values()):
-        raise UserError(f"optim.freeze={','.join(patterns)}: leaves nothing to train: freeze less")
+    trained = [name for name, parameter in names.items() if parameter.requires_grad]
+    kept = optim.left_to_train([*names], trained)
+    for name in {*trained}.difference(kept):
+        names[name].requires_grad_(False)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

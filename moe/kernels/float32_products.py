@@ -6,7 +6,7 @@ other cores both are as fast. torch hands a product to oneDNN where `torch.backe
 `choose` measures both libraries' errors and speeds, and takes oneDNN only where it is as accurate and much faster.
 
 The switch holds for the whole process and would double the time of SDPA, so `float32_products` sets it for single
-functions: the experts, the projections of attention, the language-model head. Other products are MKL's.
+functions: the experts, linear layers, the language-model head. Other products are MKL's.
 """
 
 from __future__ import annotations

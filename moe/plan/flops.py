@@ -122,7 +122,7 @@ def _products(config: Config) -> Iterator[tuple[str, float]]:
 
 def _place(name: str, config: Config) -> tuple[int, int]:
     """Where a parameter reads and where it writes, in the order of the forward pass."""
-    module = re.sub(r"\.weight$|[._]lora\.[AB]$|\.magnitude$", "", name)
+    module = re.sub(r"(?<=\.mlp\.gate)\.\w+$|\.weight$|[._]lora\.[AB]$|\.magnitude$", "", name)
     end = BLOCK * (config.model.num_hidden_layers + 1)
     if module == "model.embed_tokens":  # a tied one is multiplied as the head
         return end + 1, 0

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 
 from moe.config import Config, QkNorm
-from moe.config.adapter import WITH_DROPOUT, fits_parameter
+from moe.config.adapter import WITH_DROPOUT
 from moe.config.rules import require
 
 EXPERTS = ".experts"
@@ -24,7 +23,7 @@ def routed_experts(name: str) -> bool:
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every parameter of the model without adapters, with all experts. A router is one matrix."""
+    """{name: shape} of every parameter of the model without adapters, with all experts."""
     return dict(_named(config))
 
 
@@ -46,7 +45,8 @@ def _named(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
         if layer not in model.sparse_layer_numbers:
             yield from _swiglu(f"{block}.mlp", hidden, model.intermediate_size)
             continue
-        yield f"{block}.mlp.gate.weight", (router.num_parameters(hidden) // hidden, hidden)
+        for name in router.parameter_names():
+            yield f"{block}.mlp.gate.{name}", (router.num_experts, hidden)
         yield f"{block}.mlp.experts.gate_up_proj", (router.num_experts, 2 * model.expert_size, hidden)
         yield f"{block}.mlp.experts.down_proj", (router.num_experts, hidden, model.expert_size)
         if model.shared_size:
@@ -62,23 +62,30 @@ def _swiglu(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[i
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what trains, adapters included. Raises UserError for more than MOST_LAYERS layers."""
+    """{name: shape} of what trains, adapters included. Raises UserError for more than MOST_LAYERS layers, and for a
+    pattern of `adapter` or `optim.freeze` that fits nothing, as a run does."""
     layers = config.model.num_hidden_layers
     require(layers <= MOST_LAYERS, f"model.num_hidden_layers={layers} must be ≤ {MOST_LAYERS} where a part trains")
     adapter, everything = config.adapter, parameter_shapes(config)
-    trained = everything
+    trained = named = everything
     if adapter.trains_adapter:
-        saved = {
-            name: shape
-            for name, shape in everything.items()
-            if any(fits_parameter(pattern, name) for pattern in adapter.modules_to_save)
-        }
-        trained = saved | adapter_shapes(config, everything)
-    return {
-        name: shape
-        for name, shape in trained.items()
-        if not any(fnmatchcase(name, pattern) for pattern in config.optim.freeze)
-    }
+        can = [name for name, shape in everything.items() if _can_have_adapter(name, shape)]
+        adapter.require_targets([*map(_module, can)])
+        adapted = {name for name in can if adapter.adapts(_module(name))}
+        added = adapter_shapes(config, everything)
+        named = everything | added
+        trained = {name: everything[name] for name in adapter.saved_in_full([*everything], adapted)} | added
+    return {name: trained[name] for name in config.optim.left_to_train([*named], [*trained])}
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _can_have_adapter(name: str, shape: tuple[int, ...]) -> bool:
+    if len(shape) == 2:
+        return name.endswith(".weight") and _module(name).rpartition(".")[2] not in ("embed_tokens", "lm_head")
+    return len(shape) == 3
 
 
 def adapter_shapes(config: Config, everything: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -89,18 +96,15 @@ def adapter_shapes(config: Config, everything: dict[str, tuple[int, ...]]) -> di
 def _low_rank(config: Config, everything: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
     adapter = config.adapter
     for name, shape in everything.items():
-        module = name.rpartition(".")[0]
-        last = module.rpartition(".")[2]
-        if len(shape) < 2 or last in ("embed_tokens", "lm_head"):
-            continue
-        if not adapter.adapts(module):
+        module = _module(name)
+        if not _can_have_adapter(name, shape) or not adapter.adapts(module):
             continue
         rank = adapter.rank_of(module)
         *experts, out_size, in_size = shape
         prefix = f"{name}_lora" if experts else f"{module}.lora"
         yield f"{prefix}.A", (*experts, rank, in_size)
         yield f"{prefix}.B", (*experts, out_size, rank)
-        if adapter.use_dora and last in WITH_DROPOUT:
+        if adapter.use_dora and module.rpartition(".")[2] in WITH_DROPOUT:
             yield f"{module}.magnitude", (out_size,)
 
 

@@ -81,7 +81,7 @@ def build(
     mesh = prepare_engine(config, mesh)
     model = mesh.agree(lambda: build_model(config, mesh.device, mesh.expert_group), "model")
     complete(model, mesh)
-    mesh.agree(lambda: freeze(model, config.optim.freeze), "model")
+    mesh.agree(lambda: freeze(model, config.optim), "model")
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     if not all(router.keeps_balance for router in routers_of(model)):
         display.warn_on_stderr(

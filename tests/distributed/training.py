@@ -155,7 +155,7 @@ def build(
     if config.adapter.trains_adapter:
         attach(model, config.adapter, config.train.seed)
         reset_magnitudes(model)
-    freeze(model, config.optim.freeze)
+    freeze(model, config.optim)
     starve(model, idle or []) if idle else None
     change(model) if change else None
     return mesh, build_engine(model, config, mesh)

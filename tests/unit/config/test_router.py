@@ -111,8 +111,8 @@ class OtherNamesConfig(RouterConfig):
     def experts_per_token(self) -> int:
         return self.chosen
 
-    def num_parameters(self, hidden_size: int) -> int:
-        return 2 * self.num_experts * hidden_size
+    def parameter_names(self) -> tuple[str, ...]:
+        return "weight", "other_weight"
 
 
 def test_sizes_ask_the_config_what_a_token_uses(tmp_path: Path) -> None:

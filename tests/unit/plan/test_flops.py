@@ -59,7 +59,7 @@ def counted(config):
     if config.adapter.trains_adapter:
         attach(model, config.adapter, 0)
         reset_magnitudes(model)
-    freeze(model, config.optim.freeze)
+    freeze(model, config.optim)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         output = model(ids, labels_BS=ids)
         loss = output.lm_loss_sum

@@ -12,6 +12,7 @@ from moe.adapters.attach import attach
 from moe.config import Config
 from moe.config.compose import load_config
 from moe.engine.parameters import freeze
+from moe.errors import UserError
 from moe.model.build import empty_model
 from moe.plan.counts import count_parameters
 from moe.plan.memory import estimate_memory
@@ -30,6 +31,7 @@ CASES = [
     ["model.mlp=dense", "model.tie_word_embeddings=true"],
     ["model.n_shared_experts=1", "model.sparse_layers=every_2", "router=noisy_topk"],
     ["optim.freeze=[*embed*,*.experts.*]"],
+    ["router=noisy_topk", "optim.freeze=[*.noise_weight]"],
     LORA,
     [*LORA, "adapter.target_modules=['*']", "adapter.rank_pattern={q_proj:3,experts:5}", "model.n_shared_experts=1"],
     [
@@ -44,7 +46,7 @@ def _model(config: Config) -> nn.Module:
     model = empty_model(config, torch.device("cpu"))
     if config.adapter.trains_adapter:
         attach(model, config.adapter, 0)
-    freeze(model, config.optim.freeze)
+    freeze(model, config.optim)
     return model
 
 
@@ -54,10 +56,37 @@ def test_names_and_shapes_are_the_models(overrides: list[str]) -> None:
     model = _model(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     found = trained_shapes(config)
-    routers = {name for name in expected if "noise_weight" in name}  # a router is one matrix
-    assert found.keys() == expected.keys() - routers
-    assert sum(map(math.prod, found.values())) == sum(map(math.prod, expected.values()))
+    assert found == expected
     assert sum(map(math.prod, parameter_shapes(config).values())) == count_parameters(config)[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*LORA, "adapter.target_modules=[up_proj]"], "adapter.target_modules=up_proj: no module of this model fits"),
+        ([*LORA, "adapter.rank_pattern={down_proj:2}"], "adapter.rank_pattern.down_proj=2: no module of this model"),
+        ([*LORA, "adapter.modules_to_save=[nope]"], "adapter.modules_to_save=nope: no parameter of this model fits"),
+        ([*LORA, "adapter.modules_to_save=[k_proj]"], r"adapter.modules_to_save=k_proj: .* has an adapter, by "),
+        (["optim.freeze=[nope]"], "optim.freeze=nope: no parameter of this model fits"),
+        (["optim.freeze=['*']"], r"optim.freeze=\*: leaves nothing to train"),
+    ],
+    ids=str,
+)
+def test_a_plan_refuses_a_name_that_fits_nothing_as_the_run_does(overrides: list[str], message: str) -> None:
+    config = load_config([*SMALL, *overrides])
+    with pytest.raises(UserError, match=message) as planned:
+        trained_shapes(config)
+    with pytest.raises(UserError) as started:
+        _model(config)
+    assert str(planned.value) == str(started.value)
+
+
+@pytest.mark.parametrize("override", ["experts.backend=megablocks", "experts.fp8=true"])
+def test_experts_that_can_have_no_adapter(override: str) -> None:
+    sizes = ["model.intermediate_size=64", "model.hidden_size=64"]
+    with pytest.raises(UserError, match=f"{override} has no adapters on experts"):
+        load_config([*SMALL, *LORA, *sizes, override])
+    assert load_config([*SMALL, *LORA, *sizes, override, "adapter.target_modules=[q_proj]"])
 
 
 def test_an_adapter_needs_little_more_than_the_weights() -> None:
