@@ -145,7 +145,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [],
     ),
     "LoRA, all experts of a rank idle, ZeRO-2": (  # B begins at 0: Adam divides its first, tiny gradients by themselves
-        [*LORA, "optim.eps=1e-3", ZERO_2],
+        [*LORA, "optim.eps=1e-2", ZERO_2],
         [2, 3],
     ),
     "packed rows of questions and answers": (ROWS, []),

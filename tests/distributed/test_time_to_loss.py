@@ -47,6 +47,7 @@ def test_the_gpt_trains_the_same_on_one_rank_and_two(corpus: list[str], tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 def test_all_sides_get_the_seconds_of_the_quickstart(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run_bench(["time_to_loss", "rounds=1", "train.steps=12", *SMALL, *corpus])
     lines = capsys.readouterr().out.splitlines()
