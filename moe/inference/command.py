@@ -52,11 +52,12 @@ def run_generate(config: GenerateConfig, model: Transformer, tokenizer: Tokenize
             return stream(model, tokenizer, prompts, config)
 
     if config.prompt is not None:
-        sink.write("" if config.chat else config.prompt)
+        waiting = "" if config.chat else config.prompt  # until the first piece: a prompt may be refused
         for piece in continued([config.prompt]):
-            sink.write(piece.text)
+            sink.write(waiting + piece.text)
             sink.flush()
-        sink.write("\n")
+            waiting = ""
+        sink.write(waiting + "\n")
         return
     assert config.prompts_file is not None
     prompts = read_prompts(Path(config.prompts_file))
