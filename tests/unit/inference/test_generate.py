@@ -254,7 +254,7 @@ def test_one_prompt_streams_and_a_file_becomes_json_lines(tmp_path):
 def test_a_prompt_that_is_refused_is_not_written():
     out = io.StringIO()
     config = GenerateConfig(checkpoint="x", prompt="abc", max_new_tokens=9)
-    with pytest.raises(ValueError, match="must be ≤ model.max_position_embeddings=11"):
+    with pytest.raises(ValueError, match=r"must be ≤ model\.max_position_embeddings=11"):
         run_generate(config, build(max_position_embeddings=11), TOKENIZER, out)
     assert out.getvalue() == ""
 
