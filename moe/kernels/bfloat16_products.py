@@ -53,28 +53,26 @@ def choose() -> NarrowRoute:
     return _route
 
 
-def widens(x: Tensor) -> bool:
-    """Whether products of x with a matrix of its dtype are computed from widened factors."""
-    return _route.widened and x.dtype is torch.bfloat16 and x.device.type == "cpu"
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of two matrices of this dtype are computed from widened factors."""
+    return _route.widened and dtype is torch.bfloat16 and device.type == "cpu"
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`torch.mm` of two matrices of one dtype, on any device."""
-    if not widens(a):
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if out is None:
-        return widened_mm(a, b)
-    return out.copy_(torch.mm(a.float(), b.float()))
+    product = widened_mm if widens(a.device, a.dtype) else torch.mm
+    return product(a, b, out=out)
 
 
-def widened_mm(a: Tensor, b: Tensor) -> Tensor:
+def widened_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a · b of two bfloat16 matrices, computed in float32 and rounded once."""
-    return torch.mm(a.float(), b.float()).bfloat16()
+    product = torch.mm(a.float(), b.float())
+    return product.bfloat16() if out is None else out.copy_(product)
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x [..., I] · weightᵀ → [..., O], as `F.linear`, by the ways chosen for this CPU."""
-    if x.device.type == "cpu" and (uses_onednn() or widens(x)):
+    if x.device.type == "cpu" and (uses_onednn() or widens(x.device, x.dtype)):
         return _Linear.apply(x, weight_OI)  # type: ignore[return-value]
     return F.linear(x, weight_OI)
 

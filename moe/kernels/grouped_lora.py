@@ -101,4 +101,4 @@ def _grouped_mm_runs(x_NH: Tensor, down_proj: Tensor) -> bool:
     widened ones; ranks are padded to fit."""
     aligned = all(size * x_NH.element_size() % 16 == 0 for size in down_proj.shape[1:])
     dtypes = (torch.bfloat16,) if x_NH.device.type == "cuda" else (torch.float32, torch.bfloat16)
-    return aligned and x_NH.dtype in dtypes and not widens(x_NH)
+    return aligned and x_NH.dtype in dtypes and not widens(x_NH.device, x_NH.dtype)

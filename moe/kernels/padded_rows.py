@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.kernels import bfloat16_products
+from moe.kernels.bfloat16_products import widens
 from moe.kernels.float32_products import uses_onednn
 
 MULTIPLE = 64  # of rows; smaller counts are padded to a power of two
@@ -29,7 +29,7 @@ def pads(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes the products."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         return False
-    return uses_onednn() or (dtype is torch.bfloat16 and not bfloat16_products.choose().widened)
+    return uses_onednn() or (dtype is torch.bfloat16 and not widens(device, dtype))
 
 
 def padded_size(count: int) -> int:

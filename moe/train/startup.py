@@ -23,8 +23,7 @@ def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     """
     model, dtype = config.model, torch_dtype(config.train.precision)
     attention, reason = resolve_attention(model.attention, mesh.device, dtype, model.head_size)
-    lines = [f"attention: {attention.name} ({reason})"]
-    lines.append(choose_products(mesh.device, dtype))
+    lines = [f"attention: {attention.name} ({reason})", choose_products(mesh.device, dtype)]
     if mesh.device.type == "cuda":
         fault = fused_obstacle(mesh.device, dtype)
         route = "Triton (each gave the plain code's results here)" if fault is None else f"plain PyTorch ({fault})"

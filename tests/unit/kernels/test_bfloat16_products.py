@@ -56,15 +56,15 @@ def test_a_product_is_rounded_once_from_a_float32_sum(widened: bool) -> None:
         assert product.dtype is torch.bfloat16
         # Half a unit in the last place of 8 binary digits, and what a float32 sum of 256 terms may add to it.
         assert bool(((product.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all())
-    assert widens(a) is widened
+    assert widens(CPU, torch.bfloat16) is widened
     assert pads(CPU, torch.bfloat16) is not widened or float32_products.uses_onednn()
 
 
 def test_other_dtypes_are_never_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16_products, "_route", NarrowRoute(True, "test"))
     for dtype in (torch.float32, torch.float64, torch.float16):
-        assert not widens(torch.empty(2, 2, dtype=dtype))
-    assert not widens(torch.empty(2, 2, dtype=torch.bfloat16, device="meta"))
+        assert not widens(CPU, dtype)
+    assert not widens(torch.device("meta"), torch.bfloat16)
     x, weight = torch.randn(3, 5, 8), torch.randn(4, 8)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
