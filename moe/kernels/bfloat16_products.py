@@ -81,16 +81,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @float32_products
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_OI)
-        return mm(x.flatten(0, -2), weight_OI.t()).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)
+        return mm(x.flatten(0, -2), weight_OI.t()).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
     @float32_products
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
-        grad_TO = grads[0].flatten(0, -2)
-        grad_x = mm(grad_TO, weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_TO, shape = grads[0].flatten(0, -2), (*grads[0].shape[:-1], weight_OI.shape[1])
+        grad_x = mm(grad_TO, weight_OI).view(shape) if ctx.needs_input_grad[0] else None
         return grad_x, mm(grad_TO.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.kernels.bfloat16_products import mm
+from moe.kernels.bfloat16_products import mm, widens
 from moe.kernels.float32_products import float32_products
 from moe.kernels.policy import runs_fused, wide_dtype, widen
 
@@ -49,18 +49,25 @@ class HandWrittenLinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_TH) if need_grad and ctx.needs_input_grad[0] else None
         grad_w = torch.zeros_like(weight_VH, dtype=wide) if need_grad and ctx.needs_input_grad[1] else None
         needs = grad_x is not None or grad_w is not None
+        ctx.weight_dtype, widened = weight_VH.dtype, widens(x_TH.device, x_TH.dtype)
+        if widened:  # once for all slices, whose logits then stay float32
+            weight_VH = weight_VH.float()
         for start in range(0, tokens, rows):
             x, labels = x_TH[start : start + rows], labels_T[start : start + rows]
+            if widened:
+                x = x.float()
             grad = mm(x, weight_VH.t())
             total += to_gradient(grad, labels, needs).sum()
-            if grad_x is not None:
+            if grad_x is not None and grad_x.dtype == grad.dtype:
                 mm(grad, weight_VH, out=grad_x[start : start + rows])
+            elif grad_x is not None:
+                grad_x[start : start + rows] = mm(grad, weight_VH)
             if grad_w is not None and grad_w.dtype == grad.dtype:
                 grad_w.addmm_(grad.T, x)
             elif grad_w is not None:
                 grad_w += mm(grad.t(), x)
         ctx.save_for_backward(*(g for g in (grad_x, grad_w) if g is not None))
-        ctx.has, ctx.weight_dtype = (grad_x is not None, grad_w is not None), weight_VH.dtype
+        ctx.has = grad_x is not None, grad_w is not None
         return total
 
     @staticmethod
