@@ -19,6 +19,7 @@ from typing import Any
 from moe.config import Config
 from moe.config.compose import to_yaml
 from moe.config.flat import flatten
+from moe.config.idle import idle_keys
 from moe.distributed import rendezvous
 from moe.durable import append_line, write_durably
 from moe.engine.base import SkipReason
@@ -42,6 +43,8 @@ def train(config: Config) -> None:
     mesh = rendezvous.start(config.parallel.expert_parallel_size, flatten(config))
     try:
         display = Display(is_main=mesh.is_main, steps=config.train.steps, log_every=config.train.log_every)
+        for line in idle_keys(config):
+            display.warn_on_stderr(line)
         folder = Path(config.run_dir)
         mesh.agree(lambda: check_run(config, mesh.world_size, mesh.local_world_size, mesh.device), "memory")
         held = mesh.agree(lambda: RunLock(folder) if mesh.is_main else None, "run_dir")

@@ -52,8 +52,9 @@ def test_the_whole_of_deepseek_v3s_router_composes() -> None:
 
 
 def test_a_router_without_balance_trains_and_says_so(moe: Run, corpus: list[str], tmp_path: Path) -> None:
-    none = ["router=topk", "router.aux_loss_coef=0", "router.z_loss_coef=0"]
+    none = ["router=topk", "router.aux_loss_coef=0", "router.z_loss_coef=0", "router.bias_update_rate=0.01"]
     _, err, metrics = _trained(moe, corpus, tmp_path, *none)
+    assert "warning: router.bias_update_rate=0.01 has no effect with router.bias_update=none" in err
     assert "router.kind=topk: trains unbalanced" in err
     assert metrics[-1]["loss"] == pytest.approx(metrics[-1]["lm_loss"])
     assert metrics[-1]["load_balancing_loss"] > 0  # type: ignore[operator]
