@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from moe.adapters.merge import adapted, is_part, merged
-from moe.checkpoint.layout import MODEL, OPTIMIZER
+from moe.checkpoint.layout import MANIFEST, MODEL, OPTIMIZER
 from moe.checkpoint.manifest import read_manifest, shards_of, verify
 from moe.checkpoint.sharding import ExpertSharding
 from moe.checkpoint.state import TrainState
 from moe.config import Config
 from moe.distributed.mesh import Mesh
+from moe.durable import new_folder, write_durably
 from moe.engine.parameters import expert_names
 from moe.errors import UserError
 from moe.model.transformer import Transformer
@@ -45,6 +47,21 @@ def model_fingerprint(folder: Path) -> str:
     manifest = _manifest(folder)
     files = [[name, manifest[name]["sha256"]] for name in shards_of(manifest, MODEL)]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def link_model(checkpoint: Path, folder: Path) -> None:
+    """Makes the checkpoint `folder` of all files of `checkpoint` but the optimizer's: hard links to its tensors, which
+    take no room and are still there when `checkpoint` has been removed, and copies of the small files. Raises
+    UserError, and OSError where there can be no links, as between two file systems; nothing is left half-done."""
+    manifest = {name: one for name, one in _manifest(checkpoint).items() if not name.startswith(f"{OPTIMIZER}/")}
+    with new_folder(folder, "run_dir") as partial:
+        for name in manifest:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.startswith(f"{MODEL}/"):
+                os.link((checkpoint / name).resolve(), partial / name)
+            else:
+                write_durably(partial / name, (checkpoint / name).read_bytes())
+        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def find_base(checkpoint: Path, state: TrainState) -> Path:

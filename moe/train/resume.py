@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from torch import nn
 
 from moe.adapters.attach import attach, reset_magnitudes
 from moe.checkpoint import reader
-from moe.checkpoint.base import fill_base, find_base, model_fingerprint
-from moe.checkpoint.layout import CHECKPOINTS, CONFIG, MANIFEST
+from moe.checkpoint.base import fill_base, find_base, link_model, model_fingerprint
+from moe.checkpoint.layout import CHECKPOINTS, CONFIG, MANIFEST, TOKENIZER
+from moe.checkpoint.manifest import lists_any
 from moe.checkpoint.state import TrainState, read_state
 from moe.config import Config
 from moe.config.compose import read_config
@@ -25,6 +27,8 @@ from moe.model.transformer import Transformer
 from moe.train import run_directory
 from moe.train.progress import Display
 
+# Another file system, another user's files, a file system without hard links.
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP)
 BASE = "base"  # folder in the run directory: the model that it starts from, where no checkpoint has it as it is needed
 
 
@@ -57,33 +61,63 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
     changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
     if not config.adapter.trains_adapter:
         return Start(None, weights, changes)
-    if weights.parent.name == CHECKPOINTS:
-        display.line(
-            f"the adapter needs {weights}, which must stay: if {weights.parent.parent} is continued, checkpoint.keep "
-            "removes its older checkpoints"
-        )
     return Start(None, weights, changes, weights)
 
 
 def _whole_model(path: Path, config: Config, folder: Path, mesh: Mesh, display: Display) -> Path:
     """The checkpoint to start from: that of `path`, or, if the run needs other tensors, one that is made from it in the
-    run directory. The latter is removed once read, unless an adapter is trained on it."""
+    run directory. The latter is removed once read, unless an adapter is trained on it. An adapter's base that another
+    run's `checkpoint.keep` might remove is linked into the run directory."""
     source = path if mesh.from_main(is_hub_folder(path)) else _undamaged(path, mesh, display)
     tokens = config.tokenizer.add_special_tokens
     needed = mesh.agree(lambda: mesh.is_main and must_be_written(source, tokens), "init_from")
-    if not mesh.from_main(needed):
-        return source
     base = folder / BASE
-    display.line(f"reading {path} into {base}")
+    if mesh.from_main(needed):
+        display.line(f"reading {path} into {base}")
 
-    def write() -> None:
-        if mesh.is_main:
-            if base.exists():  # of a start that was interrupted
-                shutil.rmtree(base)
-            write_start_model(source, base, tokens, config.model.vocab_size)
+        def write() -> None:
+            if mesh.is_main:
+                _make_room(base, source)
+                write_start_model(source, base, tokens, config.model.vocab_size)
 
-    mesh.agree(write, "init_from")
-    return _undamaged(base, mesh, display)
+        mesh.agree(write, "init_from")
+        return _undamaged(base, mesh, display)
+    if config.adapter.trains_adapter:
+        kept = mesh.agree(lambda: _kept(source, base, display) if mesh.is_main else source, "init_from")
+        return mesh.from_main(kept)
+    return source
+
+
+def _make_room(base: Path, source: Path) -> None:
+    """Removes what an interrupted start left at `base`. Raises UserError for anything else."""
+    if not base.is_symlink() and not base.exists():
+        return
+    if base.is_symlink() or not (base / MANIFEST).is_file() or source.resolve().is_relative_to(base.resolve()):
+        raise UserError(
+            f"run_dir={base.parent}: {base} is in the way of the weights that the run starts from: name another run_dir"
+        )
+    shutil.rmtree(base)
+
+
+def _kept(source: Path, base: Path, display: Display) -> Path:
+    """`base`, of links to the files of `source`, where that is a checkpoint that another run may remove; else `source`,
+    also where there can be no links."""
+    source_run = source.resolve().parent
+    if source_run.name != CHECKPOINTS or not lists_any(source, TOKENIZER):
+        return source
+    _make_room(base, source)
+    try:
+        link_model(source, base)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        display.warn(
+            f"the adapter needs {source}, which must stay, for its files can't be linked into {base} "
+            f"({error.strerror}): checkpoint.keep removes older checkpoints if {source_run.parent} is continued"
+        )
+        return source
+    display.line(f"linked {source} into {base}: it can go, and the adapter's base stays")
+    return base
 
 
 def _undamaged(path: Path, mesh: Mesh, display: Display) -> Path:

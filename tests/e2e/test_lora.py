@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -150,18 +151,59 @@ def test_mistakes(base: Path, tuned: Path, corpus: list[str], tmp_path: Path) ->
         _refused(done, text)
 
 
-def test_an_adapter_whose_base_changed_or_is_gone_is_refused(
-    base: Path, tuned: Path, corpus: list[str], tmp_path: Path
-) -> None:
-    other, run = shutil.copytree(base, tmp_path / "base"), tmp_path / "run"
+def _base_of(run: Path) -> str:
+    return str(json.loads((committed(run / "checkpoints")[0] / "state.json").read_text())["base"])
+
+
+def test_an_adapters_base_outlives_the_run_that_made_it(base: Path, corpus: list[str], tmp_path: Path) -> None:
+    other, run = shutil.copytree(base, tmp_path / "other"), tmp_path / "run"
+    (done,) = _run(run, f"init_from={other}", *corpus, *TUNE)
+    assert _base_of(run) == "base"
+    assert f"linked {committed(other / 'checkpoints')[0]} into {run / 'base'}" in done.out
+    weights = [path.relative_to(run / "base") for path in (run / "base").rglob("*.safetensors")]
+    assert weights, "without the optimizer's"
+    assert all(name.parts[0] == "model" for name in weights)
+    source = committed(other / "checkpoints")[0]
+    assert all((run / "base" / name).samefile(source / name) for name in weights), "links take no room"
+    expected = load_model(run).state_dict()
+    shutil.rmtree(other)
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    moved = run.rename(tmp_path / "moved")
+    (done,) = _run(moved, f"init_from={other}", *corpus, *TUNE)
+    assert "resuming from" in done.out
+    torch.testing.assert_close(load_model(moved).state_dict(), expected)
+
+
+def test_what_lies_at_the_place_of_the_base_is_not_removed(base: Path, corpus: list[str], tmp_path: Path) -> None:
+    inside = shutil.copytree(base, tmp_path / "outer" / "base")
+    before = sorted(path for path in inside.rglob("*"))
+    (done,) = moe_ranks("train", f"run_dir={tmp_path / 'outer'}", f"init_from={inside}", *corpus, *TUNE)
+    _refused(done, f"{inside} is in the way", "name another run_dir")
+    assert sorted(path for path in inside.rglob("*")) == before
+
+
+def test_without_links_an_adapters_base_must_stay(base: Path, corpus: list[str]) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == base.stat().st_dev:
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        (done,) = _run(Path(folder) / "run", f"init_from={base}", *corpus, *TUNE)
+        source = committed(base / "checkpoints")[0]
+        assert f"the adapter needs {source}, which must stay" in done.out + done.err
+        assert _base_of(Path(folder) / "run") == str(source)
+        assert not list(Path(folder).glob("run/base*"))
+
+
+def test_an_adapter_whose_base_changed_or_is_gone_is_refused(base: Path, corpus: list[str], tmp_path: Path) -> None:
+    other, run = shutil.copytree(committed(base / "checkpoints")[0], tmp_path / "model"), tmp_path / "run"
     _run(run, f"init_from={other}", *corpus, *TUNE)
-    state = json.loads((committed(run / "checkpoints")[0] / "state.json").read_text())
-    assert state["base"] == str(committed(other / "checkpoints")[0])
+    assert _base_of(run) == str(other)
     generate = ["generate", f"checkpoint={run}", "prompt=3", "max_new_tokens=2"]
     shutil.rmtree(other)
     (done,) = moe_ranks(*generate)
     _refused(done, "an adapter of the weights in", "put them back")
-    _run(other, *corpus, *BASE, "train.seed=3")
+    _run(tmp_path / "third", *corpus, *BASE, "train.seed=3")
+    shutil.copytree(committed(tmp_path / "third" / "checkpoints")[0], other)
     (done,) = moe_ranks(*generate)
     _refused(done, "an adapter of other weights than")
     (done,) = moe_ranks(
