@@ -28,8 +28,8 @@ def _packages() -> tuple[Any, Any]:
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"experts.backend=megablocks must have its packages ({reason}): pip install --no-build-isolation --no-deps "
-            "megablocks grouped_gemm stanford-stk (compiles with nvcc), or use experts.backend=auto"
+            f"experts.backend=megablocks must have its packages ({reason}): run `bash launch/install_megablocks.sh`, "
+            "which compiles them, or use experts.backend=auto"
         ) from error
 
 

@@ -35,7 +35,7 @@ from moe.train.profile import StepProfiler
 from moe.train.progress import Display
 from moe.train.resume import complete_model, find_start, load_start
 from moe.train.signals import StopSignals
-from moe.train.startup import choose_backends
+from moe.train.startup import check_backends, choose_backends
 from moe.train.straggler import Straggler
 from moe.train.tracking import Tracker, cut_back
 from moe.train.watchdog import Watchdog
@@ -72,6 +72,7 @@ class TrainingRun:
 
 def set_up(config: Config, mesh: Mesh, folder: Path, display: Display) -> TrainingRun:
     """A fresh run, or one that continues from the newest whole checkpoint. A collective. Raises UserError."""
+    mesh.agree(lambda: check_backends(config, mesh.device), "back-ends")
     data = open_data(config, mesh, display)
     steps = config.train.steps_for(data.loader.epoch_samples)
     config = replace(config, train=replace(config.train, steps=steps, epochs=None))

@@ -16,6 +16,16 @@ from moe.plan.trained import count_trained, trains_all
 from moe.train.metrics import measure_peak_flops
 
 
+def check_backends(config: Config, device: torch.device) -> None:
+    """Raises UserError if a back-end that the configuration names can't run here: known before any data is read."""
+    model, dtype = config.model, torch_dtype(config.train.precision)
+    resolve_attention(model.attention, device, dtype, model.head_size)
+    if model.mlp is Mlp.sparse:
+        resolve_backend(config.experts, device, dtype, (model.hidden_size, model.expert_size))
+        if config.experts.fp8:
+            require_float8(device, dtype)
+
+
 def choose_backends(config: Config, mesh: Mesh) -> list[str]:
     """Lines that name the attention and expert back-ends and the reason for each.
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe.cli import main as cli
 from tests.e2e.conftest import SMALL, Run
@@ -114,6 +115,24 @@ def test_sequences_longer_than_the_shards_hold(moe: Run, ranks: int, tmp_path: P
     assert len(lines) == 1, done.stderr
     assert "sequence_length=4096" in lines[0]
     assert "loop.py" not in done.stderr, "a traceback of ours"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they may run on a GPU")
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [("experts.backend=megablocks", "launch/install_megablocks.sh"), ("model.attention=varlen", "use auto")],
+)
+def test_a_back_end_that_cannot_run_is_refused_before_data_is_prepared(
+    moe: Run, tmp_path: Path, override: str, fix: str
+) -> None:
+    cache = tmp_path / "cache"
+    overrides = [*_files(tmp_path)["short"], f"data.cache_dir={cache}", f"run_dir={tmp_path / 'run'}"]
+    done = moe("train", *overrides, *SMALL, override)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("moe: ")]
+    assert override in line
+    assert fix in line
+    assert not cache.exists() or not any(cache.iterdir())
 
 
 def test_a_tokenizer_larger_than_the_model(moe: Run, corpus: list[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from moe.config import PlanConfig
@@ -391,4 +392,29 @@ def test_pytorchjob(stubs: dict[str, str]) -> None:
         f"{HANDLED} --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id moe --rdzv-backend c10d "
         "--rdzv-endpoint moe-master-0:23456 --rdzv-conf is_host=false,join_timeout=900,read_timeout=900 "
         f"--local-addr 10.2.0.9 -m moe {stated['ARGUMENTS']}\n"
+    )
+
+
+def test_megablocks_is_edited_for_cuda_13_once(tmp_path: Path) -> None:
+    header = tmp_path / "csrc" / "cumsum.h"
+    header.parent.mkdir()
+    call = "scan(first,\n    stream{});\n"
+    header.write_text(2 * call.format(",\n    debug_synchronous") + "bool debug_synchronous = false) {")
+    command = f"source {ROOT / 'launch/install_megablocks.sh'} && edit_for_cuda13 {tmp_path}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert header.read_text() == 2 * call.format("") + "bool debug_synchronous = false) {"
+    again = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode != 0
+    assert "0 calls pass debug_synchronous, not 2" in again.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="installs for minutes where torch has CUDA")
+def test_megablocks_is_not_installed_beside_a_cpu_build_of_torch() -> None:
+    script = ROOT / "launch/install_megablocks.sh"
+    environment = os.environ | {"VENV": sys.prefix}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"launch/install_megablocks.sh: torch {torch.__version__} has no CUDA: install a CUDA build of torch first\n"
     )

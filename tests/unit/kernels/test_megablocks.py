@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import ExpertBackend, ExpertsConfig
+from moe.config import ExpertBackend, ExpertsConfig, TopKRouterConfig
 from moe.kernels import megablocks, permute
 from moe.kernels.grouped_swiglu import GroupedSwiGLU, loop_ffn, resolve_backend
 from moe.sparse.dispatch import sort_by_expert
+from moe.sparse.layer import build_sparse_mlp
 from moe.sparse.routers import Choices
 
 
@@ -103,6 +104,33 @@ def test_permutation_equals_ours(experts: int, top_k: int) -> None:
 
 
 @pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_a_layer_computes_the_loops_results(capacity: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a capacity tokens have fewer choices than K, which MegaBlocks' row kernels can't move: ours do."""
+    monkeypatch.setattr(megablocks, "require", lambda device, dtype: None)  # that it must be bfloat16 on CUDA
+    moved: list[str] = []
+    gather = megablocks.gather_rows
+    monkeypatch.setattr(megablocks, "gather_rows", lambda *args: moved.append("by megablocks") or gather(*args))
+    router = TopKRouterConfig(num_experts=4, capacity_factor=capacity)
+    layers = [
+        build_sparse_mlp(8, 6, router, ExpertsConfig(backend=backend)).double()
+        for backend in (ExpertBackend.loop, ExpertBackend.megablocks)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layers[0].parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    layers[1].load_state_dict(layers[0].state_dict())
+    x_BSH = torch.randn(2, 7, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    results = []
+    for layer in layers:
+        y_BSH, _ = layer(x_BSH)
+        results.append((y_BSH, *torch.autograd.grad(y_BSH.square().sum(), (x_BSH, *layer.parameters()))))
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain)
+    assert bool(moved) is (capacity is None)
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_needs_bfloat16_on_cuda() -> None:
     config = ExpertsConfig(backend=ExpertBackend.megablocks)
     with pytest.raises(ValueError, match=r"must have bfloat16 on CUDA .*, not float32 on cpu"):
@@ -115,6 +143,8 @@ def test_without_the_packages_one_line_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "megablocks", None)  # makes importing it fail even if it is installed
     monkeypatch.setitem(sys.modules, "megablocks.ops", None)
     megablocks._packages.cache_clear()
-    with pytest.raises(ValueError, match=r"experts.backend=megablocks must have its packages .*pip install") as error:
+    with pytest.raises(
+        ValueError, match=r"experts.backend=megablocks must have its packages .*launch/install_megablocks.sh"
+    ) as error:
         megablocks.require(torch.device("cuda"), torch.bfloat16)
     assert "\n" not in str(error.value)
