@@ -185,7 +185,7 @@ ABOUT_SEVERAL = {  # room → tests of more than one of its modules
     "bench": {"gpu"},
     "config": {"presets"},
     "data_examples": {"rows"},
-    "kernels": {"cuda_fake", "devices"},
+    "kernels": {"cuda_fake", "devices", "largest_tensor"},
     "model": {"recompute"},
     "sparse/routers": {"published"},
 }
