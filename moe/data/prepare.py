@@ -15,9 +15,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jinja2
@@ -52,12 +53,14 @@ def prepare(
     log: Callable[[str], None] = print,
     warn: Callable[[str], None] | None = None,
     verify: bool = False,
+    ranks: Sequence[tuple[Connection, str]] = (),
 ) -> Corpus:
     """Opens the shards of these sources and this tokenizer, and builds them first if they don't exist or are damaged.
 
     Rows for fine-tuning are packed into sequences of `sequence_length` tokens, which must be stated for them.
     `verify` checks the content of all files, also if this machine did so before. `warn` (None: `log`) gets the line
-    about a damaged corpus, in the one process that prepares it again. Raises DataError, one line, if anything is wrong
+    about a damaged corpus, in the one process that prepares it again. The connected `ranks` (`Processes`) work on the
+    text instead of processes of this machine. Raises DataError, one line, if anything is wrong
     with the text, the tokenizer or the cache folder.
     """
     cache = expanded("data.cache_dir", data.cache_dir)
@@ -75,7 +78,7 @@ def prepare(
         if corpus := opener.known(note):  # another process built it while this one waited
             return corpus
         opener.tell()
-        return _build(cache, note, data, tokenizer, sources, sequence_length, opener)
+        return _build(cache, note, data, tokenizer, sources, sequence_length, opener, ranks)
 
 
 @dataclass(slots=True)
@@ -165,12 +168,14 @@ def _build(
     sources: list[Source],
     sequence_length: int | None,
     opener: _Opener,
+    ranks: Sequence[tuple[Connection, str]],
 ) -> Corpus:
     started, log = time.monotonic(), opener.log
     trained = config.kind is TokenizerKind.sentencepiece
     tokenizer = None if trained else open_tokenizer(config)
     recipe = _recipe(data, tokenizer, sequence_length) if tokenizer else None  # what is wrong with it is said first
-    with Processes(chosen_processes(data.processes, sum(source.bytes for source in sources))) as processes:
+    count = chosen_processes(data.processes, sum(source.bytes for source in sources))
+    with Processes(count, ranks) as processes:
         surveys = survey_sources(data, sources, processes)
         if tokenizer is None:
             tokenizer = train_tokenizer(data, config, sources, surveys, log)

@@ -3,6 +3,9 @@
 A process gets its next part when it is done with the one before. Results that come before their turn wait here, at most
 `AHEAD` for each process: memory doesn't grow with the source. A part's error is raised when its turn comes, so the
 first bad part is the one that is named, however many processes there are.
+
+The processes are started here, or they are ranks of torchrun, on any nodes, which connected before
+(`moe.distributed.sockets`) and see the same files.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import Pipe
@@ -40,18 +44,22 @@ def chosen_processes(stated: int | None, file_bytes: int) -> int:
 
 @dataclass(slots=True)
 class _Worker:
-    process: subprocess.Popen[bytes]
+    """`process` is None for a rank, which has a `name`."""
+
+    process: subprocess.Popen[bytes] | None
     connection: Connection
+    name: str = ""
     job: Any = None
     number: int | None = None  # of the item in work
 
 
 class Processes:
-    """`count` processes, started when there is work for them; with a count of 1 this process does all of it."""
+    """`count` processes, started when there is work for them; with a count of 1 this process does all of it. Or the
+    `ranks` that are connected, (socket, name)."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._workers: list[_Worker] = []
+    def __init__(self, count: int, ranks: Sequence[tuple[Connection, str]] = ()) -> None:
+        self._ranks, self.count = bool(ranks), len(ranks) or count
+        self._workers = [_Worker(None, connection, name) for connection, name in ranks]
 
     def __enter__(self) -> Processes:
         return self
@@ -64,7 +72,8 @@ class Processes:
     def run(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`job(item)` of each item, in order. Both must be picklable if `count` is not 1. Raises what `items` and `job`
         raise, and DataError when a process was killed."""
-        return map(job, items) if self.count == 1 else self._run(job, iter(items))
+        here = self.count == 1 and not self._ranks
+        return map(job, items) if here else self._run(job, iter(items))
 
     def _run(self, job: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
         message = pickle.dumps((True, job), pickle.HIGHEST_PROTOCOL)
@@ -96,11 +105,17 @@ class Processes:
                 else:
                     self._receive(done, block=True)
         finally:  # after an error, or where nobody asks for the other results
-            self._end([worker for worker in self._workers if worker.number is not None])
+            busy = [worker for worker in self._workers if worker.number is not None]
+            self._end([worker for worker in busy if worker.process is not None])
+            for worker in busy:
+                if worker.process is None:  # it stays for other work: the result that nobody asks for is dropped
+                    with suppress(EOFError, OSError):
+                        worker.connection.recv()
+                    worker.number = None
 
     def _idle(self) -> _Worker | None:
         idle = next((worker for worker in self._workers if worker.number is None), None)
-        if idle is None and len(self._workers) < self.count:
+        if idle is None and not self._ranks and len(self._workers) < self.count:
             idle = self._started()
         return idle
 
@@ -143,6 +158,8 @@ class Processes:
             worker.number = None
 
     def _lost(self, worker: _Worker) -> DataError:
+        if worker.process is None:
+            return DataError(f"{worker.name} ended or is no longer reached: run it again")
         code = worker.process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = " (the kernel does so when memory runs out)" if code == -signal.SIGKILL else ""
@@ -153,10 +170,12 @@ class Processes:
 
     def _end(self, workers: list[_Worker]) -> None:
         for worker in workers:
-            worker.process.kill()  # it has nothing to save
-            worker.connection.close()
+            if worker.process is not None:
+                worker.process.kill()  # it has nothing to save
+            worker.connection.close()  # a rank ends when it sees this
         for worker in workers:
-            worker.process.wait()
+            if worker.process is not None:
+                worker.process.wait()
         self._workers = [worker for worker in self._workers if worker not in workers]
 
 

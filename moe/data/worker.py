@@ -22,7 +22,12 @@ class WorkerFault(RuntimeError):
 
 
 def main() -> None:
-    connection = Connection(int(sys.argv[1]))
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # nothing is left to do, and nobody is there to be told
+
+
+def serve(connection: Connection) -> None:
+    """Answers each item that comes until the other end closes."""
     job: Callable[[Any], Any] | None = None
     try:
         while True:
@@ -33,7 +38,7 @@ def main() -> None:
             assert job is not None
             connection.send(_done(job, message))
     except (EOFError, OSError):  # of the connection: `_done` returns the errors of a job
-        os._exit(0)  # nothing is left to do, and nobody is there to be told
+        return
 
 
 def _done(job: Callable[[Any], Any], item: Any) -> tuple[Any, list[BaseException]]:

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import Pipe
 from pathlib import Path
@@ -23,7 +24,7 @@ from moe.data import file_parts, parts
 from moe.data.prepare import prepare
 from moe.data.processes import AHEAD, BYTES_EACH, Processes, chosen_processes
 from moe.data.readers import DataError
-from moe.data.worker import WorkerFault
+from moe.data.worker import WorkerFault, serve
 from moe.errors import UserError
 
 pytestmark = pytest.mark.timeout(200)
@@ -110,6 +111,21 @@ def test_a_killed_process_is_one_line_and_the_others_end(kill):
     assert str(caught.value).startswith("data.processes=2: process ")
     assert " was ended by SIGKILL (the kernel does so when memory runs out): run it again, or with" in str(caught.value)
     assert all(map(gone, pids))
+
+
+def test_a_connected_rank_stays_for_other_work():
+    """The result that nobody asks for is dropped; it isn't taken for a later one."""
+    ours, theirs = Pipe()
+    rank = threading.Thread(target=serve, args=[theirs])
+    rank.start()
+    with Processes(1, [(ours, "rank 1")]) as processes:
+        assert processes.count == 1
+        results = processes.run(eval, ["1", "2", "3"])
+        assert next(results) == 1
+        results.close()
+        assert list(processes.run(str, [4, 5])) == ["4", "5"]
+    rank.join(10)
+    assert not rank.is_alive(), "it ends when its socket closes"
 
 
 PARENT = """
