@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moe.kernels.float32_products import float32_products, one_thread, product_seconds, uses_onednn
+from moe.kernels.float32_products import (
+    MOST_ERROR,
+    LibraryTimes,
+    float32_products,
+    largest_error,
+    one_thread,
+    product_seconds,
+    uses_onednn,
+)
 
 SHAPE = 32, 256, 256  # rows, length of a dot product, columns: 0.5 ms without bfloat16 units
 ROUNDS = 10
@@ -100,12 +108,20 @@ def _measured_route() -> NarrowRoute:
     wide_a = torch.randn(rows, inner, generator=generator)
     wide_b = torch.randn(columns, inner, generator=generator).t()
     a, b = wide_a.bfloat16(), wide_b.bfloat16()
+    exact = a.double() @ b.double()
+    errors = [largest_error(product(a, b), exact) for product in (torch.mm, widened_mm)]
     times = [(product_seconds(a, b), product_seconds(wide_a, wide_b)) for _ in range(ROUNDS)]
-    narrow, wide = (min(each) for each in zip(*times, strict=True))
+    narrow, wide = (
+        LibraryTimes(error, min(each)) for error, each in zip(errors, zip(*times, strict=True), strict=True)
+    )
     return decide(narrow, wide)
 
 
-def decide(narrow_seconds: float, wide_seconds: float) -> NarrowRoute:
-    """Widened where a float32 product is at least `LEAST_GAIN` times as fast as a bfloat16 one of the same shape."""
-    gain = narrow_seconds / wide_seconds
+def decide(narrow: LibraryTimes, wide: LibraryTimes) -> NarrowRoute:
+    """Widened where that is as accurate, and a float32 product at least `LEAST_GAIN` times as fast as a bfloat16 one of
+    the same shape."""
+    if wide.error > MOST_ERROR * narrow.error:
+        reason = f"widened factors' error is {wide.error:.0e} of the largest result, oneDNN's {narrow.error:.0e}"
+        return NarrowRoute(False, reason)
+    gain = narrow.seconds / wide.seconds
     return NarrowRoute(gain >= LEAST_GAIN, f"float32 is {gain:.1f} × as fast")

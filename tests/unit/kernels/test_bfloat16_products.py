@@ -15,6 +15,7 @@ from moe.config import AdapterKind
 from moe.config.compose import load_config
 from moe.kernels import bfloat16_products, float32_products
 from moe.kernels.bfloat16_products import NarrowRoute, decide, linear, mm, widens
+from moe.kernels.float32_products import LibraryTimes
 from moe.kernels.padded_rows import pads
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
@@ -31,9 +32,16 @@ def widened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("gain", "taken"), [(0.4, False), (1.9, False), (8.0, True)])
 def test_only_a_clear_gain_is_taken(gain: float, taken: bool) -> None:
-    route = decide(gain * 1e-3, 1e-3)
+    route = decide(LibraryTimes(3e-3, gain * 1e-3), LibraryTimes(3e-3, 1e-3))
     assert route.widened is taken
     assert route.reason == f"float32 is {gain:.1f} × as fast"
+
+
+def test_a_fast_route_that_is_wrong_is_not_taken() -> None:
+    route = decide(LibraryTimes(3e-3, 1.0), LibraryTimes(5e-2, 0.1))
+    assert str(route) == (
+        "bfloat16 matrix products: oneDNN (widened factors' error is 5e-02 of the largest result, oneDNN's 3e-03)"
+    )
 
 
 def _choices() -> list[bool]:
