@@ -46,6 +46,7 @@ class Plan:
     config: PlanConfig
     memory: MemoryPlan
     recomputing: dict[Recompute, int]  # bytes of all layers' activations for each value of `model.recompute`
+    recomputed_flops: dict[Recompute, float]  # FLOPs that each adds to a micro-batch
     traffic: dict[str, Flow]
     times: Times
     advice: list[str]  # overrides with which it fits; [] when it fits already or when none were found
@@ -88,6 +89,7 @@ class Plan:
                 "peak_phase": self.memory.peak_phase,
                 "peak": self.memory.peak,
                 "activations_by_recompute": {kind.name: size for kind, size in self.recomputing.items()},
+                "flops_by_recompute": {kind.name: flops for kind, flops in self.recomputed_flops.items()},
                 "host": self.memory.host,
                 "host_while_saving": self.memory.checkpoint_host,
             },
@@ -137,11 +139,14 @@ def make_plan(asked: PlanConfig) -> Plan:
         for kind in Recompute
         if kind is not Recompute.mlp or not config.experts.two_batch_overlap  # which can't be combined
     }
+    plain = _flops(_with(config, {"model.recompute": Recompute.none}))
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    more = {kind: tokens * (_flops(_with(config, {"model.recompute": kind})) - plain) for kind in recomputing}
     traffic = plan_traffic(config, config.hardware.nodes, config.hardware.gpus_per_node)
     advice, advised = [], needed_gb(config, memory)
     if advised > config.hardware.memory_gb or _host_gb(config, memory) > config.hardware.host_memory_gb:
         advice, advised = _advise(asked, round_up=bool(note))
-    return Plan(config, memory, recomputing, traffic, _times(config, traffic), advice, advised, note)
+    return Plan(config, memory, recomputing, more, traffic, _times(config, traffic), advice, advised, note)
 
 
 def _rounded(config: PlanConfig) -> PlanConfig:

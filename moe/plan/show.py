@@ -17,7 +17,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from moe.config import DeviceKind, Mlp, PlanConfig
+from moe.config import DeviceKind, Mlp, PlanConfig, Recompute
 from moe.errors import UserError
 from moe.plan.counts import count_parameters
 from moe.plan.flops import flops_per_token
@@ -118,9 +118,15 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
+def _worth(plan: Plan, kind: Recompute) -> str:
+    """What recomputing saves for what it costs: bytes for each MFLOP."""
+    flops, saved = plan.recomputed_flops[kind], plan.recomputing[Recompute.none] - plan.recomputing[kind]
+    return f" ({saved / (flops / 1e6):,.0f} bytes saved per MFLOP)" if flops else ""
+
+
 def _memory_notes(plan: Plan) -> list[str]:
     memory, hardware = plan.memory, plan.config.hardware
-    kept = ", ".join(f"{kind.name} {size(count)}" for kind, count in plan.recomputing.items())
+    kept = ", ".join(f"{kind.name} {size(count)}{_worth(plan, kind)}" for kind, count in plan.recomputing.items())
     notes = [f"activations and MoE buffers with model.recompute = {kept}"]
     if memory.host or memory.checkpoint_host:
         ranks = hardware.gpus_per_node

@@ -225,6 +225,22 @@ def test_advice_fits_when_it_is_typed(overrides):
         assert not fewer.fits, f"{left_out} is not needed"
 
 
+def test_what_recomputing_costs_is_planned_beside_what_it_saves(capsys):
+    """Forward FLOPs of experts and router, and for whole blocks of attention too, once more."""
+    config = compose("model=small", "hardware=cpu")
+    plan, parts = make_plan(config), flops_by_part(config)
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    mlp = tokens * (parts["experts"].forward + parts["router"].forward)
+    block = mlp + tokens * parts["attention"].forward
+    assert plan.recomputed_flops == pytest.approx({Recompute.none: 0, Recompute.mlp: mlp, Recompute.block: block})
+    saved = {kind: plan.recomputing[Recompute.none] - size for kind, size in plan.recomputing.items()}
+    run_plan(config)
+    assert f"({1e6 * saved[Recompute.mlp] / mlp:,.0f} bytes saved per MFLOP)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert plan.as_dict()["memory_bytes_per_rank"]["flops_by_recompute"]["none"] == 0
+
+
 def test_two_batch_overlap_is_planned_without_the_recomputation_that_it_lacks():
     overrides = ["model=small", "hardware=cpu", "hardware.gpus_per_node=2", "train.sequence_length=4096"]
     overrides += ["parallel.expert_parallel_size=2", "experts.two_batch_overlap=true", "train.micro_batch_size=4"]
