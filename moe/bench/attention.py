@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe.bench.clock import conditions
 from moe.bench.results import Cell, Results, ResultTable
+from moe.bench.settings import counted, spread
 from moe.config import AttentionBackend
 from moe.errors import UserError
 from moe.kernels.attention import make_attend
@@ -66,8 +68,8 @@ def multiply_adds_per_token(length: int, window: int | None) -> float:
     return counter.get_total_flops() / 2 / length
 
 
-def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> list[float]:
-    """Medians over `runs` passes. The lengths alternate, so that other load on the machine affects them alike."""
+def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> list[list[float]]:
+    """Of each length's `runs` passes. The lengths alternate, so that other load on the machine affects them alike."""
     device = torch.device("cpu")
     passes = [pass_over(length, window, device) for length in lengths]
     times: list[list[float]] = [[] for _ in lengths]
@@ -77,7 +79,7 @@ def seconds_per_token(lengths: list[int], window: int | None, runs: int = 7) -> 
             run()
             if turn:  # the first turn warms up
                 times[index].append((time.perf_counter() - start) / lengths[index])
-    return [statistics.median(seconds) for seconds in times]
+    return times
 
 
 COUNTED, TIMED = (2048, 16384), (4096, 16384)  # tokens
@@ -87,7 +89,8 @@ def run(overrides: list[str]) -> Results:
     """Work and time per token, and their ratios at two lengths each. Raises UserError."""
     window = _window(overrides)
     work = [multiply_adds_per_token(length, window) for length in COUNTED]
-    seconds = seconds_per_token(list(TIMED), window)
+    times = seconds_per_token(list(TIMED), window)
+    seconds = [statistics.median(each) for each in times]
     rows: list[list[Cell]] = [
         ["multiply-adds", *(f"{value:,.0f} at {length:,}" for value, length in zip(work, COUNTED, strict=True))],
         ["time", *(f"{value * 1e6:.2f} µs at {length:,}" for value, length in zip(seconds, TIMED, strict=True))],
@@ -96,7 +99,8 @@ def run(overrides: list[str]) -> Results:
         [ResultTable(["per token", "short sequence", "long sequence"], rows)],
         [
             f"block attention on CPU, forward and backward, W={window}, {HEADS} heads / {KV_HEADS} KV, head_dim "
-            f"{HEAD_DIM}, {torch.get_num_threads()} threads"
+            f"{HEAD_DIM}, {conditions('wall-clock')}; medians of {counted(len(times[0]), 'alternating round')}",
+            f"ratio time per round {spread([b / a for a, b in zip(*times, strict=True)])}",
         ],
         {"ratio multiply-adds per token {}": work[1] / work[0], "ratio time per token {}": seconds[1] / seconds[0]},
     )

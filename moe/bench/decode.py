@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.bench.clock import clock, now
+from moe.bench.clock import conditions, now
 from moe.bench.peer import IMPLEMENTATIONS, copied_too_large, peer_model, require_transformers
 from moe.bench.peers import parse
 from moe.bench.results import Cell, Results, ResultTable
@@ -36,10 +36,12 @@ from moe.inference.lean_decoder import obstacle, open_decoder
 from moe.model.build import build_model
 from moe.model.cache import KVCache
 from moe.model.transformer import Transformer
+from moe.sparse.balance import max_violation
+from moe.sparse.routers.base import count_choices
 
 DEFAULTS = ["train.sequence_length=32"]
 BATCHES = (1, 32)  # prompts
-COLUMNS = ["side", "tokens/s", "ms/step", "first token, ms", "operations a step"]
+COLUMNS = ["side", "tokens/s", "ms/step", "first token, ms", "operations a step", "MaxVio"]
 HOPELESS = 5  # an implementation's first token takes so many times as long as that of another
 FIRST = 0x4E00  # the characters that stand for token ids: whole, printing ones, so that each is a piece of text
 MOST_IDS = 0xD800 - FIRST
@@ -109,11 +111,12 @@ def run(overrides: list[str]) -> Results:
         same_tokens(ours, peer, prompts_BP, keys.steps)
         operations = our_operations(ours, prompts_BP), peer_operations(peer, prompts_BP)
         rounds = list(measure(keys, {"ours": our_tokens(ours), "peer": peer_tokens(peer)}, prompts_BP))
-        rows, note, ratio = summary(rounds, batch, keys.steps, implementation, operations)
+        violation = routing_violation(ours, prompts_BP, keys.steps)
+        rows, note, ratio = summary(rounds, batch, keys.steps, implementation, operations, violation)
         table.rows += [[batch, *row] for row in rows]
         notes.append(note)
         figures["ratio tokens/s {}" if batch == BATCHES[0] else f"ratio tokens/s, {batch} prompts: {{}}"] = ratio
-    return Results([table], [*notes, f"{clock()}, {torch.get_num_threads()} threads"], figures)
+    return Results([table], [*notes, conditions()], figures)
 
 
 def our_tokens(model: Transformer) -> Generate:
@@ -175,6 +178,18 @@ def _whole_pass(model: Transformer, ids_1S: Tensor) -> Tensor:
     return logits_BSV[0, -1]
 
 
+@torch.no_grad()
+def routing_violation(ours: Transformer, prompts_BP: Tensor, count: int) -> float:
+    """MaxVio of the generated tokens that a decoder takes in (the last isn't), mean over layers, by a whole pass over
+    our texts. Both sides have it: they choose the same experts."""
+    texts_BS = torch.cat((prompts_BP, our_tokens(ours)(prompts_BP, count)[:, :-1]), 1)
+    counts = []
+    for router in ours(texts_BS, logits_to_keep=1).routers:
+        experts_BSK = router.choices.experts_N.view(*texts_BS.shape, -1)
+        counts.append(count_choices(experts_BSK[:, prompts_BP.shape[1] :].flatten(), len(router.counts_E)))
+    return float(max_violation(torch.stack(counts)).mean())
+
+
 def best_implementation(peer: Any, prompts_BP: Tensor, count: int, config: Config) -> str:
     """Times each of the peer's experts implementations for `count` tokens, and sets and returns the fastest."""
     seconds: dict[str, float] = {}
@@ -229,7 +244,12 @@ def measure(keys: Rounds, sides: dict[str, Generate], prompts_BP: Tensor) -> Ite
 
 
 def summary(
-    rounds: list[Generated], batch: int, steps: int, implementation: str, operations: tuple[int, int]
+    rounds: list[Generated],
+    batch: int,
+    steps: int,
+    implementation: str,
+    operations: tuple[int, int],
+    violation: float,
 ) -> tuple[list[list[Cell]], str, float]:
     """A row of `COLUMNS` for each side, a note, and the median of the rounds' ratios of tokens per second."""
     ratios = [each.peer / each.ours for each in rounds]
@@ -239,7 +259,7 @@ def summary(
     for name, side, count in zip(names, ("ours", "peer"), operations, strict=True):
         seconds = statistics.median(getattr(each, side) for each in rounds)
         first = statistics.median(getattr(each, side.removesuffix("s") + "_first") for each in rounds)
-        rows.append([name, batch * steps / seconds, seconds / steps * 1e3, first * 1e3, count])
+        rows.append([name, batch * steps / seconds, seconds / steps * 1e3, first * 1e3, count, violation])
     note = (
         f"{counted(batch, 'prompt')}: medians of {counted(len(rounds), 'alternating round')} of {steps} tokens; "
         f"first token {statistics.median(firsts):.2f} × as fast; ratio per round {spread(ratios)}"

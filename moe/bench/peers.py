@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from moe.bench.clock import conditions
 from moe.bench.peer import (
     IMPLEMENTATIONS,
     NOT_MIXTRAL,
@@ -39,7 +39,7 @@ from moe.bench.peer import (
 )
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, counted, split, spread
-from moe.bench.stepper import batch_of
+from moe.bench.stepper import batch_of, timed_step
 from moe.config import Config, Mlp, ModelConfig, OptimizerKind, Precision, TopKRouterConfig
 from moe.config.compose import load_config
 from moe.config.flat import typed
@@ -51,7 +51,6 @@ from moe.errors import UserError
 from moe.model.build import build_model
 from moe.plan import flops_per_token
 from moe.train.metrics import measure_peak_flops
-from moe.train.objective import training_step
 
 DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 WARM_UP_STEPS = 2
@@ -204,8 +203,7 @@ def results(config: Config, rounds: list[Round], names: dict[str, str]) -> Resul
         rows.append([name, speed, step_tokens / speed * 1e3, speed * flops / 1e9, 100 * share])
     rows.append([f"matrix product ({config.train.precision.value})", None, None, peak / 1e9, None])
     notes = [
-        f"medians of {counted(len(rounds), 'alternating round')}, {counted(torch.get_num_threads(), 'thread')}, "
-        f"load {os.getloadavg()[0]:.1f}",
+        f"medians of {counted(len(rounds), 'alternating round')}, {conditions('wall-clock')}",
         f"FLOPs are the model's own ({flops / 1e6:,.1f} MFLOP per token); "
         f"ours has MaxVio {rounds[-1].max_violation:.2f}",
     ]
@@ -226,7 +224,7 @@ def batches_of(config: Config, device: torch.device) -> Callable[[], Tensor]:
 
 class OurStep:
     """Each call is one optimizer step of `engine`; keeps its language-model loss and MaxVio. Raises RuntimeError for a
-    skipped step, whose time would say nothing."""
+    skipped step."""
 
     def __init__(self, engine: Engine, config: Config) -> None:
         self._engine, self._config, self._steps = engine, config, itertools.count()
@@ -234,10 +232,7 @@ class OurStep:
 
     def __call__(self, ids_BS: Tensor) -> float:
         batch = batch_of(ids_BS.cpu())
-        step, lr = next(self._steps), self._config.peak_rate
-        done = training_step(self._config, self._engine.mesh, self._engine, [batch], step=step, lr=lr)
-        if done.result.skipped:
-            raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")
+        done = timed_step(self._config, self._engine, [batch], next(self._steps))
         self.lm_loss, self.max_violation = done.metrics["lm_loss"], done.metrics["max_violation"]
         return done.metrics["loss"]
 

@@ -13,7 +13,6 @@ processes, started and ended ones included: `MB/s a core` is text divided by it,
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import sysconfig
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.bench.results import Results, ResultTable
-from moe.bench.settings import counted
+from moe.bench.settings import counted, load, spread
 from moe.config import PrepareConfig
 from moe.config.compose import load_config
 from moe.cores import usable_cpus
@@ -85,7 +84,7 @@ def run(overrides: list[str]) -> Results:
         [ResultTable(columns, [[kind, *row] for kind, row in measured.items()])],
         [
             f"medians of {counted(keys.rounds, 'alternating round')} on {usable_cpus()} cores, "
-            f"load {os.getloadavg()[0]:.1f} at the end; MB/s of wall-clock but for `a core`, which is of CPU "
+            f"{load()} at the end; MB/s of wall-clock but for `a core`, which is of CPU "
             "time, reading twice and hashing included; `main` is the share of the CPU time of the one process that "
             "hands out parts and writes"
         ],
@@ -120,7 +119,7 @@ def measure(overrides: list[str], keys: Keys, folder: Path) -> list[Any]:
     ratios = [each[1].wall / each[keys.processes].wall for each in rounds]
     ratio = statistics.median(ratios)
     share = statistics.median(each[keys.processes].own / each[keys.processes].cpu for each in rounds)
-    return [round(size, 1), rate, *speeds, ratio, f"{min(ratios):.2f} to {max(ratios):.2f}", 100 * share]
+    return [round(size, 1), rate, *speeds, ratio, spread(ratios), 100 * share]
 
 
 def once(overrides: list[str], processes: int, folder: Path) -> Prepared:
@@ -129,16 +128,18 @@ def once(overrides: list[str], processes: int, folder: Path) -> Prepared:
         config: PrepareConfig = load_config(
             [*overrides, f"data.cache_dir={cache}", f"data.processes={processes}"], "prepare", PrepareConfig
         )
-        start, own, others = time.perf_counter(), _cpu(resource.RUSAGE_SELF), _cpu(resource.RUSAGE_CHILDREN)
+        own, others = cpu_seconds(resource.RUSAGE_SELF), cpu_seconds(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
         corpus = prepare(
             config.data, config.tokenizer, sequence_length=config.train.sequence_length, log=lambda line: None
         )
         wall = time.perf_counter() - start
-        own, others = _cpu(resource.RUSAGE_SELF) - own, _cpu(resource.RUSAGE_CHILDREN) - others
+        own, others = cpu_seconds(resource.RUSAGE_SELF) - own, cpu_seconds(resource.RUSAGE_CHILDREN) - others
     return Prepared(sum(stream.bytes for stream in (*corpus.train, *corpus.held_out)), wall, own + others, own)
 
 
-def _cpu(of: int) -> float:
+def cpu_seconds(of: int) -> float:
+    """Of `resource.RUSAGE_SELF`, or of the processes that have ended (RUSAGE_CHILDREN)."""
     used = resource.getrusage(of)
     return used.ru_utime + used.ru_stime
 

@@ -11,7 +11,6 @@ alternate the routes. A figure is the largest of its rounds: other programs only
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.bench.clock import clock, now
+from moe.bench.clock import conditions, now
 from moe.bench.peers import DEFAULTS
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, split
+from moe.bench.settings import Rounds, counted, least_steady, split
 from moe.config import Config, Mlp
 from moe.config.compose import load_config
 from moe.kernels import bfloat16_products, float32_products
@@ -56,15 +55,16 @@ def run(overrides: list[str]) -> Results:
     """Three tables; the last line is `float32 GFLOP/s N.NN`, the fastest of the products. Raises UserError."""
     keys, config = parse(overrides)
     shapes = shapes_of(config)
-    rates = {(name, route.name): 0.0 for name in shapes for route in ROUTES}
+    measured = {(name, route.name): list[float]() for name in shapes for route in ROUTES}
     copied, small = 0.0, float("inf")
     for index in range(keys.rounds):
         for route in ROUTES[:: -1 if index % 2 else 1]:
             with route.context():
                 for name, shape in shapes.items():
                     rate = measure_peak_flops(CPU, route.dtype, shape, route.product, now)
-                    rates[name, route.name] = max(rates[name, route.name], rate)
+                    measured[name, route.name].append(rate)
         copied, small = max(copied, copy_rate(CPU)), min(small, small_operation())
+    rates = {which: max(each) for which, each in measured.items()}
     products: list[list[Cell]] = [
         [name, *shape, *(rates[name, route.name] / 1e9 for route in ROUTES)] for name, shape in shapes.items()
     ]
@@ -81,9 +81,10 @@ def run(overrides: list[str]) -> Results:
             ResultTable(["memory and calls", "measured"], others),
         ],
         [
-            f"the best of {keys.rounds} rounds, {clock()}, {torch.get_num_threads()} threads, "
-            f"load {os.getloadavg()[0]:.1f}; errors are those of {checked[0]} × {checked[1]} × {checked[2]} against "
+            f"the best of {counted(keys.rounds, 'alternating round')}, {conditions()}; errors are those of "
+            f"{checked[0]} × {checked[1]} × {checked[2]} against "
             "float64",
+            least_steady({" by ".join(which): each for which, each in measured.items()}),
             str(chosen),
             str(narrow),
         ],

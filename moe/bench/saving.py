@@ -15,8 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from moe.bench.clock import conditions
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, split
+from moe.bench.settings import Rounds, split, spread
 from moe.bench.stepper import Stepper
 from moe.checkpoint.state import TrainState
 from moe.checkpoint.writer import Saver
@@ -78,9 +79,9 @@ def measure(keys: Rounds, config: Config, mesh: Mesh, folder: Path) -> Results:
         [ResultTable(["an interval with a save takes more, %", "median", "least", "most"], rows)],
         [
             told[-1].replace(str(folder), "…"),
-            f"{keys.rounds} alternating pairs of {keys.steps} steps, {mesh.world_size} ranks, "
-            f"{'in the background' if config.checkpoint.background else 'in the foreground'}, hashing and fsync "
-            "included",
+            f"{keys.rounds} alternating pairs of {keys.steps} steps, {conditions('both clocks', mesh.world_size)}; "
+            f"saves {'in the background' if config.checkpoint.background else 'in the foreground'}, hashing and fsync "
+            f"included; wall-clock with ÷ without a save {spread(wall)}",
         ],
         {"training waited {} % of an interval": 100 * statistics.median(waited)},
     )

@@ -14,15 +14,12 @@ update).
 from __future__ import annotations
 
 import math
-import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-
-from moe.bench.clock import clock, now
+from moe.bench.clock import conditions, now
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, split
+from moe.bench.settings import Rounds, counted, least_steady, split
 from moe.bench.stepper import Stepper
 from moe.config import Config
 from moe.config.compose import load_config
@@ -41,6 +38,14 @@ class Growth:
 
     name: str
     sizes: dict[int, list[str]]
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds per token of each round, and the last step's MaxVio (None: a dense model)."""
+
+    seconds: list[float] = field(default_factory=list)
+    max_violation: float | None = None
 
 
 def _batch(sequences: int, length: int) -> list[str]:
@@ -67,27 +72,29 @@ def run(overrides: list[str]) -> Results:
     keys, rest = parse(overrides)
     if rendezvous.world_from_environment()[1] != 1:
         raise UserError("bench scale measures one process: start it without torchrun")
-    sizes = ResultTable(["series", "size", "µs/token", "MFLOP/token", "GFLOP/s"], [])
+    sizes = ResultTable(["series", "size", "µs/token", "MFLOP/token", "GFLOP/s", "MaxVio"], [])
     exponents = ResultTable(["series", "time", "formula", "difference"], [])
+    rounds: dict[str, list[float]] = {}
     mesh = rendezvous.start(1)
     try:
         if mesh.device.type != "cpu":
             raise UserError("bench scale measures a CPU")
         for each in series():
             configs = {size: load_config([*DEFAULTS, *own, *rest]) for size, own in each.sizes.items()}
-            seconds, flops = measure(configs, keys, mesh), {n: flops_per_token(one) for n, one in configs.items()}
-            rows: list[list[Cell]] = [
-                [each.name, n, seconds[n] * 1e6, flops[n] / 1e6, flops[n] / seconds[n] / 1e9] for n in configs
-            ]
-            sizes.rows += rows
+            measured, flops = measure(configs, keys, mesh), {n: flops_per_token(one) for n, one in configs.items()}
+            seconds = {n: statistics.median(one.seconds) for n, one in measured.items()}
+            for n, one in measured.items():
+                rates: list[Cell] = [seconds[n] * 1e6, flops[n] / 1e6, flops[n] / seconds[n] / 1e9]
+                sizes.rows.append([each.name, n, *rates, one.max_violation])
+                rounds[f"{each.name}: {n}"] = one.seconds
             found, said = exponent(seconds), exponent(flops)
             exponents.rows.append([each.name, round(found, 3), round(said, 3), round(found - said, 3)])
             print(f"{each.name}: time per token ∝ size^{found:.2f}, the formula ∝ size^{said:.2f}", flush=True)
     finally:
         rendezvous.stop()
     notes = [
-        f"medians of {keys.rounds} rounds of {keys.steps} steps, {clock()}, {torch.get_num_threads()} threads, "
-        f"load {os.getloadavg()[0]:.1f}"
+        f"medians of {counted(keys.rounds, 'alternating round')} of {counted(keys.steps, 'step')}, {conditions()}",
+        least_steady(rounds),
     ]
     largest = max((float(row[3] or 0) for row in exponents.rows), key=abs)
     return Results([sizes, exponents], notes, {"largest difference of exponents {}": largest})
@@ -105,22 +112,20 @@ def parse(overrides: list[str]) -> tuple[Rounds, list[str]]:
     return keys, rest
 
 
-def measure(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> dict[int, float]:
-    """Median seconds per token of each size's step."""
+def measure(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> dict[int, StepTimes]:
+    """Of each size's step."""
     steps = {size: Stepper(config, mesh) for size, config in configs.items()}
-    times: dict[int, list[float]] = {size: [] for size in configs}
+    times = {size: StepTimes() for size in configs}
     for index in range(keys.rounds + 1):
         for size in list(steps)[:: -1 if index % 2 else 1]:
             train = configs[size].train
             start = now()
             for _ in range(keys.steps):
-                done = steps[size]()
-                if done.result.skipped:
-                    raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")
+                times[size].max_violation = steps[size]().metrics["max_violation"]
             spent = (now() - start) / (keys.steps * train.global_batch_size * train.sequence_length)
             if index:  # the first round warms up
-                times[size].append(spent)
-    return {size: statistics.median(each) for size, each in times.items()}
+                times[size].seconds.append(spent)
+    return times
 
 
 def exponent(values: dict[int, float]) -> float:

@@ -1,12 +1,15 @@
-"""Keys of several benchmarks; all other overrides are those of `moe train`. And how rounds' ratios are stated."""
+"""Keys of several benchmarks; all other overrides are those of `moe train`. And how rounds are stated."""
 
 from __future__ import annotations
 
+import os
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe.errors import UserError
 
-DISAGREE = 1.5  # largest ÷ smallest ratio of a run's rounds
+DISAGREE = 1.5  # largest ÷ smallest figure of a run's rounds
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,9 +48,21 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def spread(ratios: list[float]) -> str:
+def load() -> str:
+    """`load 0.4`: processes of the machine that ran or waited for a core, over the last minute, this one included."""
+    return f"load {os.getloadavg()[0]:.1f}"
+
+
+def spread(ratios: Sequence[float]) -> str:
     """`1.10 to 1.30`, with a warning where the rounds disagree; `1.10` of one round."""
     if len(ratios) == 1:
         return f"{ratios[0]:.2f}"
     warning = "; the rounds disagree: the machine is busy" if max(ratios) > DISAGREE * min(ratios) else ""
     return f"{min(ratios):.2f} to {max(ratios):.2f}{warning}"
+
+
+def least_steady(rounds: Mapping[str, Sequence[float]]) -> str:
+    """`rounds of NAME ÷ their median: 0.98 to 1.10`, for the name whose rounds differ most; with `spread`'s warning."""
+    name, figures = max(rounds.items(), key=lambda one: max(one[1]) / min(one[1]))
+    middle = statistics.median(figures)
+    return f"rounds of {name} ÷ their median: {spread([one / middle for one in figures])}"

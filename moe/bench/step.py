@@ -12,17 +12,16 @@ is prepared first, as by `moe prepare`.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moe.bench import peers
-from moe.bench.clock import clock, now
+from moe.bench.clock import conditions, now
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, counted, spread
+from moe.bench.settings import Rounds, spread
+from moe.bench.stepper import timed_step
 from moe.config import Config
 from moe.data.loader import Loader
 from moe.data.prepare import prepare as prepare_data
@@ -35,7 +34,6 @@ from moe.kernels.policy import torch_dtype
 from moe.model.build import build_model
 from moe.plan.flops import flops_by_part
 from moe.train.metrics import measure_peak_flops
-from moe.train.objective import training_step
 from moe.train.profile import PARTS, PartRanges, attributed, in_part
 
 WARM_UP_STEPS = 3
@@ -118,11 +116,11 @@ def measure(keys: Rounds, config: Config, mesh: Mesh, loader: Loader) -> Results
     wait = forward["data wait"] / total
     rates = sum(needed.values()) / seconds
     notes = [
-        f"a step takes {seconds * 1e3:,.0f} ms, {tokens / seconds:,.0f} tokens/s, {clock()}; under the profiler "
+        f"a step takes {seconds * 1e3:,.0f} ms, {tokens / seconds:,.0f} tokens/s; under the profiler "
         f"{statistics.median(slowed) / seconds:.2f} × that: the parts' ms are the profiler's, wall-clock",
         f"medians of {keys.rounds} steps, {spread([one / seconds for one in plain])} of the median; "
-        f"{counted(torch.get_num_threads(), 'thread')}, load {os.getloadavg()[0]:.1f}; "
-        f"MaxVio {step.max_violation:.2f}; product {peak / 1e9:,.0f} GFLOP/s ({config.train.precision.value})",
+        f"{conditions()}; MaxVio {step.max_violation:.2f}; product {peak / 1e9:,.0f} GFLOP/s "
+        f"({config.train.precision.value})",
     ]
     return Results([parts, largest], notes, {"data wait {} % of a step": 100 * wait, "MFU {} %": 100 * rates / peak})
 
@@ -138,9 +136,7 @@ class _LoadedStep:
         start, config = now(), self._config
         with in_part("data wait"):
             batches = self._loader.next_step()
-        done = training_step(config, self.engine.mesh, self.engine, batches, step=self._step, lr=config.peak_rate)
-        if done.result.skipped:
-            raise RuntimeError(f"a step was skipped ({done.result.skipped.value}): its time would say nothing")
+        done = timed_step(config, self.engine, batches, self._step)
         self._step += 1
         self.max_violation = done.metrics["max_violation"]
         return now() - start

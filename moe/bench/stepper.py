@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moe.config import Config
 from moe.data.loader import Batch
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
+from moe.engine.base import Engine
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.train.objective import TrainedStep, training_step
@@ -35,8 +38,20 @@ def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
     )
 
 
+def timed_step(
+    config: Config, engine: Engine, batches: Sequence[Batch], step: int, *, diagnose: bool = True
+) -> TrainedStep:
+    """`training_step` at the peak rate; `diagnose` is its. A collective. Raises RuntimeError for a skipped step, whose
+    time would say nothing."""
+    done = training_step(config, engine.mesh, engine, batches, step=step, lr=config.peak_rate, diagnose=diagnose)
+    if done.result.skipped:
+        raise RuntimeError(f"step {step} was skipped ({done.result.skipped.value}): its time would say nothing")
+    return done
+
+
 class Stepper:
-    """Each call is one optimizer step of `config`'s model on random tokens. A collective.
+    """Each call is one optimizer step of `config`'s model on random tokens. A collective. Raises RuntimeError for a
+    skipped step.
 
     `model` is a model of `config`; None builds one with the initial weights of `moe train`.
     """
@@ -50,15 +65,7 @@ class Stepper:
         self._step = 0
 
     def __call__(self, *, diagnose: bool = True) -> TrainedStep:
-        """`diagnose` is `training_step`'s."""
+        """`diagnose` is `timed_step`'s."""
         batches = [random_batch(self.config, self._generator) for _ in range(self.engine.accumulation)]
         self._step += 1
-        return training_step(
-            self.config,
-            self.mesh,
-            self.engine,
-            batches,
-            step=self._step - 1,
-            lr=self.config.peak_rate,
-            diagnose=diagnose,
-        )
+        return timed_step(self.config, self.engine, batches, self._step - 1, diagnose=diagnose)

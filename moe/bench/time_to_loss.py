@@ -23,7 +23,7 @@ from typing import Any
 from moe.bench import gpt
 from moe.bench.peer import require_transformers
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, counted, split
+from moe.bench.settings import Rounds, counted, least_steady, load, split
 from moe.config import Config
 from moe.config.compose import load_config
 from moe.errors import UserError
@@ -130,7 +130,8 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config) -> Resu
         ],
         [
             "the dense model has the active width of the sparse one; the GPT has as many active parameters in its "
-            f"blocks, AdamW at {gpt.LEARNING_RATE:g} and no document masks (moe/bench/gpt.py)"
+            f"blocks, AdamW at {gpt.LEARNING_RATE:g} and no document masks (moe/bench/gpt.py)",
+            f"{load()}; {least_steady({name: [*map(_seconds_a_step, seeds)] for name, seeds in runs.items()})}",
         ],
         {f"validation loss, {name}: {{}}": statistics.mean(values) for name, values in reversed(losses.items())},
     )
@@ -146,7 +147,10 @@ def _rows(side: TimedRun, overrides: list[str], steps: int, seed: int) -> list[d
         if done.returncode:
             raise UserError(f"bench time_to_loss, {side.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
         with (Path(folder) / "run" / "metrics.jsonl").open() as file:
-            return [json.loads(line) for line in file]
+            rows = [json.loads(line) for line in file]
+    if skipped := rows[-1].get("skipped_steps"):  # the reference skips none
+        raise UserError(f"bench time_to_loss, {side.name}: {counted(skipped, 'step')} of {steps} skipped (seed {seed})")
+    return rows
 
 
 def _whole_parts(steps: float) -> int:

@@ -87,6 +87,8 @@ def _record_speed(record: Record, metrics: list[dict[str, Any]]) -> None:
     speed, mfu = (statistics.median(each[name] for each in late) for name in ("tokens_per_second", "mfu"))
     first, last = metrics[0]["lm_loss"], metrics[-1]["lm_loss"]
     record.facts(tokens_per_second=round(speed), mfu=mfu, first_loss=first, last_loss=last, steps=len(metrics))
+    record.facts(MaxVio=metrics[-1]["max_violation"])
+    record.check("skipped steps", metrics[-1]["skipped_steps"], 0)
     record.headline(f"{speed:,.0f} tokens/s, MFU {mfu:.1%}, loss {first:.3f} → {last:.3f}")
 
 

@@ -6,11 +6,14 @@ import re
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from moe.bench import decode, run_bench
 from moe.bench.peer import peer_model
 from moe.bench.peers import parse
 from moe.model.build import build_model
+from moe.sparse import Router
+from moe.sparse.balance import max_violation
 from tests.unit.bench.test_peers import SMALL
 
 
@@ -27,7 +30,8 @@ def test_decode_runs_and_ends_with_the_ratio(
     ]
     rows = [line.split() for line in lines if re.match(r"\s+[13]  (ours|transformers, )", line)]
     assert [row[0] for row in rows] == ["3", "3", "1", "1"]
-    assert all(0 < int(ours[-1]) < int(peer[-1]) for ours, peer in (rows[:2], rows[2:]))
+    assert all(0 < int(ours[-2]) < int(peer[-2]) for ours, peer in (rows[:2], rows[2:]))
+    assert all(0 < float(ours[-1]) == float(peer[-1]) for ours, peer in (rows[:2], rows[2:]))
     assert lines[-2].startswith("ratio tokens/s, 3 prompts: ")
     ratio = lines[-1].split()
     assert ratio[:2] == ["ratio", "tokens/s"]
@@ -49,13 +53,28 @@ def test_sides_that_generate_other_tokens_are_not_compared() -> None:
         decode.same_tokens(ours, peer, prompts, 6)
 
 
+def test_max_violation_is_of_the_tokens_that_a_decoder_takes_in() -> None:
+    _, config = parse(SMALL)
+    ours = build_model(config, torch.device("cpu")).eval()
+    prompts = torch.randint(320, (3, 4), generator=torch.Generator().manual_seed(0))
+    found = decode.routing_violation(ours, prompts, 5)
+    counts: dict[nn.Module, list[Tensor]] = {}
+    for module in ours.modules():
+        if isinstance(module, Router):  # a hook makes the model decode by its own forward pass, a token at a time
+            module.register_forward_hook(lambda gate, _, output: counts.setdefault(gate, []).append(output.counts_E))
+    decode.our_tokens(ours)(prompts, 5)
+    decoded = [torch.stack(each[-4:]).sum(0) for each in counts.values()]  # the prompts' pass is before them
+    assert [int(each.sum()) for each in decoded] == [3 * 4 * 2] * 2
+    assert found == pytest.approx(float(max_violation(torch.stack(decoded)).mean()))
+
+
 def test_the_ratio_is_taken_inside_each_round() -> None:
     rounds = [
         decode.Generated(ours=1, peer=2, our_first=1, peer_first=1),
         decode.Generated(ours=10, peer=30, our_first=1, peer_first=2),
         decode.Generated(ours=1, peer=4, our_first=1, peer_first=3),
     ]
-    rows, note, ratio = decode.summary(rounds, 1, 10, "eager", (10, 20))
+    rows, note, ratio = decode.summary(rounds, 1, 10, "eager", (10, 20), 0.5)
     assert ratio == 3
     assert [row[0] for row in rows] == ["ours", "transformers, eager"]
     assert "first token 2.00 × as fast; ratio per round 2.00 to 4.00; the rounds disagree" in note
