@@ -18,6 +18,8 @@ BENCHMARKS = {
     "kernels": "each part of a training step beside plain PyTorch and transformers' modules",
     "step": "where a training step's time goes: data wait, parts of the model, optimizer",
     "peers": "our training step beside transformers' MixtralForCausalLM",
+    "threads": "a training step on all cores beside one, and a matrix product's own gain",
+    "startup": "start to first step of `moe train`, and what a mistake's answer costs",
     "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",

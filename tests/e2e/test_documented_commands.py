@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings, step
+from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings, startup, step, threads
 from moe.bench import all as bench_all
 from moe.cli.verbs import MULTIRUN, load
 from moe.config import PrepareConfig
@@ -225,6 +225,8 @@ PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of the
     "kernels": kernels.parse,
     "scale": scale.parse,
     "step": step.parse,
+    "threads": threads.parse,
+    "startup": startup.parse,
     "all": bench_all.parse,
 }
 

@@ -145,7 +145,7 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["speed"], "no such benchmark; one of roofline, kernels, step, peers, decode, expert_parallel"),
+        (["speed"], "no such benchmark; one of roofline, kernels, step, peers, threads, startup, decode"),
         (["peers", "rounds=0"], "rounds=0 must be ≥ 1"),
         (["peers", "steps=x"], "steps=x must be a whole number"),
         (["peers", "train.sequenc_length=4"], "train.sequenc_length=4: no such key"),
