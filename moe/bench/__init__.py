@@ -1,6 +1,7 @@
-"""`moe bench NAME key=value … [json=FILE]`: benchmarks. Each also times its reference in the same run.
+"""`moe bench NAME key=value … [json=FILE] [plot=FILE.svg]`: benchmarks. Each also times its reference in the same run.
 
-The last lines printed are the figures that the benchmark is about; `json=` also writes all results to a file.
+The last lines printed are the figures that the benchmark is about; `json=` also writes all results to a file, and
+`plot=` draws its ratios and its losses against seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BENCHMARKS = {
     "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",
     "memory_peers": "the peak memory of our step's process beside transformers'",
-    "time_to_loss": "held-out loss after equal seconds of training, beside a dense GPT",
+    "time_to_loss": "held-out loss against seconds of training, beside a dense GPT",
     "all": "every benchmark of the CPU, and the measured part of docs/performance.md",
     "gpu": "a report about one GPU: peaks, tests, training, kernels, profile (launch/gpu_report.sh)",
 }
@@ -55,24 +56,29 @@ def run_bench(overrides: list[str]) -> None:
     if name in WHOLE_REPORTS:
         module.run(keys)
         return
-    file = _file(keys)
-    results = module.run([key for key in keys if not key.startswith(JSON)])
+    files = {key: _file(keys, key) for key in FILES}
+    measured = [key for key in keys if key.partition("=")[0] not in FILES]
+    results = module.run(measured)
     if results is None:  # not rank 0
         return
     print("\n".join(results.lines()))
-    if file is not None:
+    if file := files["json"]:
         write_durably(file, json.dumps(results.values(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if file := files["plot"]:
+        from moe.bench.plot import plot  # here for the same reason
+
+        write_durably(file, plot({" ".join([name, *measured]): results.values()}))
 
 
-JSON = "json="
+FILES = ("json", "plot")  # keys that name a file to write
 
 
-def _file(keys: list[str]) -> Path | None:
-    """What `json=` names. Raises UserError where no file can be written there."""
-    stated = [key.removeprefix(JSON) for key in keys if key.startswith(JSON)]
+def _file(keys: list[str], key: str) -> Path | None:
+    """What `key` names. Raises UserError where no file can be written there."""
+    stated = [one.partition("=")[2] for one in keys if one.partition("=")[0] == key]
     if not stated:
         return None
     path = Path(stated[-1])
     if not stated[-1] or path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"json={stated[-1]} must be a file in a folder that exists")
+        raise UserError(f"{key}={stated[-1]} must be a file in a folder that exists")
     return path

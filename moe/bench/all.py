@@ -5,8 +5,9 @@
     moe bench all rounds=1 steps=1                   quick, and noisy
     moe bench all page=page.md json=results.json     other files than docs/performance.md and docs/performance.json
 
-The page is written from the JSON alone, between two markers that it must have; both are written after each benchmark. A
-benchmark that fails is named in the page and the others run; the exit code is then 1.
+The page, between two markers that it must have, and its plot (images/performance.svg beside it, by the page's name) are
+written from the JSON alone, all three after each benchmark. A benchmark that fails is named in the page and the others
+run; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from moe.bench import BENCHMARKS
 from moe.bench.gpu.runner import ERROR_LINES, end
-from moe.bench.report import BEGIN, END, code_version, machine, new_report, read_report, write_report
+from moe.bench.report import BEGIN, END, code_version, image_of, machine, new_report, read_report, write_report
 from moe.bench.settings import Rounds, split
 from moe.distributed.environment import world_from_environment
 from moe.durable import check_section
@@ -103,6 +104,7 @@ def run(overrides: list[str]) -> None:
     if not keys.json.absolute().parent.is_dir() or keys.json.is_dir():
         raise UserError(f"json={keys.json} must be a file in a folder that exists")
     check_section(keys.page, BEGIN, END)
+    image = image_of(keys.page)
     report = new_report()
     if keys.only and keys.json.exists():
         before = read_report(keys.json)
@@ -127,7 +129,7 @@ def run(overrides: list[str]) -> None:
         )
         if result["state"] == "failed":
             failed.append(each.title)
-    print(f"{keys.page}, {keys.json}: {len(report['benchmarks'])} results")
+    print(f"{keys.page}, {image}, {keys.json}: {len(report['benchmarks'])} results")
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
         raise SystemExit(1)

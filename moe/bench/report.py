@@ -1,4 +1,4 @@
-"""The report of `moe bench all` as JSON, and its section of docs/performance.md, written from the JSON alone."""
+"""The report of `moe bench all` as JSON; its section of docs/performance.md and its plot, from the JSON alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from moe.bench.markdown import table
+from moe.bench.plot import embedded, plot
 from moe.bench.processor import processor
 from moe.bench.results import markdown, stated
+from moe.bench.settings import counted
 from moe.durable import write_durably, write_section
 from moe.errors import UserError
 from moe.untrusted import read_object
@@ -66,25 +69,50 @@ def read_report(file: Path) -> dict[str, Any]:
     values.object("machine")
     values.object("benchmarks")
     try:
-        list(section(values.values))
+        list(section(values.values, ""))
+        plot_of(values.values)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a report of `moe bench all` ({error!r}); {REMOVE}") from error
     return values.values
 
 
 def write_report(report: dict[str, Any], file: Path, page: Path) -> None:
-    """Both files. Raises UserError unless `page` has each marker once."""
+    """The JSON, the plot and the page's section. Raises UserError unless `page` has each marker once."""
+    image = image_of(page)
     write_durably(file, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_section(page, BEGIN, END, section(report))
+    write_durably(image, plot_of(report))
+    write_section(page, BEGIN, END, section(report, quote(f"{image.parent.name}/{image.name}")))
 
 
-def section(report: dict[str, Any]) -> Iterator[str]:
-    """Markdown lines."""
+def image_of(page: Path) -> Path:
+    """Where a page's plot is written: a file in the folder `images` beside it, which is made. Raises UserError."""
+    image = page.parent / "images" / f"{page.stem}.svg"
+    try:
+        image.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"page={page}: its plot can't be written to {image} ({error.strerror})") from error
+    if image.is_dir():
+        raise UserError(f"page={page}: its plot can't be written to {image}, a folder: remove it")
+    return image
+
+
+def plot_of(report: dict[str, Any]) -> str:
+    """The plot's SVG."""
+    where = report["machine"]
+    return plot(_titled(report), f"{where['processor']}, {counted(where['cores'], 'core')}")
+
+
+def _titled(report: dict[str, Any]) -> dict[str, Any]:
+    return {each["title"]: each["results"] for each in report["benchmarks"].values()}
+
+
+def section(report: dict[str, Any], image: str) -> Iterator[str]:
+    """Markdown lines; `image` is the plot's address, as seen from the page."""
     where, benchmarks = report["machine"], report["benchmarks"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     units = ", ".join(where["units"]) or "none of the units for wide products"
     yield f"Written by `moe bench all`: {where['processor']}, {where['cores']} cores ({units}); {versions}."
-    yield ""
+    yield from ("", embedded(_titled(report), image), "")
     rows = []
     for each in benchmarks.values():
         results = each["results"]

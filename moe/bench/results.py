@@ -9,6 +9,7 @@ from typing import Any
 from moe.bench.markdown import cell, table
 
 Cell = str | int | float | None
+SECONDS = "seconds"  # a table with this first column is drawn as lines, one for each other column (moe.bench.plot)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe.bench import gpt, run_bench
+from moe.bench import gpt, run_bench, time_to_loss
 from moe.config.compose import load_config
 from tests.ranks import run_ranks
 
@@ -48,8 +48,11 @@ def test_the_gpt_trains_the_same_on_one_rank_and_two(corpus: list[str], tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(660)
-def test_all_sides_get_the_seconds_of_the_quickstart(corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    run_bench(["time_to_loss", "rounds=1", "train.steps=12", *SMALL, *corpus])
+def test_all_sides_get_the_seconds_of_the_quickstart(
+    corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "plot.svg"
+    run_bench(["time_to_loss", "rounds=1", "train.steps=12", f"plot={plot}", *SMALL, *corpus])
     lines = capsys.readouterr().out.splitlines()
     sides = ["quickstart", *(f"quickstart, {kind}" for kind in ("Muon", "dense", "bfloat16"))]
     sides.append("GPT-2 of transformers, 2 layers")
@@ -57,3 +60,7 @@ def test_all_sides_get_the_seconds_of_the_quickstart(corpus: list[str], capsys: 
     figures = [line.removeprefix("validation loss, ").rpartition(" ") for line in lines[-5:]]
     assert [name for name, _, _ in figures] == [f"{side}:" for side in reversed(sides)]
     assert all(0 < float(loss) < 6 for _, _, loss in figures)
+    head = lines.index("validation loss, nats, against seconds of training:") + 1
+    last = lines[head + time_to_loss.PARTS].split()
+    assert [round(float(loss), 2) for loss in last[1:]] == [float(loss) for _, _, loss in reversed(figures)]
+    assert all(side in plot.read_text() for side in sides)

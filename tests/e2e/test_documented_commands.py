@@ -18,7 +18,20 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from moe.bench import BENCHMARKS, attention, kernels, peers, prepare, roofline, scale, settings, startup, step, threads
+from moe.bench import (
+    BENCHMARKS,
+    attention,
+    kernels,
+    peers,
+    prepare,
+    roofline,
+    scale,
+    settings,
+    startup,
+    step,
+    threads,
+    time_to_loss,
+)
 from moe.bench import all as bench_all
 from moe.cli.verbs import MULTIRUN, load
 from moe.config import PrepareConfig
@@ -227,6 +240,7 @@ PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of the
     "step": step.parse,
     "threads": threads.parse,
     "startup": startup.parse,
+    "time_to_loss": time_to_loss.parse,
     "all": bench_all.parse,
 }
 
@@ -237,7 +251,7 @@ def _check_bench(words: list[str]) -> None:
     name, *rest = words
     assert name in BENCHMARKS
     importlib.import_module(f"moe.bench.{name}")
-    rest = [word for word in rest if not word.startswith("json=")]
+    rest = [word for word in rest if not word.startswith(("json=", "plot="))]
     if name == "attention":
         attention._window(rest)
     elif name in ("peers", "memory_peers"):

@@ -51,8 +51,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "sweep": {"train", "report", "distributed", "config", "cores", "durable", "locks", "untrusted", "errors"},
     "bench": {
-        "train", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels", "distributed",
-        "config", "cores", "durable", "untrusted", "errors",
+        "report", "train", "inference", "plan", "data", "checkpoint", "engine", "model", "sparse", "kernels",
+        "distributed", "config", "cores", "durable", "untrusted", "errors",
     },
     "analysis": {
         "report", "model", "sparse", "data", "checkpoint", "config", "errors", "durable", "__init__",

@@ -48,6 +48,8 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(
     assert "model.mlp=dense must be sparse" in text
     assert "| diagnostics, " in text
     assert "old\n" not in text
+    assert "](images/page.svg)" in text
+    assert (tmp_path / "images" / "page.svg").read_text().startswith("<svg ")
 
 
 @pytest.mark.parametrize("each", bench_all.RUNS, ids=lambda each: each.title)
@@ -88,3 +90,11 @@ def test_bad_keys_are_one_line(
         run_bench(["all", *overrides, *stated])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["json", "plot"])
+@pytest.mark.parametrize("value", ["", "no/such/file", "docs"])
+def test_a_file_that_cannot_be_written_is_one_line(key: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    with pytest.raises(UserError, match=f"^{key}={value} must be a file in a folder that exists$"):
+        run_bench(["attention", f"{key}={value}"])

@@ -32,13 +32,14 @@ def _report() -> dict[str, Any]:
 
 
 def test_the_section_holds_machine_results_and_failures() -> None:
-    text = "\n".join(section(_report()))
+    text = "\n".join(section(_report(), "images/page.svg"))
     assert machine()["processor"] in text
     assert f"torch {machine()['versions']['torch']}" in text
     assert "| peers, 1 thread | 2026-11-29 03:00 | 1234567 | measured | 60 s | 0.4 | ratio tokens/s 1.23 |" in text
     assert "| decode, 1 thread | 2026-11-29 03:00 | 1234567 | failed | 60 s | 0.4 | exit code 1 |" in text
     assert "`moe bench peers`: a step.\n\n| side | tokens/s |\n| --- | --- |\n| ours | 1,234 |\n| theirs | – |" in text
     assert "- medians of 3 rounds\n- **ratio tokens/s 1.23**" in text
+    assert "\n\n![peers, 1 thread: ratio tokens/s 1.23.](images/page.svg)\n\n| benchmark |" in text
     assert "**failed**\n\n```\nRuntimeError: no\nexit code 1\n```" in text
 
 
@@ -48,9 +49,41 @@ def test_it_is_written_from_the_json_alone_and_read_back(tmp_path: Path) -> None
     report = _report()
     write_report(report, file, page)
     assert read_report(file) == report
-    once = page.read_text()
+    image = tmp_path / "images" / "page.svg"
+    once = page.read_text(), image.read_text()
+    assert f"]({image.relative_to(tmp_path)})" in once[0]
     write_report(read_report(file), file, page)
-    assert page.read_text() == once
+    assert (page.read_text(), image.read_text()) == once
+
+
+def test_the_plot_is_found_from_a_page_whose_name_has_a_space(tmp_path: Path) -> None:
+    page = tmp_path / "my page (1).md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    write_report(new_report(), tmp_path / "results.json", page)
+    assert "](images/my%20page%20%281%29.svg)" in page.read_text()
+    assert "No ratio" in (tmp_path / "images" / "my page (1).svg").read_text()
+
+
+def test_a_place_where_the_plot_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    (tmp_path / "images" / "page.svg").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"its plot can't be written to .*page\.svg, a folder: remove it"):
+        bench_all.run([f"page={page}", f"json={tmp_path / 'results.json'}"])
+    (tmp_path / "images" / "page.svg").rmdir()
+    (tmp_path / "images").rmdir()
+    (tmp_path / "images").touch()
+    with pytest.raises(UserError, match=r"its plot can't be written to .*page\.svg \(File exists\)"):
+        bench_all.run([f"page={page}", f"json={tmp_path / 'results.json'}"])
+
+
+def test_the_committed_page_and_plot_are_those_of_the_committed_json(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[3] / "docs"
+    page = tmp_path / "performance.md"
+    page.write_text((docs / page.name).read_text())
+    write_report(read_report(docs / "performance.json"), tmp_path / "performance.json", page)
+    for name in ("performance.md", "performance.json", "images/performance.svg"):
+        assert (tmp_path / name).read_text() == (docs / name).read_text(), name
 
 
 @pytest.mark.parametrize(

@@ -20,22 +20,54 @@ def _rows(losses: list[float], seconds: float, violation: float | None) -> list[
     return [row | more for loss in losses for more in ({}, {"val_loss": loss})]
 
 
-def test_tables_have_means_over_seeds_and_parts_of_the_run() -> None:
+def test_tables_have_means_over_seeds_and_losses_against_seconds() -> None:
     runs = {
         "quickstart": [_rows([5, 4], 0.5, 0.2), _rows([6, 5], 0.5, 0.4)],
         "GPT": [_rows([7, 6], 1.0, None), _rows([7, 6], 1.0, None)],
     }
-    results = time_to_loss.results(runs, CONFIG)
-    whole, parts = results.tables
+    results = time_to_loss.results(runs, CONFIG, ["a note"])
+    whole, curves = results.tables
     tokens = 4 * CONFIG.train.global_batch_size * CONFIG.train.sequence_length
     assert whole.rows[0] == ["quickstart", 4, 2.0, tokens, 4.5, pytest.approx(0.7071, abs=1e-4), pytest.approx(0.3)]
     assert whole.rows[1] == ["GPT", 4, 4.0, tokens, 6, 0, None]
-    assert parts.rows == [["quickstart", 5.5, 4.5], ["GPT", 7, 6]]
+    assert curves.columns == ["seconds", "quickstart", "GPT"]
+    assert curves.rows == [
+        [0.5, None, None], [1.0, 5.5, None], [1.5, 5.5, None], [2.0, 4.5, 7],
+        [2.5, 4.5, 7], [3.0, 4.5, 7], [3.5, 4.5, 7], [4.0, 4.5, 6],
+    ]  # fmt: skip
+    assert results.notes[0] == "a note"
     assert list(results.lines())[-2:] == ["validation loss, GPT: 6.00", "validation loss, quickstart: 4.50"]
 
 
+def test_a_loss_counts_once_its_evaluation_is_over_and_for_all_seeds_or_none() -> None:
+    early, late = _rows([5], 0.1, None), _rows([9], 0.3, None)
+    assert [time_to_loss.loss_at(early, seconds) for seconds in (0.19, 0.2, 9)] == [None, 5, 5]
+    rows = time_to_loss.against_seconds({"quickstart": [early, late]}).rows
+    assert [loss for _, loss in rows] == [None] * 7 + [7]  # and not 5, the early seed's alone
+    uneven = [{"step_seconds": 0.1}] * 29 + [{"step_seconds": 0.1, "val_loss": 3}]  # 30 × 0.1 is rounded
+    assert time_to_loss.against_seconds({"quickstart": [uneven]}).rows[-1][1] == 3
+
+
+def test_sides_are_chosen_by_name_and_by_key() -> None:
+    chosen = time_to_loss.parse(["sides=gpt,router=lossfree,quickstart", "train.steps=10", "rounds=2", "optim.lr=1e-3"])
+    assert [side.name for side in chosen.sides] == [
+        f"GPT-2 of transformers, {gpt.layers_of(CONFIG)} layers", "quickstart, router=lossfree", "quickstart",
+    ]  # fmt: skip
+    assert chosen.sides[1].keys == ("router=lossfree",)
+    assert (chosen.rounds, chosen.config.train.steps, chosen.overrides) == (2, 10, ["optim.lr=1e-3"])
+    assert len(time_to_loss.parse([]).sides) == len(time_to_loss.SIDES) == 5
+
+
+def test_a_sides_keys_come_after_all_sides() -> None:
+    """So that the dense side keeps its width where the experts' is stated."""
+    rest = ["model.intermediate_size=48", "optim=adamw"]
+    dense, muon = time_to_loss.parse([*rest, "sides=dense,muon"]).sides
+    assert load_config([*time_to_loss.PRESET, *rest, *dense.keys]).model.intermediate_size == 96
+    assert load_config([*time_to_loss.PRESET, *rest, *muon.keys]).optim.kind.value == "muon"
+
+
 def test_sides_have_the_active_width_of_the_quickstart() -> None:
-    parts, dense = parameter_parts(CONFIG), time_to_loss.sides_of(CONFIG)[2]
+    parts, dense = parameter_parts(CONFIG), time_to_loss.sides_of(CONFIG, ["dense"])[0]
     width = parameter_parts(load_config([*time_to_loss.PRESET, *dense.keys]))
     routers = parts.shared + parts.active_experts - width.shared
     assert routers == CONFIG.model.num_hidden_layers * CONFIG.router.num_experts * CONFIG.model.hidden_size
@@ -45,8 +77,24 @@ def test_sides_have_the_active_width_of_the_quickstart() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["run_dir=here", "train.seed=1", "train.eval_every=5", "train.steps=10", "rounds=0", "steps=3"]
+    "override",
+    [
+        "run_dir=here",
+        "train.seed=1",
+        "train.eval_every=5",
+        "rounds=0",
+        "steps=3",
+        "sides=quickstart,moun is none of quickstart, muon",
+        "sides=muon,muon names muon twice",
+        "sides= is none of",
+        "sides=quickstart,train.steps=5: the benchmark sets it itself",
+        "sides=quickstart,model.vocab_size=4096 changes the held-out tokens",
+        "sides=quickstart,router=losfree",
+    ],
 )
 def test_bad_keys(override: str) -> None:
-    with pytest.raises(UserError, match=override.partition("=")[0]):
-        run_bench(["time_to_loss", override])
+    key = override.split(" ")[0].removesuffix(":")
+    with pytest.raises(UserError) as caught:
+        run_bench(["time_to_loss", key])
+    assert "\n" not in str(caught.value)
+    assert (override.partition(" ")[2] or key.split("=")[-2].split(",")[-1]) in str(caught.value)
