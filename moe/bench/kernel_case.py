@@ -11,10 +11,12 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Side:
     """One implementation. `leaves` are what gradients are computed of, in one order on all sides; none: there is no
-    backward pass."""
+    backward pass. Where an implementation has other leaves, `as_ours` puts their gradients into that order and its
+    shapes."""
 
     forward: Callable[[], Sequence[Tensor]]
     leaves: Sequence[Tensor] = ()
+    as_ours: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""The kernels of a training step with their references, for `moe bench kernels`: ours, plain PyTorch's, transformers'.
+"""The kernels of a training step with their references, for `moe bench kernels`: ours, plain PyTorch's,
+transformers', DeepSpeed's.
 
 Legend: B batch, S sequence, T = B·S tokens, H hidden, N query heads, G key/value heads, D head dimension, K choices of
 a token.
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.bench.kernel_case import Case, Side
+from moe.bench.kernel_cases_layer import layer_cases
 from moe.bench.kernel_cases_sparse import sparse_cases
 from moe.bench.peer import peer_model
 from moe.bench.stepper import random_batch
@@ -64,6 +66,7 @@ class Cases:
         uniform = Choices.top_k(even_TK, torch.full(even_TK.shape, 1 / top_k))
         for name, choices in (("own routing", own), ("uniform routing", uniform)):
             yield from sparse_cases(name, choices, self.layer.mlp.experts, self._peers_experts(), x_BSH.detach())
+        yield from self.layers()
         yield self._loss()
         yield self._optimizer()
 
@@ -141,6 +144,13 @@ class Cases:
         if self.dtype is torch.float32:
             sides["transformers"] = Side(lambda: [theirs(x_BSH)[1].flatten()], [x_BSH, theirs.weight])
         return Case("router", sides, flops=6 * self.tokens * gate.weight.numel())
+
+    def layers(self) -> Iterator[Case]:
+        """The whole sparse layer. transformers' is left out in bfloat16, as its router is."""
+        exact = self.dtype is torch.float32
+        blocks = {f"transformers, {name}": peer.model.layers[0].mlp for name, peer in self.peers.items() if exact}
+        x_BSH = self._random(*self.shape, self.config.model.hidden_size, grad=False)
+        return layer_cases(self.layer.mlp, blocks, x_BSH)
 
     def _peers_experts(self) -> dict[str, nn.Module]:
         return {f"transformers, {name}": peer.model.layers[0].mlp.experts for name, peer in self.peers.items()}

@@ -1,4 +1,6 @@
-"""`moe bench kernels`: each part of a training step beside plain PyTorch and transformers' module, on the CPU.
+"""`moe bench kernels`: each part of a training step beside plain PyTorch, transformers' module and DeepSpeed's.
+
+On the CPU:
 
     moe bench kernels                                   # the shape of `moe bench peers`: one layer, head, optimizer
     moe bench kernels precision=bfloat16 rounds=9
@@ -8,8 +10,9 @@ Before anything is timed, all sides' outputs and gradients must agree. Rounds al
 medians. `% of limit` is the least possible time over the measured one: the larger of FLOPs at the speed of the fastest
 product and bytes at the speed of a copy (`moe bench roofline`). `kept` is what autograd saved for the backward pass,
 leaves and indices aside. The head's loss computes its gradients in the forward pass. `own routing` is what the router
-chooses with its initial weights, `uniform` gives each expert the same number of rows; the exchange between ranks is in
-`moe bench expert_parallel`.
+chooses with its initial weights, `uniform` gives each expert the same number of rows; `sparse layer` is all from the
+router to the combined output, DeepSpeed's MoE layer among its sides (set as moe/engine/deepspeed/own_layer.py says).
+The exchange between ranks is in `moe bench expert_parallel`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from moe.bench import peers
+from moe.bench import peer_keys
 from moe.bench.clock import clock, now
 from moe.bench.gpu.measure import relative_error
 from moe.bench.kernel_case import Case, Side
@@ -76,7 +79,7 @@ def run(overrides: list[str]) -> Results:
 
 def parse(overrides: list[str]) -> tuple[Rounds, Config]:
     """`rounds=`, `precision=` and the overrides of `moe train`. Raises UserError."""
-    return peers.parse(overrides, Rounds(rounds=7), names=("rounds",))
+    return peer_keys.parse(overrides, Rounds(rounds=7), names=("rounds",))
 
 
 def measure(case: Case, rounds: int, limits: Limits, allowed: float) -> list[list[Cell]]:
@@ -86,7 +89,7 @@ def measure(case: Case, rounds: int, limits: Limits, allowed: float) -> list[lis
     for name, side in case.sides.items():
         outputs = results[name]
         computed = torch.autograd.grad(outputs, side.leaves, gradients) if side.leaves else []
-        found[name] = [*(one.detach() for one in outputs), *computed]
+        found[name] = [*(one.detach() for one in outputs), *side.as_ours(computed)]
     ours, *others = found.values()
     for name, other in zip(list(found)[1:], others, strict=True):
         gap = relative_error(ours, other)

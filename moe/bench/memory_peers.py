@@ -25,14 +25,13 @@ from moe.config import Config, Precision
 from moe.distributed import rendezvous
 from moe.model.build import build_model
 
-OURS = "ours, DeepSpeed ZeRO-1"
-
 
 def run(overrides: list[str]) -> Results:
     """Each side's peak; the last line is `ratio peak memory N.NN`. Raises UserError."""
     keys, config = peers.parse(overrides)
     require_transformers("memory_peers")
-    sides = [OURS, *_peers_of(config)]
+    ours = peers.our_name(config)
+    sides = [ours, *_peers_of(config)]
     peaks: dict[str, list[int]] = {side: [] for side in sides}
     for index in range(keys.rounds):
         for side in sides[:: -1 if index % 2 else 1]:
@@ -46,7 +45,7 @@ def run(overrides: list[str]) -> Results:
     return Results(
         [ResultTable(["", "MiB", "least", "most"], rows)],
         [f"medians of {keys.rounds} rounds of {keys.steps} steps, beside {least}"],
-        {"ratio peak memory {}": middle[OURS] / middle[least]},
+        {"ratio peak memory {}": middle[ours] / middle[least]},
     )
 
 
@@ -75,7 +74,7 @@ def measure(side: str, overrides: list[str]) -> int:
     keys, config = peers.parse(overrides)
     mesh = rendezvous.start(1)
     try:
-        if side == OURS:
+        if side == peers.our_name(config):
             step = Stepper(config, mesh)
             for _ in range(keys.steps):
                 step()

@@ -1,9 +1,10 @@
 """transformers' MixtralForCausalLM with our weights, trained by plain PyTorch: the other side of `moe bench peers`.
 
-Float32, and two ways to train in bfloat16 with float32 master weights:
+Float32, two ways to train in bfloat16 with float32 master weights, and one without:
 
     autocast  float32 weights, torch.autocast around the forward pass
     master    bfloat16 weights; AdamW updates a float32 copy of them with float32 copies of the gradients
+    pure      bfloat16 weights, gradients and moments: an update smaller than a weight's rounding is lost
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Arithmetic(Enum):
     float32 = "float32"
     autocast = "autocast"
     master = "bfloat16 weights"
+    pure = "pure bfloat16"
 
 
 class Peer:
@@ -61,11 +63,11 @@ class Peer:
         self._config, self._arithmetic, self._device = config, arithmetic, device
         self.model = peer_model(config, implementation).to(device)
         self.model.load_state_dict(weights)
-        if arithmetic is Arithmetic.master:
+        if arithmetic in (Arithmetic.master, Arithmetic.pure):
             self.model.to(torch.bfloat16)
-            self._trained = [nn.Parameter(one.detach().float()) for one in self.model.parameters()]
-        else:
-            self._trained = list(self.model.parameters())
+        self._trained = list(self.model.parameters())
+        if arithmetic is Arithmetic.master:
+            self._trained = [nn.Parameter(one.detach().float()) for one in self._trained]
         self._optimizer = adamw(self._trained, config)
 
     def __call__(self, ids_BS: Tensor) -> float:

@@ -6,10 +6,15 @@
     moe bench peers model=tiny train.sequence_length=256   # any key of `moe train`
 
 Both sides have the same weights (loaded by name), data, dtype, threads, optimizer (AdamW, fused), clipping and number
-of steps. The peer uses its fastest experts implementation and bfloat16 arithmetic (`moe.bench.peer`), found by timing
-them here. Rounds alternate which side goes first, and the ratio is computed within each round, since a shared machine's
-speed drifts. Before anything is timed, both must compute the same loss. Ours also computes a z-loss; transformers has
-none.
+of steps. The peer uses its fastest experts implementation and bfloat16 arithmetic with float32 master weights
+(`moe.bench.peer`), found by timing them here; in bfloat16 its fastest float32 step and its fastest step without master
+weights are measured too. Rounds alternate which side goes first, and the ratio is computed within each round, since a
+shared machine's speed drifts. Before anything is timed, both must compute the same loss. Ours also computes a z-loss;
+transformers has none.
+
+DeepSpeed has a sparse layer and no model. So on a CPU a second table compares the layer alone, forward and backward:
+ours, transformers' and `deepspeed.moe.layer.MoE` with the same weights (moe/engine/deepspeed/own_layer.py says how it
+is set). Outputs and gradients must agree first.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +32,6 @@ from torch import Tensor
 from moe.bench.clock import conditions
 from moe.bench.peer import (
     IMPLEMENTATIONS,
-    NOT_MIXTRAL,
     ROUNDED,
     Arithmetic,
     Peer,
@@ -37,23 +41,24 @@ from moe.bench.peer import (
     peer_model,
     require_transformers,
 )
+from moe.bench.peer_keys import parse
+from moe.bench.peer_layer import compare_layers
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, counted, split, spread
+from moe.bench.settings import Rounds, counted, spread
 from moe.bench.stepper import batch_of, timed_step
-from moe.config import Config, Mlp, ModelConfig, OptimizerKind, Precision, TopKRouterConfig
-from moe.config.compose import load_config
-from moe.config.flat import typed
+from moe.config import Config, EngineKind, Precision
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
 from moe.errors import UserError
+from moe.kernels.policy import torch_dtype
 from moe.model.build import build_model
 from moe.plan import flops_per_token
 from moe.train.metrics import measure_peak_flops
 
-DEFAULTS = ["model=small", "train.sequence_length=512", "train.micro_batch_size=4", "train.global_batch_size=4"]
 WARM_UP_STEPS = 2
+FIGURES = {"peer": "ratio tokens/s {}", "float32": "ratio to float32 {}", "pure": "ratio to pure bfloat16 {}"}
 # A peer's step is measured no further where its first takes longer than both: as many times the fastest one's, seconds.
 HOPELESS, LONG_STEP = 3.0, 10.0
 
@@ -68,38 +73,6 @@ class Round:
     max_violation: float
 
 
-def parse(
-    overrides: list[str], default: Rounds | None = None, names: tuple[str, ...] = ("rounds", "steps")
-) -> tuple[Rounds, Config]:
-    """`rounds=`, `steps=` (those in `names`), `precision=` (train.precision) and the overrides of `moe train`. Raises
-    UserError."""
-    keys, rest = split(overrides, default, names)
-    rest = [f"train.{one}" if one.startswith("precision=") else one for one in rest]
-    config = load_config([*DEFAULTS, *rest])
-    train = config.train
-    if config.model.mlp is not Mlp.sparse:
-        raise UserError(f"model.mlp={config.model.mlp.value} must be sparse: the peer is a Mixtral")
-    if not isinstance(config.router, TopKRouterConfig):
-        raise UserError(f"router.kind={config.router.kind} must be topk: the peer is a Mixtral")
-    if config.optim.kind is not OptimizerKind.adamw:
-        raise UserError(f"optim={config.optim.kind.value} must be adamw: the peer trains with it")
-    free = ("num_experts", "top_k", "aux_loss_coef", "z_loss_coef")
-    fixed = [f"router.{one.name}" for one in fields(TopKRouterConfig) if one.name not in free]
-    defaults = {"router": TopKRouterConfig(), "model": ModelConfig()}
-    for key in (*fixed, *(f"model.{name}" for name in NOT_MIXTRAL)):
-        section, _, name = key.partition(".")
-        value, needed = getattr(getattr(config, section), name), getattr(defaults[section], name)
-        if value != needed:
-            raise UserError(f"{key}={typed(value)} must be {typed(needed)}: the peer is a Mixtral")
-    if train.micro_batch_size != train.global_batch_size:
-        raise UserError(
-            f"train.micro_batch_size={train.micro_batch_size} must equal "
-            f"train.global_batch_size={train.global_batch_size}: one micro-batch a step"
-        )
-    config.check_world(rendezvous.world_from_environment()[1])
-    return keys, config
-
-
 def run(overrides: list[str]) -> Results:
     """The comparison; its last line is `ratio tokens/s N.NN`. Raises UserError."""
     keys, config = parse(overrides)
@@ -109,14 +82,28 @@ def run(overrides: list[str]) -> Results:
     mesh = rendezvous.start(1)
     try:
         rounds, names = compare(keys, config, mesh)
+        compared = results(config, rounds, names)
+        if mesh.device.type == "cpu":
+            peak = statistics.median(each.peak for each in rounds)
+            layers = compare_layers(config, torch_dtype(config.train.precision), keys.rounds, peak)
+            compared.tables += layers.tables
+            compared.notes += layers.notes
+            compared.figures = layers.figures | compared.figures
     finally:
         rendezvous.stop()
-    return results(config, rounds, names)
+    return compared
+
+
+def our_name(config: Config) -> str:
+    """What our side is, in tables."""
+    if config.engine is EngineKind.plain:
+        return "ours, plain engine"
+    return f"ours, DeepSpeed ZeRO-{config.parallel.zero_stage}"
 
 
 def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], dict[str, str]]:
-    """The measured rounds and {side: what it is}. The sides are `ours`, `peer` and, where the step is bfloat16,
-    `float32`: the peer's fastest float32 step."""
+    """The measured rounds and {side: what it is}. The sides are `ours`, `peer` and, where the step is bfloat16, the
+    peer's fastest steps `float32` and `pure`, the latter unless it is hopelessly slower than `peer`."""
     mesh = prepare(config, mesh)
     ours = build_model(config, mesh.device)
     weights = {name: value.detach().clone() for name, value in ours.state_dict().items()}
@@ -128,23 +115,29 @@ def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], dict
     del reference
     our_step = OurStep(build_engine(ours, config, mesh), config)
     sides: dict[str, Step] = {"ours": our_step}
-    names = {"ours": "ours, DeepSpeed ZeRO-1"}
-    if config.train.precision is Precision.float32:
-        kinds = {"peer": [Arithmetic.float32]}
-    else:
-        kinds = {"peer": [Arithmetic.autocast, Arithmetic.master], "float32": [Arithmetic.float32]}
+    names = {"ours": our_name(config)}
+    kinds = {"peer": [Arithmetic.float32]}
+    if config.train.precision is not Precision.float32:
+        masters = [Arithmetic.autocast, Arithmetic.master]
+        kinds = {"peer": masters, "float32": [Arithmetic.float32], "pure": [Arithmetic.pure]}
+        our_step(ids)
+    seconds = math.inf
     for side, arithmetics in kinds.items():
-        sides[side] = peer = _fastest(weights, config, arithmetics, batches, mesh.device)
-        names[side] = f"transformers, {peer.name}"
-        if side == "peer" and len(kinds) > 1:
-            our_step(ids)
-            _check_rounding(our_step.lm_loss, peer.lm_loss(ids), weights, config, ids)
+        known = seconds if side == "pure" else math.inf
+        peer, least = _fastest(weights, config, arithmetics, batches, mesh.device, known)
+        if peer is None:
+            continue
+        sides[side], names[side] = peer, f"transformers, {peer.name}"
+        if side == "peer":
+            seconds = least
+        if len(kinds) > 1 and side != "float32":
+            _check_rounding(our_step.lm_loss, peer, weights, config, ids)
     for _ in range(WARM_UP_STEPS):
         ids = batches()
         for step in sides.values():
             step(ids)
     tokens = keys.steps * config.train.global_batch_size * config.train.sequence_length
-    dtype = torch.float32 if config.train.precision is Precision.float32 else torch.bfloat16
+    dtype = torch_dtype(config.train.precision)
     rounds = []
     for index in range(keys.rounds):
         data = [batches() for _ in range(keys.steps)]
@@ -160,8 +153,10 @@ def _fastest(
     arithmetics: list[Arithmetic],
     batches: Callable[[], Tensor],
     device: torch.device,
-) -> Peer:
-    """The fastest of the peer's steps, as new; prints each one's time."""
+    known: float,
+) -> tuple[Peer | None, float]:
+    """The fastest of the peer's steps, as new, and its seconds; prints each one's time. None where all are hopeless
+    beside a step of `known` seconds."""
     seconds: dict[tuple[Arithmetic, str], float] = {}
     tokens, layers = config.train.micro_batch_size * config.train.sequence_length, config.model.num_hidden_layers
     for arithmetic, implementation in itertools.product(arithmetics, IMPLEMENTATIONS):
@@ -173,21 +168,24 @@ def _fastest(
             except RuntimeError as error:  # a dtype that this machine's torch has no product for
                 reason = str(error).splitlines()[0]
             else:
-                if first > max(LONG_STEP, HOPELESS * min(seconds.values(), default=math.inf)):
+                if first > max(LONG_STEP, HOPELESS * min(seconds.values(), default=known)):
                     print(f"peer's experts, {peer.name}: left out, its first step took {first * 1e3:,.0f} ms")
                     continue
                 seconds[arithmetic, implementation] = min(_seconds(peer, [batches()]) for _ in range(2))
                 print(f"peer's experts, {peer.name}: {seconds[arithmetic, implementation] * 1e3:,.0f} ms/step")
                 continue
         print(f"peer's experts, {implementation}, {arithmetic.value}: left out, {reason}")
-    return Peer(weights, config, *min(seconds, key=lambda one: seconds[one]), device)
+    if not seconds and known < math.inf:
+        return None, known
+    best = min(seconds, key=lambda one: seconds[one])
+    return Peer(weights, config, *best, device), seconds[best]
 
 
-def _check_rounding(ours: float, theirs: float, weights: dict[str, Tensor], config: Config, ids_BS: Tensor) -> None:
+def _check_rounding(ours: float, peer: Peer, weights: dict[str, Tensor], config: Config, ids_BS: Tensor) -> None:
     """Raises RuntimeError where a bfloat16 loss is further from the float32 one than rounding explains."""
     exact = Peer(weights, config, Arithmetic.float32, "eager", ids_BS.device).lm_loss(ids_BS)
-    gaps = abs(ours - exact), abs(theirs - exact)
-    print(f"first loss in bfloat16: ours is {gaps[0]:.1e} and the peer's {gaps[1]:.1e} nats from float32")
+    gaps = abs(ours - exact), abs(peer.lm_loss(ids_BS) - exact)
+    print(f"first loss in bfloat16: ours is {gaps[0]:.1e} and {peer.name}'s {gaps[1]:.1e} nats from float32")
     if not max(gaps) <= ROUNDED:
         raise RuntimeError(f"bfloat16 losses differ from float32 by {gaps[0]:.1e} and {gaps[1]:.1e} nats")
 
@@ -211,7 +209,7 @@ def results(config: Config, rounds: list[Round], names: dict[str, str]) -> Resul
     for side in list(names)[:0:-1]:
         ratios = [each.speeds["ours"] / each.speeds[side] for each in rounds]
         notes.append(f"beside {names[side]}: ratio per round {spread(ratios)}")
-        figures["ratio tokens/s {}" if side == "peer" else "ratio to float32 {}"] = statistics.median(ratios)
+        figures[FIGURES[side]] = statistics.median(ratios)
     return Results([ResultTable(["", "tokens/s", "ms/step", "GFLOP/s", "% of product"], rows)], notes, figures)
 
 

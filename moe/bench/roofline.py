@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moe.bench.clock import conditions, now
-from moe.bench.peers import DEFAULTS
+from moe.bench.peer_keys import DEFAULTS
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, counted, least_steady, split
 from moe.config import Config, Mlp

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe.bench.peers import DEFAULTS
+from moe.bench.peer_keys import DEFAULTS
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, counted, load, split, spread
 from moe.bench.stepper import Stepper

@@ -31,11 +31,14 @@ def test_every_kernel_is_measured_beside_its_references(more: list[str]) -> None
         "norm", "projections and rotation", "attention's scores", "attention, whole", "router",
         *(f"{part}, {routing} routing" for routing in ("own", "uniform")
           for part in ("sort", "gather", "experts", "combine", "sort to combine")),
+        "sparse layer, own routing", "sparse layer, uniform routing",
         "head and loss", next(name for name in sides if name.startswith("AdamW, ")),
     ]  # fmt: skip
     assert sides["sort to combine, own routing"] == [
         "ours", "PyTorch", "transformers, eager", "transformers, grouped_mm",
     ]  # fmt: skip
+    blocks = [] if more else ["transformers, eager", "transformers, grouped_mm"]
+    assert sides["sparse layer, uniform routing"] == ["ours", *blocks, "DeepSpeed's MoE"]
     assert sides["head and loss"] == sides["norm"] == ["ours", "PyTorch", "transformers"]
     violations = {str(row[0]): row[-1] for row in results.tables[0].rows}
     assert violations["experts, uniform routing"] == 0

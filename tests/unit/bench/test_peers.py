@@ -90,6 +90,18 @@ def ratio(line: str) -> float:
     return float(number)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "ours, DeepSpeed ZeRO-1"),
+        (["parallel.zero_stage=2"], "ours, DeepSpeed ZeRO-2"),
+        (["engine=plain"], "ours, plain engine"),
+    ],
+)
+def test_our_side_is_named_by_its_engine(overrides: list[str], name: str) -> None:
+    assert peers.our_name(peers.parse([*SMALL, *overrides])[1]) == name
+
+
 def test_peers_runs_and_ends_with_the_ratio() -> None:
     lines = run_peers()
     assert [line.split(":")[0] for line in lines if line.startswith("peer's experts")] == [
@@ -97,14 +109,22 @@ def test_peers_runs_and_ends_with_the_ratio() -> None:
     ]
     assert speed_of(lines, "ours, DeepSpeed ZeRO-1") > 0
     assert speed_of(lines, "transformers, ") > 0
+    layers = [re.split(r" {2,}", line) for line in lines if line.startswith("sparse layer, ")]
+    assert [cells[:2] for cells in layers if "DeepSpeed" in cells[1]] == [
+        [f"sparse layer, {routing} routing", "DeepSpeed's MoE"] for routing in ("own", "uniform")
+    ]
+    assert float(lines[-2].removeprefix("ratio to DeepSpeed's MoE layer ")) > 0
     assert ratio(lines[-1]) > 0
 
 
 def test_in_bfloat16_the_peer_keeps_float32_master_weights_and_its_float32_step_is_there_too() -> None:
     lines = run_peers("precision=bfloat16")
     tried = [line.split(":")[0] for line in lines if line.startswith("peer's experts")]
-    for name in ("eager, autocast", "eager, bfloat16 weights", "eager"):
+    for name in ("eager, autocast", "eager, bfloat16 weights", "eager", "eager, pure bfloat16"):
         assert f"peer's experts, {name}" in tried
+    table = [line for line in lines if re.match(r"transformers, .* {2,}\d", line)]
+    assert [line.split("  ")[0].endswith("pure bfloat16") for line in table] == [False, False, True]
+    assert any(line.startswith("ratio to pure bfloat16 ") for line in lines)
     assert any(line.startswith("first loss in bfloat16: ours is ") for line in lines)
     assert any(line.startswith("ratio to float32 ") for line in lines)
     assert ratio(lines[-1]) > 0
@@ -127,6 +147,35 @@ def test_a_step_with_master_weights_is_adamws() -> None:
         gradient = parameter.grad.float()
         moved = weights[name] * decay - config.optim.lr * gradient / (gradient.abs() + config.optim.eps)
         torch.testing.assert_close(side.model.get_parameter(name), moved.bfloat16(), atol=1e-5, rtol=1e-2, msg=name)
+
+
+def test_a_pure_bfloat16_step_moves_the_bfloat16_weights_themselves() -> None:
+    pytest.importorskip("transformers")
+    _, config = peers.parse([*SMALL, "precision=bfloat16"])
+    weights = {name: value.detach().clone() for name, value in peer_model(config).state_dict().items()}
+    side = Peer(weights, config, Arithmetic.pure, "eager", torch.device("cpu"))
+    ids = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
+    first = side.lm_loss(ids)
+    for _ in range(5):
+        side(ids)
+    assert {parameter.dtype for parameter in side.model.parameters()} == {torch.bfloat16}
+    assert side.lm_loss(ids) < first - 0.01
+
+
+def test_a_side_that_is_hopeless_beside_a_known_step_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    _, config = peers.parse([*SMALL, "precision=bfloat16"])
+    weights = {name: value.detach().clone() for name, value in peer_model(config).state_dict().items()}
+    monkeypatch.setattr(peers, "LONG_STEP", 0.0)
+    device = torch.device("cpu")
+    batches = peers.batches_of(config, device)
+    for known, left_out in ((1e-6, True), (1e6, False)):
+        found, _ = peers._fastest(weights, config, [Arithmetic.pure], batches, device, known)
+        assert (found is None) == left_out
+    lines = capsys.readouterr().out.splitlines()
+    assert ["left out, its first step took" in line for line in lines] == [True] * 3 + [False] * 3
 
 
 def test_table_takes_the_ratio_inside_each_round() -> None:
