@@ -87,9 +87,9 @@ def summary(titled: dict[str, Any]) -> str:
 
 
 def embedded(titled: dict[str, Any], link: str) -> str:
-    """The plot as an image of Markdown, whatever characters its alternative text has."""
+    """The plot as an image of Markdown, whatever characters its alternative text has; `link` is percent-encoded."""
     alternative = re.sub(r"([\\`*\[\]<>&~$|])", r"\\\1", summary(titled))
-    return f"![{alternative}](<{link}>)" if re.search(r"[\s()]", link) else f"![{alternative}]({link})"
+    return f"![{alternative}]({link})"
 
 
 def plot(titled: dict[str, Any], subtitle: str = "") -> str:

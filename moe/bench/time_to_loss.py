@@ -178,8 +178,8 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config, notes: 
         ],
         [
             *notes,
-            f"a loss after so many seconds is that of the last of about {EVALUATIONS} evaluations before; the rates "
-            "are high until each side's last steps",
+            f"a loss after so many seconds is that of the last evaluation before, of about {EVALUATIONS}; a side that "
+            "has ended keeps its last; before a side's end its learning rate is still high",
             f"{load()}; {least_steady({name: [*map(_seconds_a_step, seeds)] for name, seeds in runs.items()})}",
         ],
         {f"validation loss, {name}: {{}}": statistics.mean(values) for name, values in reversed(losses.items())},

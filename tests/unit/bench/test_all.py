@@ -90,11 +90,3 @@ def test_bad_keys_are_one_line(
         run_bench(["all", *overrides, *stated])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["json", "plot"])
-@pytest.mark.parametrize("value", ["", "no/such/file", "docs"])
-def test_a_file_that_cannot_be_written_is_one_line(key: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[3])
-    with pytest.raises(UserError, match=f"^{key}={value} must be a file in a folder that exists$"):
-        run_bench(["attention", f"{key}={value}"])

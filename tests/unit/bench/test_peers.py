@@ -212,6 +212,7 @@ def test_table_takes_the_ratio_inside_each_round() -> None:
         (["attention", "rounds=2"], "its only key is window=N"),
         (["attention", "json=no/such/file"], "json=no/such/file must be a file in a folder that exists"),
         (["attention", "json="], "json= must be a file"),
+        (["attention", "plot=no/such/file"], "plot=no/such/file must be a file in a folder that exists"),
     ],
 )
 def test_bad_overrides_are_one_line(overrides: list[str], text: str) -> None:
@@ -220,13 +221,14 @@ def test_bad_overrides_are_one_line(overrides: list[str], text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_json_gets_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "results.json"
-    run_bench(["attention", "window=64", f"json={file}"])
+def test_json_and_plot_get_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, plot = tmp_path / "results.json", tmp_path / "plot.svg"
+    run_bench(["attention", "window=64", f"json={file}", f"plot={plot}"])
     values = json.loads(file.read_text())
     assert values["tables"][0]["columns"] == ["per token", "short sequence", "long sequence"]
     lines = [line.replace("{}", f"{number:.2f}") for line, number in values["figures"].items()]
     assert capsys.readouterr().out.splitlines()[-2:] == lines
+    assert f">attention window=64: {'; '.join(lines)}.</desc>" in plot.read_text()
 
 
 def test_missing_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
