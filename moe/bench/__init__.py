@@ -23,6 +23,7 @@ BENCHMARKS = {
     "startup": "start to first step of `moe train`, and what a mistake's answer costs",
     "decode": "generating text beside transformers' generate",
     "expert_parallel": "experts split over ranks beside plain data parallelism (under torchrun)",
+    "exchange": "a sparse layer's exchange between ranks beside plain all-to-alls of its bytes (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
     "scale": "whether a step's time grows as its formula says: sequence length, experts, tokens",

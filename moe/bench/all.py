@@ -79,6 +79,7 @@ RUNS = (
     BenchRun("attention", takes=()),
     BenchRun("scale"),
     BenchRun("expert_parallel", ranks=2),
+    *(BenchRun("exchange", keys, ranks=2) for keys in ((), (BFLOAT16,))),
     BenchRun("diagnostics"),
     BenchRun("startup", takes=("rounds",)),
     BenchRun("saving", ("rounds=3",)),

@@ -9,41 +9,47 @@ On the CPU:
 Before anything is timed, all sides' outputs and gradients must agree. Rounds alternate which side goes first; times are
 medians. `% of limit` is the least possible time over the measured one: the larger of FLOPs at the speed of the fastest
 product and bytes at the speed of a copy (`moe bench roofline`). `kept` is what autograd saved for the backward pass,
-leaves and indices aside. The head's loss computes its gradients in the forward pass. `own routing` is what the router
-chooses with its initial weights, `uniform` gives each expert the same number of rows; `sparse layer` is all from the
-router to the combined output, DeepSpeed's MoE layer among its sides (set as moe/engine/deepspeed/own_layer.py says).
-The exchange between ranks is in `moe bench expert_parallel`.
+leaves and indices aside. `peak` is the most that one forward and backward pass allocated at a time, outputs and
+gradients included, leaves aside: torch's own allocations by torch.profiler, without what MKL and oneDNN allocate
+themselves. `most ÷ least` are times of rounds. The head's loss computes its gradients in the forward pass. `own
+routing` is what the router chooses with its initial weights, `uniform` gives each expert the same number of rows;
+`sparse layer` is all from the router to the combined output, DeepSpeed's MoE layer among its sides (set as
+moe/engine/deepspeed/own_layer.py says). The exchange between ranks is in `moe bench exchange`.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe.bench import peer_keys
-from moe.bench.clock import clock, now
+from moe.bench.clock import conditions, now
 from moe.bench.gpu.measure import relative_error
 from moe.bench.kernel_case import Case, Side
 from moe.bench.kernel_cases import Cases
 from moe.bench.peer import require_transformers
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.roofline import CPU, copy_rate
-from moe.bench.settings import Rounds, counted
+from moe.bench.settings import DISAGREE, Rounds, counted
 from moe.config import Config
 from moe.kernels.policy import torch_dtype
 from moe.train.metrics import measure_peak_flops
 
 DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # largest ‖a − b‖ / ‖b‖ of outputs and gradients
 GRADIENTS_SEED = 7919  # a seed of inputs would give the inputs again, for which gradients cancel
+PASSES = "passes of "  # a side's, in the profile of its memory
 COLUMNS = [
-    "kernel", "side", "forward, ms", "backward, ms", "GFLOP/s", "GB/s", "% of limit", "kept, MB", "× ours", "MaxVio",
+    "kernel", "side", "forward, ms", "backward, ms", "GFLOP/s", "GB/s", "% of limit", "kept, MB", "peak, MB",
+    "× ours", "most ÷ least", "MaxVio",
 ]  # fmt: skip
+RATIO, ROUNDS = COLUMNS.index("× ours"), COLUMNS.index("most ÷ least")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +72,11 @@ def run(overrides: list[str]) -> Results:
     for case in cases:
         rows = measure(case, keys.rounds, limits, DIFFERENCE[dtype])
         table.rows += rows
-        slower += [float(row[8]) for row in rows[1:] if isinstance(row[8], float)]
+        slower += [float(row[RATIO] or 0) for row in rows[1:]]
         print(f"{case.name}: {rows[0][2]:.3g} ms forward", flush=True)
     limit = f"{limits.flops / 1e9:,.0f} GFLOP/s ({config.train.precision.value}), {limits.bytes / 1e9:.1f} GB/s"
     notes = [
-        f"medians of {counted(keys.rounds, 'alternating round')}, {clock()}, "
-        f"{counted(torch.get_num_threads(), 'thread')}, load {os.getloadavg()[0]:.1f}",
+        f"medians of {counted(keys.rounds, 'alternating round')}, {conditions()}; {steadiness(table.rows)}",
         f"limits: {limit}; outputs and gradients agree within {DIFFERENCE[dtype]:.0e}",
     ]
     return Results([table], notes, {"median of the references' time ÷ ours {}": statistics.median(slower)})
@@ -103,7 +108,7 @@ def measure(case: Case, rounds: int, limits: Limits, allowed: float) -> list[lis
                 times[name].append(measured)
     moved = case.bytes if case.bytes is not None else _bytes(next(iter(case.sides.values())), gradients)
     least, rows = max(case.flops / limits.flops, moved / limits.bytes), list[list[Cell]]()
-    first = [sum(each) for each in next(iter(times.values()))]
+    first, most = [sum(each) for each in next(iter(times.values()))], peaks(case.sides, gradients)
     for name, side in case.sides.items():
         forward, backward = (statistics.median(part) for part in zip(*times[name], strict=True))
         whole = [sum(each) for each in times[name]]
@@ -119,7 +124,9 @@ def measure(case: Case, rounds: int, limits: Limits, allowed: float) -> list[lis
                 moved / seconds / 1e9,
                 100 * least / seconds,
                 kept(side) / 1e6 if side.leaves else None,
+                most[name] / 1e6,
                 ratio,
+                max(whole) / min(whole),
                 case.max_violation,
             ]
         )
@@ -156,6 +163,31 @@ def kept(side: Side) -> int:
     total = sum(saved.values())
     del outputs  # kept until here, so that no two storages have one address
     return total
+
+
+def peaks(sides: dict[str, Side], gradients: Sequence[Tensor]) -> dict[str, int]:
+    """Bytes of torch's allocations at most, in a forward and a backward pass of each side, above those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for name, side in sides.items():
+            with record_function(PASSES + name):
+                timed(side, gradients)
+    assert recorded.profiler is not None
+    results: Any = recorded.profiler.kineto_results
+    most, name, now_bytes = dict.fromkeys(sides, 0), "", 0
+    for event in sorted(results.events(), key=lambda one: one.start_ns()):
+        if event.name().startswith(PASSES):
+            name, now_bytes = event.name().removeprefix(PASSES), 0
+        elif event.name() == "[memory]" and name:
+            now_bytes += event.nbytes()
+            most[name] = max(most[name], now_bytes)
+    return most
+
+
+def steadiness(rows: list[list[Cell]]) -> str:
+    """How many of the rows' rounds disagree."""
+    busy = sum(float(row[ROUNDS] or 0) > DISAGREE for row in rows)
+    warning = ": the machine is busy" if busy else ""
+    return f"the rounds of {busy} of {counted(len(rows), 'side')} disagree{warning}"
 
 
 def _gradients(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,10 @@ import contextlib
 import io
 import re
 
-from moe.bench import run_bench
+import pytest
+
+from moe.bench import exchange, run_bench
+from moe.errors import UserError
 from tests.ranks import run_ranks
 
 SMALL = [
@@ -32,3 +35,34 @@ def test_saving_ends_with_the_share_that_training_waited() -> None:
 def test_expert_parallel_ends_with_the_ratio() -> None:
     main, _ = run_ranks(2, _bench, ["expert_parallel", *SMALL])
     assert float(main[-1].removeprefix("ratio tokens/s ")) > 0
+
+
+def test_exchange_ends_with_the_ratio() -> None:
+    main, other = run_ranks(2, _bench, ["exchange", *SMALL, "precision=bfloat16"])
+    rows = [re.split(r" {2,}", line.strip()) for line in main[1:5]]
+    assert [row[0] for row in rows] == [
+        "ours, uniform routing", "all_to_all_single, uniform routing",
+        "ours, own routing", "all_to_all_single, own routing",
+    ]  # fmt: skip
+    # 2 sequences × 16 tokens × 2 choices, half of them the other rank's; 32 bfloat16 numbers a row; four exchanges
+    assert [float(row[2]) for row in rows[:2]] == pytest.approx([4 * 32 * 32 * 2 / 1e6] * 2, rel=1e-3)
+    assert [float(row[4]) for row in rows[:2]] == [0, 0]
+    assert all(float(row[4]) > 0 for row in rows[2:])
+    assert float(main[-1].removeprefix("own routing: all_to_all_single's time ÷ ours ")) > 0
+    assert other == []
+
+
+def test_exchange_is_not_timed_where_rows_are_lost() -> None:
+    with pytest.raises(AssertionError, match="ours, uniform routing: rows or gradients came back changed"):
+        run_ranks(2, _lost_rows)
+
+
+def _lost_rows() -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(exchange, "by_expert", lambda rows_MH, _: 0 * rows_MH)
+    _bench(["exchange", *SMALL])
+
+
+def test_exchange_needs_ranks() -> None:
+    with pytest.raises(UserError, match=r"^bench exchange needs ranks: torchrun --nproc-per-node 2 -m moe bench …$"):
+        run_bench(["exchange"])

@@ -21,6 +21,7 @@ from datasets import Dataset
 from moe.bench import (
     BENCHMARKS,
     attention,
+    exchange,
     kernels,
     peers,
     prepare,
@@ -238,6 +239,7 @@ PARSED: dict[str, Callable[[list[str]], Any]] = {  # benchmarks with keys of the
     "kernels": kernels.parse,
     "scale": scale.parse,
     "step": step.parse,
+    "exchange": exchange.parse,
     "threads": threads.parse,
     "startup": startup.parse,
     "time_to_loss": time_to_loss.parse,

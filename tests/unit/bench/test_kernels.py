@@ -7,6 +7,7 @@ import torch
 
 from moe.bench import kernels, run_bench
 from moe.bench.kernel_case import Case, Side
+from moe.bench.results import Cell
 from moe.errors import UserError
 from tests.unit.bench.test_peers import SMALL
 
@@ -65,7 +66,24 @@ def test_a_row_holds_the_traffic_and_what_is_kept() -> None:
     seconds = (3 + 2) * size / (float(cells["GB/s"] or 0) * 1e9)
     assert cells["GFLOP/s"] == pytest.approx(64 / seconds / 1e9)
     assert cells["% of limit"] == pytest.approx(100 * 5 * size / LIMITS.bytes / seconds)
-    assert cells["× ours"] == 1
+    assert cells["× ours"] == cells["most ÷ least"] == 1
+    assert float(cells["peak, MB"] or 0) >= 3 * size / 1e6  # 2·x, its square and the gradient of x
+
+
+def test_the_peak_holds_what_lives_for_a_moment() -> None:
+    x = torch.randn(1024, 256, requires_grad=True)
+    size, gradients = x.numel() * 4, [torch.ones_like(x)]
+    lean = Side(lambda: [2 * x], [x])  # its output, and the gradient of x
+    waste = Side(lambda: [2 * x + torch.ones(3, 1024, 256).sum()], [x])  # three times as much for a moment, and 2·x
+    found = kernels.peaks({"lean": lean, "waste": waste, "lean again": lean}, gradients)
+    assert found["lean"] == found["lean again"] == pytest.approx(2 * size, abs=1024)
+    assert found["waste"] == pytest.approx(4 * size, abs=1024)
+
+
+def test_sides_whose_rounds_disagree_are_counted() -> None:
+    rows: list[list[Cell]] = [[*[None] * kernels.ROUNDS, ratio] for ratio in (1.0, 1.6, 2.0)]
+    assert kernels.steadiness(rows) == "the rounds of 2 of 3 sides disagree: the machine is busy"
+    assert kernels.steadiness(rows[:1]) == "the rounds of 0 of 1 side disagree"
 
 
 @pytest.mark.parametrize(
