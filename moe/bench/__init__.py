@@ -16,9 +16,9 @@ from moe.errors import UserError
 # Name → what it measures. The module of that name has `run(overrides)`, which returns its `Results` on rank 0.
 BENCHMARKS = {
     "roofline": "the machine's matrix products by every route, copies, small operations: reference for all the rest",
-    "kernels": "each part of a training step beside plain PyTorch and transformers' modules",
+    "kernels": "each part of a training step beside plain PyTorch, transformers' modules and DeepSpeed's MoE layer",
     "step": "where a training step's time goes: data wait, parts of the model, optimizer",
-    "peers": "our training step beside transformers' MixtralForCausalLM",
+    "peers": "our training step beside transformers' MixtralForCausalLM, the sparse layer beside DeepSpeed's",
     "threads": "a training step on all cores beside one, and a matrix product's own gain",
     "startup": "start to first step of `moe train`, and what a mistake's answer costs",
     "decode": "generating text beside transformers' generate",
@@ -26,7 +26,7 @@ BENCHMARKS = {
     "exchange": "a sparse layer's exchange between ranks beside plain all-to-alls of its bytes (under torchrun)",
     "saving": "what a checkpoint costs the training beside it",
     "attention": "windowed attention: work and time per token at several sequence lengths",
-    "scale": "whether a step's time grows as its formula says: sequence length, experts, tokens",
+    "scale": "whether a step's time grows as its formula says: sequence length, experts, tokens; ranks (torchrun)",
     "diagnostics": "what the routers' diagnostics cost a training step",
     "prepare": "text to token shards: MB a second and core, and what more processes bring",
     "memory": "the plan's memory beside that of real steps",

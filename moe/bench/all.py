@@ -78,6 +78,7 @@ RUNS = (
     *(BenchRun("step", keys, takes=("rounds",)) for keys in ((), (BFLOAT16,))),
     BenchRun("attention", takes=()),
     BenchRun("scale"),
+    BenchRun("scale", ranks=2),
     BenchRun("expert_parallel", ranks=2),
     *(BenchRun("exchange", keys, ranks=2) for keys in ((), (BFLOAT16,))),
     BenchRun("diagnostics"),

@@ -2,6 +2,7 @@
 
     moe bench scale                                    # of model=tiny: sequence length, experts, tokens
     moe bench scale rounds=5 steps=2 model.hidden_size=256
+    torchrun --nproc-per-node 2 -m moe bench scale     # ranks and expert-parallel size: moe/bench/scale_ranks.py
 
 Each series doubles one size: the sequence length, full and with a window of 128, at 4,096 tokens a step; the number of
 experts at fixed top-k; the tokens of a step. The formula is `moe.plan.flops_per_token`. Rounds take the sizes of a
@@ -13,13 +14,13 @@ update).
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import dataclass, field
 
 from moe.bench.clock import conditions, now
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, counted, least_steady, split
+from moe.bench.scale_ranks import compare_ranks, expert_parallel_sizes
+from moe.bench.settings import Rounds, counted, exponent, least_steady, split
 from moe.bench.stepper import Stepper
 from moe.config import Config
 from moe.config.compose import load_config
@@ -67,11 +68,23 @@ def series() -> list[Growth]:
     ]
 
 
-def run(overrides: list[str]) -> Results:
-    """A row for each size and a row of exponents for each series. Raises UserError."""
+def run(overrides: list[str]) -> Results | None:
+    """A row for each size and a row of exponents for each series; with several ranks a row for each expert-parallel
+    size, None but on rank 0. Raises UserError."""
     keys, rest = parse(overrides)
-    if rendezvous.world_from_environment()[1] != 1:
-        raise UserError("bench scale measures one process: start it without torchrun")
+    _, world, _, node = rendezvous.world_from_environment()
+    if world == 1:
+        return _one_process(keys, rest)
+    configs = expert_parallel_sizes([*DEFAULTS, *rest], world, node)
+    mesh = rendezvous.start(1)
+    try:
+        results = compare_ranks(configs, keys, mesh)
+    finally:
+        rendezvous.stop()
+    return results if mesh.is_main else None
+
+
+def _one_process(keys: Rounds, rest: list[str]) -> Results:
     sizes = ResultTable(["series", "size", "µs/token", "MFLOP/token", "GFLOP/s", "MaxVio"], [])
     exponents = ResultTable(["series", "time", "formula", "difference"], [])
     rounds: dict[str, list[float]] = {}
@@ -105,6 +118,7 @@ def parse(overrides: list[str]) -> tuple[Rounds, list[str]]:
     UserError."""
     keys, rest = split(overrides, Rounds(rounds=3, steps=1))
     taken = {one.partition("=")[0] for each in series() for own in each.sizes.values() for one in own}
+    taken.add("parallel.expert_parallel_size")
     for override in rest:
         if override.partition("=")[0] in taken:
             raise UserError(f"bench scale {override}: it sets {', '.join(sorted(taken))} itself")
@@ -126,9 +140,3 @@ def measure(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> dict[int, S
             if index:  # the first round warms up
                 times[size].seconds.append(spent)
     return times
-
-
-def exponent(values: dict[int, float]) -> float:
-    """b of the power law values ∝ size^b, by least squares of the logarithms."""
-    sizes, logs = [math.log(size) for size in values], [math.log(value) for value in values.values()]
-    return statistics.linear_regression(sizes, logs).slope

@@ -1,7 +1,8 @@
-"""Keys of several benchmarks; all other overrides are those of `moe train`. And how rounds are stated."""
+"""Keys of several benchmarks; all other overrides are those of `moe train`. And how rounds and growth are stated."""
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -66,3 +67,9 @@ def least_steady(rounds: Mapping[str, Sequence[float]]) -> str:
     name, figures = max(rounds.items(), key=lambda one: max(one[1]) / min(one[1]))
     middle = statistics.median(figures)
     return f"rounds of {name} ÷ their median: {spread([one / middle for one in figures])}"
+
+
+def exponent(values: dict[int, float]) -> float:
+    """b of the power law values ∝ size^b, by least squares of the logarithms."""
+    sizes, logs = [math.log(size) for size in values], [math.log(value) for value in values.values()]
+    return statistics.linear_regression(sizes, logs).slope

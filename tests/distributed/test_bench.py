@@ -7,8 +7,11 @@ import io
 import re
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from moe.bench import exchange, run_bench
+from moe.bench import exchange, run_bench, scale_ranks
+from moe.distributed import rendezvous
 from moe.errors import UserError
 from tests.ranks import run_ranks
 
@@ -66,3 +69,43 @@ def _lost_rows() -> None:
 def test_exchange_needs_ranks() -> None:
     with pytest.raises(UserError, match=r"^bench exchange needs ranks: torchrun --nproc-per-node 2 -m moe bench …$"):
         run_bench(["exchange"])
+
+
+def _scaled() -> list[str]:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(scale_ranks, "SEQUENCES", 2)
+    patch.setattr(scale_ranks, "LENGTH", 64)
+    shape = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", "tokenizer.vocab_size=300"]
+    return _bench(["scale", "rounds=1", "steps=1", *shape])
+
+
+def test_scale_measures_each_expert_parallel_size_and_the_exchange_grows_as_planned() -> None:
+    main, *others = run_ranks(4, _scaled)
+    assert others == [[], [], []]
+    titles, *rows = (re.split(r" {2,}", line.strip()) for line in main[:5])
+    cells = [dict(zip(titles, row, strict=True)) for row in rows]
+    assert [(row["ranks"], row["expert-parallel size"]) for row in cells] == [
+        ("1", "1"), ("4", "1"), ("4", "2"), ("4", "4"),
+    ]  # fmt: skip
+    assert len({row["MFLOP/token"] for row in cells}) == 1
+    assert all(float(row["MaxVio"]) > 0 for row in cells)
+    two, four = (float(row["exchange, MB a step"]) for row in cells[2:])
+    assert four / two == pytest.approx((3 / 4) / (1 / 2), rel=0.05)
+    assert all(float(row["counted ÷ planned"]) == pytest.approx(1, abs=0.05) for row in cells[2:])
+    assert main[-1].startswith("exchanged bytes, counted ÷ planned ")
+
+
+def _counted() -> float:
+    mesh = rendezvous.start(1)
+    group = dist.new_group()
+    rows = torch.zeros(4, 8)  # 1 row stays, or is sent, of each rank
+    with scale_ranks._counted_exchange() as sent:
+        out_of = [1, 3] if mesh.rank else [3, 1]
+        dist.all_to_all_single(torch.zeros(4, 8), rows, out_of, out_of, group=group)
+        dist.all_to_all_single(torch.zeros(4, 8), rows, group=group)
+    rendezvous.stop()
+    return sent[0]
+
+
+def test_what_a_rank_sends_to_itself_is_not_counted() -> None:
+    assert run_ranks(2, _counted) == [4 * 8 * (1 + 2)] * 2

@@ -65,6 +65,7 @@ def test_the_exponent_of_a_power_law_is_exact() -> None:
         ("rounds=0", "rounds=0 must be ≥ 1"),
         ("router.num_experts=4", "bench scale router.num_experts=4: it sets "),
         ("train.sequence_length=64", "bench scale train.sequence_length=64: it sets "),
+        ("parallel.expert_parallel_size=2", "bench scale parallel.expert_parallel_size=2: it sets "),
     ],
 )
 def test_bad_keys(override: str, message: str) -> None:
