@@ -84,8 +84,7 @@ def run(overrides: list[str]) -> Results:
         rounds, names = compare(keys, config, mesh)
         compared = results(config, rounds, names)
         if mesh.device.type == "cpu":
-            peak = statistics.median(each.peak for each in rounds)
-            layers = compare_layers(config, torch_dtype(config.train.precision), keys.rounds, peak)
+            layers = compare_layers(config, keys.rounds)
             compared.tables += layers.tables
             compared.notes += layers.notes
             compared.figures = layers.figures | compared.figures
