@@ -3,12 +3,13 @@
 #   bash launch/gpu_report.sh [--dry-run] [WHEELS_FOLDER]
 # WHEELS_FOLDER is what launch/gpu_wheels.sh made, for a machine that has only PyTorch; its wheels are installed into a temporary
 # folder, and its data is trained on. Without it everything must be installed. Each stage runs in a process of its own with a
-# time limit; a stage that fails or hangs is recorded, and the others go on. Without a GPU it says so and exits with 0.
+# time limit; a stage that fails or hangs is recorded, and the others go on. The report begins with what is required of an H200, what
+# was measured, and whether that is met. Without a GPU it says so and exits with 0.
 # --dry-run takes every stage on the CPU with tiny sizes: it finds errors, its numbers mean nothing.
 #
 # OUT      folder for report.json, summary.md, log.txt, pytest.log, profile.txt, trace.json.gz (default gpu_report)
-# SECONDS_IN_ALL  time for everything (default 540); a stage whose limit is over the rest is skipped
-# STAGES   some of machine,cuda_tests,training,layer,kernels,attention,step,profiler,offload,flex (default: all)
+# SECONDS_IN_ALL  time for everything (default 540); a stage is skipped if half its limit is over the rest
+# STAGES   some of machine,layer,step,peers,memory,cuda_tests,training,kernels,attention,profiler,offload,flex (default: all)
 # VENV     the environment with moe in it (default .venv if it is there, else the python3 on PATH)
 # Exit code 0: every stage passed, or no GPU; 1: a stage failed or ran out of time; 2: a mistake in the command.
 set -euo pipefail

@@ -19,6 +19,7 @@ from moe.bench.kernel_case import Case, Side
 from moe.bench.kernel_cases_layer import layer_cases
 from moe.bench.kernel_cases_sparse import sparse_cases
 from moe.bench.peer import peer_model
+from moe.bench.routing import even_experts
 from moe.bench.stepper import random_batch
 from moe.config import AttentionBackend, Config
 from moe.kernels.attention import make_attend, resolve_attention
@@ -62,7 +63,7 @@ class Cases:
         x_BSH = self._random(*self.shape, self.config.model.hidden_size)
         own = self.layer.mlp.gate(x_BSH).choices
         experts, top_k = self.config.router.num_experts, own.per_token
-        even_TK = torch.arange(self.tokens * top_k).view(-1, top_k) % experts
+        even_TK = even_experts(self.tokens * top_k, experts, torch.device("cpu")).view(-1, top_k)
         uniform = Choices.top_k(even_TK, torch.full(even_TK.shape, 1 / top_k))
         for name, choices in (("own routing", own), ("uniform routing", uniform)):
             yield from sparse_cases(name, choices, self.layer.mlp.experts, self._peers_experts(), x_BSH.detach())

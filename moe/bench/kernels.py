@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moe.bench import peer_keys
 from moe.bench.clock import conditions, now
-from moe.bench.gpu.measure import relative_error
+from moe.bench.gpu.measure import kept_bytes, relative_error
 from moe.bench.kernel_case import Case, Side
 from moe.bench.kernel_cases import Cases
 from moe.bench.peer import require_transformers
@@ -123,7 +122,7 @@ def measure(case: Case, rounds: int, limits: Limits, allowed: float) -> list[lis
                 case.flops / seconds / 1e9 if case.flops else None,
                 moved / seconds / 1e9,
                 100 * least / seconds,
-                kept(side) / 1e6 if side.leaves else None,
+                kept_bytes(side.forward, side.leaves) / 1e6 if side.leaves else None,
                 most[name] / 1e6,
                 ratio,
                 max(whole) / min(whole),
@@ -145,24 +144,6 @@ def timed(side: Side, gradients: Sequence[Tensor]) -> tuple[float, float]:
     if side.leaves:
         torch.autograd.grad(outputs, side.leaves, gradients)
     return middle - start, now() - middle
-
-
-def kept(side: Side) -> int:
-    """Bytes that the forward pass saves for the backward pass, beside the leaves, each storage once."""
-    leaves = {leaf.untyped_storage().data_ptr() for leaf in side.leaves}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in leaves:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = side.forward()
-    total = sum(saved.values())
-    del outputs  # kept until here, so that no two storages have one address
-    return total
 
 
 def peaks(sides: dict[str, Side], gradients: Sequence[Tensor]) -> dict[str, int]:

@@ -17,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from moe.config import Config
 from moe.config.compose import load_config
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
+from moe.model.transformer import Transformer
 from moe.plan import MemoryPlan, plan_memory
 
 STEPS = 3  # the first creates Adam's moments; from the second on everything is allocated
@@ -78,17 +80,21 @@ def run(overrides: list[str]) -> Results | None:
     return None if rank else Results([table], [], {"largest error {} %": furthest})
 
 
-def measure_apart(overrides: list[str]) -> Measured:
-    """`measure` in its own process: in one that did other things, they affect the resident set's peak."""
-    command = [sys.executable, "-m", "moe.bench.memory", *overrides]
+def measure_apart(overrides: list[str], module: str = "moe.bench.memory") -> Measured:
+    """`measure` in its own process, by `module`, which prints its result: in one that did other things, they affect the
+    resident set's peak, and an engine's memory isn't free before its process ends."""
+    command = [sys.executable, "-m", module, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(overrides: list[str]) -> Measured:
-    """This rank's peak over `STEPS` optimizer steps, and the planned one. Raises UserError."""
+def measure(overrides: list[str], build: Callable[[Config, torch.device], Transformer] | None = None) -> Measured:
+    """This rank's peak over `STEPS` optimizer steps, and the planned one. Raises UserError.
+
+    `build` makes the model of one rank; None takes the initial weights of `moe train`.
+    """
     config, tiny = load_config(overrides), load_config([*overrides, *TINY, *_tiny_tokenizer(overrides)])
     _, world_size, _, node_size = rendezvous.world_from_environment()
     config.check_world(world_size, node_size)
@@ -97,7 +103,7 @@ def measure(overrides: list[str]) -> Measured:
         _steps(tiny, mesh)
         gc.collect()
         base = _reset(mesh.device)
-        imbalance = _steps(config, mesh)
+        imbalance = _steps(config, mesh, None if build is None else build(config, mesh.device))
         measured = peak_bytes(mesh.device) - base
     finally:
         rendezvous.stop()
@@ -114,9 +120,9 @@ def _tiny_tokenizer(overrides: list[str]) -> list[str]:
     )
 
 
-def _steps(config: Config, mesh: Mesh) -> float:
+def _steps(config: Config, mesh: Mesh, model: Transformer | None = None) -> float:
     """Trains on random tokens; returns the rows of the rank whose experts get most, divided by the mean."""
-    step, fullest = Stepper(config, mesh), 1.0
+    step, fullest = Stepper(config, mesh, model), 1.0
     for _ in range(STEPS):
         shares_LE = torch.tensor(step().metrics["expert_shares"])
         if shares_LE.numel():

@@ -24,10 +24,11 @@ from moe.config import Config, ModelConfig, TopKRouterConfig
 from moe.errors import UserError
 from moe.model.transformer import ModelOutput, Transformer
 
-# transformers has two more, deepgemm and sonicmoe: bfloat16 kernels for GPUs.
 IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+GPU_IMPLEMENTATIONS = ("deepgemm", "sonicmoe")  # bfloat16 kernels, which it takes from the Hub's package `kernels`
 # What a Mixtral has no setting for.
 NOT_MIXTRAL = ("sparse_layers", "moe_intermediate_size", "n_shared_experts")
+CPU = torch.device("cpu")
 SAME_LOSS = 1e-4  # nats, between the two sides' first losses in float32
 ROUNDED = 0.02  # nats, between a bfloat16 step's first loss and the float32 one
 
@@ -49,7 +50,7 @@ class Arithmetic(Enum):
 
 
 class Peer:
-    """The peer's training step. Raises RuntimeError where this machine's torch can't compute it."""
+    """The peer's training step. Raises RuntimeError, ImportError or ValueError where this machine can't compute it."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Peer:
     ) -> None:
         self.name = implementation if arithmetic is Arithmetic.float32 else f"{implementation}, {arithmetic.value}"
         self._config, self._arithmetic, self._device = config, arithmetic, device
-        self.model = peer_model(config, implementation).to(device)
+        self.model = peer_model(config, implementation, device)
         self.model.load_state_dict(weights)
         if arithmetic in (Arithmetic.master, Arithmetic.pure):
             self.model.to(torch.bfloat16)
@@ -116,8 +117,9 @@ def adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Ada
     )
 
 
-def peer_model(config: Config, implementation: str = "eager") -> Any:
-    """transformers' Mixtral in our shape, with SDPA attention and its balance loss; weights as it initialises them."""
+def peer_model(config: Config, implementation: str = "eager", device: torch.device = CPU) -> Any:
+    """transformers' Mixtral in our shape, with SDPA attention and its balance loss; weights as it initialises them, on
+    `device`: on a GPU billions of them take no time."""
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.utils import logging
 
@@ -134,9 +136,10 @@ def peer_model(config: Config, implementation: str = "eager") -> Any:
         use_cache=False,
         pad_token_id=None,
     )
-    peer = MixtralForCausalLM._from_config(
-        shapes, attn_implementation="sdpa", experts_implementation=implementation, dtype=torch.float32
-    )
+    with device:
+        peer = MixtralForCausalLM._from_config(
+            shapes, attn_implementation="sdpa", experts_implementation=implementation, dtype=torch.float32
+        )
     return peer.train()
 
 
@@ -177,10 +180,13 @@ def targets_of(ids_BS: Tensor) -> int:
     return ids_BS.shape[0] * (ids_BS.shape[1] - 1)
 
 
-def copied_too_large(config: Config, tokens: int, layers: int) -> str | None:
+def copied_too_large(config: Config, tokens: int, layers: int, device: torch.device = CPU) -> str | None:
     """Why batched_mm is left out, None if it isn't: it copies an expert's weights for every choice of the tokens.
     `layers` are those whose copies exist at once: all in training, for the backward pass."""
     choices = tokens * config.router.experts_per_token
     needed = 4 * choices * 3 * config.model.hidden_size * config.model.intermediate_size * layers
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"it copies {needed / 1e9:.0f} GB of expert weights" if needed > free / 2 else None

@@ -24,13 +24,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moe.bench.clock import conditions
 from moe.bench.peer import (
+    GPU_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     ROUNDED,
     Arithmetic,
@@ -46,14 +47,15 @@ from moe.bench.peer_layer import compare_layers
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, counted, spread
 from moe.bench.stepper import batch_of, timed_step
-from moe.config import Config, EngineKind, Precision
+from moe.config import AttentionBackend, Config, EngineKind, Precision
 from moe.distributed import rendezvous
 from moe.distributed.mesh import Mesh
 from moe.engine import build_engine, prepare
 from moe.engine.base import Engine
 from moe.errors import UserError
 from moe.kernels.policy import torch_dtype
-from moe.model.build import build_model
+from moe.model.build import build_model, empty_model
+from moe.model.transformer import Transformer
 from moe.plan import flops_per_token
 from moe.train.metrics import measure_peak_flops
 
@@ -100,37 +102,50 @@ def our_name(config: Config) -> str:
     return f"ours, DeepSpeed ZeRO-{config.parallel.zero_stage}"
 
 
-def compare(keys: Rounds, config: Config, mesh: Mesh) -> tuple[list[Round], dict[str, str]]:
-    """The measured rounds and {side: what it is}. The sides are `ours`, `peer` and, where the step is bfloat16, the
-    peer's fastest steps `float32` and `pure`, the latter unless it is hopelessly slower than `peer`."""
+def compare(
+    keys: Rounds,
+    config: Config,
+    mesh: Mesh,
+    ours: Transformer | None = None,
+    *,
+    masters_alone: bool = False,
+    log: Callable[[str], None] = print,
+) -> tuple[list[Round], dict[str, str]]:
+    """The measured rounds and {side: what it is}. The sides are `ours`, `peer` and, where the step is bfloat16 and
+    unless `masters_alone`, the peer's fastest steps `float32` and `pure`, the latter unless it is hopelessly slower
+    than `peer`.
+
+    `ours` is a model of `config` in float32; None builds one with the initial weights of `moe train`.
+    """
     mesh = prepare(config, mesh)
-    ours = build_model(config, mesh.device)
+    ours = build_model(config, mesh.device) if ours is None else ours
     weights = {name: value.detach().clone() for name, value in ours.state_dict().items()}
     batches = batches_of(config, mesh.device)
-    reference = peer_model(config).to(mesh.device)
+    reference = peer_model(config, device=mesh.device)
     reference.load_state_dict(weights)
-    gap = loss_gap(ours, reference, ids := batches())
-    print(f"first loss: the two differ by {gap:.1e} nats (language model) at most, balance loss included")
+    gap = loss_gap(_without_compilation(ours, config, weights), reference, ids := batches())
+    log(f"first loss: the two differ by {gap:.1e} nats (language model) at most, balance loss included")
     del reference
     our_step = OurStep(build_engine(ours, config, mesh), config)
     sides: dict[str, Step] = {"ours": our_step}
     names = {"ours": our_name(config)}
     kinds = {"peer": [Arithmetic.float32]}
-    if config.train.precision is not Precision.float32:
-        masters = [Arithmetic.autocast, Arithmetic.master]
-        kinds = {"peer": masters, "float32": [Arithmetic.float32], "pure": [Arithmetic.pure]}
+    narrow = config.train.precision is not Precision.float32
+    if narrow:
+        kinds = {"peer": [Arithmetic.autocast, Arithmetic.master]}
+        kinds |= {} if masters_alone else {"float32": [Arithmetic.float32], "pure": [Arithmetic.pure]}
         our_step(ids)
     seconds = math.inf
     for side, arithmetics in kinds.items():
         known = seconds if side == "pure" else math.inf
-        peer, least = _fastest(weights, config, arithmetics, batches, mesh.device, known)
+        peer, least = _fastest(weights, config, arithmetics, batches, mesh.device, log, known)
         if peer is None:
             continue
         sides[side], names[side] = peer, f"transformers, {peer.name}"
         if side == "peer":
             seconds = least
-        if len(kinds) > 1 and side != "float32":
-            _check_rounding(our_step.lm_loss, peer, weights, config, ids)
+        if narrow and side != "float32":
+            log(_check_rounding(our_step.lm_loss, peer, weights, config, ids))
     for _ in range(WARM_UP_STEPS):
         ids = batches()
         for step in sides.values():
@@ -152,41 +167,59 @@ def _fastest(
     arithmetics: list[Arithmetic],
     batches: Callable[[], Tensor],
     device: torch.device,
+    log: Callable[[str], None],
     known: float,
 ) -> tuple[Peer | None, float]:
-    """The fastest of the peer's steps, as new, and its seconds; prints each one's time. None where all are hopeless
-    beside a step of `known` seconds."""
+    """The fastest of the peer's steps, as new, and its seconds; logs each one's time. None where all are hopeless
+    beside a step of `known` seconds. Raises RuntimeError where none can be computed."""
     seconds: dict[tuple[Arithmetic, str], float] = {}
     tokens, layers = config.train.micro_batch_size * config.train.sequence_length, config.model.num_hidden_layers
-    for arithmetic, implementation in itertools.product(arithmetics, IMPLEMENTATIONS):
-        reason = copied_too_large(config, tokens, layers) if implementation == "batched_mm" else None
+    implementations = (*IMPLEMENTATIONS, *(GPU_IMPLEMENTATIONS if device.type == "cuda" else ()))
+    for arithmetic, implementation in itertools.product(arithmetics, implementations):
+        reason = copied_too_large(config, tokens, layers, device) if implementation == "batched_mm" else None
         if reason is None:
-            peer = Peer(weights, config, arithmetic, implementation, device)
+            peer = None
             try:
+                peer = Peer(weights, config, arithmetic, implementation, device)
                 first = _seconds(peer, [batches()])
-            except RuntimeError as error:  # a dtype that this machine's torch has no product for
+            except (RuntimeError, ImportError, ValueError) as error:  # no product for this dtype, no such package
                 reason = str(error).splitlines()[0]
             else:
                 if first > max(LONG_STEP, HOPELESS * min(seconds.values(), default=known)):
-                    print(f"peer's experts, {peer.name}: left out, its first step took {first * 1e3:,.0f} ms")
+                    log(f"peer's experts, {peer.name}: left out, its first step took {first * 1e3:,.0f} ms")
                     continue
                 seconds[arithmetic, implementation] = min(_seconds(peer, [batches()]) for _ in range(2))
-                print(f"peer's experts, {peer.name}: {seconds[arithmetic, implementation] * 1e3:,.0f} ms/step")
+                log(f"peer's experts, {peer.name}: {seconds[arithmetic, implementation] * 1e3:,.0f} ms/step")
                 continue
-        print(f"peer's experts, {implementation}, {arithmetic.value}: left out, {reason}")
+            finally:
+                del peer  # its memory is free for the next one
+        log(f"peer's experts, {implementation}, {arithmetic.value}: left out, {reason}")
     if not seconds and known < math.inf:
         return None, known
+    if not seconds:
+        raise RuntimeError("none of the peer's steps can be computed here")
     best = min(seconds, key=lambda one: seconds[one])
     return Peer(weights, config, *best, device), seconds[best]
 
 
-def _check_rounding(ours: float, peer: Peer, weights: dict[str, Tensor], config: Config, ids_BS: Tensor) -> None:
-    """Raises RuntimeError where a bfloat16 loss is further from the float32 one than rounding explains."""
+def _without_compilation(ours: Transformer, config: Config, weights: dict[str, Tensor]) -> Transformer:
+    """`ours`; on CUDA, where its attention would be compiled for float32, the same model with attention in blocks."""
+    device = next(iter(weights.values())).device
+    if device.type == "cpu":
+        return ours
+    model = empty_model(replace(config, model=replace(config.model, attention=AttentionBackend.block)), device)
+    model.load_state_dict(weights)
+    return model
+
+
+def _check_rounding(ours: float, peer: Peer, weights: dict[str, Tensor], config: Config, ids_BS: Tensor) -> str:
+    """A line for the log. Raises RuntimeError where a bfloat16 loss is further from the float32 one than rounding
+    explains."""
     exact = Peer(weights, config, Arithmetic.float32, "eager", ids_BS.device).lm_loss(ids_BS)
     gaps = abs(ours - exact), abs(peer.lm_loss(ids_BS) - exact)
-    print(f"first loss in bfloat16: ours is {gaps[0]:.1e} and {peer.name}'s {gaps[1]:.1e} nats from float32")
     if not max(gaps) <= ROUNDED:
         raise RuntimeError(f"bfloat16 losses differ from float32 by {gaps[0]:.1e} and {gaps[1]:.1e} nats")
+    return f"first loss in bfloat16: ours is {gaps[0]:.1e} and {peer.name}'s {gaps[1]:.1e} nats from float32"
 
 
 def results(config: Config, rounds: list[Round], names: dict[str, str]) -> Results:

@@ -7,8 +7,8 @@
 Each stage is a module of this folder with `run(settings, record)`, and runs in its own process with its own time limit.
 Results are written as they are recorded, so that a stage that fails or hangs keeps those that it had.
 
-This module, `runner`, `record`, `render` and `moe.bench.markdown` import only the standard library, so that a missing
-package fails only the stages that need it.
+This module, `runner`, `record`, `render`, `requirements` and `moe.bench.markdown` import only the standard library, so
+that a missing package fails only the stages that need it.
 """
 
 from __future__ import annotations

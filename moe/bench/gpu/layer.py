@@ -1,5 +1,8 @@
 """Mixtral's sparse layer by expert back-end, and with and without Triton's kernels: time, rate, memory, error.
 
+Each back-end computes the routers' own choices, and uniform ones beside them. `kept` is what the forward pass saves for
+the backward pass, the layer's input included and its weights left out.
+
 Legend: B sequences, S positions, T tokens, H hidden.
 """
 
@@ -7,17 +10,28 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe.bench.gpu.measure import device_of, forward_backward, milliseconds, peak_gib, random, relative_error
+from moe.bench.gpu.measure import (
+    device_of,
+    forward_backward,
+    kept_bytes,
+    milliseconds,
+    peak_gib,
+    random,
+    relative_error,
+)
 from moe.bench.gpu.models import on_device, one_layer
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
+from moe.bench.routing import OWN, UNIFORM, uniform_routing
 from moe.config import Config
 from moe.kernels.float8_products import has_float8
 from moe.kernels.policy import plain_kernels
+from moe.sparse.balance import max_violation
 from moe.train.metrics import measure_peak_flops
 
 TOKENS, TINY_TOKENS = 8192, 64
@@ -39,25 +53,44 @@ def run(settings: Settings, record: Record) -> None:
     peak = measure_peak_flops(device, torch.bfloat16)
     record.facts(tokens=tokens, TFLOP_forward_and_backward=flops / 1e12)
     record.facts(product_TFLOP_s=peak / 1e12, floor_ms=flops / peak * 1e3)
-    times: dict[str, float] = {}
+    times, kept = dict[str, float](), dict[str, float]()
     for backend in _back_ends(device):
         overrides = [f"experts.backend={backend.removesuffix(WITHOUT).removesuffix(FP8)}"]
         config = one_layer([*overrides, f"experts.fp8={str(backend.endswith(FP8)).lower()}"], dry_run=dry_run)
         mlp = _mlp(config, device).to(torch.bfloat16)
         with plain_kernels() if backend == PLAIN else nullcontext():
             error = relative_error(_results(mlp, config, tokens, torch.bfloat16), wanted)
-            x_BSH, gradient_BSH = _inputs(config, tokens, torch.bfloat16, device)
-            passes = forward_backward(lambda x, mlp=mlp: mlp(x)[0], [x_BSH], gradient_BSH, list(mlp.parameters()))
-            memory = peak_gib(passes, device)
-            times[backend] = milliseconds(passes, device)
-        rate = flops / (times[backend] / 1e3)
-        cells = {"backend": backend, "ms": times[backend], "TFLOP_s": rate / 1e12, "of_product": f"{rate / peak:.1%}"}
-        record.row("back-ends", **cells, peak_GiB=memory, relative_error=error)
+            own = _measure(mlp, config, tokens)
+            with uniform_routing(mlp):
+                uniform = _measure(mlp, config, tokens)
+        times[backend], kept[backend] = own["ms"], own["kept_GiB"]
+        for routing, found in ((OWN, own), (UNIFORM, uniform)):
+            rate = flops / (found["ms"] / 1e3)
+            speed = {"TFLOP_s": rate / 1e12, "of_product": f"{rate / peak:.1%}"}
+            record.row("back-ends", backend=backend, routing=routing, **found, **speed)
         most = FP8_ERROR if backend.endswith(FP8) else ERROR
         record.check(f"{backend}: relative error of output and gradients", error, most)
         best = min((name for name in times if not name.endswith(FP8)), key=lambda name: times[name])
-        record.headline(f"{best} {times[best]:.4g} ms, {flops / times[best] / 1e9:,.0f} TFLOP/s")
-        del mlp, passes  # frees gigabytes before the next back-end
+        share = 100 * flops / (times[best] / 1e3) / peak
+        if best == backend:  # what it is required to do, under its own routing
+            beside = f"{best}, T={tokens:,}, own routing, MaxVio {own['MaxVio']:.2f}"
+            record.figure("speed", share, beside)
+            record.figure("kept", kept[best], beside)
+        record.headline(f"{best} {times[best]:.4g} ms, {share:.1f} % of the product, {kept[best]:.3g} GiB kept")
+        del mlp  # frees gigabytes before the next back-end
+
+
+def _measure(mlp: nn.Module, config: Config, tokens: int) -> dict[str, Any]:
+    """A row's cells: MaxVio, the time of a forward and a backward pass, and memory."""
+    weights = list(mlp.parameters())
+    device = weights[0].device
+    x_BSH, gradient_BSH = _inputs(config, tokens, torch.bfloat16, device)
+    with torch.no_grad():
+        violation = float(max_violation(mlp(x_BSH)[1].counts_E))
+    passes = forward_backward(lambda x: mlp(x)[0], [x_BSH], gradient_BSH, [*weights])
+    kept = kept_bytes(lambda: mlp(x_BSH)[0], weights) / 2**30
+    peak = peak_gib(passes, device)
+    return {"MaxVio": violation, "ms": milliseconds(passes, device), "kept_GiB": kept, "peak_GiB": peak}
 
 
 def _back_ends(device: torch.device) -> list[str]:

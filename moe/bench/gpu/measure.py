@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from moe.bench.gpu.settings import Settings
 
@@ -57,6 +58,24 @@ def peak_gib(action: Callable[[], object], device: torch.device) -> float | None
     action()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+
+
+def kept_bytes(forward: Callable[[], object], apart: Iterable[Tensor]) -> int:
+    """Bytes that `forward` saves for its backward pass, each storage once, without those of the tensors `apart`."""
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in apart}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
+    total = sum(saved.values())
+    del outputs  # kept until here, so that no two storages have one address
+    return total
 
 
 def relative_error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:

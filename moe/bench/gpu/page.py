@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.bench.gpu.render import details, overview
+from moe.bench.gpu.requirements import verdicts
 from moe.durable import write_section
 from moe.errors import UserError
 
@@ -27,7 +28,7 @@ def section(report: dict[str, Any], source: str) -> list[str]:
     lines = [
         f"`bash launch/gpu_report.sh`, {report['started']} UTC, {report['seconds']:.0f} s; all of it is in {source}."
     ]
-    lines += ["", *overview(report["stages"])]
+    lines += ["", *verdicts(report), "", *overview(report["stages"])]
     for name, result in report["stages"].items():
         lines += ["", f"### {name}: {result['about']}", "", *details(result)]
     return lines

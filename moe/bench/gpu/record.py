@@ -11,12 +11,18 @@ from typing import Any
 Cell = str | int | float | None
 
 
+def nothing() -> dict[str, Any]:
+    """The results of a stage that recorded none."""
+    return {"headline": "", "facts": {}, "tables": [], "checks": [], "figures": {}}
+
+
 class Record:
-    """One stage's results: facts, tables, and checks against limits. Every call rewrites the file atomically."""
+    """One stage's results: facts, tables, checks against limits, and figures that `moe.bench.gpu.requirements` judges.
+    Every call rewrites the file atomically."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.values: dict[str, Any] = {"headline": "", "facts": {}, "tables": [], "checks": []}
+        self.values: dict[str, Any] = nothing()
         self._save()
 
     def headline(self, text: str) -> None:
@@ -41,6 +47,11 @@ class Record:
     def check(self, name: str, value: float, limit: float) -> None:
         """The stage fails unless `value` ≤ `limit`; NaN fails."""
         self.values["checks"].append({"name": name, "value": _plain(value), "limit": limit, "passed": value <= limit})
+        self._save()
+
+    def figure(self, key: str, value: float, beside: str) -> None:
+        """What a requirement is about; `beside` says how it was measured. A stage passes even if it isn't met."""
+        self.values["figures"][key] = {"value": _plain(value), "beside": beside}
         self._save()
 
     def _save(self) -> None:

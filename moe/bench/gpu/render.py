@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe.bench.gpu.requirements import verdicts
 from moe.bench.markdown import cell, table
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A table of all stages, then each stage's results."""
+    """Tables of the requirements and of all stages, then each stage's results."""
     stages = report["stages"]
     lines = ["# GPU report", "", f"{report['started']} UTC, {report['seconds']:.0f} s in all."]
     if report["dry_run"]:
         lines += ["", "**Dry run on the CPU with tiny sizes: the numbers mean nothing.**"]
-    lines += ["", *overview(stages)]
+    lines += ["", *verdicts(report), "", *overview(stages)]
     for name, result in stages.items():
         lines += ["", f"## {name}: {result['about']}", "", *details(result)]
     return "\n".join(lines) + "\n"

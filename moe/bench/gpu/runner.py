@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.bench.gpu.record import write_atomically
+from moe.bench.gpu.record import nothing, write_atomically
 from moe.bench.gpu.render import summary
+from moe.bench.gpu.requirements import judged
 from moe.bench.gpu.settings import Settings
 
 LOG_CHARACTERS = 1_000_000  # the end of a stage's output that log.txt keeps
@@ -38,15 +39,17 @@ class Stage:
 
 
 # The most wanted results first. A limit is about twice the time expected. The limits may add up to more than the whole
-# report's time: a stage is skipped if its limit is more than the time left.
+# report's time: a stage gets what is left of it, and is skipped if that is less than half its limit.
 STAGES = [
     Stage("machine", 60, "versions and peaks"),
+    Stage("layer", 80, "the Mixtral layer by expert back-end"),
+    Stage("step", 100, "a training step of 3 B parameters"),
+    Stage("peers", 100, "a training step beside transformers'"),
+    Stage("memory", 80, "Mixtral 8x7B's planned and measured memory"),
     Stage("cuda_tests", 120, "tests that need a GPU"),
     Stage("training", 120, "bf16 training, checkpoint, resume"),
-    Stage("layer", 70, "the Mixtral layer by expert back-end"),
     Stage("kernels", 50, "Triton's kernels beside plain PyTorch"),
     Stage("attention", 50, "attention by back-end"),
-    Stage("step", 90, "a training step of 3 B parameters"),
     Stage("profiler", 70, "where that step's time goes"),
     Stage("offload", 70, "optimizer in the host's memory"),
     Stage("flex", 100, "flex attention"),
@@ -65,21 +68,24 @@ def run_report(stages: list[Stage], settings: Settings, seconds: float) -> bool:
         print("no GPU here: nothing was measured (a dry run takes every stage on the CPU)")
         return True
     report: dict[str, Any] = {
-        "version": 1,
+        "version": 2,
         "dry_run": settings.dry_run,
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         "seconds": 0.0,
+        "requirements": [],
         "stages": {},
     }
     (settings.out / "log.txt").write_text("", encoding="utf-8")
     for stage in stages:
         rest = seconds - (time.monotonic() - started)
-        print(f"{stage.name}: {stage.about} (at most {stage.seconds:.0f} s, {max(rest, 0):.0f} s left)", flush=True)
-        if stage.seconds + KILL_SECONDS > rest:
-            result = _result("skipped", 0.0, [f"its limit of {stage.seconds:.0f} s is over the {rest:.0f} s left"])
+        limit = min(stage.seconds, rest - KILL_SECONDS)
+        print(f"{stage.name}: {stage.about} (at most {max(limit, 0):.0f} s of {max(rest, 0):.0f} s left)", flush=True)
+        if limit < stage.seconds / 2:
+            result = _result("skipped", 0.0, [f"half its limit of {stage.seconds:.0f} s is over the {rest:.0f} s left"])
         else:
-            result = _run_stage(stage, settings, environment)
+            result = _run_stage(stage, limit, settings, environment)
         report["stages"][stage.name] = {"about": stage.about, "limit": stage.seconds} | result
+        report["requirements"] = judged(report["stages"])
         report["seconds"] = round(time.monotonic() - started, 1)
         write_atomically(settings.out / "report.json", json.dumps(report, indent=1) + "\n")
         write_atomically(settings.out / "summary.md", summary(report))
@@ -97,6 +103,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -120,8 +127,8 @@ def _has_gpu(environment: dict[str, str]) -> bool:
     return done.stdout.split()[-1] == "True"
 
 
-def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) -> dict[str, Any]:
-    """The stage's results and its state: passed, failed or timed out."""
+def _run_stage(stage: Stage, limit: float, settings: Settings, environment: dict[str, str]) -> dict[str, Any]:
+    """The stage's results and its state: passed, failed, or timed out after `limit` seconds."""
     work = Path(settings.work)
     recorded, log = work / f"{stage.name}.json", work / f"{stage.name}.log"
     command = [sys.executable, "-m", "moe.bench.gpu.stage", stage.source, str(recorded)]
@@ -131,7 +138,7 @@ def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) ->
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         timed_out = False
         try:
-            process.wait(timeout=stage.seconds)
+            process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
@@ -148,7 +155,7 @@ def _run_stage(stage: Stage, settings: Settings, environment: dict[str, str]) ->
     ]
     lines = [line for line in text.splitlines() if line.strip()]
     if timed_out:
-        error = [f"no end within {stage.seconds:.0f} s", *_stacks(lines)]
+        error = [f"no end within {limit:.0f} s", *_stacks(lines)]
         return _result("timed out", seconds, error, values)
     if process.returncode:
         return _result("failed", seconds, [f"exit code {process.returncode}", *lines[-ERROR_LINES:]], values)
@@ -175,5 +182,4 @@ def _stacks(lines: list[str]) -> list[str]:
 
 
 def _result(state: str, seconds: float, error: list[str], values: dict[str, Any] | None = None) -> dict[str, Any]:
-    empty: dict[str, Any] = {"headline": "", "facts": {}, "tables": [], "checks": []}
-    return {"state": state, "seconds": round(seconds, 1), "error": error} | empty | (values or {})
+    return {"state": state, "seconds": round(seconds, 1), "error": error} | nothing() | (values or {})

@@ -22,8 +22,10 @@ from moe.bench.gpu import STAGES, cuda_tests, data, page, run, wheels
 from moe.bench.gpu.measure import relative_error
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.render import summary
+from moe.bench.gpu.requirements import MET, MISSED, REQUIREMENTS
 from moe.bench.gpu.runner import Stage, run_report
 from moe.bench.gpu.settings import Settings
+from moe.bench.peer import IMPLEMENTATIONS
 from moe.config.compose import load_config
 from moe.data.prepare import prepare
 from moe.errors import UserError
@@ -116,11 +118,17 @@ def test_a_stage_that_hangs_is_killed_with_its_child_processes(report: Any, tmp_
     _ends(int((tmp_path / "out/child").read_text()))
 
 
-def test_a_stage_whose_limit_is_over_the_rest_is_skipped_by_name(report: Any) -> None:
-    passed, values = report(50, ("wrong", 60), ("good", 40))
+def test_a_stage_with_less_than_half_its_limit_left_is_skipped_by_name(report: Any) -> None:
+    passed, values = report(50, ("wrong", 120), ("good", 60))
     assert not passed
     assert [each["state"] for each in values["stages"].values()] == ["skipped", "passed"]
-    assert values["stages"]["wrong"]["error"][0].startswith("its limit of 60 s is over the ")
+    assert values["stages"]["wrong"]["error"][0].startswith("half its limit of 120 s is over the ")
+
+
+def test_a_stage_that_gets_less_than_its_limit_is_ended_with_the_reports_time(report: Any) -> None:
+    passed, values = report(13, ("hangs", 15))
+    assert not passed
+    assert values["stages"]["hangs"]["error"][0] == "no end within 8 s"
 
 
 def test_a_report_that_is_ended_ends_its_stage(tmp_path: Path, report: Any) -> None:
@@ -182,10 +190,11 @@ def _report(*, dry_run: bool = False) -> dict[str, Any]:
         "checks": [{"name": "error", "value": 0.5, "limit": 0.1, "passed": False}],
     }  # fmt: skip
     return {
-        "version": 1,
+        "version": 2,
         "dry_run": dry_run,
         "started": "2026-01-02 03:04:05",
         "seconds": 99,
+        "requirements": [],
         "stages": {"machine": stage},
     }
 
@@ -298,4 +307,25 @@ def test_every_stage_passes_its_dry_run(tmp_path: Path) -> None:
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) <= 8
     assert all(each["headline"] for each in values["stages"].values())
-    assert values["stages"]["training"]["facts"]["resumed_losses_bit_identical"] == "yes"
+    stages = values["stages"]
+    assert stages["training"]["facts"]["resumed_losses_bit_identical"] == "yes"
+    verdicts = {row["required"]: row["verdict"] for row in values["requirements"]}
+    assert verdicts.keys() == {each.name for each in REQUIREMENTS}
+    assert set(verdicts.values()) <= {MET, MISSED}
+    for row in values["requirements"]:
+        assert row["stage"] == "memory" or "MaxVio " in row["beside"], row
+    for stage, title in (("layer", "back-ends"), ("step", "MFU by routing")):
+        rows = _rows(stages[stage], title)
+        for own, uniform in zip(rows[::2], rows[1::2], strict=True):
+            assert [own["routing"], uniform["routing"]] == ["own", "uniform"]
+            assert own["MaxVio"] > 0 == uniform["MaxVio"]
+    assert all(row["kept_GiB"] > 0 for row in _rows(stages["layer"], "back-ends"))
+    said = [row["said"] for row in _rows(stages["peers"], "before the rounds")]
+    for name in IMPLEMENTATIONS:
+        assert sum(line.startswith(f"peer's experts, {name}, ") for line in said) == 2  # autocast, bfloat16 weights
+    assert [row["layers"] for row in _rows(stages["memory"], "planned and measured")] == ["1", "2", "each further one"]
+
+
+def _rows(stage: dict[str, Any], title: str) -> list[dict[str, Any]]:
+    (found,) = [each for each in stage["tables"] if each["title"] == title]
+    return [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe.bench import kernels, run_bench
+from moe.bench.gpu.measure import kept_bytes
 from moe.bench.kernel_case import Case, Side
 from moe.bench.results import Cell
 from moe.errors import UserError
@@ -61,7 +62,7 @@ def test_a_row_holds_the_traffic_and_what_is_kept() -> None:
     (row,) = kernels.measure(Case("square", {"ours": _side(2.0)}, flops=64.0), 1, LIMITS, 1e-4)
     cells = dict(zip(kernels.COLUMNS, row, strict=True))
     size = 4 * 4 * 8  # bytes of x, and of its square
-    assert kernels.kept(_side(2.0)) == size  # 2·x; x itself is a leaf
+    assert kept_bytes((side := _side(2.0)).forward, side.leaves) == size  # 2·x; x itself is a leaf
     assert cells["kept, MB"] == size / 1e6
     seconds = (3 + 2) * size / (float(cells["GB/s"] or 0) * 1e9)
     assert cells["GFLOP/s"] == pytest.approx(64 / seconds / 1e9)
