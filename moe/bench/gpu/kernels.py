@@ -50,12 +50,12 @@ def run(settings: Settings, record: Record) -> None:
         record.check(f"{name}: largest error, of the largest result", error, TOLERANCES[DTYPE])
     bandwidth = copy_bandwidth(1 << 20 if dry_run else 1 << 30, device)
     record.facts(copy_GB_per_s=bandwidth / 1e9, **asdict(shape))
-    runs = 1 if dry_run else 10  # the interpreter takes its time
+    runs, warm_up = (1, 0) if dry_run else (10, 3)  # the interpreter takes its time
     all_fused = all_plain = 0.0
     for name, moved, fused, plain in every(shape, in_place=True):
-        fused_ms = milliseconds(fused, device, runs=runs)
+        fused_ms = milliseconds(fused, device, warm_up=warm_up, runs=runs)
         with plain_kernels():
-            plain_ms = milliseconds(plain, device, runs=runs)
+            plain_ms = milliseconds(plain, device, warm_up=warm_up, runs=runs)
         rate = moved / fused_ms * 1e3
         cells = {"kernel": name, "GB": moved / 1e9, "fused_ms": fused_ms, "plain_ms": plain_ms}
         record.row("kernels", **cells, TB_s=rate / 1e12, of_copy=f"{rate / bandwidth:.1%}")
