@@ -155,15 +155,17 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
         experts, top_k = shapes.config.router.num_experts, shapes.top_k
         routing = tokens * (8 * experts + 12 * top_k)  # logits, probabilities, ids, weights: returned, so always kept
         index = 24 * shapes.rows + (16 * shapes.received if shapes.config.parallel.expert_parallel_size > 1 else 0)
-        # the router's input is float32
-        mlp = shapes.routers * (4 * tokens * hidden + tokens * 4 * (experts + 3 * top_k)) + index
+        # the router keeps its input: as it came, or in float32 with noise
+        widened = s == 4 or bool(getattr(shapes.config.router, "jitter_noise", 0.0))
+        mlp = shapes.routers * 4 * tokens * hidden if widened else shapes.stream
+        mlp += shapes.routers * tokens * 4 * (experts + 3 * top_k) + index
         mlp += 3 * tokens * shapes.shared_feed * s
         middle = (4 if shapes.loop else 2) * feed
         if shapes.expert_rank:  # the activation, and what both A make
             middle = 3 * feed + 2 * shapes.expert_rank
         rows = (shapes.received * middle + shapes.rows * hidden) * s
         if shapes.regathers:
-            mlp += shapes.stream if s < 4 else 0  # in float32 it is the router's input
+            mlp += shapes.stream if s < 4 and widened else 0  # else it is the router's input
         else:
             rows += shapes.received * hidden * s
     else:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe.config import ExpertChoiceRouterConfig
+from moe.kernels.wide_linear import wide_linear
 from moe.sparse.balance import router_entropy, z_loss
 from moe.sparse.randomness import Randomness
 from moe.sparse.real_tokens import RealTokens, token_mean
@@ -48,7 +48,7 @@ class ExpertChoiceRouter(Router):
         del randomness
         dtype = torch.promote_types(x_BSH.dtype, torch.float32)
         with torch.autocast(x_BSH.device.type, enabled=False):
-            logits_BSE = F.linear(x_BSH.to(dtype), self.trained(self.adapted(self.weight)).to(dtype))
+            logits_BSE = wide_linear(x_BSH, self.trained(self.adapted(self.weight)))
             probs_BSE = logits_BSE.softmax(-1)
             scores_BSE = probs_BSE.detach()
             in_prefix = self.reads_prefix and not self.training

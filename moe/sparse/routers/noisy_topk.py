@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import NoisyTopKRouterConfig
+from moe.kernels.wide_linear import wide_linear
 from moe.sparse.randomness import Randomness
 from moe.sparse.routers.token_choice import NOISE, TokenChoiceRouter
 
@@ -32,5 +33,5 @@ class NoisyTopKRouter(TokenChoiceRouter):
         std = self.at("noise_std")  # also at 0 the noise's weight gets a gradient: ZeRO could not reduce a missing one
         source = self.needed(randomness, "noise_std").fork(NOISE)
         normal_TE = source.normal(sequences[1], logits_TE.shape[1]).flatten(0, 1).to(logits_TE.dtype)
-        deviation_TE = F.softplus(F.linear(input_TH, self.trained(self.noise_weight).to(input_TH.dtype)))
+        deviation_TE = F.softplus(wide_linear(input_TH, self.trained(self.noise_weight)))
         return logits_TE + std * normal_TE * deviation_TE

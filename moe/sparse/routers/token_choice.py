@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe.config import BiasUpdate, ScoringFunction, TokenChoiceConfig
+from moe.kernels.policy import widen
+from moe.kernels.wide_linear import wide_linear
 from moe.sparse.balance import load_balancing_loss, router_entropy, sequence_balancing_loss, usage_variance, z_loss
 from moe.sparse.randomness import Randomness
 from moe.sparse.real_tokens import RealTokens
@@ -60,11 +61,9 @@ class TokenChoiceRouter(Router):
         experts to its neighbours, and cached decoding (S = 1) would differ from recomputation. Noise needs
         `randomness`: ValueError without.
         """
-        dtype = torch.promote_types(x_BSH.dtype, torch.float32)
         with torch.autocast(x_BSH.device.type, enabled=False):
-            input_BSH = self.jittered(x_BSH.to(dtype), randomness)
-            input_PH = input_BSH.flatten(0, 1)
-            logits_TE = F.linear(input_PH, self.trained(self.adapted(self.weight)).to(dtype))
+            input_PH = self.jittered(x_BSH, randomness).flatten(0, 1)
+            logits_TE = wide_linear(input_PH, self.trained(self.adapted(self.weight)))
             scored_TE = self.noisy(logits_TE, input_PH, x_BSH.shape[:2], randomness)
             if real is not None:
                 logits_TE, scored_TE = real.select(logits_TE), real.select(scored_TE)
@@ -82,9 +81,8 @@ class TokenChoiceRouter(Router):
 
     def route(self, x_TH: Tensor) -> Choices:
         """Without probabilities, counts, losses and metrics."""
-        input_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
-        logits_TE = F.linear(input_TH, self.adapted(self.weight).to(input_TH.dtype))
-        scores_TE, _ = self.scores(self.noisy(logits_TE, input_TH, torch.Size((x_TH.shape[0], 1)), None))
+        logits_TE = wide_linear(x_TH, self.adapted(self.weight))
+        scores_TE, _ = self.scores(self.noisy(logits_TE, x_TH, torch.Size((x_TH.shape[0], 1)), None))
         return Choices.top_k(*self.chosen(scores_TE))
 
     def chosen(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,10 +91,10 @@ class TokenChoiceRouter(Router):
         return ids_TK, self.weights(scores_TE.gather(1, ids_TK))
 
     def jittered(self, x_BSH: Tensor, randomness: Randomness | None) -> Tensor:
-        """The router's input, in training times noise (Switch Transformer, arXiv 2101.03961, §2.2)."""
+        """The router's input, in training, widened, times noise (Switch Transformer, arXiv 2101.03961, §2.2)."""
         if not (self.config.jitter_noise and self.training):
             return x_BSH
-        return self.needed(randomness, "jitter_noise").jitter(x_BSH, self.config.jitter_noise)
+        return self.needed(randomness, "jitter_noise").jitter(widen(x_BSH), self.config.jitter_noise)
 
     def noisy(
         self, logits_TE: Tensor, input_TH: Tensor, sequences: torch.Size, randomness: Randomness | None
