@@ -418,3 +418,29 @@ def test_megablocks_is_not_installed_beside_a_cpu_build_of_torch() -> None:
     assert done.stderr == (
         f"launch/install_megablocks.sh: torch {torch.__version__} has no CUDA: install a CUDA build of torch first\n"
     )
+
+
+def test_the_quickstart_trains_in_bfloat16_where_the_processor_has_units_for_it(tmp_path: Path) -> None:
+    bin_ = tmp_path / "venv" / "bin"
+    bin_.mkdir(parents=True)
+    for name, text in (("torchrun", "echo torchrun $*"), ("moe", "echo moe $*"), ("python", "exit 0")):
+        (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    (bin_ / "activate").write_text(f"PATH={bin_}:$PATH\n")
+    run = tmp_path / "run"
+
+    def started() -> list[str]:
+        environment = ENVIRONMENT | {"PATH": os.environ["PATH"], "VENV": str(tmp_path / "venv")}
+        command = ["bash", str(LAUNCH / "quickstart.sh"), f"run_dir={run}", "train.steps=3"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("torchrun ")).split()
+
+    units = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    new = "float32" if Path("/dev/nvidia0").exists() or not units else "bfloat16"
+    assert f"train.precision={new}" in started()
+    assert started()[-2:] == [f"run_dir={run}", "train.steps=3"], "what the user states comes last"
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[new]
+    run.mkdir()
+    (run / "config.yaml").write_text(f"train:\n  steps: 3\n  precision: {other}\n")
+    assert f"train.precision={other}" in started(), "a run that exists keeps its own"
