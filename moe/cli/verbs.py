@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,12 @@ from moe.errors import ConfigError
 
 # Each verb imports what it needs when it runs: a misspelt command is answered before Hydra, let alone torch, is loaded.
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     from moe.config import (
         AnalyzeConfig,
         Config,
         EvaluateConfig,
         ExportConfig,
         ImportConfig,
-        PrepareConfig,
         SweepConfig,
         TokenizerConfig,
         UpcycleConfig,
@@ -110,26 +107,10 @@ def _plan(overrides: list[str]) -> None:
 def _prepare(overrides: list[str]) -> None:
     """Write the token shards that `moe train` with the same data and tokenizer keys would use; `verify=true` checks
     the content of shards that are there. Under torchrun rank 0 writes what the other ranks, on any nodes, encode."""
-    config: PrepareConfig = load(overrides, "prepare")
-    from moe.distributed.environment import world_from_environment
+    config = load(overrides, "prepare")
+    from moe.cli.prepare import run_prepare
 
-    _, world_size, _, _ = world_from_environment()
-    if world_size > 1:
-        from moe.cli.prepare_ranks import run_ranks
-
-        run_ranks(config, _prepared)
-    else:
-        _prepared(config)
-
-
-def _prepared(config: PrepareConfig, ranks: Sequence[tuple[Connection, str]] = ()) -> None:
-    from moe.data.corpus import check_vocab
-    from moe.data.prepare import prepare
-
-    length = config.train.sequence_length
-    corpus = prepare(config.data, config.tokenizer, sequence_length=length, verify=config.verify, ranks=ranks)
-    check_vocab(corpus, config.model.vocab_size)
-    print(corpus.describe())
+    run_prepare(config)
 
 
 def _validate(overrides: list[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from moe.cli.prepare_ranks import run_ranks as prepare_with_ranks
+from moe.cli import prepare as command
 from moe.config import PrepareConfig
 from moe.config.compose import load_config
 from moe.data import file_parts, parts
@@ -41,12 +43,13 @@ def _prepared(overrides: list[str]) -> tuple[int, list[str]]:
     config: PrepareConfig = load_config(overrides, "prepare", PrepareConfig)
     connected, logged = 0, list[str]()
 
-    def write(config: PrepareConfig, ranks: object) -> None:
+    def write(config: PrepareConfig, ranks: Sequence[tuple[Connection, str]] = ()) -> None:
         nonlocal connected
-        connected = len(ranks)  # type: ignore[arg-type]
-        prepare(config.data, config.tokenizer, log=logged.append, ranks=ranks)  # type: ignore[arg-type]
+        connected = len(ranks)
+        prepare(config.data, config.tokenizer, log=logged.append, ranks=ranks)
 
-    prepare_with_ranks(config, write)
+    command._prepare = write
+    command.run_prepare(config)
     return connected, logged
 
 

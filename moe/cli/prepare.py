@@ -1,19 +1,23 @@
-"""`torchrun … -m moe prepare`: rank 0 hands out parts of the text and writes; the other ranks encode them."""
+"""`moe prepare`: by this process and others that it starts; under torchrun rank 0 hands out parts of the text and
+writes, and the other ranks encode them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from moe.config import PrepareConfig
 from moe.config.rules import require
+from moe.distributed.environment import world_from_environment
 
-Prepare = Callable[[PrepareConfig, Sequence[tuple[Connection, str]]], None]
 
-
-def run_ranks(config: PrepareConfig, prepare: Prepare) -> None:
-    """`prepare(config, the other ranks)` on rank 0, work for it on the others. A collective. Raises UserError."""
+def run_prepare(config: PrepareConfig) -> None:
+    """Prints what is there in the end. With several ranks a collective. Raises UserError."""
+    _, world_size, _, _ = world_from_environment()
+    if world_size == 1:
+        _prepare(config)
+        return
     require(
         config.data.processes is None,
         f"data.processes={config.data.processes}: under torchrun the ranks are the processes: leave it out, and set "
@@ -30,7 +34,7 @@ def run_ranks(config: PrepareConfig, prepare: Prepare) -> None:
         ranks = connect_ranks(mesh)
         try:
             if mesh.is_main:
-                prepare(config, ranks)
+                _prepare(config, ranks)
             else:
                 serve(ranks[0][0])
         finally:
@@ -38,3 +42,13 @@ def run_ranks(config: PrepareConfig, prepare: Prepare) -> None:
                 connection.close()
     finally:
         rendezvous.stop()
+
+
+def _prepare(config: PrepareConfig, ranks: Sequence[tuple[Connection, str]] = ()) -> None:
+    from moe.data.corpus import check_vocab
+    from moe.data.prepare import prepare
+
+    length = config.train.sequence_length
+    corpus = prepare(config.data, config.tokenizer, sequence_length=length, verify=config.verify, ranks=ranks)
+    check_vocab(corpus, config.model.vocab_size)
+    print(corpus.describe())
