@@ -172,7 +172,7 @@ def test_a_side_that_is_hopeless_beside_a_known_step_is_left_out(
     device = torch.device("cpu")
     batches = peers.batches_of(config, device)
     for known, left_out in ((1e-6, True), (1e6, False)):
-        found, _ = peers._fastest(weights, config, [Arithmetic.pure], batches, device, known)
+        found, _ = peers._fastest(weights, config, [Arithmetic.pure], batches, device, print, known)
         assert (found is None) == left_out
     lines = capsys.readouterr().out.splitlines()
     assert ["left out, its first step took" in line for line in lines] == [True] * 3 + [False] * 3
