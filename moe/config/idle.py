@@ -12,6 +12,8 @@ from moe.config.router_kinds import TokenChoiceConfig
 from moe.config.rules import default_of
 from moe.config.run import Config
 
+MOST_LAYERS = 1000  # that are looked at: a configuration may state a billion
+
 
 def idle_keys(config: Config) -> list[str]:
     """A line for each: the key, why nothing reads it, and what would. Warnings rather than errors: a grid over a switch
@@ -34,8 +36,8 @@ def _idle(config: Config) -> Iterator[tuple[str, Any, str]]:
 
 def _switched_off(config: Config) -> Iterator[tuple[str, str]]:
     adapter, routed = config.adapter, config.model.sparse_layer_numbers
-    routers = [config.router.for_layer(layer) for layer in routed]
-    if routers and all(isinstance(router, TokenChoiceConfig) for router in routers):
+    routers = [config.router, *map(config.router.for_layer, config.router.layers)]
+    if routed and all(isinstance(router, TokenChoiceConfig) for router in routers):
         if all(router.bias_update is BiasUpdate.none for router in routers):
             yield "router.bias_update_rate", "router.bias_update=none: set router.bias_update=sign"
         if all(router.capacity_factor is None for router in routers):
@@ -60,7 +62,7 @@ def _switched_off(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _adapts_attention(config: Config) -> bool:
-    layers = range(config.model.num_hidden_layers)
+    layers = range(min(config.model.num_hidden_layers, MOST_LAYERS))
     names = (f"model.layers.{layer}.self_attn.{name}" for layer in layers for name in WITH_DROPOUT)
     return any(config.adapter.adapts(name) for name in names)
 
