@@ -54,11 +54,8 @@ def _switched_off(config: Config) -> Iterator[tuple[str, str]]:
     if routed and config.parallel.expert_parallel_size == 1:
         yield "parallel.expert_across_nodes", "parallel.expert_parallel_size=1: set the ranks that share experts"
     if adapter.trains_adapter and not _adapts_attention(config):
-        for name in ("lora_dropout", "use_dora"):
-            yield (
-                f"adapter.{name}",
-                f"adapters on none of {', '.join(WITH_DROPOUT)}: name one in adapter.target_modules",
-            )
+        attention = ", ".join(WITH_DROPOUT)
+        yield "adapter.lora_dropout", f"adapters on none of {attention}: name one in adapter.target_modules"
 
 
 def _adapts_attention(config: Config) -> bool:
