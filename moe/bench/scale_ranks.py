@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.bench.clock import conditions
 from moe.bench.results import Cell, Results, ResultTable
-from moe.bench.settings import Rounds, counted, exponent, least_steady, load
+from moe.bench.settings import Rounds, counted, exponent, least_steady
 from moe.bench.stepper import Stepper
 from moe.config import Config, EngineKind
 from moe.config.compose import load_config
@@ -71,8 +72,8 @@ def compare_ranks(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> Resul
         row[0] = mesh.world_size
         rows.append(row)
     notes = [
-        f"medians of {counted(keys.rounds, 'round')} of {counted(keys.steps, 'step')}, wall-clock, {mesh.world_size} "
-        f"ranks, {counted(torch.get_num_threads(), 'thread')} each, {load()}",
+        f"medians of {counted(keys.rounds, 'round')} of {counted(keys.steps, 'step')}, "
+        f"{conditions('wall-clock', mesh.world_size)}",
         least_steady({f"expert-parallel size {n}" if n else "one rank alone": each for n, each in times.items()}),
     ]
     figures = {f"{mesh.world_size} ranks' time ÷ one's alone {{}}": seconds[1] / seconds[0]}

@@ -59,9 +59,7 @@ def find_start(config: Config, folder: Path, corpus: Corpus, mesh: Mesh, display
         return Start(None, None, [])
     weights = _whole_model(Path(config.init_from).expanduser(), config, folder, mesh, display)
     changes = mesh.agree(lambda: _model_changes(weights, corpus, config), "init_from")
-    if not config.adapter.trains_adapter:
-        return Start(None, weights, changes)
-    return Start(None, weights, changes, weights)
+    return Start(None, weights, changes, weights if config.adapter.trains_adapter else None)
 
 
 def _whole_model(path: Path, config: Config, folder: Path, mesh: Mesh, display: Display) -> Path:
