@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moe.config import ExpertBackend
 from moe.kernels.bfloat16_products import linear
 from moe.kernels.grouped_lora import ALIGNED, LowRankPair, lora_ffn
-from moe.kernels.permute import RowSource
+from moe.kernels.permute import Combination
 from moe.sparse import Experts, Randomness
 
 
@@ -98,9 +98,14 @@ class LoRAExperts(Experts):
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.gate_up_proj_lora, self.down_proj_lora = gate_up, down
 
-    def forward(self, x_NH: Tensor, counts_E: Tensor, source: RowSource | None = None) -> Tensor:
-        """As `Experts.forward`; autograd keeps the rows."""
-        del source
+    @property
+    def combines(self) -> bool:
+        return False
+
+    def forward(self, x: Tensor, counts_E: Tensor, combination: Combination | None = None) -> Tensor:
+        """As `Experts.forward` of rows [N, H]. Raises ValueError with a combination."""
+        if combination is not None:
+            raise ValueError("experts with adapters take rows, not tokens with their combination")
         pairs = self.gate_up_proj_lora.pair(), self.down_proj_lora.pair()
         loop = self.config.backend is ExpertBackend.loop
-        return lora_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, *pairs, loop=loop)
+        return lora_ffn(x, counts_E, self.gate_up_proj, self.down_proj, *pairs, loop=loop)

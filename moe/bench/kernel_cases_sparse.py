@@ -13,7 +13,7 @@ from torch import Tensor
 from moe.bench.kernel_case import Case, Side
 from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
 from moe.kernels.permute import (
-    RowSource,
+    Combination,
     combine_rows,
     combine_rows_reference,
     gather_rows,
@@ -75,9 +75,7 @@ def sparse_cases(
 
     def whole() -> list[Tensor]:
         now, placed_TK = sort_by_expert(Choices.top_k(ids_TK, weights_TK), counts_E)
-        source = RowSource(x_TH, now.tokens_N)
-        y_NH = grouped_ffn(gather_rows(x_TH, now), counts_E, gate_up, down, backend, source)
-        return [combine_rows(y_NH, placed_TK, now)]
+        return [grouped_ffn(x_TH, counts_E, gate_up, down, backend, Combination(placed_TK, now))]
 
     def reference() -> list[Tensor]:
         now, placed_TK = sort_by_expert(Choices.top_k(ids_TK, weights_TK), counts_E)

@@ -13,10 +13,14 @@ Shapes: N rows sorted by expert, P rows with padding, H row length, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe.kernels.bfloat16_products import widens
 from moe.kernels.float32_products import uses_onednn
@@ -40,6 +44,22 @@ def padded_size(count: int) -> int:
     return -(-count // multiple) * multiple
 
 
+class Group(NamedTuple):
+    """An expert's rows: among all rows, and among padded ones."""
+
+    expert: int
+    rows: slice
+    padded: slice
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def size(self) -> int:
+        return self.padded.stop - self.padded.start
+
+
 @dataclass(frozen=True, slots=True)
 class PaddedRows:
     """`counts` rows of each expert in places for `sizes` rows."""
@@ -52,30 +72,56 @@ class PaddedRows:
         """Padded where `pads` says so, else as they are."""
         return cls(counts, [padded_size(count) for count in counts] if pads(device, dtype) else counts)
 
-    def groups(self) -> list[tuple[int, slice]]:
-        """(expert, its padded rows) for every expert that has rows."""
-        groups, start = [], 0
-        for expert, size in enumerate(self.sizes):
-            if size:
-                groups.append((expert, slice(start, start + size)))
-            start += size
-        return groups
+    @property
+    def pads(self) -> bool:
+        return self.sizes != self.counts
 
-    def spread(self, rows_NH: Tensor) -> Tensor:
-        """rows [N, H] → [P, H], zeros between; the same tensor where nothing is padded."""
-        if self.sizes == self.counts:
-            return rows_NH
-        padded_PH = rows_NH.new_empty(sum(self.sizes), rows_NH.shape[1])
-        start = 0
-        for count, place in zip(self.counts, padded_PH.split(self.sizes), strict=True):
-            place[:count] = rows_NH[start : start + count]
-            place[count:] = 0
-            start += count
-        return padded_PH
+    @property
+    def largest(self) -> int:
+        """Rows of the largest group, with padding."""
+        return max(self.sizes, default=0)
 
-    def collect(self, rows_PH: Tensor) -> Tensor:
-        """The inverse of `spread`: [P, H] → [N, H] without the padding."""
-        if self.sizes == self.counts:
-            return rows_PH
-        places = zip(self.counts, rows_PH.split(self.sizes), strict=True)
-        return torch.cat([place[:count] for count, place in places])
+    def groups(self) -> Iterator[Group]:
+        """Every expert that has rows."""
+        start = padded = 0
+        for expert, (count, size) in enumerate(zip(self.counts, self.sizes, strict=True)):
+            if count:
+                yield Group(expert, slice(start, start + count), slice(padded, padded + size))
+            start, padded = start + count, padded + size
+
+    @contextmanager
+    def written(self, rows_NH: Tensor, buffer_MH: Tensor, group: Group) -> Iterator[Tensor]:
+        """Where to write the group's result [size, H]; without the padding it becomes its rows of `rows_NH`. The buffer
+        needs `largest` rows where anything is padded."""
+        if group.size == group.count:
+            yield rows_NH[group.rows]
+            return
+        result = buffer_MH[: group.size]
+        yield result
+        rows_NH[group.rows] = result[: group.count]
+
+    def weights(self, weights_N: Tensor, group: Group) -> Tensor:
+        """[size], zeros where padded."""
+        weights = weights_N[group.rows]
+        return weights if group.size == group.count else F.pad(weights, (0, group.size - group.count))
+
+
+class RowReader:
+    """Reads one expert's rows at a time from x: rows sorted by expert, or, with `tokens_N` (the token of each row),
+    tokens. A call with a group returns [size, H], zeros where padded; the next call may overwrite it."""
+
+    def __init__(self, x: Tensor, padding: PaddedRows, tokens_N: Tensor | None = None) -> None:
+        self._x, self._tokens_N = x, tokens_N
+        copies = tokens_N is not None or padding.pads
+        self._buffer_MH = x.new_empty(padding.largest if copies else 0, x.shape[1])
+
+    def __call__(self, group: Group) -> Tensor:
+        if self._tokens_N is None and group.size == group.count:
+            return self._x[group.rows]
+        rows = self._buffer_MH[: group.size]
+        if self._tokens_N is None:
+            rows[: group.count] = self._x[group.rows]
+        else:
+            torch.index_select(self._x, 0, self._tokens_N[group.rows], out=rows[: group.count])
+        rows[group.count :] = 0
+        return rows

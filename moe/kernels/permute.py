@@ -31,15 +31,12 @@ class RowOrder:
     filled_TK: Tensor | None  # bool, whether the place has a choice; None when all have
 
 
-class RowSource(NamedTuple):
-    """What rows are copies of: the tokens, and the token of each row. The copies can be made again from it."""
+class Combination(NamedTuple):
+    """What is done with the rows before and after the experts: tokens' rows are copied in this order, and each token
+    gets the sum of its rows by weight. A weight where there is no choice must be 0; its gradient has no meaning."""
 
-    x_TH: Tensor
-    tokens_N: Tensor
-
-    def rows(self) -> Tensor:
-        """[N, H]; no autograd."""
-        return self.x_TH.detach().index_select(0, self.tokens_N)
+    weights_TK: Tensor
+    order: RowOrder
 
 
 def gather_rows(x_TH: Tensor, order: RowOrder) -> Tensor:

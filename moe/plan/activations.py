@@ -49,8 +49,9 @@ class Shapes:
         # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
         self.fp8, self.expert_rank = config.experts.fp8, _expert_rank(config)
-        # on one rank the experts' input is gathered again (moe.kernels.permute.RowSource)
-        self.regathers = expert == 1 and not self.loop and not self.expert_rank
+        # on one rank neither the experts' input nor their output is kept (moe.kernels.permute.Combination)
+        megablocks = backend is ExpertBackend.megablocks
+        self.combines = not (expert > 1 or self.loop or self.expert_rank or megablocks or self.fp8)
 
     @property
     def stream(self) -> int:
@@ -136,9 +137,9 @@ def layer_backward(shapes: Shapes) -> list[MemoryBlock]:
 
 def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str]) -> list[MemoryBlock]:
     """Blocks of `dense` bytes and of `rows` bytes, the latter split into the gate/up tensor and the experts' inputs and
-    outputs, whose largest tensors differ in size."""
+    outputs, where they are kept, whose largest tensors differ in size."""
     gate_up = shapes.received * 2 * shapes.feed * shapes.s
-    middle = rows * 2 * shapes.feed // (2 * shapes.feed + (1 if shapes.regathers else 2) * shapes.hidden)
+    middle = rows * 2 * shapes.feed // (2 * shapes.feed + (0 if shapes.combines else 2) * shapes.hidden)
     return [
         MemoryBlock(kinds[0], dense, shapes.stream),
         MemoryBlock(kinds[1], middle, gate_up),
@@ -163,11 +164,11 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
         middle = (4 if shapes.loop else 2) * feed
         if shapes.expert_rank:  # the activation, and what both A make
             middle = 3 * feed + 2 * shapes.expert_rank
-        rows = (shapes.received * middle + shapes.rows * hidden) * s
-        if shapes.regathers:
+        rows = shapes.received * middle * s
+        if shapes.combines:
             mlp += shapes.stream if s < 4 and widened else 0  # else it is the router's input
         else:
-            rows += shapes.received * hidden * s
+            rows += (shapes.received + shapes.rows) * hidden * s
     else:
         routing, rows = 0, 0
         mlp = shapes.stream + 3 * tokens * shapes.dense_feed * s
@@ -185,10 +186,15 @@ def _backward(shapes: Shapes) -> int:
     if not shapes.sparse:
         return shapes.stream + max(attention, 4 * tokens * shapes.dense_feed * s)
     row = shapes.hidden * s
-    # combine: each choice's gradient row; in plain PyTorch also its product with the expert's output, in float32
-    combine = shapes.rows * shapes.hidden * (s if shapes.cuda else 8 if s == 4 else 10)
-    # experts: gradients of their output and input, less the output, which is freed by then; their input again
-    experts = (2 * shapes.received - shapes.rows + (shapes.rows if shapes.regathers else 0)) * row
+    if shapes.combines:
+        # experts: copies of the tokens and of their gradient (on a CPU of one expert), and the gradient of the former
+        combine = 0
+        experts = (shapes.rows if shapes.cuda else 2 * shapes.fullest + shapes.rows) * row
+    else:
+        # combine: each choice's gradient row; in plain PyTorch also its product with the expert's output, in float32
+        combine = shapes.rows * shapes.hidden * (s if shapes.cuda else 8 if s == 4 else 10)
+        # experts: gradients of their output and input, less the output, which is freed by then
+        experts = (2 * shapes.received - shapes.rows) * row
     if shapes.cuda and not shapes.loop:
         # all rows at once: the gradients of the activation, which it overwrites, and gate/up
         experts += 3 * shapes.received * shapes.feed * s

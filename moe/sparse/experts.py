@@ -1,6 +1,6 @@
 """Experts: many SwiGLU feed-forwards as two stacked weights, computed on rows sorted by expert.
 
-Shapes: N rows sorted by expert, H hidden, F feed-forward, E experts held by this rank.
+Shapes: T tokens, N rows sorted by expert, H hidden, F feed-forward, E experts held by this rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
 from moe.kernels.grouped_swiglu import grouped_ffn, resolve_backend
-from moe.kernels.permute import RowSource
+from moe.kernels.permute import Combination
 
 
 class Experts(nn.Module):
@@ -32,6 +32,12 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
+    @property
+    def combines(self) -> bool:
+        """Whether `forward` takes a combination. It rounds other factors to float8 than with rows that other ranks
+        sent, and results must not depend on the expert-parallel size."""
+        return not self.config.fp8
+
     def draws(self, seed_for: Callable[[str, int], int]) -> Iterator[tuple[str, Tensor, int]]:
         """(parameter name, one expert's weight [O, I], the seed of its initial values), the last from
         `seed_for(parameter name, global expert)`.
@@ -42,10 +48,10 @@ class Experts(nn.Module):
             for local, weight in enumerate(getattr(self, name)):
                 yield name, weight, seed_for(name, self.first_expert + local)
 
-    def forward(self, x_NH: Tensor, counts_E: Tensor, source: RowSource | None = None) -> Tensor:
-        """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]. With a `source`, the
-        backward pass copies x from it again. `experts.fp8` holds in training mode."""
+    def forward(self, x: Tensor, counts_E: Tensor, combination: Combination | None = None) -> Tensor:
+        """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]. With a `combination` x is
+        [T, H]; returns each token's sum [T, H]. `experts.fp8` holds in training mode."""
         shapes = (self.down_proj.shape[1], self.down_proj.shape[2])
-        backend, _ = resolve_backend(self.config, x_NH.device, x_NH.dtype, shapes)
+        backend, _ = resolve_backend(self.config, x.device, x.dtype, shapes)
         fp8 = self.config.fp8 and self.training
-        return grouped_ffn(x_NH, counts_E, self.gate_up_proj, self.down_proj, backend, source, fp8=fp8)
+        return grouped_ffn(x, counts_E, self.gate_up_proj, self.down_proj, backend, combination, fp8=fp8)

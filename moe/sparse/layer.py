@@ -111,8 +111,10 @@ class SparseMLP(nn.Module):
     def _on_this_rank(self, x_TH: Tensor, routed: RouterOutput) -> Tensor:
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
         moves = self._moves(order)
-        source = (permute.RowSource(x_TH, order.tokens_N),) if isinstance(self.experts, Experts) else ()
-        y_NH = self.experts(moves.gather_rows(x_TH, order), order.counts_E, *source)
+        combines = isinstance(self.experts, Experts) and self.experts.combines  # not if it was replaced
+        if moves is permute and combines and torch.is_grad_enabled():
+            return self.experts(x_TH, order.counts_E, permute.Combination(weights_TK, order))
+        y_NH = self.experts(moves.gather_rows(x_TH, order), order.counts_E)
         return moves.combine_rows(y_NH, weights_TK, order)
 
     def _send(self, x_TH: Tensor, routed: RouterOutput, group: dist.ProcessGroup) -> list[_Chunk]:

@@ -21,6 +21,9 @@ class Blocks(NamedTuple):
 # thread cost registers, and with them resident programs.
 BLOCKS = {
     "swiglu": Blocks(1024, 4),  # 2 or 3 tensors read, up to 3 written
+    "weighted_swiglu_backward": Blocks(
+        1024, 4
+    ),  # the same, and a loop over columns: a weight's gradient is a row's sum
     "sum_rows": Blocks(2048, 4),  # of a token's rows together: 2 choices · 1024 columns
     "combine_backward": Blocks(2048, 4),  # the same, and a loop over columns: the dot product needs the whole row
     "cross_entropy": Blocks(4096, 8),  # of a row of logits; a program loops over the row twice

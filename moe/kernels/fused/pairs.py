@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import cross_entropy as plain_cross_entropy
-from moe.kernels import float8_products, grouped_swiglu, permute
+from moe.kernels import expert_swiglu, float8_products, permute
 from moe.kernels import rotary as plain_rotary
 from moe.kernels import swiglu as plain_swiglu
 from moe.kernels.fused import cross_entropy, float8, rotary, rows, swiglu
@@ -86,8 +86,15 @@ def _swiglu(inputs: Inputs, shape: Sizes) -> Iterator[Pair]:
     yield Pair(
         "experts' SwiGLU backward",  # recomputes the activation too
         _bytes(gate_up_NG, gate_up_NG, dact_NF, dact_NF),
-        lambda: swiglu.activation_backward(gate_up_NG, inputs.own(dact_NF)),
-        lambda: grouped_swiglu.activation_backward(gate_up_NG, inputs.own(dact_NF)),
+        lambda: swiglu.activation_backward(gate_up_NG, inputs.own(dact_NF))[:2],
+        lambda: plain_swiglu.activation_backward(gate_up_NG, inputs.own(dact_NF))[:2],
+    )
+    weights_N = inputs.uniform(count)
+    yield Pair(
+        "experts' SwiGLU backward, weighted",  # the weights' gradients too
+        _bytes(gate_up_NG, gate_up_NG, dact_NF, dact_NF),
+        lambda: _known(swiglu.activation_backward(gate_up_NG, inputs.own(dact_NF), weights_N)),
+        lambda: _known(plain_swiglu.activation_backward(gate_up_NG, inputs.own(dact_NF), weights_N)),
     )
     yield Pair(
         "dense SwiGLU backward",
@@ -95,6 +102,10 @@ def _swiglu(inputs: Inputs, shape: Sizes) -> Iterator[Pair]:
         lambda: swiglu.swiglu_backward(gate_NF, up_NF, dact_NF),
         lambda: plain_swiglu.swiglu_backward(gate_NF, up_NF, dact_NF),
     )
+
+
+def _known(found: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(one for one in found if one is not None)
 
 
 def _rows(inputs: Inputs, shape: Sizes, *, ragged: bool) -> Iterator[Pair]:
@@ -147,7 +158,7 @@ def _idle(inputs: Inputs, shape: Sizes) -> Pair:
 
     def zeroed(counts: Tensor | list[int]) -> tuple[Tensor]:
         grad = inputs.own(grad_EFH)
-        grouped_swiglu.zero_idle(counts, grad)
+        expert_swiglu.zero_idle(counts, grad)
         return (grad,)
 
     moved = _bytes(grad_EFH[:2])

@@ -1,7 +1,7 @@
 """SwiGLU (arXiv 2002.05202), a = silu(g) ⊙ u, and its backward pass: each one pass over memory.
 
 da = dy Wd is given:  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  σ the sigmoid.
-The plain references are in `moe.kernels.swiglu` and `moe.kernels.grouped_swiglu`.
+The plain references are in `moe.kernels.swiglu`.
 
 Shapes: N rows, F feed-forward, G = 2F (gate, then up).
 """
@@ -37,16 +37,29 @@ def swiglu_backward(gate_NF: Tensor, up_NF: Tensor, dact_NF: Tensor) -> tuple[Te
     return dgate_NF, dup_NF
 
 
-def activation_backward(gate_up_NG: Tensor, dact_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """(silu(g) ⊙ u [N, F], gradient of gate/up [N, G]) from gate/up and the activation's gradient.
+def activation_backward(
+    gate_up_NG: Tensor, dact_NF: Tensor, weights_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(a = silu(g) ⊙ u [N, F], gradient of gate/up [N, G], None) from gate/up and the gradient of a.
+
+    With `weights_N` (float32): (w a, gradient of gate/up, gradient of w [N]), where `dact_NF` is the gradient of w a.
 
     The activation overwrites `dact_NF` where its rows are dense.
     """
     dact_NF, dgate_up_NG = rows_of(dact_NF), torch.empty_like(gate_up_NG, memory_format=torch.contiguous_format)
     gate_NF, up_NF = rows_of(gate_up_NG).chunk(2, dim=1)
     dgate_NF, dup_NF = dgate_up_NG.chunk(2, dim=1)
-    _launch_backward(gate_NF, up_NF, dact_NF, dact_NF, dgate_NF, dup_NF)
-    return dact_NF, dgate_up_NG
+    if weights_N is None:
+        _launch_backward(gate_NF, up_NF, dact_NF, dact_NF, dgate_NF, dup_NF)
+        return dact_NF, dgate_up_NG, None
+    weights_N, dweights_N = weights_N.contiguous(), torch.zeros_like(weights_N, memory_format=torch.contiguous_format)
+    rows, width = gate_NF.shape
+    if rows * width:
+        tensors = gate_NF, up_NF, dact_NF, weights_N, dact_NF, dgate_NF, dup_NF, dweights_N
+        strides = [each.stride(0) for each in (gate_NF, up_NF, dact_NF, dact_NF, dgate_NF, dup_NF)]
+        blocks = BLOCKS["weighted_swiglu_backward"]
+        launch(_weighted_backward, (rows,), blocks, *tensors, *strides, width, BLOCK=blocks.elements)
+    return dact_NF, dgate_up_NG, dweights_N
 
 
 def _launch_backward(gate: Tensor, up: Tensor, dact: Tensor, act: Tensor | None, dgate: Tensor, dup: Tensor) -> None:
@@ -94,3 +107,31 @@ def _backward(
     tl.store(dup_ptr + row * dup_stride + column, (dact * silu).to(dtype), mask=inside)
     if WRITE_ACT:
         tl.store(act_ptr + row * act_stride + column, (silu * up).to(dtype), mask=inside)
+
+
+@triton.jit
+def _weighted_backward(
+    gate_ptr, up_ptr, dact_ptr, weights_ptr, act_ptr, dgate_ptr, dup_ptr, dweights_ptr,
+    gate_stride, up_stride, dact_stride, act_stride, dgate_stride, dup_stride, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights_ptr + row).to(tl.float32)
+    products = tl.full((BLOCK,), 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+        dact = tl.load(dact_ptr + row * dact_stride + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        silu = gate * sigmoid
+        act = silu * up
+        products += dact * act
+        dact *= weight
+        dgate = dact * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        dtype = dgate_ptr.dtype.element_ty
+        tl.store(dgate_ptr + row * dgate_stride + column, dgate.to(dtype), mask=inside)
+        tl.store(dup_ptr + row * dup_stride + column, (dact * silu).to(dtype), mask=inside)
+        tl.store(act_ptr + row * act_stride + column, (act * weight).to(dtype), mask=inside)
+    dweight = tl.reduce(products, 0, tl.standard._sum_combine)
+    tl.store(dweights_ptr + row, dweight.to(dweights_ptr.dtype.element_ty))

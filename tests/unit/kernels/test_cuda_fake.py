@@ -21,9 +21,10 @@ from moe.config import AttentionBackend, ExpertBackend, ExpertsConfig, Mlp, Mode
 from moe.kernels.attention import make_attend, resolve_attention
 from moe.kernels.attention.flex import _mask
 from moe.kernels.cross_entropy import HandWrittenLinearCrossEntropy
+from moe.kernels.expert_swiglu import GroupedSwiGLU, PerExpertSwiGLU
 from moe.kernels.float8_products import float8_products
 from moe.kernels.grouped_products import torch_products
-from moe.kernels.grouped_swiglu import GroupedSwiGLU, PerExpertSwiGLU, resolve_backend
+from moe.kernels.grouped_swiglu import resolve_backend
 from moe.kernels.permute import RowOrder, _CombineRows, _GatherRows
 from moe.kernels.rms_norm import HandWrittenRMSNorm, rms_norm
 from moe.kernels.rotary import HandWrittenProjectRotated, HandWrittenRotation, rotary_table
@@ -151,10 +152,10 @@ class TestKernels:
         counts_E = torch.empty(E, dtype=torch.int64, device=CUDA)
         if dtype is torch.bfloat16:  # grouped_mm takes no other dtype there
             for products in (torch_products(counts_E), float8_products(counts_E)):
-                y = check(GroupedSwiGLU, empty(T, H, dtype=dtype), *weights, lambda: counts, products, None)
+                y = check(GroupedSwiGLU, empty(T, H, dtype=dtype), *weights, lambda: counts, products)
                 assert (y.shape, y.dtype) == ((T, H), dtype)
         for rows in (counts, [0] * E):
-            y = check(PerExpertSwiGLU, empty(sum(rows), H, dtype=dtype), *weights, rows, None, False)
+            y = check(PerExpertSwiGLU, empty(sum(rows), H, dtype=dtype), *weights, rows)
             assert y.shape == (sum(rows), H)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import ExpertBackend, ExpertsConfig
+from moe.kernels.expert_swiglu import GroupedSwiGLU, PerExpertSwiGLU
 from moe.kernels.grouped_products import torch_products
-from moe.kernels.grouped_swiglu import GroupedSwiGLU, PerExpertSwiGLU, grouped_ffn, loop_ffn, resolve_backend
-from moe.kernels.permute import RowSource
+from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
 
 CPU = torch.device("cpu")
 COUNTS = {
@@ -111,91 +108,6 @@ def test_the_gpu_function_over_torchs_grouped_mm(counts: list[int], dtype: torch
     )
     for name, mine, reference in zip(("y", "dx", "dgate_up", "ddown"), ours, exact, strict=True):
         assert _relative(mine, reference) <= tolerance, name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("function", ["per expert", "grouped"])
-def test_rows_gathered_again_change_no_bit_and_are_not_kept(function: str, dtype: torch.dtype) -> None:
-    counts = [3, 0, 5]
-    _, gate_up, down, grad = _inputs(counts, dtype)
-    x_TH = torch.randn(4, gate_up.shape[2], dtype=dtype, requires_grad=True)
-    tokens_N = torch.tensor([0, 2, 3, 0, 1, 2, 3, 1])
-
-    def run(again: bool) -> list[Tensor]:
-        x_NH = x_TH.index_select(0, tokens_N)
-        source = RowSource(x_TH, tokens_N) if again else None
-        kept = set[int]()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
-            if function == "grouped":
-                products = torch_products(torch.tensor(counts))
-                y = GroupedSwiGLU.apply(x_NH, gate_up, down, lambda: counts, products, source)
-            else:
-                y = grouped_ffn(x_NH, torch.tensor(counts), gate_up, down, ExpertBackend.grouped_mm, source)
-        assert (x_TH.data_ptr() in kept) is again
-        if dtype is torch.float32:  # rows of bfloat16 are padded
-            assert (x_NH.data_ptr() in kept) is not again
-        return [y, *torch.autograd.grad(y, [x_TH, gate_up, down], grad)]
-
-    for mine, expected in zip(run(again=True), run(again=False), strict=True):
-        assert torch.equal(mine, expected)
-
-
-class Counted(TorchDispatchMode):
-    """Counts matrix products and copies of rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products, self.copies = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += "mm" in str(func)
-        self.copies += "index_select" in str(func)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("frozen", [(1,), (2,), (1, 2), (0, 1), (0, 2)], ids=str)
-@pytest.mark.parametrize("function", ["per expert", "grouped"])
-def test_what_is_frozen_costs_nothing_and_changes_no_other_bit(function: str, frozen: tuple[int, ...]) -> None:
-    counts = [3, 0, 5]
-    *tensors, grad = _inputs(counts, torch.float32)
-    tokens_N = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    source = RowSource(tensors[0].detach()[tokens_N.argsort()], tokens_N)
-
-    def run(frozen: tuple[int, ...]) -> tuple[list[Tensor], Counted]:
-        x, gate_up, down = (one.detach().requires_grad_(place not in frozen) for place, one in enumerate(tensors))
-        if function == "grouped":
-            products = torch_products(torch.tensor(counts))
-            y = GroupedSwiGLU.apply(x, gate_up, down, lambda: counts, products, source)
-        else:
-            y = PerExpertSwiGLU.apply(x, gate_up, down, counts, source)
-        with Counted() as counted:
-            return list(torch.autograd.grad(y, [one for one in (x, gate_up, down) if one.requires_grad], grad)), counted
-
-    expected, whole = run(())
-    found, counted = run(frozen)
-    each = 2 if function == "per expert" else 1  # experts that have rows
-    assert (whole.products, whole.copies) == (4 * each, 1)
-    assert (counted.products, counted.copies) == ((4 - len(frozen)) * each, int(1 not in frozen))
-    trained = [one for place, one in enumerate(expected) if place not in frozen]
-    for mine, theirs in zip(found, trained, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def test_idle_experts_get_zero_gradients_even_if_the_kernel_writes_none() -> None:
-    counts = [4, 0, 3]
-    x, gate_up, down, grad = _inputs(counts, torch.float32)
-    products = torch_products(torch.tensor(counts))
-
-    def outer_with_garbage(left: Tensor, right: Tensor) -> Tensor:
-        result = products.outer(left, right)
-        result[1] = float("nan")
-        return result
-
-    garbage = products._replace(outer=outer_with_garbage)
-    GroupedSwiGLU.apply(x, gate_up, down, lambda: counts, garbage).backward(grad)
-    assert gate_up.grad[1].count_nonzero() == down.grad[1].count_nonzero() == 0
-    assert gate_up.grad.isfinite().all()
-    assert down.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("counts", [[2, 3], [0, 4, 1], [0, 0]])

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from moe.kernels import bfloat16_products, padded_rows
 from moe.kernels.bfloat16_products import NarrowRoute
-from moe.kernels.grouped_swiglu import PerExpertSwiGLU, loop_ffn
-from moe.kernels.padded_rows import PaddedRows, padded_size, pads
+from moe.kernels.expert_swiglu import PerExpertSwiGLU
+from moe.kernels.grouped_swiglu import loop_ffn
+from moe.kernels.padded_rows import PaddedRows, RowReader, padded_size, pads
 
 CPU = torch.device("cpu")
 COUNTS = [70, 0, 3, 64, 129, 0]
@@ -36,22 +37,33 @@ def test_only_bfloat16_on_a_cpu_is_padded() -> None:
     assert not pads(torch.device("cuda"), torch.bfloat16)
     rows_NH = torch.randn(sum(COUNTS), 4)
     plain = PaddedRows.of(COUNTS, CPU, torch.float32)
-    assert plain.spread(rows_NH) is rows_NH
-    assert plain.collect(rows_NH) is rows_NH
+    assert not plain.pads
+    read = RowReader(rows_NH, plain)
+    for group in plain.groups():
+        assert read(group).data_ptr() == rows_NH[group.rows].data_ptr()  # not copied
+        with plain.written(rows_NH, rows_NH[:0], group) as result:
+            assert result.data_ptr() == rows_NH[group.rows].data_ptr()
 
 
-def test_spread_adds_zeros_and_collect_takes_them_away() -> None:
-    rows_NH = torch.randn(sum(COUNTS), 4).bfloat16()
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_rows_are_read_with_zeros_and_written_without(of_tokens: bool) -> None:
+    rows = sum(COUNTS)
+    x = torch.randn(rows, 4).bfloat16()
+    tokens_N = torch.randint(rows, (rows,)) if of_tokens else None
+    rows_NH = x if tokens_N is None else x[tokens_N]
     padding = PaddedRows.of(COUNTS, CPU, torch.bfloat16)
-    padded_PH = padding.spread(rows_NH)
-    assert torch.equal(padding.collect(padded_PH), rows_NH)
-    start = 0
-    for expert, rows in padding.groups():
-        count = COUNTS[expert]
-        assert torch.equal(padded_PH[rows][:count], rows_NH[start : start + count])
-        assert (padded_PH[rows][count:] == 0).all()
-        start += count
-    assert start == len(rows_NH)
+    read, found_NH = RowReader(x, padding, tokens_N), torch.full_like(rows_NH, float("nan"))
+    buffer_MH, experts = x.new_empty(padding.largest, 4), []
+    for group in padding.groups():
+        read_rows = read(group)
+        assert torch.equal(read_rows[: group.count], rows_NH[group.rows])
+        assert (read_rows[group.count :] == 0).all()
+        assert len(read_rows) == group.size == padded_size(COUNTS[group.expert])
+        with padding.written(found_NH, buffer_MH, group) as result:
+            result.copy_(read_rows)
+        experts.append(group.expert)
+    assert torch.equal(found_NH, rows_NH)
+    assert experts == [expert for expert, count in enumerate(COUNTS) if count]
 
 
 def _run(function: object, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:

@@ -46,6 +46,21 @@ def test_equals_the_formula(fused: SimpleNamespace, dtype: torch.dtype, shape: t
     mine = fused.swiglu.activation_backward(gate_up, dact.clone())
     close(mine[0], act)
     close(mine[1], grad)
+    assert mine[2] is None
+
+
+@in_dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_with_weights_equals_the_formula(fused: SimpleNamespace, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    gate_up, dact = inputs(*shape, dtype)
+    weights = torch.rand(shape[0], generator=torch.Generator().manual_seed(2))
+    act, _ = expected(gate_up, dact)
+    _, grad = expected(gate_up.double(), dact.double() * weights.unsqueeze(1))
+    found = fused.swiglu.activation_backward(gate_up, dact.clone(), weights)
+    close(found[0], act * weights.unsqueeze(1))
+    close(found[1], grad)
+    assert found[2].dtype == torch.float32
+    torch.testing.assert_close(found[2].double(), (act * dact).sum(1), rtol=1e-5, atol=1e-5)
 
 
 @in_dtypes
@@ -78,7 +93,7 @@ def test_large_values_stay_finite(fused: SimpleNamespace) -> None:
 def test_what_is_not_finite_stays_so(fused: SimpleNamespace, value: float) -> None:
     gate_up, dact = inputs(2, 9, torch.float32)
     gate_up[1, 4] = value
-    act, grad = fused.swiglu.activation_backward(gate_up, dact)
+    act, grad, _ = fused.swiglu.activation_backward(gate_up, dact)
     wanted = expected(gate_up, inputs(2, 9, torch.float32)[1])
     for mine, other in zip((act, grad), wanted, strict=True):
         assert torch.equal(mine.isfinite(), other.isfinite())
@@ -90,5 +105,5 @@ def test_a_gradient_check_of_the_backward_kernel(fused: SimpleNamespace) -> None
     direction, step = torch.randn(3, 100, generator=torch.Generator().manual_seed(1)), 1e-2
     ahead, behind = (fused.swiglu.swiglu(*(gate_up + sign * step * direction).chunk(2, 1)).double() for sign in (1, -1))
     slope = ((ahead - behind) * dact).sum() / (2 * step)
-    _, grad = fused.swiglu.activation_backward(gate_up, dact.clone())
+    _, grad, _ = fused.swiglu.activation_backward(gate_up, dact.clone())
     torch.testing.assert_close((grad.double() * direction).sum(), slope, rtol=1e-3, atol=1e-3)
