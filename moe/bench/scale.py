@@ -3,6 +3,8 @@
     moe bench scale                                    # of model=tiny: sequence length, experts, tokens
     moe bench scale rounds=5 steps=2 model.hidden_size=256
     torchrun --nproc-per-node 2 -m moe bench scale     # ranks and expert-parallel size: moe/bench/scale_ranks.py
+    sudo RATE=100mbit bash launch/two_namespaces.sh bench scale rate=100mbit parallel.expert_across_nodes=true
+                                                       # and what a link of that rate costs: moe/bench/link.py
 
 Each series doubles one size: the sequence length, full and with a window of 128, at 4,096 tokens a step; the number of
 experts at fixed top-k; the tokens of a step. The formula is `moe.plan.flops_per_token`. Rounds take the sizes of a
@@ -18,6 +20,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from moe.bench.clock import conditions, now
+from moe.bench.link import parse_rate
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.scale_ranks import compare_ranks, expert_parallel_sizes
 from moe.bench.settings import Rounds, counted, exponent, least_steady, split
@@ -71,14 +74,16 @@ def series() -> list[Growth]:
 def run(overrides: list[str]) -> Results | None:
     """A row for each size and a row of exponents for each series; with several ranks a row for each expert-parallel
     size, None but on rank 0. Raises UserError."""
-    keys, rest = parse(overrides)
+    keys, rate, rest = parse(overrides)
     _, world, _, node = rendezvous.world_from_environment()
     if world == 1:
+        if rate is not None:
+            raise UserError("bench scale rate= is of a link between ranks: start it with torchrun")
         return _one_process(keys, rest)
     configs = expert_parallel_sizes([*DEFAULTS, *rest], world, node)
     mesh = rendezvous.start(1)
     try:
-        results = compare_ranks(configs, keys, mesh)
+        results = compare_ranks(configs, keys, mesh, rate)
     finally:
         rendezvous.stop()
     return results if mesh.is_main else None
@@ -113,17 +118,19 @@ def _one_process(keys: Rounds, rest: list[str]) -> Results:
     return Results([sizes, exponents], notes, {"largest difference of exponents {}": largest})
 
 
-def parse(overrides: list[str]) -> tuple[Rounds, list[str]]:
-    """`rounds=`, `steps=` and the checked overrides of `moe train`, none of which is the size of a series. Raises
-    UserError."""
+def parse(overrides: list[str]) -> tuple[Rounds, float | None, list[str]]:
+    """`rounds=` and `steps=`, the bytes per second of `rate=` and the checked overrides of `moe train`, none of which
+    is the size of a series. Raises UserError."""
     keys, rest = split(overrides, Rounds(rounds=3, steps=1))
+    rates = [parse_rate(one.partition("=")[2]) for one in rest if one.startswith("rate=")]
+    rest = [one for one in rest if not one.startswith("rate=")]
     taken = {one.partition("=")[0] for each in series() for own in each.sizes.values() for one in own}
     taken.add("parallel.expert_parallel_size")
     for override in rest:
         if override.partition("=")[0] in taken:
             raise UserError(f"bench scale {override}: it sets {', '.join(sorted(taken))} itself")
     load_config([*DEFAULTS, *rest])
-    return keys, rest
+    return keys, rates[-1] if rates else None, rest
 
 
 def measure(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> dict[int, StepTimes]:

@@ -5,6 +5,10 @@ rank trains a model of its own and sends nothing: what the other rows take beyon
 of the exchange are those that leave a rank: counted in the all-to-all calls of one step, and planned
 (`moe.plan.exchange_bytes`: of n ranks, (n − 1) / n of a rank's rows go to others). Gradients and weights, planned too,
 are what DeepSpeed reduces and gathers.
+
+With the link's `rate` a second table has the laws of its collectives (moe/bench/link.py), and the first one more
+columns: a step's milliseconds beyond the rank alone; those of its planned bytes at the stated rate, which is the lower
+bound of `moe plan`; and those by the laws.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.bench.clock import conditions
+from moe.bench.link import LinkLaws, measure_calls
 from moe.bench.results import Cell, Results, ResultTable
 from moe.bench.settings import Rounds, counted, exponent, least_steady
 from moe.bench.stepper import Stepper
@@ -35,6 +40,7 @@ COLUMNS = [
     "ranks", "expert-parallel size", "µs/token of a rank", "MFLOP/token", "time ÷ alone", "exchange, MB a step",
     "counted ÷ planned", "gradients and weights, MB a step", "MaxVio",
 ]  # fmt: skip
+LINK_COLUMNS = ["ms beyond alone", "ms at the stated rate", "ms by the law", "law ÷ measured"]
 
 
 def expert_parallel_sizes(overrides: list[str], world_size: int, node_size: int) -> dict[int, Config]:
@@ -49,8 +55,9 @@ def expert_parallel_sizes(overrides: list[str], world_size: int, node_size: int)
     return {n: replace(config, parallel=replace(config.parallel, expert_parallel_size=n)) for n in divisors}
 
 
-def compare_ranks(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> Results:
-    """A row for a rank alone and one for each size. A collective."""
+def compare_ranks(configs: dict[int, Config], keys: Rounds, mesh: Mesh, rate: float | None = None) -> Results:
+    """A row for a rank alone and one for each size. `rate` is the link's, in bytes per second. A collective."""
+    calls = None if rate is None else measure_calls(keys.rounds, mesh)
     plain = configs[1]
     train = replace(plain.train, global_batch_size=plain.train.micro_batch_size)
     alone = Stepper(replace(plain, engine=EngineKind.plain, train=train), Mesh(0, 1, 0, 1, 1, mesh.device))
@@ -84,7 +91,39 @@ def compare_ranks(configs: dict[int, Config], keys: Rounds, mesh: Mesh) -> Resul
         )
         figures["exponent of time over expert-parallel size {}"] = grown
         figures["exchanged bytes, counted ÷ planned {}"] = max(ratios, key=lambda ratio: abs(ratio - 1))
-    return Results([ResultTable(COLUMNS, rows)], notes, figures)
+    results = Results([ResultTable(COLUMNS, rows)], notes, figures)
+    if rate is not None and calls is not None:
+        _add_law(results, configs, seconds, calls, rate, mesh.world_size)
+    return results
+
+
+def _add_law(
+    results: Results,
+    configs: dict[int, Config],
+    seconds: dict[int, float],
+    calls: dict[str, dict[int, list[float]]],
+    rate: float,
+    world_size: int,
+) -> None:
+    """The laws of the link's collectives, and what they say of each row but the first. `seconds` are of a token."""
+    laws, table = LinkLaws(calls), results.tables[0]
+    table.columns += LINK_COLUMNS
+    table.rows[0] += [None] * len(LINK_COLUMNS)
+    ratios = dict[int, float]()
+    for row, (n, config) in zip(table.rows[1:], configs.items(), strict=True):
+        beyond = (seconds[n] - seconds[0]) * SEQUENCES * LENGTH
+        sent = sum(flow.total for flow in plan_traffic(config, 1, world_size).values())
+        said = laws.planned_seconds(config, world_size)
+        if beyond > 0:  # it may not be where the machine is busy and the link fast
+            ratios[n] = said / beyond
+        row += [beyond * 1e3, sent / rate * 1e3, said * 1e3, ratios.get(n)]
+    results.tables.append(laws.table())
+    steady = {f"{name} of {size:,} bytes": each for name, of in calls.items() for size, each in of.items()}
+    results.notes += [*laws.notes(rate), least_steady(steady)]
+    results.figures["all-reduce's bandwidth ÷ the link's rate {}"] = laws.all_reduce.bandwidth / rate
+    results.figures["all-to-all's bandwidth ÷ the link's rate {}"] = laws.all_to_all.bandwidth / rate
+    for n, ratio in ratios.items():
+        results.figures[f"time beyond one rank's alone at expert-parallel size {n}, law ÷ measured {{}}"] = ratio
 
 
 def _row(n: int, config: Config, seconds: dict[int, float], violations: dict[int, float]) -> list[Cell]:

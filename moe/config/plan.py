@@ -18,6 +18,8 @@ class HardwareConfig:
     GB is 10⁹ bytes. `memory_gb` is the vendor's figure; `reserved_gb` of it is in use before the first tensor (CUDA
     context, NCCL's and cuBLAS's buffers; on a CPU Python and PyTorch). `peak_tflops` is the dense bfloat16 rate,
     `peak_tflops_float32` the float32 rate without tensor cores. Link rates are what one rank can send while all send.
+    `link_efficiency`, the share of them that collectives reach, and `exchange_latency_us`, what an all-to-all takes
+    beyond its bytes, are assumptions for the slow end of a plan's range of times.
     """
 
     name: str
@@ -32,13 +34,17 @@ class HardwareConfig:
     memory_bandwidth_gbytes_per_s: float
     intra_node_gbytes_per_s: float
     inter_node_gbytes_per_s: float
+    link_efficiency: float = 0.6
+    exchange_latency_us: float = 50.0
 
     def __post_init__(self) -> None:
         filled("hardware", self, "name")
         positive("hardware", self, "nodes", "gpus_per_node", "memory_gb", "host_memory_gb", "peak_tflops")
         positive("hardware", self, "peak_tflops_float32", "memory_bandwidth_gbytes_per_s")
         positive("hardware", self, "intra_node_gbytes_per_s", "inter_node_gbytes_per_s")
-        not_negative("hardware", self, "reserved_gb")
+        positive("hardware", self, "link_efficiency")
+        not_negative("hardware", self, "reserved_gb", "exchange_latency_us")
+        require(self.link_efficiency <= 1, f"hardware.link_efficiency={self.link_efficiency} must be ≤ 1")
         require(
             self.world_size <= MAX_RANKS,
             f"hardware.nodes={self.nodes} × hardware.gpus_per_node={self.gpus_per_node} must be ≤ {MAX_RANKS} ranks",

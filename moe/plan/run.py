@@ -14,7 +14,7 @@ from moe.plan.flops import counts_first, flops_by_part, flops_per_token
 from moe.plan.gradients import element_size, local_tensors, trained_tensors
 from moe.plan.memory import MemoryPlan, plan_memory
 from moe.plan.muon import muon_cost
-from moe.plan.traffic import Flow, plan_traffic
+from moe.plan.traffic import Flow, exchange_bytes, plan_traffic
 
 GB = 1e9
 KEPT = ("activations", "moe_buffers", "recomputed")
@@ -22,13 +22,15 @@ KEPT = ("activations", "moe_buffers", "recomputed")
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one step if arithmetic and links ran at the hardware's stated peaks: lower bounds, `overlapped` for
-    any run and `in_turn` for one without any overlap."""
+    """Seconds of one step with arithmetic at the hardware's stated peak; `exchange` is the experts' part of the links'.
+    With links at their stated rates these are lower bounds: `overlapped` for any run, `in_turn` for one without any
+    overlap."""
 
     compute: float
     update: float
     intra: float
     inter: float
+    exchange: float
 
     @property
     def overlapped(self) -> float:
@@ -40,6 +42,9 @@ class Times:
         """Everything one after the other."""
         return self.compute + self.intra + self.inter + self.update
 
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {"at_best": self.overlapped, "nothing_overlaps": self.in_turn}
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -48,7 +53,8 @@ class Plan:
     recomputing: dict[Recompute, int]  # bytes of all layers' activations for each value of `model.recompute`
     recomputed_flops: dict[Recompute, float]  # FLOPs that each adds to a micro-batch
     traffic: dict[str, Flow]
-    times: Times
+    times: Times  # links at their stated rates
+    slow_times: Times  # links as `_times` has them with `slow`
     advice: list[str]  # overrides with which it fits; [] when it fits already or when none were found
     advised_gb: float  # what the run needs with `advice`; if nothing fits, the least that was found
     note: str = ""  # what the plan changed in the configuration
@@ -96,11 +102,13 @@ class Plan:
             "sent_bytes_per_rank_and_step": {
                 name: {"inside_node": flow.intra, "between_nodes": flow.inter} for name, flow in self.traffic.items()
             },
-            "seconds_per_step": asdict(self.times)
-            | {"at_best": self.times.overlapped, "nothing_overlaps": self.times.in_turn},
+            "exchange_calls_per_step": exchange_bytes(config, world).calls,
+            "seconds_per_step": self.times.as_dict(),
+            "seconds_per_step_slow_links": self.slow_times.as_dict(),
             "tokens_per_second": {
                 "at_best": tokens / self.times.overlapped,
                 "nothing_overlaps": tokens / self.times.in_turn,
+                "nothing_overlaps_slow_links": tokens / self.slow_times.in_turn,
             },
             "note": self.note,
             "fits": self.fits,
@@ -146,7 +154,8 @@ def make_plan(asked: PlanConfig) -> Plan:
     advice, advised = [], needed_gb(config, memory)
     if advised > config.hardware.memory_gb or _host_gb(config, memory) > config.hardware.host_memory_gb:
         advice, advised = _advise(asked, round_up=bool(note))
-    return Plan(config, memory, recomputing, more, traffic, _times(config, traffic), advice, advised, note)
+    times, slow = (_times(config, traffic, slow=slow) for slow in (False, True))
+    return Plan(config, memory, recomputing, more, traffic, times, slow, advice, advised, note)
 
 
 def _rounded(config: PlanConfig) -> PlanConfig:
@@ -167,7 +176,9 @@ def _memory(config: PlanConfig) -> MemoryPlan:
     )
 
 
-def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
+def _times(config: PlanConfig, traffic: dict[str, Flow], *, slow: bool) -> Times:
+    """Links at their stated rates and even routing; or `slow`: `hardware.link_efficiency` of the rates,
+    `hardware.exchange_latency_us` for each all-to-all, which ends when the rank with most rows has them."""
     hardware, train, world = config.hardware, config.train, config.hardware.world_size
     tokens = train.global_batch_size * train.sequence_length / world
     half = train.precision is Precision.bfloat16
@@ -176,12 +187,27 @@ def _times(config: PlanConfig, traffic: dict[str, Flow]) -> Times:
     muon_peak = peak if hardware.device is DeviceKind.cuda else hardware.peak_tflops_float32 * 1e12
     # Adam reads gradients, master weights and both moments, writes the last three, and writes the model's weights.
     moved = (7 * 4 + element_size(config)) * trained_tensors(config, world).share
+    efficiency, fullest = (hardware.link_efficiency, _fullest(config)) if slow else (1.0, 1.0)
+    intra, inter = (
+        hardware.intra_node_gbytes_per_s * GB * efficiency,
+        hardware.inter_node_gbytes_per_s * GB * efficiency,
+    )
+    others = [flow for name, flow in traffic.items() if name != "expert exchange"]
+    exchange = traffic["expert exchange"]
+    near, far = fullest * exchange.intra / intra, fullest * exchange.inter / inter
+    waits = hardware.exchange_latency_us / 1e6 * exchange_bytes(config, world).calls if slow else 0.0
     return Times(
         compute=tokens * _flops(config) / peak,
         update=moved / (hardware.memory_bandwidth_gbytes_per_s * GB) + muon / muon_peak,
-        intra=sum(flow.intra for flow in traffic.values()) / (hardware.intra_node_gbytes_per_s * GB),
-        inter=sum(flow.inter for flow in traffic.values()) / (hardware.inter_node_gbytes_per_s * GB),
+        intra=near + sum(flow.intra for flow in others) / intra + (0.0 if exchange.inter else waits),
+        inter=far + sum(flow.inter for flow in others) / inter + (waits if exchange.inter else 0.0),
+        exchange=max(near, far) + waits,  # which both links can carry at once
     )
+
+
+def _fullest(config: PlanConfig) -> float:
+    """Rows of the rank with most, over the mean."""
+    return min(config.plan.imbalance, config.parallel.expert_parallel_size)
 
 
 def _flops(config: PlanConfig) -> float:
@@ -200,9 +226,7 @@ def _flops(config: PlanConfig) -> float:
     if config.experts.fp8 and config.hardware.device is DeviceKind.cuda:
         experts *= 2 / 3
         again["experts"] /= 2
-    more = 0.0
-    if config.parallel.expert_parallel_size > 1:
-        more = min(config.plan.imbalance, config.parallel.expert_parallel_size) - 1
+    more = _fullest(config) - 1
     others = sum(part.total for name, part in parts.items() if name != "experts")
     return others + sum(again.values()) + experts + more * (experts + again["experts"])
 

@@ -25,6 +25,7 @@ from moe.plan.gradients import local_tensors
 from moe.plan.memory import size
 from moe.plan.muon import muon_cost
 from moe.plan.run import GB, Plan, make_plan
+from moe.plan.traffic import exchange_bytes
 
 WIDTH = 110  # columns where the output is not a terminal
 PHASES = {
@@ -147,22 +148,38 @@ def _traffic(plan: Plan) -> Table:
     return table
 
 
-def _times(plan: Plan) -> Table:
-    times, train = plan.times, plan.config.train
+def _times(plan: Plan) -> Group:
+    """Of links at their stated rates, to slower ones."""
+    train, hardware = plan.config.train, plan.config.hardware
     tokens = train.global_batch_size * train.sequence_length
-    table = _grid("Time of a step at the stated rates", "bound", "seconds", "tokens/s")
-    for name, seconds in (
-        ("arithmetic", times.compute),
-        ("update", times.update),
-        ("links inside a node", times.intra),
-        ("links between nodes", times.inter),
+    table = _grid("Time of a step", "bound", "seconds", "tokens/s")
+    for name, part in (
+        ("arithmetic", "compute"),
+        ("update", "update"),
+        ("links inside a node", "intra"),
+        ("links between nodes", "inter"),
+        ("expert exchange on them", "exchange"),
     ):
-        if seconds:
-            table.add_row(name, f"{seconds:.3g}", "")
+        if getattr(plan.times, part):
+            table.add_row(name, _range(*(f"{getattr(times, part):.3g}" for times in (plan.times, plan.slow_times))), "")
     table.add_section()
-    for name, seconds in (("everything overlaps", times.overlapped), ("nothing overlaps", times.in_turn)):
-        table.add_row(Text(name, style="bold"), f"{seconds:.3g}", f"{tokens / seconds:,.0f}")
-    return table
+    for name, bound in (("everything overlaps", "overlapped"), ("nothing overlaps", "in_turn")):
+        best, slow = (getattr(times, bound) for times in (plan.times, plan.slow_times))
+        rates = _range(*(f"{tokens / seconds:,.0f}" for seconds in (slow, best)))
+        table.add_row(Text(name, style="bold"), _range(f"{best:.3g}", f"{slow:.3g}"), rates)
+    if not plan.times.intra + plan.times.inter:
+        return Group(table)
+    line = f"ranges: links at their stated rates, to links at {hardware.link_efficiency:g} of them"
+    if calls := exchange_bytes(plan.config, hardware.world_size).calls:
+        line = (
+            f"{line}, {hardware.exchange_latency_us:g} µs for each of {calls:,} all-to-alls,\n"
+            f"and the fullest expert rank's rows at {plan.config.plan.imbalance:g} × the mean"
+        )
+    return Group(table, line)
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def verdict(plan: Plan) -> str:

@@ -38,25 +38,34 @@ class ExchangeBytes:
     rows: int
     counts: int
     leaving: float  # the share sent to other ranks when choices are uniform
+    row_calls: int = 0  # of all-to-all, for rows
+    count_calls: int = 0
 
     @property
     def total(self) -> int:
         return self.rows + self.counts
 
+    @property
+    def calls(self) -> int:
+        return self.row_calls + self.count_calls
+
 
 def exchange_bytes(config: Config, world_size: int) -> ExchangeBytes:
     """4 · T · k · H · bytes per layer and micro-batch, 2 more for each forward pass more (recomputation, the global
-    batch's counts); E · 8 for each forward pass and chunk's counts."""
+    batch's counts); E · 8 for each forward pass and chunk's counts. Each chunk has calls of its own."""
     model, router, train, expert = config.model, config.router, config.train, config.parallel.expert_parallel_size
     if expert == 1 or model.mlp is Mlp.dense:
         return ExchangeBytes(0, 0, 0.0)
     forwards = (1 if model.recompute is Recompute.none else 2) + counts_first(config)
     layers, steps = model.sparse_layer_numbers, config.accumulation(world_size)
+    exchanges = steps * len(layers) * config.experts.exchanges
     rows = steps * train.micro_batch_size * train.sequence_length * router.choices_in(layers)
     return ExchangeBytes(
         rows=(2 * forwards + 2) * rows * model.hidden_size * element_size(config),
-        counts=steps * len(layers) * forwards * config.experts.exchanges * router.num_experts * 8,
+        counts=exchanges * forwards * router.num_experts * 8,
         leaving=(expert - 1) / expert,
+        row_calls=exchanges * (2 * forwards + 2),
+        count_calls=exchanges * forwards,
     )
 
 

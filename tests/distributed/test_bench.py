@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe.bench import exchange, run_bench, scale_ranks
+from moe.bench import exchange, link, run_bench, scale_ranks
 from moe.distributed import rendezvous
 from moe.errors import UserError
 from tests.ranks import run_ranks
@@ -71,12 +71,12 @@ def test_exchange_needs_ranks() -> None:
         run_bench(["exchange"])
 
 
-def _scaled() -> list[str]:
+def _scaled(*more: str) -> list[str]:
     patch = pytest.MonkeyPatch()
     patch.setattr(scale_ranks, "SEQUENCES", 2)
     patch.setattr(scale_ranks, "LENGTH", 64)
     shape = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", "tokenizer.vocab_size=300"]
-    return _bench(["scale", "rounds=1", "steps=1", *shape])
+    return _bench(["scale", "rounds=1", "steps=1", *shape, *more])
 
 
 def test_scale_measures_each_expert_parallel_size_and_the_exchange_grows_as_planned() -> None:
@@ -93,6 +93,23 @@ def test_scale_measures_each_expert_parallel_size_and_the_exchange_grows_as_plan
     assert four / two == pytest.approx((3 / 4) / (1 / 2), rel=0.05)
     assert all(float(row["counted ÷ planned"]) == pytest.approx(1, abs=0.05) for row in cells[2:])
     assert main[-1].startswith("exchanged bytes, counted ÷ planned ")
+
+
+def test_scale_with_a_links_rate_fits_its_law_and_says_how_far_it_is_off() -> None:
+    main, other = run_ranks(2, _scaled, "rate=8gbit")
+    assert other == []
+    titles, *rows = (re.split(r" {2,}", line.strip()) for line in main[:4])
+    steps = [dict(zip(titles, row, strict=True)) for row in rows]
+    assert [row["law ÷ measured"] == "–" for row in steps] == [True, False, False]
+    both = sum(float(steps[2][name]) for name in ("exchange, MB a step", "gradients and weights, MB a step"))
+    assert float(steps[2]["ms at the stated rate"]) == pytest.approx(both / 1e9 * 1e3 * 1e6, rel=0.02)
+    titles, *rows = (re.split(r" {2,}", line.strip()) for line in main[4 : 5 + 2 * len(link.SIZES)])
+    calls = [dict(zip(titles, row, strict=True)) for row in rows]
+    expected = [(name, f"{size:,}") for name in link.COLLECTIVES for size in link.SIZES]
+    assert [(row["one call"], row["bytes a rank to others"]) for row in calls] == expected
+    assert all(float(row["ms"].replace(",", "")) > 0 for row in calls)
+    assert sum(line.endswith("the link's stated rate is 1000 MB/s") for line in main) == 2
+    assert main[-1].startswith("time beyond one rank's alone at expert-parallel size 2, law ÷ measured ")
 
 
 def _counted() -> float:

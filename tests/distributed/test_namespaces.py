@@ -72,9 +72,9 @@ def single(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[di
     return read_metrics(run)
 
 
-def _start(name: str, logs: Path, *overrides: str, **more: str) -> subprocess.Popen[str]:
+def _start(name: str, logs: Path, *overrides: str, verb: str = "train", **more: str) -> subprocess.Popen[str]:
     env = environment({"NAME": name, "LOGS": str(logs), "VENV": str(Path(sys.executable).parent.parent), **more})
-    script = ["bash", str(ROOT / "launch/two_namespaces.sh"), "train", *overrides]
+    script = ["bash", str(ROOT / "launch/two_namespaces.sh"), verb, *overrides]
     return subprocess.Popen(script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -171,6 +171,17 @@ def test_the_links_rate_limits_the_step(name: str, data: list[str], tmp_path: Pa
     assert seconds > 5 * 0.3 - burst, f"5 steps took {seconds} s at {rate:.0f} bit/s"
     assert seconds < 60
     assert int(re.findall(r"link: node 0 sent (\d+) bytes", output)[0]) > 6 * 4 * parameters
+
+
+def test_no_collective_is_found_faster_than_the_link(name: str, tmp_path: Path) -> None:
+    shape = ["model.vocab_size=320", "model.hidden_size=32", "model.num_hidden_layers=1", "tokenizer.vocab_size=300"]
+    overrides = ["scale", "rate=200mbit", "rounds=1", "parallel.expert_across_nodes=true", *shape]
+    process = _start(name, tmp_path / "logs", *overrides, verb="bench", RATE="200mbit")
+    output = _finish(process)
+    assert process.returncode == 0, output
+    shares = re.findall(r"all-(?:reduce|to-all)'s bandwidth ÷ the link's rate (\S+)", output)
+    assert len(shares) == 2, output
+    assert all(0 < float(share) < 1.1 for share in shares), output  # the burst lets 256 KiB pass at once
 
 
 def test_a_signal_leaves_nothing_behind(name: str, data: list[str], tmp_path: Path) -> None:

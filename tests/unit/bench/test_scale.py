@@ -66,6 +66,8 @@ def test_the_exponent_of_a_power_law_is_exact() -> None:
         ("router.num_experts=4", "bench scale router.num_experts=4: it sets "),
         ("train.sequence_length=64", "bench scale train.sequence_length=64: it sets "),
         ("parallel.expert_parallel_size=2", "bench scale parallel.expert_parallel_size=2: it sets "),
+        ("rate=fast", "rate=fast must be the link's rate as launch/two_namespaces.sh takes it: rate=100mbit"),
+        ("rate=100mbit", "bench scale rate= is of a link between ranks: start it with torchrun"),
     ],
 )
 def test_bad_keys(override: str, message: str) -> None:

@@ -75,6 +75,9 @@ def test_a_removed_preset_is_an_error_that_says_what_to_write(before, now):
         (["hardware=custom"], r"hardware\.gpus_per_node, .*hardware\.memory_gb, .* must be stated"),
         (["hardware.memory_gb=0"], r"hardware\.memory_gb=0.* must be > 0"),
         (["hardware.reserved_gb=9"], r"hardware\.reserved_gb=9.* must be < hardware\.memory_gb=8"),
+        (["hardware.link_efficiency=0"], r"hardware\.link_efficiency=0.* must be > 0"),
+        (["hardware.link_efficiency=1.1"], r"hardware\.link_efficiency=1\.1 must be ≤ 1"),
+        (["hardware.exchange_latency_us=-1"], r"hardware\.exchange_latency_us=-1.* must be ≥ 0"),
         (["plan.imbalance=0.9"], r"plan\.imbalance=0\.9 must be ≥ 1"),
         (
             [*MIXTRAL, *TWO_H100_NODES, "router.num_experts=16", "parallel.expert_parallel_size=16"],
@@ -192,6 +195,40 @@ def test_times_are_work_over_rates():
     assert 1.3 < again.times.compute / plan.times.compute < 4 / 3
 
 
+def test_the_exchange_is_a_range_by_hand():
+    """Of 16 micro-batches and 32 layers: each row of bfloat16 four times, of which 7 in 8 leave the rank, at 450 GB/s;
+    or at 0.6 of that, on the rank with 1.5 × the mean's rows, and 50 µs for each of five calls."""
+    plan = make_plan(compose(*MIXTRAL, *TWO_H100_NODES, "parallel.expert_parallel_size=8"))
+    micro_layers = 16 * 32
+    sent = micro_layers * (4 * 4096 * 2 * 4096 * 2 + 8 * 8) * 7 / 8
+    fast, slow = plan.times, plan.slow_times
+    assert fast.exchange == pytest.approx(sent / 450e9)
+    assert slow.exchange == pytest.approx(1.5 * sent / (0.6 * 450e9) + micro_layers * 5 * 50e-6)
+    assert slow.intra - slow.exchange == pytest.approx((fast.intra - fast.exchange) / 0.6)
+    assert slow.inter == pytest.approx(fast.inter / 0.6)
+    assert (slow.compute, slow.update) == (fast.compute, fast.update)
+    assert fast.in_turn < slow.in_turn
+
+
+def test_an_exchange_between_nodes_waits_for_the_slower_link():
+    split = ["router.num_experts=16", "parallel.expert_parallel_size=16", "parallel.expert_across_nodes=true"]
+    stated = ["hardware.link_efficiency=0.5", "hardware.exchange_latency_us=20", "plan.imbalance=1"]
+    plan = make_plan(compose(*MIXTRAL, *TWO_H100_NODES, *split, *stated))
+    micro_layers = 16 * 32
+    passed = micro_layers * (4 * 4096 * 2 * 4096 * 2 + 16 * 8)
+    assert plan.times.exchange == pytest.approx(passed * 8 / 16 / 50e9)  # 7 in 16 go to ranks of the own node
+    waits = micro_layers * 5 * 20e-6
+    assert plan.slow_times.exchange == pytest.approx(2 * plan.times.exchange + waits)
+    assert plan.slow_times.inter == pytest.approx(2 * plan.times.inter + waits)
+    assert plan.slow_times.intra == pytest.approx(2 * plan.times.intra)
+
+
+def test_one_rank_has_no_range():
+    plan = make_plan(compose("hardware=cpu"))
+    assert plan.slow_times == plan.times
+    assert plan.times.exchange == 0
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -281,7 +318,10 @@ def test_json_is_the_plan(capsys):
     assert shown["needed_gb"] == needed_gb(config, plan.memory)
     assert shown["fits"] is False
     assert shown["advice"]
-    assert shown["seconds_per_step"]["at_best"] <= shown["seconds_per_step"]["nothing_overlaps"]
+    fast, slow = shown["seconds_per_step"], shown["seconds_per_step_slow_links"]
+    assert fast["at_best"] <= fast["nothing_overlaps"] < slow["nothing_overlaps"]
+    assert fast["exchange"] < slow["exchange"]
+    assert shown["exchange_calls_per_step"] == 16 * 32 * 5
 
 
 def test_table_names_everything(capsys):
@@ -291,6 +331,7 @@ def test_table_names_everything(capsys):
     for part in (
         "2 × 8 GPUs of 80 GB", "46,702,792,704, 12,879,925,248 active", "fullest expert rank at 2 × the mean",
         "MoE buffers", "← peak", "model.recompute = none", "expert exchange", "between nodes", "nothing overlaps",
+        "ranges: links at their stated rates, to links at 0.6 of them, 50 µs for each of 2,560 all-to-alls,",
     ):  # fmt: skip
         assert part in shown, part
     assert all(len(line) <= 110 for line in shown.splitlines())
