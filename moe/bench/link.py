@@ -28,7 +28,9 @@ from moe.distributed.mesh import Mesh
 from moe.errors import UserError
 from moe.plan import exchange_bytes, plan_traffic
 
-SIZES = (2**12, *(2**power for power in range(18, 23)))  # bytes a rank sends to others in a call: 4 KiB to 4 MiB
+# Bytes that a rank sends to others in a call: 64, which cost no more than the latency, and 256 KiB to 4 MiB. A limited
+# link lets single packets pass at once, so that the time of some KiB is neither that of the latency nor of the rate.
+SIZES = (64, *(2**power for power in range(18, 23)))
 CALLS = 2  # of a size in one round, after one that isn't timed, since a limited link lets some bytes pass at once
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 

@@ -107,7 +107,7 @@ def _add_law(
 ) -> None:
     """The laws of the link's collectives, and what they say of each row but the first. `seconds` are of a token."""
     laws, table = LinkLaws(calls), results.tables[0]
-    table.columns += LINK_COLUMNS
+    table.columns = [*table.columns, *LINK_COLUMNS]
     table.rows[0] += [None] * len(LINK_COLUMNS)
     ratios = dict[int, float]()
     for row, (n, config) in zip(table.rows[1:], configs.items(), strict=True):
