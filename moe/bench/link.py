@@ -2,9 +2,9 @@
 
 Hockney's law: a call in which each rank sends b bytes to others takes latency + b ÷ bandwidth seconds. The constants
 are fitted, for each kind of collective, to calls of growing size; bandwidth ÷ the stated rate of the link is its
-efficiency. The law of all-to-all has a third constant. gloo announces the buffer for the rows that arrive over the same
-connection as the rows that leave, and behind them: what doesn't fit into the queues on the way is sent in one direction
-after the other, though the link carries both at once. So the bytes of a call beyond `both_ways` count twice.
+efficiency. The law of all-to-all has a third constant. gloo starts to send before it announces, over the same
+connection, that it is ready to receive. So of two ranks the first may send only after the second has, but for what fits
+into the queues on the way: the bytes of a call beyond `both_ways` count twice, though the link carries both directions.
 
 The time of a step's collectives follows from the bytes that `moe.plan` knows: the exchange's from its calls by the law
 of all-to-all; gradients' and weights', whose calls are few and large, as one call by that of all-reduce.
