@@ -113,6 +113,14 @@ class RecordKind(Enum):
     sharegpt = "sharegpt"
 
 
+class Packing(Enum):
+    """How documents for pre-training become sequences. `concat`: end to end, cut wherever a sequence ends. `best_fit`:
+    only documents longer than a sequence are cut, and sequences are filled up with padding (arXiv 2404.10830)."""
+
+    concat = "concat"
+    best_fit = "best_fit"
+
+
 class TemplateName(Enum):
     """How a conversation becomes text: by the tokenizer's own template, or one of moe/data/chat_templates.py. `auto`:
     the tokenizer's own where it has one, else `mistral`, which needs no token of its own."""

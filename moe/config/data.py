@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any
 
-from moe.config.choices import LongRows, LossOn, RecordKind, SourceFormat, TemplateName, TokenizerKind
+from moe.config.choices import LongRows, LossOn, Packing, RecordKind, SourceFormat, TemplateName, TokenizerKind
 from moe.config.rules import filled, positive, require
 from moe.config.suggest import no_such_key
 from moe.errors import UserError
@@ -48,8 +48,11 @@ class DataConfig:
     """Corpora. `data.path` is short for one source named `text`; a mixture names its sources in `data.sources`.
 
     `records` is what rows are; where they are not documents, `template`, `loss_on` and `long_rows` say how a row
-    becomes a sequence of tokens and targets (docs/fine-tuning.md). `processes` prepare the token shards, which are the
-    same for any number (null: one for each core, and fewer where there is little text).
+    becomes a sequence of tokens and targets (docs/fine-tuning.md). Documents become the sequences to train on by
+    `packing`; their tokens see their own document only, or with `document_mask=false` those before it in the sequence
+    too. Held-out documents are end to end and masked whatever these two say, so that their losses can be compared.
+    `processes` prepare the token shards, which are the same for any number (null: one for each core, and fewer where
+    there is little text).
     """
 
     path: str | None = None
@@ -62,6 +65,8 @@ class DataConfig:
     template: TemplateName = TemplateName.auto
     loss_on: LossOn = LossOn.completion
     long_rows: LongRows = LongRows.truncate
+    packing: Packing = Packing.concat
+    document_mask: bool = True
     sources: dict[str, Any] = field(
         default_factory=dict
     )  # name → SourceConfig; Any, so that `+data.sources.x.path=` works
@@ -93,7 +98,7 @@ class DataConfig:
         self._check_records()
 
     def _check_records(self) -> None:
-        """Raises UserError where a key of fine-tuning has nothing that reads it."""
+        """Raises UserError where a key of fine-tuning or of documents has nothing that reads it."""
         for key, source in ({"data": self} if self.path is not None else self.all_sources()).items():
             prefix = key if key == "data" else f"data.sources.{key}"
             kind = source.records or self.records
@@ -111,6 +116,15 @@ class DataConfig:
                 self.has_records or value is default or not self.all_sources(),
                 f"data.{name}={value.name} is read for fine-tuning only: add data=sft, or data.records=auto",
             )
+        kinds = {source.records or self.records for source in self.all_sources().values()}
+        require(
+            self.packing is Packing.concat or not kinds or RecordKind.documents in kinds,
+            f"data.packing={self.packing.name} is for documents only: leave it out, rows are packed whole anyway",
+        )
+        require(
+            self.document_mask or not self.has_records,
+            "data.document_mask=false is for documents only: leave it out, a row for fine-tuning sees no other row",
+        )
 
     @property
     def has_records(self) -> bool:

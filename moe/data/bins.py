@@ -10,7 +10,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 
+import numpy as np
+
 from moe.data.record_encoding import EncodedRow
+from moe.data.shards import MASK, OFFSET, PADDING, TARGET, StreamWriter
 
 WINDOW = 1024  # rows
 MOST_OPEN = 512  # sequences between two windows
@@ -66,3 +69,19 @@ class Bins:
 
     def _end(self, number: int) -> None:
         self._write(self._rows.pop(number))
+
+
+class SequenceWriter:
+    """Writes the rows of one sequence, and fills it up with `filler`: the mask says from where."""
+
+    def __init__(self, writer: StreamWriter, sequence_length: int, filler: int) -> None:
+        self._writer, self._length, self._filler = writer, sequence_length, filler
+
+    def __call__(self, rows: list[EncodedRow]) -> None:
+        sizes = [len(row.ids_T) for row in rows]
+        room = self._length - sum(sizes)
+        starts_R = np.cumsum([0, *sizes[:-1]], dtype=OFFSET)
+        ids_L = np.concatenate([*(row.ids_T for row in rows), np.full(room, self._filler, rows[0].ids_T.dtype)])
+        masks = (row.targets_T.astype(MASK) * TARGET for row in rows)
+        mask_L = np.concatenate([*masks, np.full(room, PADDING, MASK)])
+        self._writer.write_documents(ids_L, starts_R, mask_L)

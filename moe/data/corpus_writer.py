@@ -14,9 +14,10 @@ from typing import Any, cast
 import numpy as np
 import sentencepiece
 
-from moe.config import DataConfig, TokenizerConfig
+from moe.config import DataConfig, Packing, TokenizerConfig
 from moe.data.corpus import FORMAT, META, SPLITS
 from moe.data.document_encoding import EncodedDocuments, encode_documents
+from moe.data.document_packing import DocumentPacker
 from moe.data.parts import Part
 from moe.data.processes import Processes
 from moe.data.record_encoding import Recipe
@@ -73,13 +74,15 @@ def write_corpus(
     sources: list[Source],
     surveys: list[Survey],
     recipe: Recipe | None,
+    sequence_length: int | None,
     processes: Processes,
     log: Callable[[str], None],
 ) -> None:
     """Writes shards, tokenizer and meta.json into the new `folder` and syncs them to disk.
 
-    `recipe` is that of the sources that have records; the tokenizer is saved with its template. Raises OSError when the
-    folder can't be written; a source that can't be read raises DataError.
+    `recipe` is that of the sources that have records; the tokenizer is saved with its template. `sequence_length` is
+    that of packed documents. Raises OSError when the folder can't be written; a source that can't be read raises
+    DataError.
     """
     folder.mkdir(parents=True)
     if recipe is not None:
@@ -93,6 +96,7 @@ def write_corpus(
         "versions": {"numpy": np.__version__, "sentencepiece": sentencepiece.__version__},
         "sources": {},
     }
+    packed_length = None if data.packing is Packing.concat else sequence_length
     encode_text, encode_rows = EncodeJob(tokenizer, None), EncodeJob(tokenizer, recipe)
     for source, survey in zip(sources, surveys, strict=True):
         path, items = folder / source.name, ((part, survey.threshold) for part in source.parts())
@@ -102,7 +106,7 @@ def write_corpus(
             streams = write_records(path, source, survey, recipe, rows, log)
         else:
             documents = cast("Iterator[EncodedDocuments]", processes.run(encode_text, items))
-            streams = _write_documents(path, source, survey, tokenizer, documents, log)
+            streams = _write_documents(path, source, survey, tokenizer, packed_length, documents, log)
         about = {"description": source.description, "content": survey.content}
         meta["sources"][source.name] = {**about, **streams}
     with (folder / META).open("w", encoding="utf-8") as file:
@@ -132,13 +136,20 @@ def _write_documents(
     source: Source,
     survey: Survey,
     tokenizer: Tokenizer,
+    packed_length: int | None,
     parts: Iterable[EncodedDocuments],
     log: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Writes both splits of one source; returns meta.json's entry of each."""
-    writers = {split: StreamWriter(folder / split, token_dtype(tokenizer.vocab_size)) for split in SPLITS}
+    """Writes both splits of one source, the one to train on packed if there is a `packed_length`; returns meta.json's
+    entry of each."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers: dict[str, StreamWriter | DocumentPacker] = {}
+    for split in SPLITS:
+        length = packed_length if split == "train" else None
+        writer = StreamWriter(folder / split, dtype, packed_length=length)
+        writers[split] = writer if length is None else DocumentPacker(writer, length, tokenizer.eos_id)
     content = hashlib.sha256()
-    current: StreamWriter | None = None
+    current: StreamWriter | DocumentPacker | None = None
     done = 0
     try:
         for part in parts:
@@ -162,7 +173,10 @@ def _write_documents(
         if current is not None:
             current.write([tokenizer.eos_id])
         require_same(source, survey, content.hexdigest())
-        return {split: writer.close() for split, writer in writers.items()}
+        entries = {split: writer.close() for split, writer in writers.items()}
+        for packer in (writer for writer in writers.values() if isinstance(writer, DocumentPacker)):
+            log(f"source {source.name!r}: {packer.describe()}")
+        return entries
     except BaseException:
         for writer in writers.values():
             writer.abandon()

@@ -88,7 +88,7 @@ class Loader:
         self._sequence_length, self._micro, self._global = sequence_length, micro_batch_size, global_batch_size
         self._rank, self._world_size, self._seed = rank, world_size, seed
         packed = any(stream.packed_length is not None for stream in self._streams)
-        # A row for fine-tuning is seen once an epoch; text for pre-training is seen once or less.
+        # A packed row or document is seen once an epoch; text end to end is seen once or less.
         self._mixture = Mixture(corpus.weights, seed, whole_epochs=packed)
         self.consumed = 0
 

@@ -28,6 +28,7 @@ from moe.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe.data.chat_templates import OURS
 from moe.data.corpus import FORMAT, Corpus, check_tokenizer, check_vocab, open_corpus
 from moe.data.corpus_writer import survey_sources, train_tokenizer, write_corpus
+from moe.data.document_packing import packing_identity
 from moe.data.find import expanded
 from moe.data.processes import Processes, chosen_processes
 from moe.data.readers import DataError
@@ -57,7 +58,8 @@ def prepare(
 ) -> Corpus:
     """Opens the shards of these sources and this tokenizer, and builds them first if they don't exist or are damaged.
 
-    Rows for fine-tuning are packed into sequences of `sequence_length` tokens, which must be stated for them.
+    Rows for fine-tuning, and documents with `data.packing=best_fit`, are packed into sequences of `sequence_length`
+    tokens, which must be stated for them.
     `verify` checks the content of all files, also if this machine did so before. `warn` (None: `log`) gets the line
     about a damaged corpus, in the one process that prepares it again. The connected `ranks` (`Processes`) work on the
     text instead of processes of this machine. Raises DataError, one line, if anything is wrong
@@ -110,6 +112,7 @@ class _Note:
         if data.has_records:
             names = (data.template.name, data.loss_on.name, data.long_rows.name)
             settings += [RECORD_FORMAT, *names, length, *sorted(OURS.values()), jinja2.__version__]
+        settings += packing_identity(data, length)
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
         modified = max([source.modified_ns for source in sources] + [stat[2] for stat in stats])
         return cls(cache / f"{key}.json", key, modified)
@@ -182,6 +185,7 @@ def _build(
             recipe = _recipe(data, tokenizer, sequence_length)
         identity = [FORMAT, tokenizer.fingerprint, data.held_out]
         identity += [recipe.identity] if recipe else []
+        identity += packing_identity(data, sequence_length)
         identity += [[source.name, survey.content] for source, survey in zip(sources, surveys, strict=True)]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         folder = cache / fingerprint[:32]
@@ -191,7 +195,9 @@ def _build(
                 opener.tell()
 
                 def write(partial: Path) -> None:
-                    write_corpus(partial, fingerprint, data, tokenizer, sources, surveys, recipe, processes, log)
+                    write_corpus(
+                        partial, fingerprint, data, tokenizer, sources, surveys, recipe, sequence_length, processes, log
+                    )
 
                 _write(folder, write)
                 corpus = open_corpus(folder, opener.weights, log)

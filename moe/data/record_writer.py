@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from moe.data.bins import Bins
+from moe.data.bins import Bins, SequenceWriter
 from moe.data.corpus import SPLITS
 from moe.data.parts import Part
 from moe.data.readers import Chunk, DataError
 from moe.data.record_encoding import EncodedRow, Recipe, in_batches
 from moe.data.records import DataRecord
-from moe.data.shards import MASK, OFFSET, PADDING, TARGET, StreamWriter, token_dtype
+from moe.data.shards import MASK, OFFSET, StreamWriter, token_dtype
 from moe.data.sources import Source
 from moe.data.survey import Survey, content_bytes, hash_of, require_same
 
@@ -98,8 +98,9 @@ def write_records(
 ) -> dict[str, dict[str, Any]]:
     """Writes both splits of one source; returns meta.json's entry of each. Raises DataError, OSError."""
     dtype = token_dtype(recipe.tokenizer.vocab_size)
-    writers = {split: StreamWriter(folder / split, dtype, packed_length=recipe.sequence_length) for split in SPLITS}
-    bins = {split: Bins(recipe.sequence_length, _Sequences(writers[split], recipe)) for split in SPLITS}
+    length, filler = recipe.sequence_length, recipe.tokenizer.eos_id
+    writers = {split: StreamWriter(folder / split, dtype, packed_length=length) for split in SPLITS}
+    bins = {split: Bins(length, SequenceWriter(writers[split], length, filler)) for split in SPLITS}
     content, counts, count = hashlib.sha256(), Counter[str](), 0
     try:
         for part in parts:
@@ -121,22 +122,6 @@ def write_records(
         for writer in writers.values():
             writer.abandon()
         raise
-
-
-class _Sequences:
-    """Writes the rows of one sequence, and fills it up: the mask says from where."""
-
-    def __init__(self, writer: StreamWriter, recipe: Recipe) -> None:
-        self._writer, self._length, self._filler = writer, recipe.sequence_length, recipe.tokenizer.eos_id
-
-    def __call__(self, rows: list[EncodedRow]) -> None:
-        sizes = [len(row.ids_T) for row in rows]
-        room = self._length - sum(sizes)
-        starts_R = np.cumsum([0, *sizes[:-1]], dtype=OFFSET)
-        ids_L = np.concatenate([*(row.ids_T for row in rows), np.full(room, self._filler, rows[0].ids_T.dtype)])
-        masks = (row.targets_T.astype(MASK) * TARGET for row in rows)
-        mask_L = np.concatenate([*masks, np.full(room, PADDING, MASK)])
-        self._writer.write_documents(ids_L, starts_R, mask_L)
 
 
 def _text_bytes(record: Chunk) -> int:

@@ -54,7 +54,7 @@ class StreamWriter:
         self, folder: Path, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS, packed_length: int | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._dtype, self._shard_tokens, self._packed = folder, dtype, shard_tokens, packed_length
+        self._folder, self.dtype, self._shard_tokens, self._packed = folder, dtype, shard_tokens, packed_length
         self._offsets = _HashedFile(folder / OFFSETS_FILE)
         self._shard: _HashedFile | None = None
         self._mask: _HashedFile | None = None
@@ -67,7 +67,7 @@ class StreamWriter:
 
     def write(self, ids: list[int] | np.ndarray, mask_N: np.ndarray | None = None) -> None:
         """`mask_N`, of a packed stream, has 0, TARGET and PADDING."""
-        ids_N = np.asarray(ids, dtype=self._dtype)
+        ids_N = np.asarray(ids, dtype=self.dtype)
         while len(ids_N):
             shard, used = divmod(self.tokens, self._shard_tokens)
             if used == 0:
@@ -86,7 +86,7 @@ class StreamWriter:
         """Ids, as bytes or an array of the stream's dtype, in which documents begin at the places `starts_D`."""
         self._offsets.write((starts_D + self.tokens).astype(OFFSET).tobytes())
         self.documents += len(starts_D)
-        self.write(np.frombuffer(ids, self._dtype) if isinstance(ids, bytes) else ids, mask_N)
+        self.write(np.frombuffer(ids, self.dtype) if isinstance(ids, bytes) else ids, mask_N)
 
     def _begin(self, shard: int) -> None:
         self._end(self._shard)

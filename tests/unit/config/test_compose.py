@@ -72,6 +72,8 @@ BAD = [
     (["+data.sources.x.path=a"], "must be stated for every source or for none"),
     (["+data.sources.x.pth=a"], "data.sources.x.pth: no such key; did you mean data.sources.x.path?"),
     (["data.held_out=1"], "data.held_out=1.0 must be between 0 and 1"),
+    (["data=sft", "data.path=x", "data.packing=best_fit"], "data.packing=best_fit is for documents only: leave it out"),
+    (["data=sft", "data.path=x", "data.document_mask=false"], "data.document_mask=false is for documents only: leave"),
     (["optim.lr=nan"], "optim.lr=nan must be > 0"),
     (["optim.lr=1e300"], "optim.lr=1e+300 must be ≤ 1e+37: float32 has no larger numbers"),
     (["optim.max_grad_norm=inf"], "optim.max_grad_norm=inf must be ≤ 1e+37"),
