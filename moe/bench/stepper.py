@@ -35,6 +35,7 @@ def batch_of(ids_BS: torch.Tensor, first_sample: int = 0) -> Batch:
         document_ids_BS=torch.zeros_like(ids_BS, dtype=torch.int32),
         sample_ids_B=samples_B,
         source_ids_B=torch.zeros_like(samples_B),
+        document_lengths=[ids_BS.shape[1]] * ids_BS.shape[0],
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class Batch:
 
     `sample_ids_B` is the sample's number in the run's global order (−1: padding of a held-out batch); `source_ids_B`
     indexes `Corpus.source_names`. `real_T` are the places b·S + s of the T tokens that don't only fill up a sequence or
-    the batch, ascending; None where none does.
+    the batch, ascending; None where none does. `document_lengths` are those of all documents, row by row: the host
+    knows them, so attention on a GPU needn't read them back.
     """
 
     input_ids_BS: Tensor  # int64
@@ -38,6 +40,13 @@ class Batch:
     sample_ids_B: Tensor  # int64
     source_ids_B: Tensor  # int64
     real_T: Tensor | None = None  # int64
+    document_lengths: list[int] | None = None  # Σ = B·S; None: they weren't counted
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Arguments of a model's forward pass, beside token ids and labels."""
+        names = ("document_ids_BS", "document_lengths", "real_T")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tokens(self) -> int:
@@ -48,11 +57,10 @@ class Batch:
         """The batch on `device`; to CUDA through pinned memory, so that the host goes on while it travels."""
         if device.type == "cpu":
             return self
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        there = {
-            name: tensor.pin_memory().to(device, non_blocking=True)
-            for name, tensor in tensors.items()
-            if tensor is not None
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        there: dict[str, Any] = {
+            name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in values.items()
         }
         return Batch(**there)
 
@@ -163,14 +171,22 @@ def _collate(samples: list[Sample], sample_ids: list[int], source_ids: list[int]
         starts = range(0, len(samples) * sequence_length, sequence_length)
         parts = [np.arange(start, start + sample.length) for start, sample in zip(starts, samples, strict=True)]
         real_T = torch.from_numpy(np.concatenate(parts))
+    documents_BS = np.stack([sample.document_ids_L for sample in samples])
     return Batch(
         input_ids_BS=torch.from_numpy(np.stack([sample.input_ids_L for sample in samples])),
         labels_BS=torch.from_numpy(np.stack([sample.labels_L for sample in samples])),
-        document_ids_BS=torch.from_numpy(np.stack([sample.document_ids_L for sample in samples])),
+        document_ids_BS=torch.from_numpy(documents_BS),
         sample_ids_B=torch.tensor(sample_ids, dtype=torch.int64),
         source_ids_B=torch.tensor(source_ids, dtype=torch.int64),
         real_T=real_T,
+        document_lengths=_document_lengths(documents_BS),
     )
+
+
+def _document_lengths(documents_BS: np.ndarray) -> list[int]:
+    starts = np.flatnonzero(np.diff(documents_BS, axis=1, prepend=-1))  # ids are ≥ 0, so every row begins a document
+    lengths: list[int] = np.diff(starts, append=documents_BS.size).tolist()
+    return lengths
 
 
 def token_counts(batches: Iterable[Batch], vocab_size: int) -> Tensor:

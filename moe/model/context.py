@@ -6,6 +6,7 @@ Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Context:
     cache: KVCache | None
     randomness: Randomness | None
     real: RealTokens | None = None  # the tokens that are routed; None: all
+    document_lengths: list[int] | None = None  # of all documents, row by row; None: attention counts the ids
     _attends: dict[int | None, Attend] = field(default_factory=dict)
 
     def halves(self) -> list[Context]:
@@ -43,8 +45,11 @@ class Context:
                 randomness = replace(randomness, sample_ids_B=randomness.sample_ids_B[first:stop])
             if real is not None:
                 real = real.of_sequences(first, stop)
-            shape = stop - first, length
-            made.append(Context(self.table, self.backend, shape, self.device, documents, None, randomness, real))
+            lengths = self.document_lengths
+            if lengths is not None:
+                lengths = _within(lengths, first * length, stop * length)
+            of_these = documents, None, randomness, real, lengths
+            made.append(Context(self.table, self.backend, (stop - first, length), self.device, *of_these))
         return made
 
     def randomness_at(self, layer: int, place: int) -> Randomness | None:
@@ -59,5 +64,11 @@ class Context:
         if self.cache is not None:
             self.cache.write(layer, k_BSGD, v_BSGD)
         if window not in self._attends:
-            self._attends[window] = make_attend(self.backend, self.shape, window, self.document_ids_BS, self.device)
+            documents = self.document_ids_BS, self.device, self.document_lengths
+            self._attends[window] = make_attend(self.backend, self.shape, window, *documents)
         return self._attends[window](q_BSND, k_BSGD, v_BSGD)
+
+
+def _within(lengths: list[int], first: int, stop: int) -> list[int]:
+    """Of the documents that end after place `first` of the batch, up to `stop`."""
+    return [length for length, end in zip(lengths, accumulate(lengths), strict=True) if first < end <= stop]

@@ -59,13 +59,14 @@ class Decoder(nn.Module):
         randomness: Randomness | None,
         neftune_noise_alpha: float | None = None,
         real_T: Tensor | None = None,
+        document_lengths: list[int] | None = None,
     ) -> tuple[Tensor, list[RouterOutput]]:
         x_BSH, routers = self.embed_tokens(input_ids_BS), []
         if neftune_noise_alpha is not None and self.training:
             if randomness is None:
                 raise ValueError(f"neftune_noise_alpha={neftune_noise_alpha} needs the batch's randomness")
             x_BSH = noisy(x_BSH, document_ids_BS, neftune_noise_alpha, randomness)
-        context = self._context(x_BSH, document_ids_BS, cache, randomness, real_T)
+        context = self._context(x_BSH, document_ids_BS, cache, randomness, real_T, document_lengths)
         if self.overlaps_halves and cache is None and context.shape[0] > 1:
             x_BSH, routers = self._in_halves(x_BSH, context)
         else:
@@ -94,6 +95,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         randomness: Randomness | None,
         real_T: Tensor | None,
+        document_lengths: list[int] | None,
     ) -> Context:
         """Back-end and dtypes follow the activations, not the weights."""
         batch, count, _ = x_BSH.shape
@@ -106,7 +108,8 @@ class Decoder(nn.Module):
             backend, _ = resolve_attention(config.attention, x_BSH.device, x_BSH.dtype, config.head_size)
         table = self._rotary_tables(start, count, x_BSH.device, x_BSH.dtype)
         real = None if real_T is None else RealTokens(real_T, batch, count)
-        return Context(table, backend, (batch, count), x_BSH.device, document_ids_BS, cache, randomness, real)
+        shape, device = (batch, count), x_BSH.device
+        return Context(table, backend, shape, device, document_ids_BS, cache, randomness, real, document_lengths)
 
 
 class Transformer(nn.Module):
@@ -165,6 +168,7 @@ class Transformer(nn.Module):
         neftune_noise_alpha: float | None = None,
         logits_to_keep: int | None = None,
         real_T: Tensor | None = None,
+        document_lengths: list[int] | None = None,
     ) -> ModelOutput:
         """Logits, or the summed loss if labels (already shifted, −100 for no target) are given. `logits_to_keep` is the
         number of last positions whose logits are computed; None: all.
@@ -173,9 +177,13 @@ class Transformer(nn.Module):
         With a `cache` the tokens continue those of earlier calls and are added to it. In training, dropout, jitter
         and the embeddings' noise (`moe.model.neftune`) take their random numbers from `randomness`. `real_T` (int64,
         ascending) are the places b·S + s of the tokens that sparse layers route; None: all. The others only fill up
-        their sequence: they count in no loss, metric or capacity, and their logits mean nothing.
+        their sequence: they count in no loss, metric or capacity, and their logits mean nothing. `document_lengths`,
+        row by row, say what `document_ids_BS` say, without a wait for the GPU to find it out; a pass without them
+        counts the ids, where attention needs it.
         """
-        x_BSH, routers = self.model(input_ids_BS, document_ids_BS, cache, randomness, neftune_noise_alpha, real_T)
+        x_BSH, routers = self.model(
+            input_ids_BS, document_ids_BS, cache, randomness, neftune_noise_alpha, real_T, document_lengths
+        )
         if labels_BS is None:
             kept_BSH = x_BSH if logits_to_keep is None else x_BSH[:, -logits_to_keep:]
             return ModelOutput(self.lm_head(kept_BSH), None, routers)

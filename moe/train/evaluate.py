@@ -64,7 +64,7 @@ class Evaluation:
         for index, batch in enumerate(self._batches):
             begins(f"evaluation batch {index + 1} of {len(self._batches)}")
             here = batch.to(device)
-            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS, real_T=here.real_T)
+            output = model(here.input_ids_BS, **here.layout)
             loss_B = _loss_by_sequence(output.logits_BSV, here.labels_BS)
             pairs = torch.stack([loss_B, (here.labels_BS != -100).sum(-1).double()], dim=-1)
             sums.index_add_(0, here.source_ids_B, pairs)
@@ -108,7 +108,7 @@ class Evaluation:
         sums = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)  # (nats, targets)
         for batch in self._batches:
             here = batch.to(self._mesh.device)
-            output = model(here.input_ids_BS, document_ids_BS=here.document_ids_BS, real_T=here.real_T)
+            output = model(here.input_ids_BS, **here.layout)
             nats = _loss_by_sequence(output.logits_BSV, here.labels_BS).sum()
             sums += torch.stack((nats, (here.labels_BS != -100).sum().double()))
         nats, targets = self._mesh.sum_(sums).tolist()
@@ -122,7 +122,7 @@ class Evaluation:
         first_B = batch.sample_ids_B < len(batch.sample_ids_B)  # rank 0's, so that the number of ranks changes nothing
 
         def batch_loss() -> Tensor:
-            output = model(batch.input_ids_BS, document_ids_BS=batch.document_ids_BS, real_T=batch.real_T)
+            output = model(batch.input_ids_BS, **batch.layout)
             nats_B, targets_B = _loss_by_sequence(output.logits_BSV, batch.labels_BS), (batch.labels_BS != -100).sum(-1)
             return torch.stack(((nats_B * first_B).sum(), (targets_B * first_B).sum().double()))
 

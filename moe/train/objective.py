@@ -98,9 +98,10 @@ def training_step(
 
 def _settings(config: Config, batch: Batch, step: int) -> dict[str, Any]:
     """What the forward pass in training takes beside token ids and labels."""
+    unmasked = {} if config.data.document_mask else {"document_ids_BS": None, "document_lengths": None}
     return {
-        "document_ids_BS": batch.document_ids_BS if config.data.document_mask else None,
-        "real_T": batch.real_T,
+        **batch.layout,
+        **unmasked,
         "randomness": Randomness.of(config.train.seed, step, batch.sample_ids_B),
         "neftune_noise_alpha": config.train.neftune_noise_alpha,
     }

@@ -92,14 +92,17 @@ def micro_batches(config: Config, step: int) -> list[Batch]:
         labels = torch.full_like(labels, -100) if index == count - 1 else labels
         first = step * train.global_batch_size + index * train.micro_batch_size
         samples_B = torch.arange(first, first + train.micro_batch_size)
-        batches.append(Batch(ids, labels, documents, samples_B, samples_B * 0, real_T))
+        lengths = [int(count) for row in documents for count in row.unique_consecutive(return_counts=True)[1]]
+        batches.append(Batch(ids, labels, documents, samples_B, samples_B * 0, real_T, lengths))
     return batches
 
 
 def joined(batches: list[Batch]) -> Batch:
     """One micro-batch of several."""
-    names = [one.name for one in fields(Batch) if one.name != "real_T"]
-    whole = Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+    names = [one.name for one in fields(Batch) if one.name not in ("real_T", "document_lengths")]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    whole = Batch(**tensors)
+    whole.document_lengths = [length for batch in batches for length in batch.document_lengths or []]
     if any(batch.real_T is not None for batch in batches):
         size = batches[0].input_ids_BS.numel()
         parts = [torch.arange(size) if batch.real_T is None else batch.real_T for batch in batches]

@@ -47,18 +47,22 @@ def make_attend(
     window: int | None,
     document_ids_BS: Tensor | None,
     device: torch.device,
+    document_lengths: list[int] | None = None,
 ) -> Attend:
     """The attention function of all layers with this window for one forward pass over [B, S] tokens. The pattern of
-    documents and window is computed here, once."""
+    documents and window is computed here, once. `document_lengths`, row by row, are those of `document_ids_BS`; None:
+    they are counted where they are needed. Raises ValueError when their sum isn't B·S."""
+    if document_lengths is not None and sum(document_lengths) != shape[0] * shape[1]:
+        raise ValueError(f"document_lengths: their sum is {sum(document_lengths)}, not B·S = {shape[0] * shape[1]}")
     if window is not None and window >= shape[1]:
         window = None
     match backend:
         case AttentionBackend.naive:
             return naive_attend(shape[1], window, document_ids_BS, device)
         case AttentionBackend.block:
-            return block_attend(window, document_ids_BS)
+            return block_attend(window, document_ids_BS, document_lengths)
         case AttentionBackend.varlen:
-            return varlen_attend(shape, window, document_ids_BS, device)
+            return varlen_attend(shape, window, document_ids_BS, device, document_lengths)
         case AttentionBackend.flex:
             return flex_attend(shape, window, document_ids_BS, device)
         case AttentionBackend.auto:

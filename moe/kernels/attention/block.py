@@ -27,8 +27,10 @@ BAND_BLOCKS = 4  # a window is C = W / 4 queries a block; a query computes W + C
 MIN_BAND_BLOCK, MAX_BAND_BLOCK = 32, 256
 
 
-def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
-    lengths, masks = _cuts(document_ids_BS), CausalMasks()
+def block_attend(
+    window: int | None, document_ids_BS: Tensor | None, document_lengths: list[int] | None = None
+) -> Attend:
+    lengths, masks = _cuts(document_ids_BS, document_lengths), CausalMasks()
     attend: Attend = partial(_block, lengths=lengths, window=window, masks=masks)
     if lengths is not None and document_ids_BS is not None:
         together = Together.of(lengths, document_ids_BS.device)
@@ -37,12 +39,14 @@ def block_attend(window: int | None, document_ids_BS: Tensor | None) -> Attend:
     return partial(_widened, attend=attend)
 
 
-def _cuts(document_ids_BS: Tensor | None) -> list[int] | None:
+def _cuts(document_ids_BS: Tensor | None, document_lengths: list[int] | None) -> list[int] | None:
     """Lengths of all documents of the batch, row by row; None when every row is one document."""
-    if document_ids_BS is None or bool((document_ids_BS[:, 0] == document_ids_BS[:, -1]).all()):
+    if document_ids_BS is None:
         return None
-    batch, length = document_ids_BS.shape
-    return document_bounds(document_ids_BS, batch, length, document_ids_BS.device).diff().tolist()
+    if document_lengths is None:
+        batch, length = document_ids_BS.shape
+        document_lengths = document_bounds(document_ids_BS, batch, length, document_ids_BS.device).diff().tolist()
+    return document_lengths if len(document_lengths) > len(document_ids_BS) else None
 
 
 def _widened(q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, *, attend: Attend) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,11 +42,24 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def varlen_attend(
-    shape: tuple[int, int], window: int | None, document_ids_BS: Tensor | None, device: torch.device
+    shape: tuple[int, int],
+    window: int | None,
+    document_ids_BS: Tensor | None,
+    device: torch.device,
+    document_lengths: list[int] | None = None,
 ) -> Attend:
-    """With documents, the host waits for the device once per forward pass, to find their bounds."""
-    bounds = document_bounds(document_ids_BS, *shape, device)
-    return partial(_varlen, bounds=bounds, longest=shape[1], window=window)
+    """With document ids and without lengths the host waits for the device here, to count the ids."""
+    if document_lengths is None:
+        bounds, longest = document_bounds(document_ids_BS, *shape, device), shape[1]
+    else:
+        bounds, longest = _uploaded([*accumulate(document_lengths, initial=0)], device), max(document_lengths)
+    return partial(_varlen, bounds=bounds, longest=longest, window=window)
+
+
+def _uploaded(numbers: list[int], device: torch.device) -> Tensor:
+    """int32, from pinned memory, so that the host goes on while they travel."""
+    here = torch.tensor(numbers, dtype=torch.int32)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def _varlen(

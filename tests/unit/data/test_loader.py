@@ -126,6 +126,18 @@ def test_samples_are_consecutive_tokens_of_the_shards(corpus):
     ]
 
 
+def test_the_host_knows_the_documents_lengths(corpus):
+    held_out = held_out_batches(corpus, sequence_length=LENGTH, micro_batch_size=4, max_sequences=7)
+    batches = [*loader(corpus).next_step(), *held_out]
+    assert held_out[-1].sample_ids_B[-1] == -1, "the last sequence only fills up the batch"
+    for batch in batches:
+        counted = [
+            int(count) for row in batch.document_ids_BS for count in row.unique_consecutive(return_counts=True)[1]
+        ]
+        assert batch.document_lengths == counted == batch.layout["document_lengths"]
+    assert any(len(batch.document_lengths) > len(batch.document_ids_BS) for batch in batches)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_gives_the_same_micro_batches(corpus, world):
     alone = loader(corpus)

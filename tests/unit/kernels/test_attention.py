@@ -103,6 +103,17 @@ def test_many_short_documents_share_calls(window):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_lengths_known_to_the_host_change_nothing(window):
+    ids, lengths = torch.tensor(PACKED), document_bounds(torch.tensor(PACKED), 2, 45, CPU).diff().tolist()
+    tensors = inputs((2, 45, 4, 2, 6), torch.float64)
+    for backend in (AttentionBackend.naive, AttentionBackend.block):
+        counted, known = (make_attend(backend, (2, 45), window, ids, CPU, given)(*tensors) for given in (None, lengths))
+        assert torch.equal(counted, known)
+    with pytest.raises(ValueError, match=r"document_lengths: their sum is 45, not B·S = 90"):
+        make_attend(AttentionBackend.block, (2, 45), window, ids, CPU, [45])
+
+
 def test_documents_of_other_lengths_share_no_call():
     assert Together.of([3, 5, 9, 200, 200], CPU) is None
 

@@ -63,6 +63,7 @@ def _checked_grouped_mm(
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # needs a device
     monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", _checked_grouped_mm)
 
 
@@ -178,6 +179,18 @@ def test_varlen_over_documents(window: int | None) -> None:
 
 
 @pytest.mark.usefixtures("fake_without_waits")
+@pytest.mark.parametrize("window", [None, 1, 9, T])
+def test_varlen_over_documents_of_known_lengths_never_waits(window: int | None) -> None:
+    q, kv = empty(2, T, 4, 16, dtype=torch.bfloat16), empty(2, T, 2, 16, dtype=torch.bfloat16)
+    documents = torch.empty(2, T, dtype=torch.int32, device=CUDA)
+    given = AttentionBackend.varlen, (2, T), window, documents, CUDA
+    out = make_attend(*given, [T - 3, 3, 1, T - 1])(q, kv, kv)
+    assert (out.device, out.dtype, out.shape) == (CUDA, torch.bfloat16, (2, T, 64))
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        make_attend(*given)
+
+
+@pytest.mark.usefixtures("fake_without_waits")
 @pytest.mark.parametrize("window", [None, 9])
 def test_the_pattern_of_flex(window: int | None) -> None:
     """Only the mask, in eager mode: flex attention on CUDA must be compiled, which needs a device."""
@@ -208,11 +221,12 @@ def transformer(
         torch.set_default_dtype(before)
 
 
-def run(model: Transformer, documents_BS: Tensor | None) -> None:
+def run(model: Transformer, documents_BS: Tensor | None, lengths: list[int] | None = None) -> None:
     ids_BS = torch.empty(2, T, dtype=torch.int64, device=CUDA)
-    loss = model(ids_BS, document_ids_BS=documents_BS, labels_BS=ids_BS).lm_loss_sum
+    documents: dict[str, Any] = {"document_ids_BS": documents_BS, "document_lengths": lengths}
+    loss = model(ids_BS, **documents, labels_BS=ids_BS).lm_loss_sum
     assert (loss.device, loss.dtype, loss.shape) == (CUDA, torch.float32, ())
-    logits = model(ids_BS, document_ids_BS=documents_BS).logits_BSV
+    logits = model(ids_BS, **documents).logits_BSV
     assert (logits.device, logits.dtype, logits.shape) == (CUDA, model.dtype, (2, T, V))
 
 
@@ -222,6 +236,8 @@ def run(model: Transformer, documents_BS: Tensor | None) -> None:
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_a_forward_pass_never_waits_for_the_gpu(mlp: Mlp, model: dict[str, Any], recompute: Recompute) -> None:
     run(transformer(mlp, torch.bfloat16, recompute=recompute, **model), None)
+    documents_BS = torch.empty(2, T, dtype=torch.int32, device=CUDA)
+    run(transformer(mlp, torch.bfloat16, recompute=recompute, **model), documents_BS, [T - 3, 3, 1, T - 1])
     if mlp is Mlp.sparse:
         run(transformer(mlp, torch.bfloat16, fp8=True, recompute=recompute, **model), None)
 

@@ -168,9 +168,13 @@ def no_waits() -> Iterator[None]:
 def test_a_training_pass_waits_for_nothing_but_late_counts(mlp: Mlp, request: pytest.FixtureRequest) -> None:
     model = model_of(mlp).to("cuda", torch.bfloat16)
     ids_BS = torch.zeros(2, 40, dtype=torch.int64, device="cuda")
-    model(ids_BS, labels_BS=ids_BS).lm_loss_sum.backward()  # libraries start up
+    documents_BS = torch.zeros(2, 40, dtype=torch.int32, device="cuda")
+    documents_BS[0, 30:] = 1
+    documents = {"document_ids_BS": documents_BS, "document_lengths": [30, 10, 40]}
+    model(ids_BS, labels_BS=ids_BS, **documents).lm_loss_sum.backward()  # libraries start up
     request.getfixturevalue("no_waits")
     model(ids_BS, labels_BS=ids_BS).lm_loss_sum.backward()  # the debug mode doesn't report waits for events
+    model(ids_BS, labels_BS=ids_BS, **documents).lm_loss_sum.backward()
 
 
 @needs_cuda
