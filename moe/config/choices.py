@@ -30,12 +30,14 @@ class AdapterKind(Enum):
 
 
 class AttentionBackend(Enum):
-    """`auto` is `varlen` or `flex` on CUDA and `block` on CPU; `naive` is the quadratic reference."""
+    """`auto` is the first of `flash3`, `varlen` and `flex` that runs on CUDA, and `block` on CPU. `varlen` is
+    FlashAttention 2, `flash3` FlashAttention 3; `naive` is the quadratic reference."""
 
     auto = "auto"
     naive = "naive"
     block = "block"
     varlen = "varlen"
+    flash3 = "flash3"
     flex = "flex"
 
 

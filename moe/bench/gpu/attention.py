@@ -13,6 +13,7 @@ from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.config import AttentionBackend
 from moe.kernels.attention import make_attend
+from moe.kernels.attention.flash3 import flash3_obstacle
 from moe.kernels.policy import choose_products
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Mixtral 8x7B's
@@ -25,7 +26,10 @@ def run(settings: Settings, record: Record) -> None:
     """Measures the device's back-ends that need no compilation."""
     cuda = device_of(settings).type == "cuda"
     choose_products(device_of(settings))  # for the reference
-    for backend in [AttentionBackend.varlen, AttentionBackend.block] if cuda else [AttentionBackend.block]:
+    backends = [AttentionBackend.varlen, AttentionBackend.block] if cuda else [AttentionBackend.block]
+    if not flash3_obstacle(device_of(settings), torch.bfloat16, HEAD_DIM):
+        backends.insert(0, AttentionBackend.flash3)
+    for backend in backends:
         measure(settings, record, backend)
 
 

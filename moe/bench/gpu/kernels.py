@@ -33,7 +33,8 @@ def run(settings: Settings, record: Record) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     elif (obstacle := fused_obstacle(device, DTYPE)) is not None:
         raise RuntimeError(f"training takes the plain code here: {obstacle}")
-    from moe.kernels.fused.check import TOLERANCES, relative_error
+    from moe.kernels.comparison import relative_error
+    from moe.kernels.fused.check import TOLERANCES
     from moe.kernels.fused.pairs import MIXTRAL, Sizes, float8_pairs, pairs
 
     shape = Sizes(tokens=4, hidden=64, width=96, vocab=64) if dry_run else MIXTRAL

@@ -1,4 +1,4 @@
-"""Causal attention over packed documents, with grouped queries and a sliding window: four back-ends, chosen here.
+"""Causal attention over packed documents, with grouped queries and a sliding window: five back-ends, chosen here.
 
 Query i sees key j when both are in one document and 0 ≤ i − j < W: the window counts the query's own key. (The
 published reference code let it see one key more.) `W = None` is full causal attention. `naive` is the plain reference.
@@ -6,12 +6,16 @@ published reference code let it see one key more.) `W = None` is full causal att
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moe.config import AttentionBackend
 from moe.errors import UserError
 from moe.kernels.attention.block import block_attend
+from moe.kernels.attention.flash3 import flash3_attend, flash3_obstacle
 from moe.kernels.attention.flex import flex_attend, flex_obstacle
 from moe.kernels.attention.naive import naive_attend
 from moe.kernels.attention.pattern import Attend
@@ -24,21 +28,25 @@ def resolve_attention(
     """The back-end that will run, and why. Raises UserError when an explicit one can't run on the device and dtype."""
     if wanted in (AttentionBackend.naive, AttentionBackend.block):
         return wanted, "chosen"
-    obstacles = {
-        AttentionBackend.varlen: varlen_obstacle(device, dtype, head_dim),
-        AttentionBackend.flex: flex_obstacle(device),
+    obstacles: dict[AttentionBackend, Callable[[], str]] = {  # the fastest first
+        AttentionBackend.flash3: partial(flash3_obstacle, device, dtype, head_dim),
+        AttentionBackend.varlen: partial(varlen_obstacle, device, dtype, head_dim),
+        AttentionBackend.flex: partial(flex_obstacle, device),
     }
     if wanted is not AttentionBackend.auto:
-        if obstacles[wanted]:
-            raise UserError(f"model.attention={wanted.value} can't run here: {obstacles[wanted]}; use auto")
+        obstacle = obstacles[wanted]()
+        if obstacle:
+            raise UserError(f"model.attention={wanted.value} can't run here: {obstacle}; use auto")
         return wanted, "chosen"
-    for backend, obstacle in obstacles.items():
-        if not obstacle:
-            return backend, "the fastest that runs here"
     if device.type == "cpu":
         return AttentionBackend.block, "CPU: banded blocks, linear in sequence length"
-    reasons = "; ".join(f"{backend.value}: {obstacle}" for backend, obstacle in obstacles.items())
-    return AttentionBackend.block, reasons
+    reasons: list[str] = []
+    for backend, find in obstacles.items():
+        obstacle = find()
+        if not obstacle:
+            return backend, "; ".join(["the fastest that runs here", *reasons])
+        reasons.append(f"{backend.value}: {obstacle}")
+    return AttentionBackend.block, "; ".join(reasons)
 
 
 def make_attend(
@@ -63,6 +71,8 @@ def make_attend(
             return block_attend(window, document_ids_BS, document_lengths)
         case AttentionBackend.varlen:
             return varlen_attend(shape, window, document_ids_BS, device, document_lengths)
+        case AttentionBackend.flash3:
+            return flash3_attend(shape, window, document_ids_BS, device, document_lengths)
         case AttentionBackend.flex:
             return flex_attend(shape, window, document_ids_BS, device)
         case AttentionBackend.auto:

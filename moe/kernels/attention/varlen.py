@@ -1,4 +1,4 @@
-"""`varlen`: torch's FlashAttention over packed documents, with a sliding window. CUDA, half precision.
+"""`varlen`: torch's FlashAttention 2 over packed documents, with a sliding window. CUDA, half precision.
 
 Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import attention
 
 from moe.kernels.attention.pattern import Attend, document_bounds
 
@@ -47,13 +48,27 @@ def varlen_attend(
     document_ids_BS: Tensor | None,
     device: torch.device,
     document_lengths: list[int] | None = None,
+    *,
+    flash3: bool = False,
 ) -> Attend:
-    """With document ids and without lengths the host waits for the device here, to count the ids."""
+    """With document ids and without lengths the host waits for the device here, to count the ids. `flash3` takes the
+    kernels of FlashAttention 3, until a call without it."""
+    use_flash3(flash3)
     if document_lengths is None:
         bounds, longest = document_bounds(document_ids_BS, *shape, device), shape[1]
     else:
         bounds, longest = _uploaded([*accumulate(document_lengths, initial=0)], device), max(document_lengths)
     return partial(_varlen, bounds=bounds, longest=longest, window=window)
+
+
+def use_flash3(wanted: bool) -> None:
+    """Makes torch take FlashAttention 3 or its own FlashAttention 2, in the whole process. Raises what the import of
+    the package raises."""
+    active = attention.current_flash_attention_impl() == "FA3"
+    if wanted and not active:
+        attention.activate_flash_attention_impl("FA3")
+    elif active and not wanted:
+        attention.restore_flash_attention_impl()
 
 
 def _uploaded(numbers: list[int], device: torch.device) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
+from moe.kernels.comparison import relative_error
 from moe.kernels.fused.pairs import Pair, Sizes, float8_pairs, pairs
 from moe.kernels.policy import plain_kernels
 
@@ -38,12 +38,3 @@ def _fault(tried: Iterator[Pair], dtype: torch.dtype) -> str | None:
         if not error <= TOLERANCES[dtype]:
             return f"{name} is wrong by {error:.1e} of its largest result"
     return None
-
-
-def relative_error(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
-    """The largest difference of any result, relative to its largest value; NaN is infinite."""
-    errors = []
-    for mine, other in zip(found, wanted, strict=True):
-        difference = (mine.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30)
-        errors.append(float(difference.nan_to_num(nan=float("inf"))))
-    return max(errors)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe.bench.attention import HEAD_DIM, HEADS, multiply_adds_per_token
 from moe.config import AttentionBackend, ModelConfig
 from moe.kernels.attention import make_attend, resolve_attention
+from moe.kernels.attention.flash3 import flash3_obstacle
 from moe.kernels.attention.flex import _mask
 from moe.kernels.attention.pattern import document_bounds
 from moe.kernels.attention.together import Together
@@ -182,11 +183,15 @@ def test_bfloat16_on_a_cpu_is_rounded_only_at_the_ends(length, window):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", [AttentionBackend.varlen, AttentionBackend.flex, AttentionBackend.block])
+@pytest.mark.parametrize(
+    "backend", [AttentionBackend.flash3, AttentionBackend.varlen, AttentionBackend.flex, AttentionBackend.block]
+)
 @pytest.mark.parametrize("window", [None, 1, 9, 64])
 @pytest.mark.parametrize("documents", [ONE, PACKED], ids=["one", "packed"])
 def test_cuda_backends_equal_the_float64_reference(backend, window, documents):
     dtype = torch.bfloat16
+    if backend is AttentionBackend.flash3 and (obstacle := flash3_obstacle(torch.device("cuda"), dtype, 64)):
+        pytest.skip(obstacle)
     tensors = inputs((2, 45, 4, 2, 64), dtype, "cuda")
     ids = None if documents is ONE else torch.tensor(documents, device="cuda")
     attend = make_attend(backend, (2, 45), window, ids, torch.device("cuda"))
@@ -202,7 +207,7 @@ def test_auto_on_cpu_is_block_and_says_why():
     assert "linear" in reason
 
 
-@pytest.mark.parametrize("backend", [AttentionBackend.varlen, AttentionBackend.flex])
+@pytest.mark.parametrize("backend", [AttentionBackend.flash3, AttentionBackend.varlen, AttentionBackend.flex])
 def test_an_explicit_backend_that_cannot_run_is_one_line(backend):
     with pytest.raises(ValueError, match=f"model.attention={backend.value} can't run here: .*cpu; use auto") as caught:
         resolve_attention(backend, CPU, torch.float32, 32)
