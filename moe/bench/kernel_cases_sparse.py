@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from moe.bench.kernel_case import Case, Side
-from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
+from moe.kernels.expert_backends import resolve_backend
+from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn
 from moe.kernels.permute import (
     Combination,
     combine_rows,

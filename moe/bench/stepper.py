@@ -14,6 +14,7 @@ from moe.engine.base import Engine
 from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.train.objective import TrainedStep, training_step
+from moe.train.startup import time_experts
 
 
 def random_batch(config: Config, generator: torch.Generator, first_sample: int = 0) -> Batch:
@@ -59,6 +60,7 @@ class Stepper:
 
     def __init__(self, config: Config, mesh: Mesh, model: Transformer | None = None) -> None:
         self.config, self.mesh = config, prepare(config, mesh)
+        time_experts(config, self.mesh)
         if model is None:
             model = build_model(config, mesh.device, self.mesh.expert_group)
         self.engine = build_engine(model, config, self.mesh)

@@ -59,11 +59,17 @@ class Recompute(Enum):
 
 
 class ExpertBackend(Enum):
-    """`auto` picks the fastest back-end that runs here and logs which; naming one that can't run is an error."""
+    """`auto` picks the fastest back-end that runs here and logs which; naming one that can't run is an error.
+
+    `loop` is the plain reference, one expert after the other. The others compute all experts' rows in a pass: by torch
+    (`grouped_mm`), by Triton kernels (`triton`, CUDA), with one product per expert (`per_expert`), or by MegaBlocks and
+    grouped_gemm (`megablocks`, CUDA). On a CPU `grouped_mm` is one product per expert too."""
 
     auto = "auto"
     loop = "loop"
     grouped_mm = "grouped_mm"
+    triton = "triton"
+    per_expert = "per_expert"
     megablocks = "megablocks"
 
 

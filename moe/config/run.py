@@ -123,11 +123,17 @@ class Config:
             self._check_fp8()
         if optim.kind is OptimizerKind.muon:
             self._check_muon()
-        if self.adapter.trains_adapter:
+        if self.adapts_experts:
             self._check_adapted_experts()
         self._check_added_tokens()
         if self.engine is EngineKind.plain:
             self._check_plain_engine()
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether experts get adapters."""
+        blocks = (f"model.layers.{layer}.mlp.experts" for layer in self.model.sparse_layer_numbers)
+        return self.adapter.trains_adapter and any(self.adapter.adapts(name) for name in blocks)
 
     @property
     def peak_rate(self) -> float:
@@ -155,16 +161,14 @@ class Config:
         )
 
     def _check_adapted_experts(self) -> None:
-        blocks = (f"model.layers.{layer}.mlp.experts" for layer in self.model.sparse_layer_numbers)
-        if any(self.adapter.adapts(name) for name in blocks):
-            require(
-                self.experts.backend is not ExpertBackend.megablocks,
-                "experts.backend=megablocks has no adapters on experts: use experts.backend=auto",
-            )
-            require(
-                not self.experts.fp8,
-                "experts.fp8=true has no adapters on experts: leave it out, or adapt attention alone",
-            )
+        require(
+            self.experts.backend in (ExpertBackend.auto, ExpertBackend.grouped_mm, ExpertBackend.loop),
+            f"experts.backend={self.experts.backend.name} has no adapters on experts: use experts.backend=auto",
+        )
+        require(
+            not self.experts.fp8,
+            "experts.fp8=true has no adapters on experts: leave it out, or adapt attention alone",
+        )
 
     def _check_muon(self) -> None:
         adapter = self.adapter

@@ -76,7 +76,7 @@ def backends() -> list[Finding]:
     import torch
 
     from moe.kernels.attention import resolve_attention
-    from moe.kernels.grouped_swiglu import resolve_backend
+    from moe.kernels.expert_backends import resolve_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -70,8 +70,8 @@ class GroupedSwiGLU(torch.autograd.Function):
         ddown = products.outer(dy_NH, act_NF) if needs_ddown else None
         del dy_NH, dact_NF, act_NF  # their memory is free for the products below
         dgate_up = products.outer(dgate_up_NG, _rows(x, order)) if needs_dgate_up else None
-        # Kernels leave an empty group's gradient unwritten: grouped_gemm always, grouped_mm on some GPUs.
-        zero_idle(ctx.counts if isinstance(ctx.counts, Tensor) else ctx.counts(), dgate_up, ddown)
+        if not products.writes_idle:  # grouped_gemm's never do, grouped_mm's not on some GPUs
+            zero_idle(ctx.counts if isinstance(ctx.counts, Tensor) else ctx.counts(), dgate_up, ddown)
         dx = _to_tokens(products.times_weight(dgate_up_NG, gate_up_proj), order) if needs_dx else None
         return dx, dgate_up, ddown, None, None, _at_places(dweights_N, order), None
 

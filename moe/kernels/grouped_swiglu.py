@@ -1,6 +1,6 @@
 """The SwiGLU of many experts, y = (silu(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ row by row, each row with its expert's weights.
 
-`resolve_backend` picks the back-end; `loop_ffn` is the plain reference; the autograd functions of the others are in
+`expert_backends` picks the back-end; `loop_ffn` is the plain reference; the autograd functions of the others are in
 `expert_swiglu`.
 
 Shapes: T tokens, N rows sorted by expert, H hidden, E experts.
@@ -12,50 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.config import ExpertBackend, ExpertsConfig
-from moe.errors import UserError
+from moe.config import ExpertBackend
 from moe.kernels import megablocks
 from moe.kernels.expert_swiglu import GroupedSwiGLU, PerExpertSwiGLU
 from moe.kernels.float8_products import float8_products
-from moe.kernels.grouped_products import torch_products
+from moe.kernels.grouped_products import per_expert_products, torch_products
 from moe.kernels.permute import Combination, combine_rows, gather_rows
 from moe.kernels.policy import runs_fused
-
-
-def resolve_backend(
-    config: ExpertsConfig, device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]
-) -> tuple[ExpertBackend, str]:
-    """The back-end that will run, and why, for the start-up log; `shapes` is (hidden_size, intermediate_size).
-
-    `auto` picks grouped_mm if it can run here, else the loop. Raises UserError with the reason when `experts.backend`
-    names one that can't run here.
-    """
-    asked = config.backend
-    if asked is ExpertBackend.loop:
-        return asked, "set by experts.backend"
-    if asked is ExpertBackend.megablocks:
-        megablocks.require(device, dtype)
-        return asked, "set by experts.backend"
-    obstacle = _grouped_mm_obstacle(device, dtype, shapes)
-    if obstacle is None:
-        how = "torch's grouped_mm" if device.type == "cuda" else "one product per expert, as torch's grouped_mm on CPU"
-        return ExpertBackend.grouped_mm, how
-    if asked is ExpertBackend.grouped_mm:
-        raise UserError(f"experts.backend=grouped_mm {obstacle}; use experts.backend=auto or loop")
-    return ExpertBackend.loop, f"grouped_mm {obstacle}"
-
-
-def _grouped_mm_obstacle(device: torch.device, dtype: torch.dtype, shapes: tuple[int, int]) -> str | None:
-    """Why grouped_mm can't run, or None if it can. On a CPU it always can."""
-    if device.type != "cuda":
-        return None
-    if dtype is not torch.bfloat16:
-        return f"must have bfloat16 rows on CUDA, not {str(dtype).removeprefix('torch.')}"
-    if any(size * dtype.itemsize % 16 for size in shapes):
-        return f"must have 16-byte aligned rows: hidden and intermediate size {shapes} must be multiples of 8"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "must have a GPU of compute capability 8.0 or newer"
-    return None
 
 
 def grouped_ffn(
@@ -77,8 +40,9 @@ def grouped_ffn(
     With `fp8` the products of rows and weights have float8 factors (`float8_products`); ValueError with another
     back-end than grouped_mm.
 
-    On CUDA the loop and megablocks read the counts on the host, which waits for the device once per call; grouped_mm
-    doesn't wait (its backward pass without Triton waits for the counts' copy, which the forward pass started).
+    On CUDA the loop, per_expert and megablocks read the counts on the host, which waits for the device once per call;
+    triton doesn't wait, nor does grouped_mm (its backward pass without Triton waits for the counts' copy, which the
+    forward pass started). On a CPU all but the loop compute one product per expert.
     """
     if fp8 and backend is not ExpertBackend.grouped_mm:
         raise ValueError(f"float8 factors need experts.backend=grouped_mm, not {backend.name}")
@@ -92,9 +56,14 @@ def grouped_ffn(
     if x.device.type != "cuda" or rows == 0:
         counts = counts_E.tolist() if rows else [0] * counts_E.numel()
         return PerExpertSwiGLU.apply(x, gate_up_proj, down_proj, counts, weights_TK, order, fp8)  # type: ignore[return-value]
-    if backend is ExpertBackend.megablocks:
+    if backend in (ExpertBackend.megablocks, ExpertBackend.per_expert):
         known = counts_E.tolist()
-        counts, products = (lambda: known), megablocks.products(known)
+        by_library = megablocks.products if backend is ExpertBackend.megablocks else per_expert_products
+        counts, products = (lambda: known), by_library(known)
+    elif backend is ExpertBackend.triton:
+        from moe.kernels.fused.gemm import triton_products
+
+        counts, products = counts_E, triton_products(counts_E)
     else:
         counts = counts_E if runs_fused(x) else LateCounts(counts_E)
         products = float8_products(counts_E) if fp8 else torch_products(counts_E)

@@ -69,15 +69,35 @@ def fused_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     The first call on a GPU compiles every kernel (seconds; Triton keeps the results in its cache folder) and compares
     its results with the plain code's.
     """
+    obstacle = _triton_obstacle(device)
+    if obstacle is not None:
+        return obstacle
+    from moe.kernels.fused.check import find_fault  # imports triton
+
+    return find_fault(device, dtype)
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "they need CUDA"
     if importlib.util.find_spec("triton") is None:
         return "triton isn't installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "they need a GPU of compute capability 8.0 or newer"
-    from moe.kernels.fused.check import find_fault  # imports triton
+    return None
 
-    return find_fault(device, dtype)
+
+@cache
+def gemm_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same for the grouped products of `experts.backend=triton`, which don't depend on the other kernels."""
+    obstacle = _triton_obstacle(device)
+    if obstacle is None and dtype not in FUSED_DTYPES:
+        obstacle = "they need bfloat16 or float32"
+    if obstacle is not None:
+        return obstacle
+    from moe.kernels.fused.check import find_gemm_fault
+
+    return find_gemm_fault(device, dtype)
 
 
 @cache

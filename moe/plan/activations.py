@@ -46,7 +46,8 @@ class Shapes:
         self.routers = 2 if expert > 1 and config.experts.two_batch_overlap else 1  # passes through a layer's router
         self.summed_weights = 3 * self.local * self.feed * self.hidden * self.s if summed else 0
         backend = config.experts.backend
-        # on CUDA `auto` picks grouped_mm only for bfloat16 (moe/kernels/grouped_swiglu.py)
+        # on CUDA `auto` with float32 is the loop unless another is measured faster, which needs less
+        # (moe/kernels/expert_backends.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
         self.fp8, self.expert_rank = config.experts.fp8, _expert_rank(config)
         # on one rank neither the experts' input nor their output is kept (moe.kernels.permute.Combination)

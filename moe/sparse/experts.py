@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
-from moe.kernels.grouped_swiglu import grouped_ffn, resolve_backend
+from moe.kernels.expert_backends import resolve_backend
+from moe.kernels.grouped_swiglu import grouped_ffn
 from moe.kernels.permute import Combination
 
 

@@ -20,7 +20,7 @@ from moe.model.build import build_model
 from moe.model.transformer import Transformer
 from moe.sparse.routers.base import routers_of
 from moe.train.progress import Display
-from moe.train.startup import choose_backends, describe_run, peak_flops
+from moe.train.startup import choose_backends, describe_run, peak_flops, time_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ def build(
     model = mesh.agree(lambda: build_model(config, mesh.device, mesh.expert_group), "model")
     complete(model, mesh)
     mesh.agree(lambda: freeze(model, config.optim), "model")
+    time_experts(config, mesh)
     backends = mesh.agree(lambda: choose_backends(config, mesh), "back-ends")
     if not all(router.keeps_balance for router in routers_of(model)):
         display.warn_on_stderr(

@@ -7,8 +7,17 @@ import torch
 from moe.config import Config, EngineKind, Mlp, OptimizerKind
 from moe.distributed.mesh import Mesh
 from moe.kernels.attention import resolve_attention
+from moe.kernels.expert_backends import (
+    BackendTimes,
+    ExpertLoad,
+    candidates,
+    event_milliseconds,
+    is_unmeasured,
+    measure,
+    resolve_backend,
+    take,
+)
 from moe.kernels.float8_products import require_float8
-from moe.kernels.grouped_swiglu import resolve_backend
 from moe.kernels.policy import choose_products, fused_obstacle, torch_dtype
 from moe.plan import count_parameters, estimate_memory, flops_per_token
 from moe.plan.muon import muon_cost
@@ -24,6 +33,32 @@ def check_backends(config: Config, device: torch.device) -> None:
         resolve_backend(config.experts, device, dtype, (model.hidden_size, model.expert_size))
         if config.experts.fp8:
             require_float8(device, dtype)
+
+
+def time_experts(config: Config, mesh: Mesh) -> None:
+    """On CUDA with `experts.backend=auto`, times the back-ends of the experts at this run's shapes and makes `auto` the
+    fastest, on all ranks the same one. Needs memory for two copies of a layer's experts, for some seconds. A
+    collective."""
+    model, router, dtype = config.model, config.router, torch_dtype(config.train.precision)
+    shapes = (model.hidden_size, model.expert_size)
+    if model.mlp is not Mlp.sparse or config.adapts_experts:  # adapters' products are others
+        return
+    if not is_unmeasured(config.experts, mesh.device, dtype, shapes):
+        return
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    rows = tokens * router.most_choices_in(model.sparse_layer_numbers) // config.experts.exchanges
+    load = ExpertLoad(*shapes, router.num_experts // mesh.expert_parallel_size, max(1, rows))
+
+    def timed() -> BackendTimes:
+        try:
+            return measure(candidates(mesh.device, dtype, shapes), load, mesh.device, dtype, event_milliseconds)
+        except torch.OutOfMemoryError:
+            return BackendTimes({}, {})
+        finally:
+            torch.cuda.empty_cache()
+
+    mesh.barrier()  # all ranks measure at the same time, since they will compute at the same time
+    take(mesh.gather(mesh.agree(timed, "back-ends")), mesh.device, dtype, load)
 
 
 def choose_backends(config: Config, mesh: Mesh) -> list[str]:

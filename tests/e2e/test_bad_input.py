@@ -120,7 +120,11 @@ def test_sequences_longer_than_the_shards_hold(moe: Run, ranks: int, tmp_path: P
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they may run on a GPU")
 @pytest.mark.parametrize(
     ("override", "fix"),
-    [("experts.backend=megablocks", "launch/install_megablocks.sh"), ("model.attention=varlen", "use auto")],
+    [
+        ("experts.backend=megablocks", "launch/install_megablocks.sh"),
+        ("experts.backend=triton", "use experts.backend=auto"),
+        ("model.attention=varlen", "use auto"),
+    ],
 )
 def test_a_back_end_that_cannot_run_is_refused_before_data_is_prepared(
     moe: Run, tmp_path: Path, override: str, fix: str

@@ -1,4 +1,5 @@
-"""Each Triton kernel beside its plain code, at the shape of Mixtral's sparse layer: time, bandwidth, error."""
+"""Each Triton kernel beside its plain code, at the shape of Mixtral's sparse layer: time, bandwidth, error. Grouped
+products, with each class of tiles, are beside one cuBLAS product per expert, with FLOP/s."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,7 @@ from moe.bench.gpu.measure import copy_bandwidth, device_of, milliseconds
 from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.kernels.float8_products import has_float8
-from moe.kernels.policy import fused_obstacle, plain_kernels
+from moe.kernels.policy import fused_obstacle, gemm_obstacle, plain_kernels
 
 if TYPE_CHECKING:
     from moe.kernels.fused.pairs import Pair
@@ -31,11 +33,11 @@ def run(settings: Settings, record: Record) -> None:
         return
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
-    elif (obstacle := fused_obstacle(device, DTYPE)) is not None:
-        raise RuntimeError(f"training takes the plain code here: {obstacle}")
+    elif (fault := fused_obstacle(device, DTYPE)) is not None:
+        raise RuntimeError(f"training takes the plain code here: {fault}")
     from moe.kernels.comparison import relative_error
     from moe.kernels.fused.check import TOLERANCES
-    from moe.kernels.fused.pairs import MIXTRAL, Sizes, float8_pairs, pairs
+    from moe.kernels.fused.pairs import MIXTRAL, Sizes, float8_pairs, gemm_pairs, pairs
 
     shape = Sizes(tokens=4, hidden=64, width=96, vocab=64) if dry_run else MIXTRAL
 
@@ -44,7 +46,15 @@ def run(settings: Settings, record: Record) -> None:
         if dry_run or has_float8(device):
             yield from float8_pairs(device, DTYPE, shape)
 
-    for name, _, fused, plain in every(replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS)), in_place=False):
+    obstacle = None if dry_run else gemm_obstacle(device, DTYPE)
+    if obstacle is not None:
+        record.facts(grouped_products_left_out=obstacle)
+
+    def products(shape: Sizes) -> Iterator[Pair]:
+        return gemm_pairs(device, DTYPE, shape) if obstacle is None else iter(())
+
+    fewer = replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS))
+    for name, _, fused, plain, _ in chain(every(fewer, in_place=False), products(fewer)):
         found = fused()
         with plain_kernels():
             error = relative_error(found, plain())
@@ -53,7 +63,7 @@ def run(settings: Settings, record: Record) -> None:
     record.facts(copy_GB_per_s=bandwidth / 1e9, **asdict(shape))
     runs, warm_up = (1, 0) if dry_run else (10, 3)  # the interpreter takes its time
     all_fused = all_plain = 0.0
-    for name, moved, fused, plain in every(shape, in_place=True):
+    for name, moved, fused, plain, _ in every(shape, in_place=True):
         fused_ms = milliseconds(fused, device, warm_up=warm_up, runs=runs)
         with plain_kernels():
             plain_ms = milliseconds(plain, device, warm_up=warm_up, runs=runs)
@@ -61,4 +71,10 @@ def run(settings: Settings, record: Record) -> None:
         cells = {"kernel": name, "GB": moved / 1e9, "fused_ms": fused_ms, "plain_ms": plain_ms}
         record.row("kernels", **cells, TB_s=rate / 1e12, of_copy=f"{rate / bandwidth:.1%}")
         all_fused, all_plain = all_fused + fused_ms, all_plain + plain_ms
-    record.headline(f"all kernels {all_fused:.3g} ms, their plain code {all_plain:.3g} ms")
+    for name, moved, fused, plain, flops in products(shape):  # plain: cuBLAS, one product per expert
+        fused_ms = milliseconds(fused, device, warm_up=warm_up, runs=runs)
+        plain_ms = milliseconds(plain, device, warm_up=warm_up, runs=runs)
+        cells = {"product": name, "GB": moved / 1e9, "TFLOP": flops / 1e12, "fused_ms": fused_ms, "plain_ms": plain_ms}
+        rates = {f"{side}_TFLOP_s": flops / ms / 1e9 for side, ms in (("fused", fused_ms), ("plain", plain_ms))}
+        record.row("grouped products", **cells, **rates)
+    record.headline(f"all kernels of one pass {all_fused:.3g} ms, their plain code {all_plain:.3g} ms")

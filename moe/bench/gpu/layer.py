@@ -8,7 +8,6 @@ Legend: B sequences, S positions, T tokens, H hidden.
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +28,7 @@ from moe.bench.gpu.record import Record
 from moe.bench.gpu.settings import Settings
 from moe.bench.routing import OWN, UNIFORM, uniform_routing
 from moe.config import Config
+from moe.kernels.expert_backends import candidates
 from moe.kernels.float8_products import has_float8
 from moe.kernels.policy import plain_kernels
 from moe.sparse.balance import max_violation
@@ -54,7 +54,7 @@ def run(settings: Settings, record: Record) -> None:
     record.facts(tokens=tokens, TFLOP_forward_and_backward=flops / 1e12)
     record.facts(product_TFLOP_s=peak / 1e12, floor_ms=flops / peak * 1e3)
     times, kept = dict[str, float](), dict[str, float]()
-    for backend in _back_ends(device):
+    for backend in _back_ends(device, config):
         overrides = [f"experts.backend={backend.removesuffix(WITHOUT).removesuffix(FP8)}"]
         config = one_layer([*overrides, f"experts.fp8={str(backend.endswith(FP8)).lower()}"], dry_run=dry_run)
         mlp = _mlp(config, device).to(torch.bfloat16)
@@ -93,15 +93,13 @@ def _measure(mlp: nn.Module, config: Config, tokens: int) -> dict[str, Any]:
     return {"MaxVio": violation, "ms": milliseconds(passes, device), "kept_GiB": kept, "peak_GiB": peak}
 
 
-def _back_ends(device: torch.device) -> list[str]:
-    """Those that run here."""
-    names = ["loop", "grouped_mm"]
-    if device.type != "cuda":
-        return [*names, "grouped_mm" + FP8]
-    if has_float8(device):
+def _back_ends(device: torch.device, config: Config) -> list[str]:
+    """Those that run here: the reference, those of which `auto` takes the fastest, and variants of grouped_mm."""
+    shapes = config.model.hidden_size, config.model.expert_size
+    names = ["loop", *(backend.name for backend in candidates(device, torch.bfloat16, shapes))]
+    if device.type != "cuda" or has_float8(device):
         names.append("grouped_mm" + FP8)
-    names.append(PLAIN)
-    return [*names, "megablocks"] if importlib.util.find_spec("megablocks") is not None else names
+    return names if device.type != "cuda" else [*names, PLAIN]
 
 
 def _mlp(config: Config, device: torch.device) -> nn.Module:

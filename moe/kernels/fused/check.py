@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from moe.kernels.comparison import relative_error
-from moe.kernels.fused.pairs import Pair, Sizes, float8_pairs, pairs
+from moe.kernels.fused.pairs import Pair, Sizes, float8_pairs, gemm_pairs, pairs
 from moe.kernels.policy import plain_kernels
 
 # Of the largest result. Both compute in float32 and round once; some plain code rounds once or twice more.
@@ -16,7 +16,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
 def find_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """The first kernel that can't be compiled or run here, or is wrong, as text for the log; None if all are right.
-    That of float8 numbers is left out: see `find_float8_fault`."""
+    Those that have conditions of their own are left out: see `find_float8_fault` and `find_gemm_fault`."""
     return _fault(pairs(device, dtype, Sizes()), dtype)
 
 
@@ -25,8 +25,13 @@ def find_float8_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     return _fault(float8_pairs(device, dtype, Sizes()), dtype)
 
 
+def find_gemm_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same for the grouped products of `experts.backend=triton`."""
+    return _fault(gemm_pairs(device, dtype, Sizes()), dtype)
+
+
 def _fault(tried: Iterator[Pair], dtype: torch.dtype) -> str | None:
-    for name, _, fused, plain in tried:
+    for name, _, fused, plain, _ in tried:
         try:
             found = fused()
             found[0].sum().item()  # waits, so that a fault on the device is raised here

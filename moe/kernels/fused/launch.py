@@ -31,10 +31,42 @@ BLOCKS = {
     "zero_idle": Blocks(4096, 4),  # writes only
     "float8": Blocks(2048, 4),  # of 64 columns together, or of one row; read twice
 }
+
+
+class Tiles(NamedTuple):
+    """What a program of a grouped product computes: `rows` × `columns` of the result, `depth` elements of the dot
+    products at a time, with `stages` of them on their way to shared memory. `group` tiles below each other are computed
+    before those beside them, so that they find the weight's columns in the L2 cache."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+# Chosen by counting, not by measuring (`bash launch/gpu_report.sh` times both classes beside each other). Class "many":
+# 128 × 256 results take 2/3 of a byte from the L2 cache for each 64 FLOP of a bfloat16 product, and 144 KiB of the 227
+# (H100, H200) or 163 (A100) of shared memory. Class "few", where an expert has fewer than `FEW_ROWS` rows or a GPU less
+# shared memory: less is computed of rows that aren't there. float32 products don't use matrix units, and are bound by
+# registers.
+TILES = {
+    ("rows", "many", torch.bfloat16): Tiles(128, 256, 64, 8, 8, 3),
+    ("rows", "few", torch.bfloat16): Tiles(64, 128, 64, 8, 4, 3),
+    ("rows", "many", torch.float32): Tiles(64, 64, 32, 8, 4, 3),
+    ("rows", "few", torch.float32): Tiles(32, 64, 32, 8, 4, 3),
+    ("outer", "many", torch.bfloat16): Tiles(128, 256, 64, 8, 8, 3),
+    ("outer", "few", torch.bfloat16): Tiles(128, 128, 32, 8, 4, 4),
+    ("outer", "many", torch.float32): Tiles(64, 64, 32, 8, 4, 3),
+    ("outer", "few", torch.float32): Tiles(64, 64, 16, 8, 4, 3),
+}
+FEW_ROWS = 256  # of an expert, on average
+LARGE_SHARED = 160 << 10  # bytes of a program, that "many" needs
 IDLE_PROGRAMS = 128  # per expert: about one a multiprocessor; those of an expert with rows end at once
 
 
-def launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], blocks: Blocks | Tiles, *arguments: Any, **constants: Any) -> None:
     """Runs the kernel on the device of the first argument, a tensor. Triton itself takes the current device."""
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -13,19 +13,22 @@ from moe.kernels import cross_entropy as plain_cross_entropy
 from moe.kernels import expert_swiglu, float8_products, permute
 from moe.kernels import rotary as plain_rotary
 from moe.kernels import swiglu as plain_swiglu
-from moe.kernels.fused import cross_entropy, float8, rotary, rows, swiglu
+from moe.kernels.fused import cross_entropy, float8, gemm, rotary, rows, swiglu
+from moe.kernels.grouped_products import per_expert_products
 from moe.kernels.permute import RowOrder
 
 IGNORED = plain_cross_entropy.IGNORED
 
 
 class Pair(NamedTuple):
-    """A kernel and the plain code for it. `moved` are the bytes that the kernel reads and writes."""
+    """A kernel and the plain code for it. `moved` are the bytes that the kernel reads and writes, `flops` what it
+    computes, where that is what takes its time."""
 
     name: str
     moved: int
     fused: Callable[[], tuple[Tensor, ...]]
     plain: Callable[[], tuple[Tensor, ...]]
+    flops: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +42,10 @@ class Sizes:
     vocab: int = 4100
     heads: int = 21
     head_dim: int = 80
+    experts: int = 5
 
 
-MIXTRAL = Sizes(tokens=8192, choices=2, hidden=4096, width=14336, vocab=32000, heads=40, head_dim=128)
+MIXTRAL = Sizes(tokens=8192, choices=2, hidden=4096, width=14336, vocab=32000, heads=40, head_dim=128, experts=8)
 
 
 class Inputs:
@@ -204,6 +208,32 @@ def float8_pairs(device: torch.device, dtype: torch.dtype, shape: Sizes) -> Iter
             lambda x_BVK=x_BVK: tuple(each.float() for each in float8.quantize(x_BVK)),
             lambda x_BVK=x_BVK: tuple(each.float() for each in float8_products.quantize(x_BVK)),
         )
+
+
+def gemm_pairs(device: torch.device, dtype: torch.dtype, shape: Sizes) -> Iterator[Pair]:
+    """The grouped products, with each class of tiles, apart: they are a back-end of the experts, and need more shared
+    memory than the other kernels. One expert has half of the rows and one has none."""
+    inputs, rows = Inputs(device, dtype, in_place=False), shape.tokens * shape.choices
+    few = rows // (2 * shape.experts)
+    counts = [rows - few * (shape.experts - 2), 0, *[few] * (shape.experts - 2)]
+    counts_E = torch.tensor(counts, device=device)
+    rows_NH, rows_NF = inputs.normal(rows, shape.hidden), inputs.normal(rows, shape.width)
+    weight_EFH, plain = inputs.normal(shape.experts, shape.width, shape.hidden), per_expert_products(counts)
+    flops, moved = 2 * rows * shape.hidden * shape.width, _bytes(rows_NH, rows_NF, weight_EFH)
+    for size in ("many", "few"):
+        mine = gemm.triton_products(counts_E, size)
+        for name, left, right, fused_product, plain_product in (
+            ("rows × weightᵀ", rows_NH, weight_EFH, mine.times_weight_t, plain.times_weight_t),
+            ("rows × weight", rows_NF, weight_EFH, mine.times_weight, plain.times_weight),
+            ("rowsᵀ × rows", rows_NF, rows_NH, mine.outer, plain.outer),
+        ):
+            yield Pair(
+                f"{name}, tiles for {size} rows",
+                moved,
+                lambda product=fused_product, left=left, right=right: (product(left, right),),
+                lambda product=plain_product, left=left, right=right: (product(left, right),),
+                flops,
+            )
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -24,7 +24,9 @@ def test_a_wrong_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
 def test_every_back_end_is_named_with_its_reason() -> None:
     attention, experts = software.backends()
     assert all(name in attention.found for name in ("auto takes", "varlen", "flex", "block", "naive"))
-    assert all(name in experts.found for name in ("auto takes", "grouped_mm", "loop", "megablocks"))
+    assert all(
+        name in experts.found for name in ("auto takes", "grouped_mm", "loop", "triton", "per_expert", "megablocks")
+    )
 
 
 def test_a_training_step_runs_with_both_engines() -> None:

@@ -21,10 +21,10 @@ from moe.config import AttentionBackend, ExpertBackend, ExpertsConfig, Mlp, Mode
 from moe.kernels.attention import make_attend, resolve_attention
 from moe.kernels.attention.flex import _mask
 from moe.kernels.cross_entropy import HandWrittenLinearCrossEntropy
+from moe.kernels.expert_backends import resolve_backend
 from moe.kernels.expert_swiglu import GroupedSwiGLU, PerExpertSwiGLU
 from moe.kernels.float8_products import float8_products
-from moe.kernels.grouped_products import torch_products
-from moe.kernels.grouped_swiglu import resolve_backend
+from moe.kernels.grouped_products import per_expert_products, torch_products
 from moe.kernels.permute import RowOrder, _CombineRows, _GatherRows
 from moe.kernels.rms_norm import HandWrittenRMSNorm, rms_norm
 from moe.kernels.rotary import HandWrittenProjectRotated, HandWrittenRotation, rotary_table
@@ -155,6 +155,8 @@ class TestKernels:
             for products in (torch_products(counts_E), float8_products(counts_E)):
                 y = check(GroupedSwiGLU, empty(T, H, dtype=dtype), *weights, lambda: counts, products)
                 assert (y.shape, y.dtype) == ((T, H), dtype)
+        y = check(GroupedSwiGLU, empty(T, H, dtype=dtype), *weights, lambda: counts, per_expert_products(counts))
+        assert (y.shape, y.dtype) == ((T, H), dtype)
         for rows in (counts, [0] * E):
             y = check(PerExpertSwiGLU, empty(sum(rows), H, dtype=dtype), *weights, rows)
             assert y.shape == (sum(rows), H)

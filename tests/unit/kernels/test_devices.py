@@ -11,8 +11,17 @@ from torch import Tensor
 
 from moe.config import ExpertBackend, ExpertsConfig, Mlp, ModelConfig, TopKRouterConfig
 from moe.kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy
-from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
-from moe.kernels.policy import FUSED_DTYPES, choose_products, fused_obstacle
+from moe.kernels.expert_backends import (
+    ExpertLoad,
+    candidates,
+    event_milliseconds,
+    fastest,
+    measure,
+    resolve_backend,
+    take,
+)
+from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn
+from moe.kernels.policy import FUSED_DTYPES, choose_products, fused_obstacle, gemm_obstacle
 from moe.kernels.rms_norm import rms_norm, rms_norm_reference
 from moe.kernels.rotary import project_rotated, project_rotated_reference, rotary_table, rotated, rotated_reference
 from moe.kernels.swiglu import swiglu, swiglu_reference
@@ -100,10 +109,13 @@ class TestKernels:
         compare(fast, plain, randoms((150, 32), (80, 32)), device, dtype, tolerance)
 
     @pytest.mark.parametrize("counts", [[5, 1, 9, 3], [0, 0, 17, 0], [0, 8, 8, 0], [0, 0, 0, 0]], ids=str)
+    @pytest.mark.parametrize("asked", [ExpertBackend.auto, ExpertBackend.per_expert, ExpertBackend.triton])
     def test_grouped_swiglu(
-        self, device: torch.device, dtype: torch.dtype, tolerance: float, counts: list[int]
+        self, device: torch.device, dtype: torch.dtype, tolerance: float, counts: list[int], asked: ExpertBackend
     ) -> None:
-        backend, _ = resolve_backend(ExpertsConfig(), device, dtype, (32, 64))
+        if asked is ExpertBackend.triton and device.type == "cpu":
+            pytest.skip("needs CUDA: tests/unit/kernels/fused/test_gemm.py interprets it")
+        backend, _ = resolve_backend(ExpertsConfig(backend=asked), device, dtype, (32, 64))
         inputs = randoms((sum(counts), 32), (4, 128, 32), (4, 32, 64))
         counts_E = torch.tensor(counts, device=device)
         fast = lambda *t: grouped_ffn(t[0], counts_E, t[1], t[2], backend)  # noqa: E731
@@ -116,6 +128,7 @@ class TestKernels:
 def test_every_triton_kernel_is_right(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     assert fused_obstacle(torch.device("cuda", 0), dtype) is None
+    assert gemm_obstacle(torch.device("cuda", 0), dtype) is None
 
 
 def model_of(mlp: Mlp, **settings: object) -> Transformer:
@@ -186,3 +199,14 @@ def test_megablocks_equals_the_oracle() -> None:
     fast = lambda *t: grouped_ffn(t[0], counts_E, t[1], t[2], ExpertBackend.megablocks)  # noqa: E731
     plain = lambda *t: loop_ffn(t[0], counts, t[1], t[2])  # noqa: E731
     compare(fast, plain, inputs, torch.device("cuda"), torch.bfloat16, 2e-2)
+
+
+@needs_cuda
+def test_auto_takes_what_it_measured() -> None:
+    device, load = torch.device("cuda", 0), ExpertLoad(256, 512, 4, 1024)
+    shapes, tried = (load.hidden, load.feed), candidates(device, torch.bfloat16, (load.hidden, load.feed))
+    times = measure(tried, load, device, torch.bfloat16, event_milliseconds)
+    assert not times.left_out
+    assert times.milliseconds.keys() == tried.keys()
+    take([times], device, torch.bfloat16, load)
+    assert resolve_backend(ExpertsConfig(), device, torch.bfloat16, shapes)[0] is fastest(times.milliseconds)

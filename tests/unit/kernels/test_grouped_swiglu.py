@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moe.config import ExpertBackend, ExpertsConfig
+from moe.kernels.expert_backends import resolve_backend
 from moe.kernels.expert_swiglu import GroupedSwiGLU, PerExpertSwiGLU
-from moe.kernels.grouped_products import torch_products
-from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn, resolve_backend
+from moe.kernels.grouped_products import per_expert_products, torch_products
+from moe.kernels.grouped_swiglu import grouped_ffn, loop_ffn
 
 CPU = torch.device("cpu")
 COUNTS = {
@@ -99,13 +100,16 @@ def test_back_ends_equal_the_float64_oracle(
 
 @pytest.mark.parametrize("counts", [c for c in COUNTS.values() if sum(c)], ids=[k for k, c in COUNTS.items() if sum(c)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.bfloat16, 2e-2)])
-def test_the_gpu_function_over_torchs_grouped_mm(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
-    """The function that a GPU runs, with the CPU's grouped_mm, which has the same interface and requirements."""
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_the_gpu_function_over_grouped_mm_and_single_products(
+    counts: list[int], dtype: torch.dtype, tolerance: float, per_expert: bool
+) -> None:
+    """The function that a GPU runs, with the CPU's grouped_mm, which has the same interface and requirements, and with
+    one product per expert."""
     tensors = _inputs(counts, dtype)
     exact = _oracle(tensors, counts)
-    ours = _run(
-        lambda x, g, d: GroupedSwiGLU.apply(x, g, d, lambda: counts, torch_products(torch.tensor(counts))), tensors
-    )
+    products = per_expert_products(counts) if per_expert else torch_products(torch.tensor(counts))
+    ours = _run(lambda x, g, d: GroupedSwiGLU.apply(x, g, d, lambda: counts, products), tensors)
     for name, mine, reference in zip(("y", "dx", "dgate_up", "ddown"), ours, exact, strict=True):
         assert _relative(mine, reference) <= tolerance, name
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from moe.config import ExpertBackend, ExpertsConfig, TopKRouterConfig
 from moe.kernels import megablocks, permute
+from moe.kernels.expert_backends import resolve_backend
 from moe.kernels.expert_swiglu import GroupedSwiGLU
-from moe.kernels.grouped_swiglu import loop_ffn, resolve_backend
+from moe.kernels.grouped_swiglu import loop_ffn
 from moe.sparse.dispatch import sort_by_expert
 from moe.sparse.layer import build_sparse_mlp
 from moe.sparse.routers import Choices

@@ -62,6 +62,19 @@ def test_why_no_triton_kernel_runs(hopper, monkeypatch):
     assert policy.fused_obstacle(CUDA, torch.bfloat16) == "triton isn't installed"
 
 
+def test_why_tritons_grouped_products_do_not_run(hopper, monkeypatch):
+    """They don't depend on the other kernels, nor these on them."""
+    policy.gemm_obstacle.cache_clear()
+    hopper.find_gemm_fault = lambda device, dtype: "rows × weight failed: OutOfResources: shared memory"
+    assert policy.fused_obstacle(CUDA, torch.bfloat16) is None
+    assert policy.gemm_obstacle(CUDA, torch.bfloat16) == "rows × weight failed: OutOfResources: shared memory"
+    assert policy.gemm_obstacle(CUDA, torch.float64) == "they need bfloat16 or float32"
+    assert policy.gemm_obstacle(torch.device("cpu"), torch.float32) == "they need CUDA"
+    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: None)
+    assert policy.gemm_obstacle(CUDA, torch.float32) == "triton isn't installed"
+    policy.gemm_obstacle.cache_clear()
+
+
 class OnCuda:
     """What `runs_fused` reads of a tensor."""
 

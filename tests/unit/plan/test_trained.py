@@ -82,7 +82,7 @@ def test_a_plan_refuses_a_name_that_fits_nothing_as_the_run_does(overrides: list
     assert str(planned.value).partition("like")[0] == str(started.value).partition("like")[0]
 
 
-@pytest.mark.parametrize("override", ["experts.backend=megablocks", "experts.fp8=true"])
+@pytest.mark.parametrize("override", ["experts.backend=megablocks", "experts.backend=triton", "experts.fp8=true"])
 def test_experts_that_can_have_no_adapter(override: str) -> None:
     sizes = ["model.intermediate_size=64", "model.hidden_size=64"]
     with pytest.raises(UserError, match=f"{override} has no adapters on experts"):

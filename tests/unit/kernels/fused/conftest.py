@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-MODULES = ("launch", "swiglu", "rows", "cross_entropy", "rotary", "float8", "check")
+MODULES = ("launch", "swiglu", "rows", "cross_entropy", "rotary", "float8", "gemm", "check")
 
 
 @pytest.fixture(scope="module")
