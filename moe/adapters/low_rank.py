@@ -92,15 +92,13 @@ class LoRALinear(nn.Linear):
 class LoRAExperts(Experts):
     """`base` with frozen weights and an A and a B for each expert and weight."""
 
+    takes_tokens = False
+
     def __init__(self, base: Experts, gate_up: LowRank, down: LowRank) -> None:
         nn.Module.__init__(self)
         self.config, self.first_expert = base.config, base.first_expert
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
         self.gate_up_proj_lora, self.down_proj_lora = gate_up, down
-
-    @property
-    def combines(self) -> bool:
-        return False
 
     def forward(self, x: Tensor, counts_E: Tensor, combination: Combination | None = None) -> Tensor:
         """As `Experts.forward` of rows [N, H]. Raises ValueError with a combination."""

@@ -5,9 +5,10 @@ silu(g) ⊙ u, and σ the sigmoid:
 dWd = dyᵀ a,  da = dy Wd,  du = da ⊙ silu(g),  dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))),  dW₁ = [dg du]ᵀ x.
 
 The functions take rows, or tokens and a `Combination`. With the latter they copy the tokens' rows into the experts'
-order themselves and return each token's sum by weight w, z = Σ w y. For the backward pass they keep the tokens and
-gate/up, but neither the rows x nor the rows y: x is copied again and the activation recomputed (as in SonicMoE, arXiv
-2512.14080), and what needs y is written in a instead: dw = dz · y = (dz Wd) · a,  dWd = dzᵀ (w a).
+order themselves and, with weights w, return each token's sum z = Σ w y. For the backward pass they keep the tokens and
+gate/up, but not the rows x: they are copied again, and the activation is recomputed (as in SonicMoE, arXiv 2512.14080).
+With weights nothing keeps the rows y either: what needs them is written in a instead, dw = dz · y = (dz Wd) · a and
+dWd = dzᵀ (w a).
 
 Shapes: T tokens, N rows sorted by expert, K choices of a token, H hidden, F feed-forward, G = 2F (gate, then up),
 E experts.
@@ -48,14 +49,14 @@ class GroupedSwiGLU(torch.autograd.Function):
         weights_TK: Tensor | None = None,
         order: RowOrder | None = None,
     ) -> Tensor:
-        """x [N, H] → [N, H], or with `weights_TK` and `order` [T, H] → [T, H]."""
+        """x [N, H] → [N, H]; with `order` [T, H] → [N, H]; with `weights_TK` too [T, H] → [T, H]."""
         x = x.contiguous()
         gate_up_NG = products.times_weight_t(_rows(x, order), gate_up_proj)
         gate_NF, up_NF = gate_up_NG.chunk(2, dim=1)
         ctx.save_for_backward(x, gate_up_proj, down_proj, gate_up_NG, weights_TK)
         ctx.counts, ctx.products, ctx.order = counts, products, order
         y_NH = products.times_weight_t(activation(gate_NF, up_NF), down_proj)
-        return y_NH if order is None else sum_rows(y_NH, order, weights_TK)
+        return y_NH if weights_TK is None or order is None else sum_rows(y_NH, order, weights_TK)
 
     @staticmethod
     @once_differentiable
@@ -64,7 +65,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         products: GroupedProducts = ctx.products
         order: RowOrder | None = ctx.order
         needs_dx, needs_dgate_up, needs_ddown = ctx.needs_input_grad[:3]
-        dy_NH = _rows(dy.contiguous(), order)
+        dy_NH = _rows(dy.contiguous(), None if weights_TK is None else order)
         dact_NF = products.times_weight(dy_NH, down_proj)
         act_NF, dgate_up_NG, dweights_N = activation_backward(gate_up_NG, dact_NF, _weights_of_rows(weights_TK, order))
         ddown = products.outer(dy_NH, act_NF) if needs_ddown else None
@@ -94,7 +95,7 @@ class PerExpertSwiGLU(torch.autograd.Function):
         order: RowOrder | None = None,
         fp8: bool = False,
     ) -> Tensor:
-        """x [N, H] → [N, H], or with `weights_TK` and `order` [T, H] → [T, H]."""
+        """x [N, H] → [N, H]; with `order` [T, H] → [N, H]; with `weights_TK` too [T, H] → [T, H]."""
         seen = rounded if fp8 else _unrounded
         padding = PaddedRows.of(counts, x.device, x.dtype)
         x = x.contiguous()
@@ -112,7 +113,7 @@ class PerExpertSwiGLU(torch.autograd.Function):
                 mm(seen(act, 1), seen(down_proj[group.expert], 1).t(), out=y)
         ctx.save_for_backward(x, gate_up_proj, down_proj, gate_up_PG, weights_TK)
         ctx.padding, ctx.order, ctx.seen = padding, order, seen
-        return y_NH if order is None else sum_rows(y_NH, order, weights_TK)
+        return y_NH if weights_TK is None or order is None else sum_rows(y_NH, order, weights_TK)
 
     @staticmethod
     @once_differentiable
@@ -125,7 +126,8 @@ class PerExpertSwiGLU(torch.autograd.Function):
         needs_dx, needs_dgate_up, needs_ddown = ctx.needs_input_grad[:3]
         rows, hidden = sum(padding.counts), x.shape[1]
         tokens_N, weights_N = None if order is None else order.tokens_N, _weights_of_rows(weights_TK, order)
-        x_of, dy_of = RowReader(x, padding, tokens_N), RowReader(dy.contiguous(), padding, tokens_N)
+        x_of = RowReader(x, padding, tokens_N)
+        dy_of = RowReader(dy.contiguous(), padding, None if weights_TK is None else tokens_N)
         dx_NH = x.new_empty(rows, hidden) if needs_dx else None
         dx_MH = x.new_empty(padding.largest if padding.pads else 0, hidden)
         dgate_up = torch.empty_like(gate_up_proj) if needs_dgate_up else None

@@ -33,9 +33,9 @@ def grouped_ffn(
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; x [N, H] sorted by expert, N = counts_E.sum().
 
-    With a `combination` x is [T, H], and the result each token's sum of its rows' results by weight, [T, H]: rows are
-    copied, computed and summed up in one function, which keeps neither the copies nor the rows' results for the
-    backward pass (but for the loop).
+    With a `combination` x is [T, H]: rows are copied and computed in one function, which doesn't keep the copies for
+    the backward pass (but for the loop). If it has weights, the function sums up too and doesn't keep the rows' results
+    either; the result is then each token's sum, [T, H].
 
     With `fp8` the products of rows and weights have float8 factors (`float8_products`); ValueError with another
     back-end than grouped_mm.
@@ -48,10 +48,9 @@ def grouped_ffn(
         raise ValueError(f"float8 factors need experts.backend=grouped_mm, not {backend.name}")
     weights_TK, order = combination or (None, None)
     if backend is ExpertBackend.loop:
-        if weights_TK is None or order is None:
-            return loop_ffn(x, counts_E.tolist(), gate_up_proj, down_proj)
-        y_NH = loop_ffn(gather_rows(x, order), counts_E.tolist(), gate_up_proj, down_proj)
-        return combine_rows(y_NH, weights_TK, order)
+        x_NH = x if order is None else gather_rows(x, order)
+        y_NH = loop_ffn(x_NH, counts_E.tolist(), gate_up_proj, down_proj)
+        return y_NH if weights_TK is None or order is None else combine_rows(y_NH, weights_TK, order)
     rows = x.shape[0] if order is None else order.tokens_N.shape[0]
     if x.device.type != "cuda" or rows == 0:
         counts = counts_E.tolist() if rows else [0] * counts_E.numel()

@@ -32,10 +32,10 @@ class RowOrder:
 
 
 class Combination(NamedTuple):
-    """What is done with the rows before and after the experts: tokens' rows are copied in this order, and each token
-    gets the sum of its rows by weight. A weight where there is no choice must be 0; its gradient has no meaning."""
+    """What is done with the rows before and after the experts: tokens' rows are copied in this order, and with weights
+    each token gets the sum of its rows. A weight where there is no choice must be 0; its gradient has no meaning."""
 
-    weights_TK: Tensor
+    weights_TK: Tensor | None
     order: RowOrder
 
 

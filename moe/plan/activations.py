@@ -50,9 +50,10 @@ class Shapes:
         # (moe/kernels/expert_backends.py)
         self.loop = backend is ExpertBackend.loop or (backend is ExpertBackend.auto and self.cuda and self.s == 4)
         self.fp8, self.expert_rank = config.experts.fp8, _expert_rank(config)
-        # on one rank neither the experts' input nor their output is kept (moe.kernels.permute.Combination)
+        # on one rank the experts' input isn't kept, and in bfloat16 not their output (moe.kernels.permute.Combination)
         megablocks = backend is ExpertBackend.megablocks
-        self.combines = not (expert > 1 or self.loop or self.expert_rank or megablocks or self.fp8)
+        self.regathers = not (expert > 1 or self.loop or self.expert_rank or megablocks)
+        self.combines = self.regathers and self.s == 2 and not self.fp8
 
     @property
     def stream(self) -> int:
@@ -140,7 +141,12 @@ def _layer_blocks(shapes: Shapes, dense: int, rows: int, kinds: tuple[str, str])
     """Blocks of `dense` bytes and of `rows` bytes, the latter split into the gate/up tensor and the experts' inputs and
     outputs, where they are kept, whose largest tensors differ in size."""
     gate_up = shapes.received * 2 * shapes.feed * shapes.s
-    middle = rows * 2 * shapes.feed // (2 * shapes.feed + (0 if shapes.combines else 2) * shapes.hidden)
+    middle = (
+        rows
+        * 2
+        * shapes.feed
+        // (2 * shapes.feed + (0 if shapes.combines else 1 if shapes.regathers else 2) * shapes.hidden)
+    )
     return [
         MemoryBlock(kinds[0], dense, shapes.stream),
         MemoryBlock(kinds[1], middle, gate_up),
@@ -166,10 +172,11 @@ def _layer(shapes: Shapes, recompute: Recompute, sparse: bool) -> tuple[int, int
         if shapes.expert_rank:  # the activation, and what both A make
             middle = 3 * feed + 2 * shapes.expert_rank
         rows = shapes.received * middle * s
-        if shapes.combines:
+        rows += 0 if shapes.combines else shapes.rows * hidden * s
+        if shapes.regathers:
             mlp += shapes.stream if s < 4 and widened else 0  # else it is the router's input
         else:
-            rows += (shapes.received + shapes.rows) * hidden * s
+            rows += shapes.received * hidden * s
     else:
         routing, rows = 0, 0
         mlp = shapes.stream + 3 * tokens * shapes.dense_feed * s
@@ -194,8 +201,10 @@ def _backward(shapes: Shapes) -> int:
     else:
         # combine: each choice's gradient row; in plain PyTorch also its product with the expert's output, in float32
         combine = shapes.rows * shapes.hidden * (s if shapes.cuda else 8 if s == 4 else 10)
-        # experts: gradients of their output and input, less the output, which is freed by then
-        experts = (2 * shapes.received - shapes.rows) * row
+        # experts: gradients of their output and input, less the output, which is freed by then; their input again, on a
+        # CPU of one expert
+        again = 0 if not shapes.regathers else shapes.rows if shapes.cuda else shapes.fullest
+        experts = (2 * shapes.received - shapes.rows + again) * row
     if shapes.cuda and not shapes.loop:
         # all rows at once: the gradients of the activation, which it overwrites, and gate/up
         experts += 3 * shapes.received * shapes.feed * s

@@ -33,11 +33,14 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
 
+    takes_tokens = True  # and their combination, instead of rows
+
     @property
-    def combines(self) -> bool:
-        """Whether `forward` takes a combination. It rounds other factors to float8 than with rows that other ranks
-        sent, and results must not depend on the expert-parallel size."""
-        return not self.config.fp8
+    def sums(self) -> bool:
+        """Whether combinations should have weights. The weights' gradients are then other sums than for rows that other
+        ranks sent, equal up to rounding, and results must not depend on the expert-parallel size: so not in float32,
+        nor with float8 factors."""
+        return self.gate_up_proj.dtype is torch.bfloat16 and not self.config.fp8
 
     def draws(self, seed_for: Callable[[str, int], int]) -> Iterator[tuple[str, Tensor, int]]:
         """(parameter name, one expert's weight [O, I], the seed of its initial values), the last from
@@ -51,7 +54,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts_E: Tensor, combination: Combination | None = None) -> Tensor:
         """Apply expert e to its `counts_E[e]` consecutive rows of x [N, H]; returns [N, H]. With a `combination` x is
-        [T, H]; returns each token's sum [T, H]. `experts.fp8` holds in training mode."""
+        [T, H]; if it has weights, returns each token's sum [T, H]. `experts.fp8` holds in training mode."""
         shapes = (self.down_proj.shape[1], self.down_proj.shape[2])
         backend, _ = resolve_backend(self.config, x.device, x.dtype, shapes)
         fp8 = self.config.fp8 and self.training

@@ -111,9 +111,11 @@ class SparseMLP(nn.Module):
     def _on_this_rank(self, x_TH: Tensor, routed: RouterOutput) -> Tensor:
         order, weights_TK = sort_by_expert(routed.choices, routed.counts_E)
         moves = self._moves(order)
-        combines = isinstance(self.experts, Experts) and self.experts.combines  # not if it was replaced
-        if moves is permute and combines and torch.is_grad_enabled():
-            return self.experts(x_TH, order.counts_E, permute.Combination(weights_TK, order))
+        takes_tokens = isinstance(self.experts, Experts) and self.experts.takes_tokens  # not if it was replaced
+        if moves is permute and takes_tokens and torch.is_grad_enabled():
+            sums = self.experts.sums
+            y = self.experts(x_TH, order.counts_E, permute.Combination(weights_TK if sums else None, order))
+            return y if sums else permute.combine_rows(y, weights_TK, order)
         y_NH = self.experts(moves.gather_rows(x_TH, order), order.counts_E)
         return moves.combine_rows(y_NH, weights_TK, order)
 
