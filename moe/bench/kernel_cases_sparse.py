@@ -76,7 +76,9 @@ def sparse_cases(
 
     def whole() -> list[Tensor]:
         now, placed_TK = sort_by_expert(Choices.top_k(ids_TK, weights_TK), counts_E)
-        return [grouped_ffn(x_TH, counts_E, gate_up, down, backend, Combination(placed_TK, now))]
+        combination = Combination(placed_TK if experts.sums else None, now)  # as the layer does
+        y = grouped_ffn(x_TH, counts_E, gate_up, down, backend, combination)
+        return [y if experts.sums else combine_rows(y, placed_TK, now)]
 
     def reference() -> list[Tensor]:
         now, placed_TK = sort_by_expert(Choices.top_k(ids_TK, weights_TK), counts_E)

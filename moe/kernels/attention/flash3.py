@@ -10,7 +10,7 @@ Legend: B batch, S sequence, N query heads, G key/value heads, D head dimension.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -27,15 +27,7 @@ WINDOWS = (None, 9)
 TOLERANCE = 2e-2  # of the largest result: half precisions, rounded several times on the way to a gradient
 
 
-def flash3_attend(
-    shape: tuple[int, int],
-    window: int | None,
-    document_ids_BS: Tensor | None,
-    device: torch.device,
-    document_lengths: list[int] | None = None,
-) -> Attend:
-    """As `varlen_attend`."""
-    return varlen_attend(shape, window, document_ids_BS, device, document_lengths, flash3=True)
+flash3_attend = partial(varlen_attend, flash3=True)
 
 
 @cache
