@@ -10,7 +10,8 @@ expert_parallel_size / ranks for experts. The second column is precision, device
 | bucket   | float32 on CUDA, 1                   | 4       | 4c      | 8c   | 4c            | 4, a bucket, 4c     |
 | stage 2  | float32, 2                           | 4       | as in 1 | 8c   | as in 1       | a bucket of 4, 4c   |
 | stage 2  | bfloat16, 2                          | 2       | 4c      | 8c   | 4c            | a bucket of 2, 4c   |
-| sums     | bfloat16, 1                          | 2       | 4c      | 8c   | –             | 4 all the time      |
+| sums     | bfloat16 on a CPU, 1                 | 2       | 4c      | 8c   | –             | 4 until the update  |
+| sums     | bfloat16 on CUDA, 1                  | 2       | 4c      | 8c   | –             | 4 all the time      |
 | plain    | engine=plain, float32                | 4       | shared  | 8    | –             | 4                   |
 | plain    | engine=plain, bfloat16               | 2       | 4       | 8    | –             | 4                   |
 
@@ -148,9 +149,17 @@ class Sharded:
         elif not self.offload:  # moments, and master weights where they aren't the model's own
             shared = 0 if self.half or self.cuda else round(4 * self.tensors.share)
             blocks.append(MemoryBlock("optimizer", self.saved - shared, round(4 * self.tensors.share)))
-        if self.way == "sums":  # the float32 sums are kept between steps
-            blocks += flat("gradients", 4 * self.tensors.local)
-        return blocks
+        return [*blocks, *self._sums(always=True)]
+
+    @property
+    def has_all_sums(self) -> bool:
+        """Whether memory for all gradients is there before a step's last backward pass."""
+        return self.way == "sums" and (self.cuda or self.several)
+
+    @property
+    def trims_heap(self) -> bool:
+        """Whether a backward pass gives back the memory that it frees."""
+        return self.way == "sums" and not self.cuda
 
     @property
     def saved(self) -> int:
@@ -163,8 +172,10 @@ class Sharded:
 
     def held(self) -> list[MemoryBlock]:
         """Gradients between the micro-batches of a step."""
-        if self.way == "sums" or not self.several:
+        if not self.several:
             return []
+        if self.way == "sums":
+            return self._sums()
         return flat("gradients", self.partition) if self.way == "stage 2" else self._each(4)
 
     def starting(self) -> list[MemoryBlock]:
@@ -176,7 +187,7 @@ class Sharded:
         if self.way == "stage 2":
             return [*self._bucket(), *self.held()]
         if self.way == "sums":  # a bfloat16 gradient is freed once it has been added
-            return flat("gradients", 2 * self.tensors.largest)
+            return [*self._sums(), *flat("gradients", 2 * self.tensors.largest)]
         if self.way == "plain" and self.half:
             return [*self._each(4), *flat("gradients", 2 * self.tensors.largest)]
         return [*self._each(4), *self.starting()]
@@ -185,7 +196,7 @@ class Sharded:
         if self.way in ("in place", "plain"):
             return self._each(4)
         if self.way == "sums":
-            return flat("communication", self._copy_of_sums())
+            return [*self._sums(), *flat("communication", self._copy_of_sums())]
         # shared weights and experts are reduced in different groups, one after the other
         group = self.tensors.local if self.expert == 1 else max(self.tensors.shared, self.tensors.experts)
         copy = min(BUCKET, group) * (6 if self.half and self.way == "stage 2" else 4)  # bfloat16, and widened
@@ -201,11 +212,16 @@ class Sharded:
         copied = not (self.half or self.cuda or self.way == "plain")  # the flat gradient, which AdamW doesn't need
         muon = flat("working", self.muon.working + (round(4 * self.muon.share) if copied else 0))
         if self.way in ("sums", "in place", "plain"):
-            return muon if self.way == "sums" else [*self._each(4), *muon]
+            return [*(self._sums() if self.way == "sums" else self._each(4)), *muon]
         working = 0
         if self.half or self.cuda:  # first a float64 copy of one gradient for the norm, then the flat gradient
             working = max(8 * self.tensors.largest, 0 if self.offload else round(4 * self.tensors.share))
         return [*flat("gradients", self.partition), *flat("working", working), *muon]
+
+    def _sums(self, always: bool = False) -> list[MemoryBlock]:
+        """The float32 sums of bfloat16 gradients: CUDA always has them, a CPU from a step's first gradient to its
+        update."""
+        return flat("gradients", 4 * self.tensors.local) if self.way == "sums" and always == self.cuda else []
 
     def _each(self, size: int) -> list[MemoryBlock]:
         """A tensor for each parameter, `size` bytes an element."""

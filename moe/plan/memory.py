@@ -22,7 +22,8 @@ KINDS: tuple[str, ...] = (
     "allocator",
 )
 STEP = ("loss", "backward", "reduce", "update")  # the phases of a step, which repeat
-# On a CPU, glibc returns freed blocks of at least GIVEN_BACK bytes to the system; smaller ones stay with the process.
+# On a CPU, glibc returns freed blocks of at least GIVEN_BACK bytes to the system; smaller ones stay with the process,
+# except where the backward pass trims the heap (`Sharded.trims_heap`).
 # Gradients can't reuse the gaps that freed activations leave, because router outputs between them stay allocated: both
 # pools count in full. Short-lived blocks between long-lived ones need additional room: HOLES, as a share of their size,
 # is fitted to runs with glibc (docs/plan.md says to which, and how well it holds).
@@ -81,7 +82,7 @@ def plan_memory(config: Config, world_size: int, *, device: str = "cpu", imbalan
         snapshot = [MemoryBlock("working", saved, 4 * sharded.tensors.largest), MemoryBlock("working", file, file)]
         phases["checkpoint"] = [*beside, *snapshot]
     host = 0 if device == "cpu" else saved + file
-    return MemoryPlan(dict(_by_kind(phases, device, shapes.sparse)), sharded.host(), host)
+    return MemoryPlan(dict(_by_kind(phases, sharded, shapes.sparse)), sharded.host(), host)
 
 
 def _size(blocks: list[MemoryBlock]) -> int:
@@ -101,19 +102,23 @@ def _backward_starts(shapes: Shapes, sharded: Sharded) -> list[MemoryBlock]:
     piece = max(4 * head, shapes.stream)
     loss = [MemoryBlock("activations", kept, piece), MemoryBlock("working", working, piece)]
     head_trains = trains_all(shapes.config) or not {*HEADS}.isdisjoint(trained_shapes(shapes.config))
-    others = shapes.s * max(0, sharded.tensors.local - (2 * head if head_trains else 0)) // layers
+    of_element = 4 if sharded.way == "sums" else shapes.s
+    others = of_element * max(0, sharded.tensors.local - (2 * head if head_trains else 0)) // layers
     arrived = (
         []
-        if sharded.way == "sums"
-        else [*flat("gradients", shapes.s * head * head_trains), MemoryBlock("gradients", others, 0)]
+        if sharded.has_all_sums
+        else [*flat("gradients", of_element * head * head_trains), MemoryBlock("gradients", others, 0)]
     )
     last_layer = [*arrived, *layer_backward(shapes)]
     heavier = max(loss, last_layer, key=_size)
     return [*kept_by_layers(shapes, layers), *heavier]
 
 
-def _by_kind(phases: dict[str, list[MemoryBlock]], device: str, sparse: bool) -> Iterator[tuple[str, dict[str, int]]]:
-    """Sums by kind; on a CPU `allocator` is what the process holds in addition: freed blocks and gaps."""
+def _by_kind(
+    phases: dict[str, list[MemoryBlock]], sharded: Sharded, sparse: bool
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """Sums by kind; on a CPU `allocator` is what the process holds in addition: gaps and freed blocks, also those of
+    other phases unless the backward pass gives them back."""
     pools = {phase: _pools(blocks, sparse) for phase, blocks in phases.items()}
     gradients = max(pools[phase][0] for phase in STEP)
     others = max(pools[phase][1] for phase in STEP)
@@ -121,10 +126,11 @@ def _by_kind(phases: dict[str, list[MemoryBlock]], device: str, sparse: bool) ->
         kinds = dict.fromkeys(KINDS, 0)
         for block in blocks:
             kinds[block.kind] += block.size
-        if device == "cpu":
+        if not sharded.cuda:
             others = max(others, pools[phase][1])
+            pool = sum(pools[phase]) if sharded.trims_heap else gradients + others
             in_use = sum(block.size for block in blocks if block.piece < GIVEN_BACK)
-            kinds["allocator"] = round(gradients + others) - in_use
+            kinds["allocator"] = round(pool) - in_use
         yield phase, kinds
 
 

@@ -1,9 +1,11 @@
-"""Removes passes over the gradients that DeepSpeed's BF16_Optimizer makes at every step, on a CPU, where each takes
-time. Losses and weights stay bit-identical (tests/distributed/test_shortcuts.py).
+"""Removes passes over the gradients that DeepSpeed's BF16_Optimizer makes at every step, and memory that it holds, on a
+CPU. Losses and weights stay bit-identical (tests/distributed/test_shortcuts.py).
 
 - DeepSpeed converts a gradient to a new float32 tensor and adds that to its sum, which it has set to zero, twice. Here
   a step's first gradient is converted straight into the sum, and later ones are added without a converted copy.
 - On one rank DeepSpeed copies all sums into a bucket, multiplies it by 1 and copies it back. Here it doesn't.
+- DeepSpeed keeps the sums, 4 bytes a parameter, between steps. Here their memory is given back after the update, for
+  the next step's activations; the memory that these leave in the heap is given back during the backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.engine import heap
 from moe.engine.deepspeed.borrowed import borrow, borrow_value, require_meaning
+
+TRIMS = 24  # of the heap in a backward pass, at most: each takes about a millisecond
+LEAST = 4 * 2**20  # bytes of sums between two trims
 
 
 class BFloat16Shortcuts:
@@ -23,6 +29,9 @@ class BFloat16Shortcuts:
         lost = "gradients would be those of an earlier step"
         borrow(zero, "_update_hp_grad", "lp", "group_idx", "param_idx", "clear_lp_grads", lost=lost)
         borrow(zero, "clear_hp_grads", lost=lost)
+        self._flat: list[Tensor] = borrow_value(zero, "fp32_groups_gradients_flat", lost=lost)
+        self._between = max(LEAST, sum(flat.nbytes for flat in self._flat) // TRIMS)
+        self._new = 0  # bytes of sums that got their first gradient since the heap was trimmed
         borrow_value(zero, "immediate_grad_update", lost=lost)
         self._sums: list[list[Tensor]] = borrow_value(zero, "fp32_groups_gradients", lost=lost)
         self._started: list[list[bool]] = borrow_value(zero, "fp32_groups_has_gradients", lost=lost)
@@ -53,13 +62,19 @@ class BFloat16Shortcuts:
             total.add_(gradient)
         else:
             total.copy_(gradient)
+            self._new += total.nbytes
         lp._hp_grad = total
         self._started[group_idx][param_idx] = True
         if clear_lp_grads:
             lp.grad.zero_()
+        if self._new >= self._between:
+            heap.trim()
+            self._new = 0
 
     def _restart(self) -> None:
-        """The next gradient of each parameter replaces its sum."""
+        """Sets the sums to 0 and gives back their memory. The next gradient of each parameter replaces its sum."""
+        for flat in self._flat:
+            heap.release(flat)
         for started in self._started:
             started[:] = [False] * len(started)
 

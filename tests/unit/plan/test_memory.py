@@ -170,6 +170,21 @@ def test_bfloat16_has_float32_masters_and_sums(stage):
     assert bucket == (0 if stage == 1 else 2 * 500_000_000)  # whole from the first gradient on, on CUDA
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_on_a_cpu_float32_sums_exist_from_the_first_gradient_to_the_update(micro_batches):
+    config = compose(
+        "train.precision=bfloat16", "train.micro_batch_size=2", f"train.global_batch_size={2 * micro_batches}"
+    )
+    local, _ = sizes(config, 1, 1)
+    loss, backward, update, evaluate = (
+        kinds(config, 1, phase)["gradients"] for phase in ("loss", "backward", "update", "evaluate")
+    )
+    assert (update, evaluate) == (4 * local, 0)
+    assert 4 * local < backward < 5 * local
+    assert (0 < loss < 4 * local) if micro_batches == 1 else (loss == 4 * local)
+    assert {kinds(config, 1, phase, device="cuda")["gradients"] for phase in ("loss", "evaluate")} == {4 * local}
+
+
 def test_offload_moves_the_optimizer_to_the_host():
     overrides = [*LOCAL, "train.precision=bfloat16", "parallel.expert_parallel_size=4"]
     config = compose(*overrides, "parallel.offload_optimizer=true")
