@@ -23,7 +23,7 @@ from moe.errors import UserError
 READ_BYTES = 2 << 30  # of tensors that a rank reads at once
 
 
-def _os_error(error: BaseException) -> OSError | None:
+def os_error(error: BaseException) -> OSError | None:
     """The OSError that safetensors tells of, whose own exceptions have its number in their text only."""
     if isinstance(error, OSError):
         return error
@@ -58,7 +58,7 @@ class ShardReader(HuggingFaceStorageReader):
             except OSError:
                 raise
             except Exception as error:
-                if failed := _os_error(error):
+                if failed := os_error(error):
                     raise failed from error
                 raise
         return self._metadata
@@ -93,7 +93,7 @@ class ShardReader(HuggingFaceStorageReader):
             state_dict_loader.load(tensors, storage_reader=self, no_dist=True)
         except CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
-            if failed := _os_error(first):
+            if failed := os_error(first):
                 raise failed from error
             raise UserError(f"{self.path}: does not fit this model ({first})") from error
 

@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from moe.checkpoint.shards import os_error
+
 
 class _Recorded(FileSystem):
     """Appends the path of each file that is written to `written`, when it is opened."""
@@ -51,4 +53,4 @@ def write_tensors(
         state_dict_saver.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:  # not an Exception
         first = next(iter(error.failures.values()))[0]
-        raise OSError(f"{folder.parent}: could not be written ({first})") from error
+        raise OSError(f"{folder.parent}: could not be written ({first})") from os_error(first) or error
