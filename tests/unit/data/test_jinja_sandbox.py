@@ -27,6 +27,9 @@ def render(source, **names):
         "{{ 'a' * 3 ~ (1 + 2) }}{{ messages[::-1] | map(attribute='role') | join('-') }}{{ range(3) | list }}",
         "  {% if messages is defined and not tools %}\n  x\n  {% endif %}\n{{ no }}{{ messages[0].role.upper() }}",
         "{% set x %}{{ messages | length }}!{% endset %}{{ x | indent(2) }}{{ messages[0].items() | list }}",
+        "{{ messages | join(', ', attribute='role') }}{{ [1, 'a', [2]] | join('-') }}{{ ', '.join(['a', 'b']) }}",
+        "{{ 'aba' | replace('b', 'xx', 1) }}{{ 'aba'.replace('b', 'xx') }}{{ [[1, 2], [3]] | map('sum') | join }}",
+        "{{ messages }}{{ messages[0].values() }}{{ messages | string }}{{ 'a\\nb\\n' | indent('> ', true) }}",
     ],
 )
 def test_templates_give_what_they_give_in_transformers(source):
@@ -34,6 +37,10 @@ def test_templates_give_what_they_give_in_transformers(source):
 
     messages = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "all well"}]
     assert render(source, messages=messages) == _compile_jinja_template(source).render(messages=messages)
+
+
+def test_a_namespace_is_printed_without_its_values():
+    assert render("{% set ns = namespace(x=['a' * 1000000] * 1000) %}{{ ns }}") == "<Namespace>"
 
 
 def test_generation_is_marked():
@@ -61,6 +68,22 @@ def test_generation_is_marked():
         "{{ 'a' | center(999999999) }}",
         "{{ 'ab'.replace('', 'x' * 1000000).replace('x', 'y' * 1000000) }}",
         "{{ ('x' * 1000) | replace('x', 'y' * 1000000) }}",
+        "{{ ('x' * 1000).replace('x', 'y' * 1000000) }}",
+        "{{ ('x' * 1000).translate({120: 'y' * 1000000}) }}",
+        "{{ (['y' * 1000000] * 1000) | join }}",
+        "{{ ('y' * 1000000).join(['x'] * 1000) }}",
+        "{{ ('x' * 1000) | list | join('y' * 1000000) }}",
+        "{{ ['y' * 1000000] * 1000 }}",
+        "{{ (['y' * 1000000] * 1000) | tojson }}",
+        "{{ (['y' * 1000000] * 1000) | string | length }}",
+        "{{ (['y' * 1000000] * 1000) ~ '' }}",
+        "{{ [['y' * 1000000] * 1000] | map('string') | map('length') | list }}",
+        "{{ [[['y' * 1000] * 1000] * 1000] | join }}",
+        "{{ {'a': ['y' * 1000000] * 1000}.items() }}",
+        "{{ ('\\n' * 1000) | indent('y' * 1000000) }}",
+        "{{ ([[1] * 1000000] * 1000) | sum(start=[]) | length }}",
+        "{{ [1] | batch(10**9, 0) | first | length }}",
+        "{% for a in range(9999) %}{{ [a] | slice(1000000) | list | length }}{% endfor %}",
         "{% for a in range(9999) %}{{ ('x' * 100000) | upper | length }}{% endfor %}",
         "{{ ''.__class__.__mro__ }}",
         "{{ cycler.__init__.__globals__ }}",
