@@ -42,8 +42,11 @@ class NarrowRoute:
     reason: str
 
     def __str__(self) -> str:
+        if not self.widened:
+            return f"bfloat16 matrix products: oneDNN ({self.reason})"
         return (
-            f"bfloat16 matrix products: {'float32, of widened factors' if self.widened else 'oneDNN'} ({self.reason})"
+            f"bfloat16 matrix products: float32, of widened factors ({self.reason}); train.precision=float32 saves the "
+            "widening"
         )
 
 

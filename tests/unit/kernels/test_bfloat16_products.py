@@ -35,6 +35,7 @@ def test_only_a_clear_gain_is_taken(gain: float, taken: bool) -> None:
     route = decide(LibraryTimes(3e-3, gain * 1e-3), LibraryTimes(3e-3, 1e-3))
     assert route.widened is taken
     assert route.reason == f"float32 is {gain:.1f} × as fast"
+    assert str(route).endswith("; train.precision=float32 saves the widening") is taken
 
 
 def test_a_fast_route_that_is_wrong_is_not_taken() -> None:
