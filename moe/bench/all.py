@@ -1,6 +1,6 @@
 """`moe bench all`: every benchmark of the CPU, each in a process of its own, and the measured part of a page.
 
-    moe bench all                                    about an hour; best on a machine that does nothing else
+    moe bench all                                    one to two hours; best on a machine that does nothing else
     moe bench all only=peers,decode                  some of them; the others' results stay if they are of this machine
     moe bench all rounds=1 steps=1                   quick, and noisy
     moe bench all page=page.md json=results.json     other files than docs/performance.md and docs/performance.json

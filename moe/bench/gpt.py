@@ -122,6 +122,7 @@ def _train(config: Config, mesh: Mesh) -> None:
         optimizer.step()
         optimizer.zero_grad()
         metrics = {"step": step + 1, "lm_loss": summed, "step_seconds": time.perf_counter() - began}
+        metrics["tokens"] = (step + 1) * config.train.global_batch_size * config.train.sequence_length
         if not math.isfinite(summed):
             raise RuntimeError(f"step {step + 1}: the loss is {summed}")
         if (step + 1) % config.train.eval_every == 0 or step + 1 == config.train.steps:

@@ -5,6 +5,8 @@
     moe bench time_to_loss sides=quickstart,muon        some of the sides: quickstart, muon, dense, bfloat16, gpt
     moe bench time_to_loss sides=quickstart,router=lossfree,router=deepseek_v3
                                                         or the quickstart with a preset, or a key, of `moe train`
+    moe bench time_to_loss "sides=quickstart,train.micro_batch_size=4 train.global_batch_size=8"
+                                                        or with several, a blank between them
     moe bench time_to_loss data=files data.path=book    other data; any key of `moe train`, for all sides
 
 A round is a seed. The first side trains for `train.steps` steps, and its training seconds (evaluations, saves and
@@ -21,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from moe.bench.peer import require_transformers
 from moe.bench.results import SECONDS, Cell, Results, ResultTable
 from moe.bench.settings import Rounds, counted, least_steady, load, split
 from moe.config import Config
+from moe.config.choices import Packing
 from moe.config.compose import load_config
 from moe.errors import UserError
 
@@ -81,7 +84,7 @@ def parse(overrides: list[str]) -> LossRuns:
 
 def sides_of(config: Config, names: list[str]) -> list[TimedRun]:
     """The quickstart; with Muon; dense at the same active width; in bfloat16; the reference; and, of a name with `=`,
-    the quickstart with that preset or key. Raises UserError."""
+    the quickstart with that preset or key, or those between blanks. Raises UserError."""
     train, width = ("moe", "train"), config.router.experts_per_token * config.model.intermediate_size
     dense = ("model.mlp=dense", f"model.intermediate_size={width}", "parallel.expert_parallel_size=1")
     known = {
@@ -97,14 +100,14 @@ def sides_of(config: Config, names: list[str]) -> list[TimedRun]:
         ),
     }
     for name in names:
-        if "=" not in name and name not in known:
+        if name not in known and not (name and all("=" in key for key in name.split(" "))):
             raise UserError(
-                f"sides={','.join(names)}: {name} is none of {', '.join(known)}, nor a preset or key of `moe train` "
-                "with its value, such as router=lossfree"
+                f"sides={','.join(names)}: {name} is none of {', '.join(known)}, nor presets or keys of `moe train` "
+                "with their values, such as router=lossfree"
             )
         if names.count(name) > 1:
             raise UserError(f"sides={','.join(names)} names {name} twice")
-    return [known.get(name) or TimedRun(f"quickstart, {name}", train, (name,)) for name in names]
+    return [known.get(name) or TimedRun(f"quickstart, {name}", train, tuple(name.split(" "))) for name in names]
 
 
 def _check(side: TimedRun, config: Config, overrides: list[str]) -> None:
@@ -115,13 +118,15 @@ def _check(side: TimedRun, config: Config, overrides: list[str]) -> None:
     own: Config = load_config([*PRESET, *overrides, *side.keys])
     own.check_world(RANKS, RANKS)
     if _held_out(own) != _held_out(config):
-        raise UserError(f"sides=…{side.keys[0]} changes the held-out tokens, so its loss can't be compared")
+        raise UserError(f"sides=…{' '.join(side.keys)} changes the held-out tokens, so its loss can't be compared")
 
 
 def _held_out(config: Config) -> list[Any]:
-    """What a loss in nats per token depends on beside the model."""
+    """What a loss in nats per token depends on beside the model. Held-out documents are packed and masked alike
+    whatever the keys say."""
     train = config.train
-    return [config.data, config.tokenizer, config.model.vocab_size, train.sequence_length, train.eval_sequences]
+    data = replace(config.data, packing=Packing.concat, document_mask=True)
+    return [data, config.tokenizer, config.model.vocab_size, train.sequence_length, train.eval_sequences]
 
 
 def run(overrides: list[str]) -> Results:
@@ -145,10 +150,10 @@ def run(overrides: list[str]) -> Results:
                 f"seed {seed}, {side.name}: {steps} steps, {_seconds(rows):.0f} s, {rows[-1]['val_loss']:.3f} nats",
                 flush=True,
             )
-    return results(runs, keys.config, [side.note for side in keys.sides if side.note])
+    return results(runs, [side.note for side in keys.sides if side.note])
 
 
-def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config, notes: list[str]) -> Results:
+def results(runs: dict[str, list[list[dict[str, Any]]]], notes: list[str]) -> Results:
     """`runs` has each side's metrics, by seed and step."""
     whole: list[list[Cell]] = []
     losses: dict[str, list[float]] = {}
@@ -163,7 +168,7 @@ def results(runs: dict[str, list[list[dict[str, Any]]]], config: Config, notes: 
                 name,
                 len(seeds[-1]),
                 statistics.median(map(_seconds, seeds)),
-                len(seeds[-1]) * config.train.global_batch_size * config.train.sequence_length,
+                seeds[-1][-1]["tokens"],
                 statistics.mean(losses[name]),
                 spread,
                 statistics.mean(violation) if violation else None,

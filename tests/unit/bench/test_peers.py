@@ -252,7 +252,7 @@ def test_memory_of_both_sides_is_that_of_processes_of_their_own(overrides: list[
     assert len(peaks) == 1 + peers_tried
     assert all(peak > 100 for peak in peaks.values())  # torch alone has more
     ours, *theirs = peaks.values()
-    assert told.startswith("medians of 1 rounds of 1 steps, beside transformers, ")
+    assert told.startswith("medians, 1 step a round, beside transformers, ")
     assert last.startswith("ratio peak memory ")
     assert float(last.split()[-1]) == pytest.approx(ours / min(theirs), abs=0.01)
 

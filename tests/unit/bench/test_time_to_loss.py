@@ -17,7 +17,8 @@ CONFIG = load_config(time_to_loss.PRESET)
 def _rows(losses: list[float], seconds: float, violation: float | None) -> list[dict[str, Any]]:
     """Two steps for each loss; the second is evaluated."""
     row = {"step_seconds": seconds, "max_violation": violation}
-    return [row | more for loss in losses for more in ({}, {"val_loss": loss})]
+    rows = [row | more for loss in losses for more in ({}, {"val_loss": loss})]
+    return [each | {"tokens": 100 * (step + 1)} for step, each in enumerate(rows)]
 
 
 def test_tables_have_means_over_seeds_and_losses_against_seconds() -> None:
@@ -25,11 +26,10 @@ def test_tables_have_means_over_seeds_and_losses_against_seconds() -> None:
         "quickstart": [_rows([5, 4], 0.5, 0.2), _rows([6, 5], 0.5, 0.4)],
         "GPT": [_rows([7, 6], 1.0, None), _rows([7, 6], 1.0, None)],
     }
-    results = time_to_loss.results(runs, CONFIG, ["a note"])
+    results = time_to_loss.results(runs, ["a note"])
     whole, curves = results.tables
-    tokens = 4 * CONFIG.train.global_batch_size * CONFIG.train.sequence_length
-    assert whole.rows[0] == ["quickstart", 4, 2.0, tokens, 4.5, pytest.approx(0.7071, abs=1e-4), pytest.approx(0.3)]
-    assert whole.rows[1] == ["GPT", 4, 4.0, tokens, 6, 0, None]
+    assert whole.rows[0] == ["quickstart", 4, 2.0, 400, 4.5, pytest.approx(0.7071, abs=1e-4), pytest.approx(0.3)]
+    assert whole.rows[1] == ["GPT", 4, 4.0, 400, 6, 0, None]
     assert curves.columns == ["seconds", "quickstart", "GPT"]
     assert curves.rows == [
         [0.5, None, None], [1.0, 5.5, None], [1.5, 5.5, None], [2.0, 4.5, 7],
@@ -55,6 +55,9 @@ def test_sides_are_chosen_by_name_and_by_key() -> None:
     ]  # fmt: skip
     assert chosen.sides[1].keys == ("router=lossfree",)
     assert (chosen.rounds, chosen.config.train.steps, chosen.overrides) == (2, 10, ["optim.lr=1e-3"])
+    half = "train.micro_batch_size=4 train.global_batch_size=8"
+    several = time_to_loss.parse([f"sides=quickstart,{half},data.packing=best_fit"]).sides
+    assert [side.keys for side in several] == [(), tuple(half.split()), ("data.packing=best_fit",)]
     assert len(time_to_loss.parse([]).sides) == len(time_to_loss.SIDES) == 5
 
 
@@ -98,3 +101,9 @@ def test_bad_keys(override: str) -> None:
         run_bench(["time_to_loss", key])
     assert "\n" not in str(caught.value)
     assert (override.partition(" ")[2] or key.split("=")[-2].split(",")[-1]) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["optim=muon train.steps", "optim=muon  optim.lr=4e-3", "router=lossfree "])
+def test_bad_sides_of_several_keys(name: str) -> None:
+    with pytest.raises(UserError, match=f"sides=quickstart,{name}: {name} is none of quickstart"):
+        time_to_loss.parse([f"sides=quickstart,{name}"])
