@@ -77,12 +77,13 @@ def test_a_place_where_the_plot_cannot_be_written_is_one_line(tmp_path: Path) ->
         bench_all.run([f"page={page}", f"json={tmp_path / 'results.json'}"])
 
 
-def test_the_committed_page_and_plot_are_those_of_the_committed_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("report", ["performance", "performance-avx2", "performance-avx512"])
+def test_the_committed_page_and_plot_are_those_of_the_committed_json(report: str, tmp_path: Path) -> None:
     docs = Path(__file__).parents[3] / "docs"
-    page = tmp_path / "performance.md"
+    page = tmp_path / f"{report}.md"
     page.write_text((docs / page.name).read_text())
-    write_report(read_report(docs / "performance.json"), tmp_path / "performance.json", page)
-    for name in ("performance.md", "performance.json", "images/performance.svg"):
+    write_report(read_report(docs / f"{report}.json"), tmp_path / f"{report}.json", page)
+    for name in (f"{report}.md", f"{report}.json", f"images/{report}.svg"):
         assert (tmp_path / name).read_text() == (docs / name).read_text(), name
 
 
