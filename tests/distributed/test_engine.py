@@ -5,6 +5,10 @@ One launch per world size runs its quick cases, one its slow ones, and the plain
 Compared over 20 steps, in float32: the loss of every step, the gradient norm before clipping, and after the last step
 the weights and both Adam moments (Adam hides a constant gradient scale, the moments and the norm don't).
 `python -m tests.distributed.test_engine` prints docs/parallelism.md's table.
+
+Other processors round otherwise. The cases' rates and seeds keep each difference below three quarters of its bound here
+and with `MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`, which takes the products of
+older ones: try a new case with both.
 """
 
 from __future__ import annotations
@@ -35,9 +39,10 @@ from tests.ranks import run_ranks
 STEPS = 20
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
 ZERO_2, NO_CLIP = "parallel.zero_stage=2", "optim.max_grad_norm=1e9"
-LORA = ["adapter=lora", "init_from=unread", "adapter.r=4"]
-# Partitions end inside matrices. The rate is below the others' for the reason of "Gumbel, annealed".
-MUON = ["optim=muon", "optim.lr=1e-3", "model.num_hidden_layers=3", "model.intermediate_size=44", "train.seed=1"]
+# B begins at 0: without a large eps, Adam divides its first, tiny gradients by themselves.
+LORA = ["adapter=lora", "init_from=unread", "adapter.r=4", "optim.eps=1e-2"]
+# Partitions end inside matrices.
+MUON = ["optim=muon", "model.num_hidden_layers=3", "model.intermediate_size=44", "train.seed=1"]
 ROWS = ["data=sft", "data.path=unread"]
 VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     # name → (overrides, experts that the router passes over)
@@ -62,7 +67,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [
             *MUON, "router=lossfree", "model.n_shared_experts=1", "model.sparse_layers=every_2",
             "model.moe_intermediate_size=8", "optim.router_lr_multiplier=0.5", "optim.experts_lr_multiplier=2.0",
-            "optim.freeze=[*.v_proj.weight]",
+            "optim.freeze=[*.v_proj.weight]", "train.seed=4",
         ],
         [],
     ),
@@ -80,7 +85,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [
             "experts.two_batch_overlap=true", "experts.exchange_chunks=2",
             "model.hidden_dropout=0.1", "router.jitter_noise=0.1", "model.sparse_layers=every_2",
-            "model.n_shared_experts=1", "model.recompute=block", ZERO_2, "optim.lr=1e-3",
+            "model.n_shared_experts=1", "model.recompute=block", ZERO_2, "train.seed=1",
         ],
         [],
     ),
@@ -124,10 +129,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [],
     ),
     "noisy top-k": (["router=noisy_topk", "router.schedules.noise_std={0:1.0,15:0.0}", "train.seed=2"], []),
-    "Gumbel, annealed": (  # at a learning rate of 3e-3 Adam makes rounding errors of 1e-7 ones of 1e-5
-        ["router=gumbel", "router.schedules.temperature={0:2.0,15:0.5}", "optim.lr=1e-3"],
-        [],
-    ),
+    "Gumbel, annealed": (["router=gumbel", "router.schedules.temperature={0:2.0,15:0.5}"], []),
     "expert choice": (["router=expert_choice", "router.z_loss_coef=0.01"], []),
     "variance penalty, top-k scheduled": (
         ["router.variance_loss_coef=0.5", "router.schedules.top_k={0:3,10:2}", "model.recompute=mlp"],
@@ -144,10 +146,7 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
         [*LORA, "adapter.use_dora=true", "adapter.lora_dropout=0.1", "model.recompute=block", ZERO_2],
         [],
     ),
-    "LoRA, all experts of a rank idle, ZeRO-2": (  # B begins at 0: Adam divides its first, tiny gradients by themselves
-        [*LORA, "optim.eps=1e-2", ZERO_2],
-        [2, 3],
-    ),
+    "LoRA, all experts of a rank idle, ZeRO-2": ([*LORA, ZERO_2], [2, 3]),
     "packed rows of questions and answers": (ROWS, []),
     "packed rows, NEFTune, ZeRO-2": ([*ROWS, "train.neftune_noise_alpha=5", ZERO_2], []),
     "packed rows, LoRA, capacity, recompute mlp": (
@@ -156,7 +155,10 @@ VARIANTS: dict[str, tuple[list[str], list[int]]] = {
     ),
     "all but the experts frozen": (["optim.freeze=[*_proj.weight,*norm.weight,*.gate.*,lm_head*,*embed*]"], []),
     "settings per layer": (
-        ["router.layers.1.top_k=3", "router.layers.0.aux_loss_coef=0.2", "router.layers.1.bias_update=sign"],
+        [
+            "router.layers.1.top_k=3", "router.layers.0.aux_loss_coef=0.2", "router.layers.1.bias_update=sign",
+            "train.seed=1",
+        ],
         [],
     ),
     "router frozen first, learning rates of its own, ZeRO-2": (
@@ -355,7 +357,7 @@ def _by_hand() -> tuple[list[float], dict[str, torch.Tensor]]:
     model = build_model(config, torch.device("cpu"))
     decay = {"params": [p for p in model.parameters() if p.ndim > 1]}
     no_decay = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([decay, no_decay], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW([decay, no_decay], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     norms = []
     for step in range(STEPS):
         backward_by_hand(model, config, step)

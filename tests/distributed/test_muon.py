@@ -50,7 +50,7 @@ def _by_hand() -> dict[str, Tensor]:
             {"params": [p for p in rest.values() if p.ndim > 1]},
             {"params": [p for p in rest.values() if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
+        lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
     )  # fmt: skip
     momentum = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named.items() if name not in rest}
     for step in range(STEPS):
@@ -74,7 +74,7 @@ def _update(weight: nn.Parameter, moment: Tensor, name: str) -> None:
         alone = one.chunk(2) if name.endswith("gate_up_proj") else (one,)
         updates.append(torch.cat([0.2 * math.sqrt(max(m.shape)) * by_singular_values(m) for m in alone]))
     update = torch.stack(updates) if weight.ndim == 3 else updates[0]
-    weight.copy_(weight * (1 - 3e-3 * 0.1) - 3e-3 * update)
+    weight.copy_(weight * (1 - 1e-3 * 0.1) - 1e-3 * update)
 
 
 def _steps(overrides: list[str], count: int = STEPS) -> Training:

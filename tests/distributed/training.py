@@ -39,9 +39,10 @@ COMPOSED = Path(tempfile.mkdtemp(prefix="configs-"))  # of this process of tests
 OWNER = os.getpid()
 atexit.register(lambda: os.getpid() == OWNER and shutil.rmtree(COMPOSED, ignore_errors=True))
 
+# The rate is low because Adam amplifies rounding errors: at 3e-3 those of 1e-7 in a loss became up to 1e-5 in 20 steps.
 SMALL = [
     "model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",
-    "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=8", "optim.lr=3e-3",
+    "train.sequence_length=16", "train.micro_batch_size=2", "train.global_batch_size=8", "optim.lr=1e-3",
     "optim.max_grad_norm=0.5", "router.num_experts=4", "model.initializer=normal", "model.initializer_range=0.2",
 ]  # fmt: skip
 
