@@ -12,12 +12,13 @@ run=runs/quickstart
 for argument in "$@"; do
     [[ $argument != run_dir=* ]] || run=${argument#run_dir=}
 done
-# A run that exists keeps its precision. A new one on a CPU with units for bfloat16 uses them: docs/performance.md, "Time to loss".
+# A run that exists keeps its precision. A new one on a CPU takes bfloat16 where the processor's own bfloat16 products pay:
+# docs/performance.md, "Time to loss".
 precision=float32
 if [[ -f $run/config.yaml ]]; then
     precision=$(sed -n 's/^  precision: //p' "$run/config.yaml")
-elif [[ ! -e /dev/nvidia0 ]] && grep -qsE '^flags.* (avx512_bf16|amx_bf16)( |$)' /proc/cpuinfo; then
-    precision=bfloat16
+elif [[ ! -e /dev/nvidia0 ]]; then
+    precision=$(python -c "from moe.kernels.bfloat16_products import choose; print('float32' if choose().widened else 'bfloat16')")
 fi
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m moe train experiment=quickstart train.precision="$precision" run_dir="$run" "$@"
 

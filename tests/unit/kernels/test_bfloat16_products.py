@@ -30,7 +30,7 @@ def widened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.mark.parametrize(("gain", "taken"), [(0.4, False), (1.9, False), (8.0, True)])
+@pytest.mark.parametrize(("gain", "taken"), [(0.4, False), (1.1, False), (1.9, True), (8.0, True)])
 def test_only_a_clear_gain_is_taken(gain: float, taken: bool) -> None:
     route = decide(LibraryTimes(3e-3, gain * 1e-3), LibraryTimes(3e-3, 1e-3))
     assert route.widened is taken
