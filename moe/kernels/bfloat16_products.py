@@ -1,8 +1,9 @@
 """How a CPU computes bfloat16 matrix products: by oneDNN, or in float32 from widened factors, chosen by measurement.
 
 On cores without bfloat16 units (AVX512-BF16, AMX) oneDNN's and MKL's bfloat16 products run at about a tenth of the
-float32 rate, on Intel cores with AVX512-BF16 alone at half of it. There `mm` widens both factors, multiplies by the library chosen for float32 (`float32_products`), and
-rounds the product. Both ways sum in float32 and round once, so they differ by the order of summation.
+float32 rate, on Intel cores with AVX512-BF16 alone at half of it. There `mm` widens both factors, multiplies by the
+library chosen for float32 (`float32_products`), and rounds the product. Both ways sum in float32 and round once, so
+they differ by the order of summation.
 
 Legend: I and O the sizes before and after a product.
 """
@@ -29,9 +30,9 @@ from moe.kernels.float32_products import (
 
 SHAPE = 32, 256, 256  # rows, length of a dot product, columns: 0.5 ms without bfloat16 units
 ROUNDS = 10
-# The gain was 4 to 10 without bfloat16 units, 1.8 to 2.1 with AVX512-BF16 on Intel, which makes a step 1.2 times as fast,
-# and 0.4 with it on AMD. The limit is far from all of them, since a run that resumes must choose what it chose before, on
-# a busy machine too.
+# The gain was 4 to 10 without bfloat16 units, 1.8 to 2.1 with AVX512-BF16 on Intel, where it takes a fifth off a step,
+# and 0.4 with it on AMD. The limit is far from all of them, since a run that resumes must choose what it chose before,
+# on a busy machine too.
 LEAST_GAIN = 1.2
 
 
