@@ -12,8 +12,9 @@ LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def release(tensor: Tensor) -> None:
-    """Gives back the pages of a contiguous CPU tensor, and makes its elements 0. Writing them allocates them again.
-    Where the kernel keeps the pages (hugetlbfs), and at the tensor's ends, elements are set to 0 in place."""
+    """Gives back the pages of a contiguous CPU tensor, whose elements are 0 from then on (on Linux). Writing to them
+    allocates them again. Where the kernel keeps the pages (hugetlbfs), and at the tensor's ends, elements are set to 0
+    in place."""
     begin = tensor.data_ptr()
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (begin + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,11 +1,11 @@
-"""Removes passes over the gradients that DeepSpeed's BF16_Optimizer makes at every step, and memory that it holds, on a
-CPU. Losses and weights stay bit-identical (tests/distributed/test_shortcuts.py).
+"""Removes passes over the gradients that DeepSpeed's BF16_Optimizer makes at every step, and on a CPU memory that it
+holds. Losses and weights stay bit-identical (tests/distributed/test_shortcuts.py).
 
 - DeepSpeed converts a gradient to a new float32 tensor and adds that to its sum, which it has set to zero, twice. Here
   a step's first gradient is converted straight into the sum, and later ones are added without a converted copy.
 - On one rank DeepSpeed copies all sums into a bucket, multiplies it by 1 and copies it back. Here it doesn't.
-- DeepSpeed keeps the sums, 4 bytes a parameter, between steps. Here their memory is given back after the update, for
-  the next step's activations; the memory that these leave in the heap is given back during the backward pass.
+- DeepSpeed keeps the sums, 4 bytes a parameter, between steps. On a CPU their memory is given back after the update,
+  for the next step's activations; the memory that these leave in the heap is given back during the backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class BFloat16Shortcuts:
         lost = "gradients would be those of an earlier step"
         borrow(zero, "_update_hp_grad", "lp", "group_idx", "param_idx", "clear_lp_grads", lost=lost)
         borrow(zero, "clear_hp_grads", lost=lost)
-        self._flat: list[Tensor] = borrow_value(zero, "fp32_groups_gradients_flat", lost=lost)
+        flats: list[Tensor] = borrow_value(zero, "fp32_groups_gradients_flat", lost=lost)
+        self._flat = [flat for flat in flats if flat.device.type == "cpu"]  # a GPU keeps them
         self._between = max(LEAST, sum(flat.nbytes for flat in self._flat) // TRIMS)
         self._new = 0  # bytes of sums that got their first gradient since the heap was trimmed
         borrow_value(zero, "immediate_grad_update", lost=lost)
@@ -67,12 +68,12 @@ class BFloat16Shortcuts:
         self._started[group_idx][param_idx] = True
         if clear_lp_grads:
             lp.grad.zero_()
-        if self._new >= self._between:
+        if self._flat and self._new >= self._between:
             heap.trim()
             self._new = 0
 
     def _restart(self) -> None:
-        """Sets the sums to 0 and gives back their memory. The next gradient of each parameter replaces its sum."""
+        """The next gradient of each parameter replaces its sum. On a CPU the sums become 0, and take no memory."""
         for flat in self._flat:
             heap.release(flat)
         for started in self._started:
